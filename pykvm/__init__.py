@@ -1,0 +1,1 @@
+"""pykvm: a KVM userspace VMM with exit-less sharing between virtual machines (ELISA)."""

@@ -1,0 +1,94 @@
+/* SPDX-License-Identifier: GPL-2.0 WITH Linux-syscall-note */
+/*
+ * ELISA: EPT contexts that a guest enters with VMFUNC(0, slot), without a VM exit.
+ *
+ * A context is an EPT of its own. The VMM describes its tables with indices in place of
+ * addresses; the kernel allocates the tables, pins the pages and fills in real addresses.
+ * Slot 0 of a vCPU's EPTP list is always its default EPT, and slot 1 is the transient slot
+ * that only trusted gate code writes; neither can be set from user space.
+ */
+#ifndef _UAPI_LINUX_KVM_ELISA_H
+#define _UAPI_LINUX_KVM_ELISA_H
+
+#include <linux/ioctl.h>
+#include <linux/types.h>
+
+/* KVM_CHECK_EXTENSION: 0 without the patch or without EPTP switching, else a version. */
+#define KVM_CAP_ELISA			0x45c1
+#define KVM_ELISA_VERSION		1
+
+/* KVM_ENABLE_CAP(KVM_CAP_ELISA) on a VM: args[0], which hypercalls leave to user space. */
+#define KVM_ELISA_USER_HYPERCALLS	(1 << 0)
+
+/* Hypercalls of the baseline; the numbers stay clear of linux/kvm_para.h. */
+#define KVM_HC_ELISA_NULL		0x4500	/* answered in the kernel with 0 */
+#define KVM_HC_ELISA_USER		0x4510	/* 16 of them leave as KVM_EXIT_HYPERCALL */
+#define KVM_HC_ELISA_USER_COUNT		16
+
+#define KVM_ELISA_SLOT_DEFAULT		0
+#define KVM_ELISA_SLOT_TRANSIENT	1
+#define KVM_ELISA_SLOT_FIRST		2
+#define KVM_ELISA_SLOTS			512
+
+/* Limits of one context: memory for the caller's mistakes, not a quota. */
+#define KVM_ELISA_MAX_TABLES		4096
+#define KVM_ELISA_MAX_PAGES		262144
+
+#define KVM_ELISA_PAGE_USER		0	/* addr: a page of the caller, pinned while mapped */
+#define KVM_ELISA_PAGE_LIST		1	/* fd: the EPTP list page of this vCPU */
+#define KVM_ELISA_PAGE_EPTP		2	/* fd: a kernel page that starts with this context's EPTP */
+
+struct kvm_elisa_page {
+	__u64 addr;
+	__u32 kind;
+	__s32 fd;
+};
+
+/*
+ * tables: nr_tables arrays of 512 EPT entries; table 0 is the root. The address field (bits
+ * 12 to 51) of an entry is an index: of another table above level 1, of a page at level 1.
+ */
+struct kvm_elisa_create {
+	__u32 nr_tables;
+	__u32 nr_pages;
+	__u64 tables;
+	__u64 pages;
+	__u32 flags;
+	__u32 pad;
+	__u64 reserved[2];
+};
+
+struct kvm_elisa_slot {
+	__u32 slot;
+	__s32 fd;			/* a context of the same VM, or -1 to empty the slot */
+};
+
+#define KVM_ELISA_CREATE_CONTEXT	_IOW(0xAE, 0xf0, struct kvm_elisa_create)
+#define KVM_ELISA_SET_SLOT		_IOW(0xAE, 0xf1, struct kvm_elisa_slot)
+
+/* kvm_run.exit_reason, and what it carries (in the union, at the place of kvm_run.hw). */
+#define KVM_EXIT_ELISA			0x45
+
+#define KVM_ELISA_EXIT_VIOLATION	1	/* EPT violation outside the default context */
+#define KVM_ELISA_EXIT_MISCONFIG	2	/* EPT misconfiguration outside the default context */
+#define KVM_ELISA_EXIT_VMFUNC		3	/* VMFUNC with an empty slot or unknown function */
+#define KVM_ELISA_EXIT_REFUSED		4	/* any other exit that the kernel may not serve there */
+
+#define KVM_ELISA_AT_DEFAULT		0
+#define KVM_ELISA_AT_GATE		1
+#define KVM_ELISA_AT_SUB		2
+
+struct kvm_elisa_exit {
+	__u32 cause;			/* KVM_ELISA_EXIT_* */
+	__u32 at;			/* KVM_ELISA_AT_*: the context the vCPU was in */
+	__u32 slot;			/* gate slot of the attachment; 0 in the default context */
+	__u32 vmx_exit_reason;		/* basic exit reason, SDM vol. 3D appendix C */
+	__u64 qualification;
+	__u64 gpa;			/* valid for violations and misconfigurations */
+	__u64 gva;			/* valid where the qualification says so */
+	__u64 rip;
+	__u64 function;			/* EAX of a failed VMFUNC */
+	__u64 index;			/* ECX of a failed VMFUNC */
+};
+
+#endif
