@@ -35,13 +35,13 @@
 #define KVM_ELISA_MAX_PAGES		262144
 
 #define KVM_ELISA_PAGE_USER		0	/* addr: a page of the caller, pinned while mapped */
-#define KVM_ELISA_PAGE_LIST		1	/* fd: the EPTP list page of this vCPU */
-#define KVM_ELISA_PAGE_EPTP		2	/* fd: a kernel page that starts with this context's EPTP */
+#define KVM_ELISA_PAGE_LIST		1	/* ref: id of a vCPU; its EPTP list page */
+#define KVM_ELISA_PAGE_EPTP		2	/* ref: context fd; a kernel page with its EPTP first */
 
 struct kvm_elisa_page {
 	__u64 addr;
 	__u32 kind;
-	__s32 fd;
+	__s32 ref;
 };
 
 /*
