@@ -1,0 +1,191 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The virtual switch's memory and its call, for everyone who touches them: the switch itself
+ * (guest/switch/switch.c), the guests, the host's administration and the tests.
+ *
+ * Window of a port (mapped in that guest and in the switch; both write it):
+ *
+ *   0x0000  struct switch_window_info  geometry, written by the host for the guest's benefit only
+ *   0x0400  tx_length[tx_slots]        bytes of the frame in each transmit slot
+ *   0x1000  lane[source]               head (switch) and tail (guest) of the lane from each port
+ *   0x3000  transmit slots             tx_slots frames, SWITCH_SLOT_BYTES apart
+ *   ...     lanes, by source port      lane_slots of struct switch_slot each
+ *
+ * To send, a guest writes frames into transmit slots, their lengths into tx_length, and calls
+ * elisa_serve(SWITCH_SEND(port, flags), first slot, count). The frames are copied before the call
+ * returns, so the slots are free again at once. It returns how many frames it has dealt with
+ * (delivered, dropped or filtered; fewer than count only with SWITCH_WAIT), or a negative errno.
+ *
+ * To receive, a guest looks at lane[source] of every source, without any call: frames tail up to
+ * head (not included, load-acquire) are ready in slots index & (lane_slots - 1); it stores tail
+ * (store-release) when it is done with them. Both count frames and wrap at 2^32.
+ */
+#ifndef SWITCH_H
+#define SWITCH_H
+
+#include <stdint.h>
+
+#define SWITCH_MAX_PORTS 64
+#define SWITCH_MAX_BURST 256 /* frames of one call */
+#define SWITCH_MAX_TX_SLOTS 256
+#define SWITCH_MAX_LANE_SLOTS 4096
+#define SWITCH_SLOT_BYTES 2048
+#define SWITCH_MIN_FRAME 14 /* an Ethernet header */
+#define SWITCH_DEFAULT_FRAME 1514
+#define SWITCH_MAX_FRAME 2040 /* a slot less its 8-byte header */
+
+/* a0 of the call: operation in bits 0-7, the caller's port in 8-15, flags from bit 16 */
+#define SWITCH_OP_SEND 1
+/* Stop before a frame whose only receiver's lane is full, instead of dropping it. */
+#define SWITCH_WAIT (1 << 16)
+#define SWITCH_SEND(port, flags) (SWITCH_OP_SEND | (uint64_t)(port) << 8 | (uint64_t)(flags))
+
+#define SWITCH_WINDOW_MAGIC 0x57495645u /* "EVIW" */
+#define SWITCH_SHARED_MAGIC 0x53495645u /* "EVIS" */
+#define SWITCH_VERSION 1
+
+/* ------------------------------------------------------------------ windows */
+
+struct switch_window_info {
+	uint32_t magic;
+	uint32_t version;
+	uint32_t port;        /* the port that this window belongs to */
+	uint32_t ports;       /* lanes 0 to ports - 1 exist; the port's own one stays empty */
+	uint32_t tx_slots;    /* a power of two, at most SWITCH_MAX_TX_SLOTS */
+	uint32_t lane_slots;  /* a power of two */
+	uint32_t frame_limit; /* longest frame in bytes, SWITCH_MIN_FRAME to SWITCH_MAX_FRAME */
+	uint32_t reserved;
+	uint64_t lanes_offset; /* of lane 0's first slot in the window */
+	uint64_t lane_bytes;   /* from one lane's first slot to the next one's */
+};
+
+/* Two cache lines, so that sender and receiver do not take one from each other at every frame. */
+struct switch_lane_control {
+	_Alignas(64) uint32_t head; /* written by the switch only; it never reads it back */
+	_Alignas(64) uint32_t tail; /* written by the receiving guest */
+};
+
+struct switch_slot {
+	uint32_t length; /* bytes of frame */
+	uint32_t reserved;
+	uint8_t frame[SWITCH_MAX_FRAME];
+};
+
+struct switch_window {
+	union {
+		struct switch_window_info info;
+		uint8_t info_bytes[0x400];
+	};
+	union {
+		uint32_t tx_length[SWITCH_MAX_TX_SLOTS];
+		uint8_t tx_length_bytes[0xc00];
+	};
+	struct switch_lane_control lane[SWITCH_MAX_PORTS];
+	uint8_t tx_frame[]; /* transmit slots, then lanes */
+};
+
+static inline uint64_t switch_tx_offset(uint32_t slot)
+{
+	return sizeof(struct switch_window) + (uint64_t)slot * SWITCH_SLOT_BYTES;
+}
+
+static inline uint64_t switch_lane_offset(uint32_t tx_slots, uint32_t lane_slots, uint32_t source)
+{
+	return switch_tx_offset(tx_slots) + (uint64_t)source * lane_slots * SWITCH_SLOT_BYTES;
+}
+
+/* In bytes, a multiple of 4096. */
+static inline uint64_t switch_window_size(uint32_t ports, uint32_t tx_slots, uint32_t lane_slots)
+{
+	return (switch_lane_offset(tx_slots, lane_slots, ports) + 4095) & ~(uint64_t)4095;
+}
+
+/* ------------------------------------------------------------ shared memory */
+
+/*
+ * Of one port, written only by that port's own calls. All of them grow from the switch's creation
+ * on. When no call is under way:
+ *   frames = unicast + broadcast + multicast + unknown
+ *            + too_short + too_long + same_port + no_receiver + spoofed
+ *   copies = delivered + full + bad_tail, summed over the lanes from this port
+ */
+struct switch_port {
+	_Alignas(64) uint64_t sequence; /* odd while a call is inside the switch */
+	uint64_t calls;
+	uint64_t frames;    /* dealt with */
+	uint64_t bytes;     /* of the frames dealt with that were not too short or too long */
+	uint64_t unicast;   /* to the port on which their destination was learned */
+	uint64_t broadcast;
+	uint64_t multicast;
+	uint64_t unknown;   /* flooded, because the destination was not learned or too old */
+	uint64_t copies;    /* that these four kinds asked for */
+	uint64_t too_short;
+	uint64_t too_long;
+	uint64_t same_port;   /* filtered: the destination is on the sender's own port */
+	uint64_t no_receiver; /* no other port is enabled, or the learned one no longer is */
+	uint64_t spoofed;     /* the source is pinned to another port */
+	uint64_t waited;      /* calls that SWITCH_WAIT ended early */
+	uint64_t not_learned; /* sources for which this port had no room left in the table */
+	/* Calls refused as a whole */
+	uint64_t foreign_port; /* the guest named a port that is not its own */
+	uint64_t bad_request;  /* unknown operation or flag, or too many frames */
+	uint64_t port_down;    /* the port is not enabled */
+};
+
+/* Of one source and one destination, written only by the source port's calls. */
+struct switch_lane {
+	_Alignas(64) uint64_t head; /* authoritative; the window's copy can be forged by the guest */
+	uint64_t delivered;
+	uint64_t bytes;    /* delivered */
+	uint64_t full;     /* dropped: the receiver has not made room */
+	uint64_t bad_tail; /* dropped: the receiver's tail is no position of this lane */
+};
+
+/*
+ * Station table: lines of eight 64-bit words, one word per address, so that an entry is read and
+ * replaced in one piece and needs no lock. A word is 0 when empty, else
+ *   bits 0-47 address (first byte lowest), 48-53 port, 54-61 epoch, 62 pinned, 63 one.
+ */
+#define SWITCH_TABLE_LINES 512
+#define SWITCH_TABLE_WAYS 8
+/* Fresh entries of one port in a line: no single guest can crowd the others out of the table. */
+#define SWITCH_TABLE_SHARE 2
+#define SWITCH_MAC_MASK 0xffffffffffffULL
+#define SWITCH_ENTRY_PORT_SHIFT 48
+#define SWITCH_ENTRY_EPOCH_SHIFT 54
+#define SWITCH_ENTRY_EPOCH_MASK 0xffu
+#define SWITCH_ENTRY_PINNED (1ULL << 62)
+#define SWITCH_ENTRY_VALID (1ULL << 63)
+#define SWITCH_MAX_AGE 200 /* epochs; below 256 less some, so that an old entry cannot look new */
+
+struct switch_shared {
+	/* Written once by the host */
+	_Alignas(64) uint32_t magic;
+	uint32_t version;
+	uint32_t ports;
+	uint32_t tx_slots;
+	uint32_t lane_slots;
+	uint32_t frame_limit;
+	uint32_t max_age;   /* epochs without a frame after which an address is forgotten */
+	uint32_t reserved;
+	uint64_t hash_seed; /* odd and random, so that guests cannot aim at a line of the table */
+	/* Written by the host at run time */
+	_Alignas(64) uint64_t enabled; /* bit p: port p sends and receives */
+	uint64_t epoch;
+	struct switch_port port[SWITCH_MAX_PORTS];
+	_Alignas(64) uint64_t table[SWITCH_TABLE_LINES][SWITCH_TABLE_WAYS];
+	struct switch_lane lane[SWITCH_MAX_PORTS][SWITCH_MAX_PORTS]; /* [source][destination] */
+};
+
+static inline uint32_t switch_table_line(const struct switch_shared *shared, uint64_t address)
+{
+	return (uint32_t)((address * shared->hash_seed) >> 55); /* 512 lines: the top 9 bits */
+}
+
+_Static_assert(sizeof(struct switch_slot) == SWITCH_SLOT_BYTES, "a slot is one stride");
+_Static_assert(sizeof(struct switch_window) == 0x3000, "transmit slots start at 0x3000");
+_Static_assert(sizeof(struct switch_lane_control) == 128, "two cache lines");
+_Static_assert(sizeof(struct switch_lane) == 64, "one cache line");
+_Static_assert(SWITCH_TABLE_LINES == 1 << 9, "switch_table_line takes nine bits");
+
+#endif
