@@ -1,0 +1,509 @@
+"""Guest physical memory: files of anonymous memory (memfd), mapped and addressed by GPA.
+
+A `MemoryFile` owns the memory; a `Region` maps a part of it at a guest physical address; a
+`GuestMemory` is the set of regions that one VM sees. The same file can lie in several guests::
+
+    with MemoryFile("windows", 8 * MIB) as file, GuestMemory.create(64 * MIB) as memory:
+        memory.add(Region(file, gpa=4 * GIB, offset=2 * MIB, size=4096))
+        memory.write(0x1000, b"hello")
+        for slot in memory.slots():
+            vm.set_memory(slot)
+
+Sources: memfd_create(2), fcntl(2) for seals, Linux Documentation/admin-guide/mm/hugetlbpage.rst.
+"""
+
+import bisect
+import contextlib
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import resource
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from pykvm.errors import PykvmError
+
+__all__ = [
+    "HUGE_1G",
+    "HUGE_2M",
+    "PAGE_SIZE",
+    "AddressError",
+    "ClosedMemoryError",
+    "GuestMemory",
+    "HugePagesError",
+    "LockLimitError",
+    "MemoryFile",
+    "MemorySlot",
+    "MemoryTooSmallError",
+    "Region",
+    "RegionError",
+    "RegionOverlapError",
+    "lockable_bytes",
+    "require_lockable",
+]
+
+PAGE_SIZE: Final = 4096
+HUGE_2M: Final = 1 << 21
+HUGE_1G: Final = 1 << 30
+
+_MADV_POPULATE_WRITE: Final = 23  # linux/mman.h, since Linux 5.14; not in the mmap module
+_CAP_IPC_LOCK: Final = 14  # linux/capability.h
+
+
+class AddressError(PykvmError, IndexError):
+    """An address range that no region holds."""
+
+
+class RegionError(PykvmError, ValueError):
+    """A size, offset or address that cannot be mapped."""
+
+
+class RegionOverlapError(PykvmError, ValueError):
+    """A region over another one."""
+
+
+class ClosedMemoryError(PykvmError, ValueError):
+    """Use after close()."""
+
+
+class MemoryTooSmallError(PykvmError, MemoryError):
+    """The machine has less memory than the guest wants."""
+
+
+class HugePagesError(PykvmError, MemoryError):
+    """The pool of huge pages is too small, or its page size is not supported."""
+
+
+class LockLimitError(PykvmError, MemoryError):
+    """RLIMIT_MEMLOCK is too small for the pages that the kernel has to pin."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySlot:
+    """What KVM_SET_USER_MEMORY_REGION wants to know about a region: bytes and addresses."""
+
+    number: int
+    gpa: int
+    size: int
+    host_address: int
+    read_only: bool
+
+
+class MemoryFile:
+    """Anonymous memory with a file descriptor, zeroed.
+
+    name: shown in /proc/PID/maps, at most 249 bytes.
+    size: bytes, a multiple of the page size in use.
+    huge_page: None, HUGE_2M or HUGE_1G.
+    sealed: the size can never change, by no holder of the descriptor: otherwise truncation
+        elsewhere would kill this process with SIGBUS.
+
+    Raises RegionError, HugePagesError, MemoryTooSmallError.
+    """
+
+    def __init__(
+        self, name: str, size: int, *, huge_page: int | None = None, sealed: bool = True
+    ) -> None:
+        self.name = name
+        self.size = size
+        self.page_size = huge_page or PAGE_SIZE
+        self._fd = -1
+        if huge_page not in (None, HUGE_2M, HUGE_1G):
+            raise RegionError(f"no huge pages of {huge_page} bytes: use HUGE_2M or HUGE_1G")
+        if size <= 0 or size % self.page_size:
+            raise RegionError(
+                f"{size:#x} bytes for {name}: use a positive multiple of {self.page_size:#x}"
+            )
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        if huge_page:
+            flags |= os.MFD_HUGETLB
+            flags |= os.MFD_HUGE_2MB if huge_page == HUGE_2M else os.MFD_HUGE_1GB
+        else:
+            _require_memory(size, "MemTotal")
+        try:
+            self._fd = os.memfd_create(name, flags)
+        except OSError as error:
+            if huge_page and error.errno in (errno.ENODEV, errno.EINVAL, errno.ENOENT):
+                raise HugePagesError(
+                    f"this kernel has no huge pages of {huge_page >> 20} MiB: leave out huge_page"
+                ) from error
+            raise
+        try:
+            os.ftruncate(self._fd, size)
+            if sealed:
+                seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+                fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, seals)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def fd(self) -> int:
+        """The memfd. Raises ClosedMemoryError after close()."""
+        if self._fd < 0:
+            raise ClosedMemoryError(f"memory file {self.name} is closed: create it again")
+        return self._fd
+
+    @property
+    def closed(self) -> bool:
+        return self._fd < 0
+
+    def close(self) -> None:
+        """Give up the descriptor; regions that map the file keep its memory. Harmless twice."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"<MemoryFile {self.name} {self.size:#x} bytes{' closed' * self.closed}>"
+
+
+class Region:
+    """A part of a `MemoryFile`, mapped into this process and placed at a GPA.
+
+    gpa, offset, size: bytes, multiples of the file's page size (of 4096 for a small-page file);
+        size defaults to the rest of the file.
+    prefault: allocate every page now, so that no page fault falls into a measurement.
+    read_only: the guest cannot write; this process can.
+
+    The region keeps the file's memory alive after the file is closed.
+    Raises RegionError, HugePagesError, MemoryTooSmallError.
+    """
+
+    def __init__(
+        self,
+        file: MemoryFile,
+        gpa: int,
+        *,
+        offset: int = 0,
+        size: int | None = None,
+        prefault: bool = False,
+        read_only: bool = False,
+    ) -> None:
+        size = file.size - offset if size is None else size
+        for what, value in (("gpa", gpa), ("offset", offset), ("size", size)):
+            if value < 0 or value % file.page_size:
+                raise RegionError(
+                    f"{what} {value:#x} of a region in {file.name}: "
+                    f"use a multiple of {file.page_size:#x}"
+                )
+        if size == 0 or offset + size > file.size:
+            raise RegionError(
+                f"no {size:#x} bytes at offset {offset:#x} of {file.name}: "
+                f"it has {file.size:#x} bytes"
+            )
+        self.name = file.name
+        self.gpa = gpa
+        self.size = size
+        self.offset = offset
+        self.page_size = file.page_size
+        self.read_only = read_only
+        if prefault and file.page_size == PAGE_SIZE:
+            _require_memory(size, "MemAvailable")
+        try:
+            self._map: mmap.mmap | None = mmap.mmap(file.fd, size, mmap.MAP_SHARED, offset=offset)
+        except OSError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+            if file.page_size != PAGE_SIZE:
+                raise HugePagesError(_huge_pages_message(file.page_size, size)) from error
+            raise MemoryTooSmallError(
+                f"no address space for {size >> 10} KiB of guest memory: raise it with ulimit -v"
+            ) from error
+        # The temporary array has to be gone before close() can unmap: it is an exported buffer.
+        self._host_address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        if prefault:
+            try:
+                self._prefault()
+            except BaseException:
+                self.close()
+                raise
+
+    @property
+    def end(self) -> int:
+        """One past the last GPA."""
+        return self.gpa + self.size
+
+    @property
+    def host_address(self) -> int:
+        """Address of the first byte in this process. Raises ClosedMemoryError after close()."""
+        self._mapping()
+        return self._host_address
+
+    @property
+    def closed(self) -> bool:
+        return self._map is None
+
+    def view(self, start: int = 0, size: int | None = None) -> memoryview:
+        """A writable view of size bytes from byte start of the region: no copy.
+
+        A view that outlives close() stays valid: the memory goes when the last view goes.
+        Raises AddressError, ClosedMemoryError.
+        """
+        mapping = self._mapping()
+        size = self.size - start if size is None else size
+        if start < 0 or size < 0 or start + size > self.size:
+            raise AddressError(
+                f"no {size:#x} bytes at {start:#x} of region {self.name}: "
+                f"it has {self.size:#x} bytes"
+            )
+        return memoryview(mapping)[start : start + size]
+
+    def close(self) -> None:
+        """Unmap, or leave that to the last view that is still in use. Harmless twice."""
+        mapping, self._map = self._map, None
+        if mapping is not None:
+            # BufferError: views hold the mapping object, which unmaps itself when they go.
+            with contextlib.suppress(BufferError):
+                mapping.close()
+
+    def _mapping(self) -> mmap.mmap:
+        if self._map is None:
+            raise ClosedMemoryError(f"region {self.name} is closed: map it again")
+        return self._map
+
+    def _prefault(self) -> None:
+        mapping = self._mapping()
+        try:
+            mapping.madvise(_MADV_POPULATE_WRITE)
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                # Before Linux 5.14. A read fault allocates a page of a memfd as well.
+                bytes(memoryview(mapping)[:: self.page_size])
+            elif error.errno in (errno.ENOMEM, errno.EFAULT):
+                raise MemoryTooSmallError(
+                    f"cannot allocate {self.size >> 20} MiB of guest memory now: "
+                    "free some or give the guest less"
+                ) from error
+            else:
+                raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Region {self.name} {self.gpa:#x}-{self.end:#x}{' closed' * self.closed}>"
+
+
+class GuestMemory:
+    """The memory that one VM sees: regions that do not overlap, addressed by GPA."""
+
+    def __init__(self) -> None:
+        self._regions: list[Region] = []
+        self._starts: list[int] = []
+        self._closed = False
+
+    @classmethod
+    def create(
+        cls,
+        size: int,
+        *,
+        gpa: int = 0,
+        name: str = "guest",
+        huge_page: int | None = None,
+        prefault: bool = False,
+    ) -> Self:
+        """Memory of size bytes from gpa on, in a file of its own."""
+        memory = cls()
+        with MemoryFile(name, size, huge_page=huge_page) as file:
+            memory.add(Region(file, gpa, prefault=prefault))
+        return memory
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """Regions in order of their GPA."""
+        return tuple(self._regions)
+
+    @property
+    def size(self) -> int:
+        """Bytes in all regions."""
+        return sum(region.size for region in self._regions)
+
+    def add(self, region: Region) -> Region:
+        """Take over a region: it is closed together with this memory.
+
+        Raises RegionOverlapError, ClosedMemoryError; the region stays the caller's then.
+        """
+        if self._closed:
+            raise ClosedMemoryError("guest memory is closed: create it again")
+        at = bisect.bisect_left(self._starts, region.gpa)
+        for other in self._regions[max(at - 1, 0) : at + 1]:
+            if region.gpa < other.end and other.gpa < region.end:
+                raise RegionOverlapError(
+                    f"{region.name} at {region.gpa:#x}-{region.end:#x} overlaps "
+                    f"{other.name} at {other.gpa:#x}-{other.end:#x}: choose another gpa"
+                )
+        self._regions.insert(at, region)
+        self._starts.insert(at, region.gpa)
+        return region
+
+    def remove(self, region: Region) -> None:
+        """Take a region out and close it; the VM's slot must be gone before."""
+        at = self._regions.index(region)
+        del self._regions[at], self._starts[at]
+        region.close()
+
+    def region_at(self, gpa: int) -> Region:
+        """The region that holds gpa. Raises AddressError."""
+        if self._closed:
+            raise ClosedMemoryError("guest memory is closed: create it again")
+        at = bisect.bisect_right(self._starts, gpa) - 1
+        if at < 0 or gpa >= self._regions[at].end:
+            raise AddressError(f"no guest memory at {gpa:#x}: the guest has {self._describe()}")
+        return self._regions[at]
+
+    def view(self, gpa: int, size: int) -> memoryview:
+        """A writable view of size bytes at gpa, inside one region: no copy. Raises AddressError."""
+        region = self.region_at(gpa)
+        if size < 0 or gpa + size > region.end:
+            raise AddressError(
+                f"no {size:#x} bytes of guest memory at {gpa:#x}: "
+                f"region {region.name} ends at {region.end:#x}"
+            )
+        return region.view(gpa - region.gpa, size)
+
+    def read(self, gpa: int, size: int) -> bytes:
+        """A copy of size bytes at gpa; adjacent regions read as one. Raises AddressError."""
+        return b"".join(bytes(view) for view in self._views(gpa, size))
+
+    def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
+        """Copy data to gpa; all of it or, on AddressError, nothing."""
+        source = memoryview(data).cast("B")
+        done = 0
+        for view in self._views(gpa, len(source)):
+            view[:] = source[done : done + len(view)]
+            done += len(view)
+
+    def host_address(self, gpa: int, size: int = 1) -> int:
+        """Where size bytes at gpa lie in this process. Raises AddressError."""
+        region = self.region_at(gpa)
+        if gpa + size > region.end:
+            raise AddressError(
+                f"no {size:#x} bytes of guest memory at {gpa:#x}: "
+                f"region {region.name} ends at {region.end:#x}"
+            )
+        return region.host_address + gpa - region.gpa
+
+    def slots(self, first: int = 0) -> Iterator[MemorySlot]:
+        """One KVM memory slot per region, numbered from first."""
+        for number, region in enumerate(self._regions, first):
+            yield MemorySlot(number, region.gpa, region.size, region.host_address, region.read_only)
+
+    def close(self) -> None:
+        """Close every region. Harmless twice."""
+        self._closed = True
+        regions, self._regions, self._starts = self._regions, [], []
+        for region in regions:
+            region.close()
+
+    def _views(self, gpa: int, size: int) -> list[memoryview]:
+        if size < 0:
+            raise AddressError(f"no {size} bytes of guest memory: ask for 0 or more")
+        views = []
+        while size:
+            region = self.region_at(gpa)
+            part = min(size, region.end - gpa)
+            views.append(region.view(gpa - region.gpa, part))
+            gpa += part
+            size -= part
+        return views
+
+    def _describe(self) -> str:
+        return ", ".join(f"{r.gpa:#x}-{r.end:#x}" for r in self._regions) or "none"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<GuestMemory {self._describe()}>"
+
+
+def lockable_bytes() -> int | None:
+    """How much memory this process may pin, None for no limit (CAP_IPC_LOCK or unlimited)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key == "CapEff" and int(value, 16) >> _CAP_IPC_LOCK & 1:
+            return None
+    soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def require_lockable(size: int) -> None:
+    """Raise LockLimitError unless this process may pin size bytes."""
+    limit = lockable_bytes()
+    if limit is not None and limit < size:
+        raise LockLimitError(
+            f"{_kib(size)} KiB have to be pinned and only {limit >> 10} KiB may be: "
+            f"type `ulimit -l {_kib(size)}` in a root shell, or run as root"
+        )
+
+
+def _kib(size: int) -> int:
+    return -(-size >> 10)
+
+
+def _require_memory(size: int, key: str) -> None:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == key and size > int(value.split()[0]) << 10:
+            raise MemoryTooSmallError(
+                f"{_kib(size) >> 10} MiB of guest memory do not fit into "
+                f"{int(value.split()[0]) >> 10} MiB ({key}): give the guest less"
+            )
+
+
+def _huge_pages_message(page_size: int, size: int) -> str:
+    pool = Path(f"/sys/kernel/mm/hugepages/hugepages-{page_size >> 10}kB")
+    need = size // page_size
+    try:
+        total = int((pool / "nr_hugepages").read_text())
+        free = int((pool / "free_hugepages").read_text())
+        free -= int((pool / "resv_hugepages").read_text())
+    except OSError:
+        return f"this kernel has no pool of {page_size >> 20} MiB pages: leave out huge_page"
+    # The short file name means the default size, 2 MiB unless the kernel was told otherwise.
+    default = f"Hugepagesize:{page_size >> 10:>15} kB"
+    short = default.split() in [
+        line.split() for line in Path("/proc/meminfo").read_text().splitlines()
+    ]
+    where = Path("/proc/sys/vm/nr_hugepages") if short else pool / "nr_hugepages"
+    return (
+        f"{need} huge pages of {page_size >> 20} MiB are needed and {free} are free: "
+        f"type `echo {total + need - free} > {where}` as root"
+    )
