@@ -1,0 +1,150 @@
+"""Charts drawn from records, as SVG and PNG. Needs matplotlib (`pip install -e .[charts]`)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pykvm.errors import PykvmError
+
+__all__ = ["ChartError", "draw_crossing", "draw_demo", "draw_switch"]
+
+_COLOURS = {
+    "vmfunc": "#1b7f5c",
+    "direct": "#8a8f98",
+    "vmcall": "#c8553d",
+    "vmcall_kernel": "#dd9a7f",
+    "vmcall_user": "#c8553d",
+}
+_LABELS = {
+    "vmfunc": "VMFUNC (sub EPT context)",
+    "direct": "direct (mapped, no isolation)",
+    "vmcall": "VMCALL (host)",
+    "vmcall_kernel": "VMCALL, answered in the kernel",
+    "vmcall_user": "VMCALL, answered by the VMM",
+}
+
+
+class ChartError(PykvmError):
+    """A chart that cannot be drawn."""
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib as mpl  # noqa: PLC0415  (optional, and slow to import)
+    except ImportError as error:
+        raise ChartError("matplotlib is missing: pip install -e '.[charts]'") from error
+    mpl.use("Agg")
+    mpl.rcParams.update(
+        {
+            "svg.hashsalt": "pykvm",  # the same record gives the same file
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlelocation": "left",
+            "figure.constrained_layout.use": True,
+        }
+    )
+    from matplotlib import pyplot  # noqa: PLC0415
+
+    return pyplot
+
+
+def _save(figure: Any, stem: Path) -> list[Path]:
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    written = []
+    for suffix, metadata in ((".svg", {"Date": None}), (".png", {})):
+        path = stem.with_suffix(suffix)
+        figure.savefig(path, dpi=150, metadata=metadata)
+        written.append(path)
+    _pyplot().close(figure)
+    return written
+
+
+def _bars(axes: Any, names: Sequence[str], values: Sequence[float], title: str, unit: str) -> None:
+    """Horizontal bars with their values; the first bar is what the others are compared with."""
+    axes.barh(
+        [_LABELS[name] for name in names],
+        values,
+        color=[_COLOURS[name] for name in names],
+        height=0.6,
+    )
+    axes.invert_yaxis()
+    axes.set_title(title)
+    axes.set_xlabel(unit)
+    axes.set_xlim(0, max(values) * 1.28)
+    reference = values[0]
+    for row, value in enumerate(values):
+        ratio = f"  ({value / reference:.1f}x)" if row and reference > 0 else ""
+        axes.text(value, row, f" {value:,.0f}{ratio}", va="center")
+
+
+def _source(record: dict[str, Any]) -> str:
+    machine = record["fingerprint"].get("cpu", "unknown processor")
+    if record["host"] == "emulated":
+        return f"Counted on the emulated host ({machine}): instructions, not time."
+    return f"Measured on {machine}."
+
+
+def draw_demo(record: dict[str, Any], stem: Path) -> list[Path]:
+    """The demo's two costs for its paths; returns the files written (.svg, .png)."""
+    names = [path["name"] for path in record["paths"]]
+    unit = record["unit"]
+    figure, (call, packet) = _pyplot().subplots(2, 1, figsize=(7.2, 4.4))
+    _bars(call, names, [p["cost_per_call"] for p in record["paths"]], "One empty call", unit)
+    _bars(
+        packet,
+        names,
+        [p["cost_per_packet"] for p in record["paths"]],
+        "One packet of the capture, sender's side",
+        unit,
+    )
+    figure.text(0.01, -0.03, _source(record), fontsize=7, color="#555555")
+    return _save(figure, stem)
+
+
+def draw_crossing(record: dict[str, Any], stem: Path) -> list[Path]:
+    """The cost of one empty call by each path; returns the files written."""
+    names = [name for name in ("vmfunc", "vmcall_kernel", "vmcall_user", "direct")]
+    figure, axes = _pyplot().subplots(figsize=(7.2, 2.6))
+    _bars(axes, names, [record[name]["cost"] for name in names], "One empty call", record["unit"])
+    figure.text(0.01, -0.05, _source(record), fontsize=7, color="#555555")
+    return _save(figure, stem)
+
+
+def draw_switch(record: dict[str, Any], stem: Path) -> list[Path]:
+    """Cost per packet against burst length, a panel for each packet size of the record."""
+    points = record["points"]
+    sizes = sorted({point["size"] for point in points})
+    fewest = min(point["guests"] for point in points)
+    columns = min(3, len(sizes))
+    rows = -(-len(sizes) // columns)
+    figure, grid = _pyplot().subplots(
+        rows, columns, figsize=(3 * columns, 2.4 * rows), squeeze=False, sharex=True
+    )
+    for panel, size in zip(grid.flat, sizes, strict=False):
+        for name in ("vmfunc", "vmcall", "direct"):
+            line = sorted(
+                (point["burst"], point["cost_per_packet"])
+                for point in points
+                if point["path"] == name and point["size"] == size and point["guests"] == fewest
+            )
+            if line:
+                panel.plot(
+                    [burst for burst, _ in line],
+                    [cost for _, cost in line],
+                    marker="o",
+                    markersize=3,
+                    color=_COLOURS[name],
+                    label=_LABELS[name],
+                )
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.set_title(f"{size} bytes")
+    for panel in grid.flat[len(sizes) :]:
+        panel.set_visible(False)
+    figure.supxlabel("packets in a burst")
+    figure.supylabel(f"{record['unit']} per packet")
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    figure.text(0.01, -0.03, _source(record), fontsize=7, color="#555555")
+    return _save(figure, stem)

@@ -1,0 +1,89 @@
+"""Measured figures as JSON: raw samples, what they stand for, and the machine they came from.
+
+On the emulated host the time-stamp counter advances one tick per instruction, so a difference of
+two readings is a count of instructions and is never called a time. On hardware it is converted
+with the vCPU's TSC frequency.
+"""
+
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pykvm.errors import PykvmError
+
+__all__ = ["RecordError", "Samples", "read_record", "unit_of_host", "write_record"]
+
+
+class RecordError(PykvmError):
+    """A record that cannot be read or written."""
+
+
+def unit_of_host(host: str) -> str:
+    """The unit of a cost on this kind of host: "instructions" or "ns"."""
+    return "instructions" if host == "emulated" else "ns"
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Raw readings of one quantity.
+
+    values: TSC differences, one per call or per burst.
+    scale: what one tick is in the record's unit (1 on the emulated host, ns per tick elsewhere).
+    overhead: ticks that the measurement itself takes, subtracted from every value.
+    """
+
+    values: Sequence[int]
+    scale: float = 1.0
+    overhead: int = 0
+
+    @property
+    def median(self) -> float:
+        """The median, less the overhead, in the record's unit.
+
+        The median and not the mean: the host's timer interrupts hit a few samples hard.
+        """
+        return (statistics.median(self.values) - self.overhead) * self.scale
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a record: everything needed to compute the figure again."""
+        return {
+            "values": list(self.values),
+            "scale": self.scale,
+            "overhead": self.overhead,
+            "median": self.median,
+            "min": (min(self.values) - self.overhead) * self.scale,
+            "max": (max(self.values) - self.overhead) * self.scale,
+        }
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write a record so that a reader never sees half of one.
+
+    Raises RecordError if the folder cannot be written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(record, indent=1) + "\n")
+        os.replace(partial, path)
+    except OSError as error:
+        raise RecordError(
+            f"cannot write {path}: {error.strerror}: name a file in a folder you can write to"
+        ) from error
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read a record. Raises RecordError for a file that is missing or no JSON object."""
+    try:
+        record = json.loads(path.read_text())
+    except OSError as error:
+        raise RecordError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise RecordError(f"{path} is not a record: {error}: measure again") from error
+    if not isinstance(record, dict):
+        raise RecordError(f"{path} is not a record: measure again")
+    return record
