@@ -1,0 +1,420 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * An Ethernet learning switch as a shared object. This one source runs in a sub context, behind
+ * VMCALL in the VMM, inside a guest with everything mapped, and natively in the tests.
+ *
+ * Three rules keep hostile guests and stopped vCPUs from harming anyone else:
+ *
+ *  - What lies in a window changes at any moment. A value is read once into a local, checked, and
+ *    only the local is used; the header that was looked up is the header that is delivered.
+ *    Positions are masked or compared with what `shared` says, which no guest can write. The
+ *    bytes behind the header decide nothing, so it does not matter when they are read.
+ *  - Nobody waits for anybody. Every lane and every counter has one writer, the source port's
+ *    call; table entries are replaced in one compare-and-swap that may fail. A call that stops
+ *    for ever in the middle leaves frames unpublished and nothing else unfinished.
+ *  - A call is bounded: SWITCH_MAX_BURST frames, at most SWITCH_MAX_PORTS - 1 copies of each.
+ */
+
+/* The sub context leaves the vector registers to the guest, and all builds shall run one code. */
+#pragma GCC target("general-regs-only")
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "elisa_memory.h"
+#include "elisa_object.h"
+#include "switch.h"
+
+#define LIKELY(condition) __builtin_expect(!!(condition), 1)
+#define UNLIKELY(condition) __builtin_expect(!!(condition), 0)
+
+/* A word at any address that may alias anything: frames need not start on 8 bytes. */
+typedef uint64_t word __attribute__((may_alias, aligned(1)));
+
+/*
+ * From here on `rep movsq`. It starts slowly (some 30 cycles before the first byte on processors
+ * with fast strings), so plain 8-byte moves win for small frames; from about this size on its
+ * whole-line moves do, and an emulator that counts instructions counts one for 8 bytes, not two.
+ */
+#define STRING_MOVE_BYTES 512
+
+/* The first 16 bytes of a frame. */
+struct header {
+	uint64_t low;  /* destination in bits 0-47, first two bytes of the source above */
+	uint64_t high; /* the source's other four bytes, type, two bytes of payload */
+};
+
+struct call {
+	struct switch_shared *shared;
+	struct switch_port *port;
+	const struct elisa_env *env;
+	uint64_t enabled;
+	uint32_t id;
+};
+
+/* What resolve() says when it is not a port number. */
+enum { FLOOD = SWITCH_MAX_PORTS, NOWHERE };
+
+/* ----------------------------------------------------------- station table */
+
+static bool is_fresh(const struct switch_shared *shared, uint64_t entry, uint64_t epoch)
+{
+	uint64_t age = (epoch - (entry >> SWITCH_ENTRY_EPOCH_SHIFT)) & SWITCH_ENTRY_EPOCH_MASK;
+
+	return (entry & SWITCH_ENTRY_PINNED) || ((entry & SWITCH_ENTRY_VALID) && age <= shared->max_age);
+}
+
+static uint32_t entry_port(uint64_t entry)
+{
+	return (entry >> SWITCH_ENTRY_PORT_SHIFT) & (SWITCH_MAX_PORTS - 1);
+}
+
+/*
+ * Note that `source` is behind the calling port. False when it is pinned to another port.
+ * A failed compare-and-swap means that another port just wrote the entry; the next call of this
+ * one tries again.
+ */
+static bool learn(const struct call *call, uint64_t source)
+{
+	struct switch_shared *shared = call->shared;
+	uint64_t *line = shared->table[switch_table_line(shared, source)];
+	uint64_t epoch = READ_ONCE(shared->epoch) & SWITCH_ENTRY_EPOCH_MASK;
+	uint64_t wanted = source | (uint64_t)call->id << SWITCH_ENTRY_PORT_SHIFT |
+			  epoch << SWITCH_ENTRY_EPOCH_SHIFT | SWITCH_ENTRY_VALID;
+	uint64_t *place = 0, *own = 0;
+	uint64_t place_entry = 0, own_entry = 0;
+	unsigned int owned = 0;
+
+	if ((source & 1) || source == 0) /* no station sends from a group address */
+		return true;
+	for (unsigned int way = 0; way < SWITCH_TABLE_WAYS; way++) {
+		uint64_t entry = READ_ONCE(line[way]);
+
+		if ((entry & SWITCH_MAC_MASK) == source) {
+			if (LIKELY(entry == wanted))
+				return true;
+			if (entry & SWITCH_ENTRY_PINNED)
+				return entry_port(entry) == call->id;
+			place = &line[way];
+			place_entry = entry;
+			owned = 0;
+			break;
+		}
+		if (!is_fresh(shared, entry, epoch)) {
+			if (!place) {
+				place = &line[way];
+				place_entry = entry;
+			}
+		} else if (!(entry & SWITCH_ENTRY_PINNED) && entry_port(entry) == call->id) {
+			own = &line[way];
+			own_entry = entry;
+			owned++;
+		}
+	}
+	if (!place || owned >= SWITCH_TABLE_SHARE) {
+		if (!own) {
+			call->port->not_learned++;
+			return true;
+		}
+		place = own;
+		place_entry = own_entry;
+	}
+	__atomic_compare_exchange_n(place, &place_entry, wanted, false, __ATOMIC_RELAXED,
+				    __ATOMIC_RELAXED);
+	return true;
+}
+
+/* The port behind which `destination` is, or FLOOD. */
+static uint32_t look_up(const struct switch_shared *shared, uint64_t destination)
+{
+	const uint64_t *line = shared->table[switch_table_line(shared, destination)];
+	uint64_t epoch = READ_ONCE(shared->epoch);
+
+	for (unsigned int way = 0; way < SWITCH_TABLE_WAYS; way++) {
+		uint64_t entry = READ_ONCE(line[way]);
+
+		if (((entry ^ destination) & SWITCH_MAC_MASK) == 0 && entry != 0)
+			return is_fresh(shared, entry, epoch) ? entry_port(entry) : FLOOD;
+	}
+	return FLOOD;
+}
+
+/*
+ * Where frames with these addresses go: a port, FLOOD or NOWHERE. In the first two cases `kind`
+ * is the counter for them; for NOWHERE the frame has been counted under its reason.
+ */
+static __attribute__((noinline)) uint32_t resolve(const struct call *call, struct header header,
+						  uint64_t **kind)
+{
+	struct switch_port *port = call->port;
+	uint64_t destination = header.low & SWITCH_MAC_MASK;
+	uint64_t source = header.low >> 48 | (header.high & 0xffffffff) << 16;
+	uint64_t others = call->enabled & ~(1ULL << call->id);
+	uint32_t found = FLOOD;
+
+	if (!learn(call, source)) {
+		port->spoofed++;
+		return NOWHERE;
+	}
+	if (destination == SWITCH_MAC_MASK) {
+		*kind = &port->broadcast;
+	} else if (destination & 1) {
+		*kind = &port->multicast;
+	} else {
+		found = look_up(call->shared, destination);
+		*kind = found == FLOOD ? &port->unknown : &port->unicast;
+	}
+	if (found == call->id) {
+		port->same_port++;
+		return NOWHERE;
+	}
+	if (found == FLOOD ? !others : !(others >> found & 1)) {
+		port->no_receiver++;
+		return NOWHERE;
+	}
+	if (found == FLOOD && (others & (others - 1)) == 0)
+		return (uint32_t)__builtin_ctzll(others); /* one receiver: no different from unicast */
+	return found;
+}
+
+/* ------------------------------------------------------------------- lanes */
+
+struct open_lane {
+	struct switch_lane *lane;
+	struct switch_lane_control *control;
+	uint8_t *slots;
+	uint32_t head;
+	uint32_t room;  /* frames that can be delivered */
+	bool bad_tail;  /* no room because the receiver's tail makes no sense */
+};
+
+static inline struct open_lane open_lane(const struct call *call, uint32_t destination)
+{
+	const struct switch_shared *shared = call->shared;
+	uint8_t *base = (uint8_t *)(call->env->windows + destination * call->env->window_size);
+	struct switch_window *window = (struct switch_window *)base;
+	struct open_lane open = {
+		.lane = &call->shared->lane[call->id][destination],
+		.control = &window->lane[call->id],
+		.slots = base + switch_lane_offset(shared->tx_slots, shared->lane_slots, call->id),
+	};
+	uint32_t used;
+
+	open.head = (uint32_t)open.lane->head;
+	/* Acquire: the receiver has read the slots that it gives back before we overwrite them. */
+	used = open.head - LOAD_ACQUIRE(open.control->tail);
+	open.bad_tail = used > shared->lane_slots;
+	open.room = open.bad_tail ? 0 : shared->lane_slots - used;
+	return open;
+}
+
+/*
+ * Publish what was put into the lane. The order matters to a receiver that looks at any moment and
+ * when this vCPU stops at any instruction: frame and length, our own head, then the receiver's.
+ */
+static inline void close_lane(const struct open_lane *open, uint32_t frames, uint64_t bytes)
+{
+	struct switch_lane *lane = open->lane;
+
+	STORE_RELEASE(lane->head, open->head);
+	STORE_RELEASE(open->control->head, open->head);
+	lane->delivered += frames;
+	lane->bytes += bytes;
+}
+
+static inline void count_refused(const struct open_lane *open)
+{
+	*(open->bad_tail ? &open->lane->bad_tail : &open->lane->full) += 1;
+}
+
+/*
+ * The one copy of a frame. Exactly `length` bytes: rounding up would hand the receiver leftovers
+ * of older frames in the sender's slot. The header comes from the caller, not from the window.
+ */
+static inline void put_frame(struct switch_slot *slot, const uint8_t *from, struct header header,
+			     uint32_t length)
+{
+	uint8_t *to = slot->frame;
+
+	slot->length = length;
+	if (UNLIKELY(length < 32)) {
+		((word *)to)[0] = header.low;
+		for (uint32_t at = 8; at < 16 && at < length; at++)
+			to[at] = (uint8_t)(header.high >> (at - 8) * 8);
+		for (uint32_t at = 16; at < length; at++)
+			to[at] = ((const volatile uint8_t *)from)[at];
+		return;
+	}
+	((word *)to)[0] = header.low;
+	((word *)to)[1] = header.high;
+	/* The last 16 bytes go separately, over some of the others unless these came out even. */
+	const word *last_from = (const word *)(from + length - 16);
+	word *last_to = (word *)(to + length - 16);
+
+	from += 16;
+	to += 16;
+	if (length >= STRING_MOVE_BYTES) {
+		uint64_t words = (length - 16) / 8;
+
+		__asm__ volatile("rep movsq" : "+D"(to), "+S"(from), "+c"(words) : : "memory");
+	} else {
+		while (from < (const uint8_t *)last_from) {
+			uint64_t first = ((const word *)from)[0], second = ((const word *)from)[1];
+
+			((word *)to)[0] = first;
+			((word *)to)[1] = second;
+			from += 16;
+			to += 16;
+		}
+	}
+	last_to[0] = last_from[0];
+	last_to[1] = last_from[1];
+}
+
+static __attribute__((noinline)) void flood(const struct call *call, const uint8_t *frame,
+					    struct header header, uint32_t length)
+{
+	uint64_t others = call->enabled & ~(1ULL << call->id);
+	uint32_t slot_mask = call->shared->lane_slots - 1;
+
+	for (; others; others &= others - 1) {
+		struct open_lane open = open_lane(call, (uint32_t)__builtin_ctzll(others));
+		uint64_t slot = (uint64_t)(open.head & slot_mask) * SWITCH_SLOT_BYTES;
+
+		call->port->copies++;
+		if (!open.room) {
+			count_refused(&open);
+			continue;
+		}
+		put_frame((struct switch_slot *)(open.slots + slot), frame, header, length);
+		open.head++;
+		close_lane(&open, 1, length);
+	}
+}
+
+/* -------------------------------------------------------------------- send */
+
+/* Send `count` frames from slot `first` on; how many were dealt with. */
+static uint32_t send(const struct call *call, uint32_t first, uint32_t count, bool wait)
+{
+	const struct switch_shared *shared = call->shared;
+	struct switch_port *port = call->port;
+	uint8_t *base = (uint8_t *)(call->env->windows + call->id * call->env->window_size);
+	struct switch_window *window = (struct switch_window *)base;
+	const uint32_t slot_mask = shared->lane_slots - 1, tx_mask = shared->tx_slots - 1;
+	/* Lengths less the minimum, so that one unsigned comparison refuses both ends. */
+	const uint32_t spread = shared->frame_limit - SWITCH_MIN_FRAME;
+	uint32_t done = 0;
+
+	while (done < count) {
+		uint32_t index = (first + done) & tx_mask;
+		const uint8_t *frame = window->tx_frame + (uint64_t)index * SWITCH_SLOT_BYTES;
+		uint32_t length = READ_ONCE(window->tx_length[index]);
+		struct header header, run;
+		struct open_lane open;
+		uint32_t to, stop, started;
+		uint64_t *kind, bytes = 0;
+
+		if (length - SWITCH_MIN_FRAME > spread) {
+			*(length < SWITCH_MIN_FRAME ? &port->too_short : &port->too_long) += 1;
+			done++;
+			continue;
+		}
+		length &= SWITCH_SLOT_BYTES - 1; /* also when the branch above is mispredicted */
+		header.low = READ_ONCE(((const word *)frame)[0]);
+		header.high = READ_ONCE(((const word *)frame)[1]);
+		to = resolve(call, header, &kind);
+		if (to >= FLOOD) {
+			if (to == FLOOD) {
+				*kind += 1;
+				flood(call, frame, header, length);
+			}
+			port->bytes += length;
+			done++;
+			continue;
+		}
+
+		open = open_lane(call, to);
+		if (!open.room) {
+			if (wait && !open.bad_tail) {
+				port->waited++;
+				break;
+			}
+			count_refused(&open);
+			*kind += 1;
+			port->copies++;
+			port->bytes += length;
+			done++;
+			continue;
+		}
+		/*
+		 * A run: frames with the same addresses go to the same lane, without looking
+		 * anything up. One that differs, or has no valid length, ends the run and is read
+		 * afresh above; nothing that was read of it here is kept.
+		 */
+		run = header;
+		started = done;
+		stop = count - done < open.room ? count : done + open.room;
+		for (;;) {
+			uint64_t slot = (uint64_t)(open.head & slot_mask) * SWITCH_SLOT_BYTES;
+
+			put_frame((struct switch_slot *)(open.slots + slot), frame, header, length);
+			open.head++;
+			bytes += length;
+			if (++done == stop)
+				break;
+			index = (first + done) & tx_mask;
+			length = READ_ONCE(window->tx_length[index]);
+			if (UNLIKELY(length - SWITCH_MIN_FRAME > spread))
+				break;
+			length &= SWITCH_SLOT_BYTES - 1;
+			frame = window->tx_frame + (uint64_t)index * SWITCH_SLOT_BYTES;
+			header.low = READ_ONCE(((const word *)frame)[0]);
+			header.high = READ_ONCE(((const word *)frame)[1]);
+			if (UNLIKELY(header.low != run.low ||
+				     (uint32_t)header.high != (uint32_t)run.high))
+				break;
+		}
+		close_lane(&open, done - started, bytes);
+		*kind += done - started;
+		port->copies += done - started;
+		port->bytes += bytes;
+	}
+	port->frames += done;
+	return done;
+}
+
+uint64_t elisa_serve(uint64_t a0, uint64_t a1, uint64_t a2, const struct elisa_env *env)
+{
+	struct switch_shared *shared = (struct switch_shared *)env->shared;
+	struct call call = { .shared = shared, .env = env, .id = env->id };
+	uint64_t sequence, result;
+
+	call.port = &shared->port[call.id];
+	call.port->calls++;
+	if (UNLIKELY((a0 >> 8 & 0xff) != call.id)) {
+		call.port->foreign_port++;
+		return ELISA_ERROR(ELISA_EPERM);
+	}
+	if (UNLIKELY((a0 & ~(uint64_t)(0xff00 | SWITCH_WAIT)) != SWITCH_OP_SEND ||
+		     a2 > SWITCH_MAX_BURST || a2 > shared->tx_slots)) {
+		call.port->bad_request++;
+		return ELISA_ERROR(ELISA_EINVAL);
+	}
+	/*
+	 * The host takes a port away by clearing its bit and then waiting until no sequence is odd
+	 * that was odd before. So the bit must be read after the sequence can be seen: a full
+	 * barrier, which the exchange is.
+	 */
+	sequence = call.port->sequence | 1;
+	__atomic_exchange_n(&call.port->sequence, sequence, __ATOMIC_SEQ_CST);
+	call.enabled = READ_ONCE(shared->enabled);
+	if (LIKELY(call.enabled >> call.id & 1)) {
+		result = send(&call, (uint32_t)a1, (uint32_t)a2, a0 & SWITCH_WAIT);
+	} else {
+		call.port->port_down++;
+		result = ELISA_ERROR(ELISA_ENETDOWN);
+	}
+	STORE_RELEASE(call.port->sequence, sequence + 1);
+	return result;
+}
