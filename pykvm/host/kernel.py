@@ -1,0 +1,255 @@
+"""Build the patched KVM modules out of tree, from the distribution's source and headers.
+
+Only `arch/x86/kvm`, `virt/kvm` and the headers that belong to KVM are unpacked and patched; the
+rest of the kernel is the distribution's headers package, so the modules load into its unmodified
+kernel. The result is cached by everything that goes into it.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from fnmatch import fnmatch
+from pathlib import Path
+
+from pykvm.errors import PykvmError
+from pykvm.host import cache
+from pykvm.host.kernel_packages import (
+    SRC,
+    Headers,
+    Source,
+    find_headers,
+    find_source,
+    makefile_version,
+    require_match,
+)
+
+__all__ = [
+    "MODULES",
+    "CompileFailed",
+    "PatchFailed",
+    "PatchMissing",
+    "ToolMissing",
+    "build",
+    "find_patch",
+    "patches_directory",
+]
+
+# In the order in which they are loaded.
+MODULES = ("kvm", "kvm-intel")
+
+# What is unpacked besides the files that the patch names. Headers here come before the
+# distribution's, so nothing but KVM's own belongs in the list.
+_UNPACKED = (
+    "Makefile",
+    "arch/x86/kvm",
+    "virt/kvm",
+    "include/linux/kvm_*.h",
+    "include/uapi/linux/kvm*.h",
+    "arch/x86/include/asm/kvm*.h",
+    "arch/x86/include/uapi/asm/kvm*.h",
+)
+
+# A file named Kbuild comes before the Makefile beside it, which stays as upstream wrote it and
+# the patch left it. That Makefile names its parts by $(srctree), which in a build against headers
+# is the headers; hence the exchange. An assignment here beats the environment through which the
+# top Makefile hands LINUXINCLUDE down. trace.h is found by "../../arch/x86/kvm" from
+# include/uapi.
+_KBUILD = """\
+headers_srctree := $(srctree)
+srctree := $(kvm_tree)
+LINUXINCLUDE := -I$(kvm_tree)/arch/x86/include -I$(kvm_tree)/include \\
+	-I$(kvm_tree)/arch/x86/include/uapi -I$(kvm_tree)/include/uapi $(LINUXINCLUDE)
+ccflags-y += -fmacro-prefix-map=$(kvm_tree)/=
+include $(kvm_tree)/arch/x86/kvm/Makefile
+srctree := $(headers_srctree)
+"""
+
+# No kvm-amd; no debug information, which would be ten times the code; a source version, by which
+# a loaded module can be told from another.
+_MAKE_VARIABLES = (
+    "CONFIG_KVM_AMD=",
+    "CONFIG_DEBUG_INFO=",
+    "CONFIG_DEBUG_INFO_BTF_MODULES=",
+    "CONFIG_MODULE_SRCVERSION_ALL=y",
+)
+
+
+class PatchMissing(PykvmError):
+    """There is no patch for this kernel series."""
+
+
+class PatchFailed(PykvmError):
+    """The patch does not apply to the distribution's source."""
+
+
+class ToolMissing(PykvmError):
+    """A program that the build needs is not installed."""
+
+
+class CompileFailed(PykvmError):
+    """The modules do not compile, or the source cannot be unpacked."""
+
+
+def build(
+    release: str | None = None,
+    *,
+    patched: bool = True,
+    src: Path = SRC,
+    patches: Path | None = None,
+) -> Path:
+    """Build `kvm.ko` and `kvm-intel.ko` for a kernel; return the directory that holds them.
+
+    Args:
+        release: As `uname -r` says it; by default the running kernel's.
+        patched: Without, the distribution's own modules come out, built by the same recipe.
+        src: Where the distribution's headers and source are.
+        patches: Where the patches are; by default `kernel-patches` of this checkout.
+
+    Raises:
+        HeadersMissing, SourceMissing, VersionMismatch: see `pykvm.host.kernel_packages`.
+        PatchMissing, PatchFailed, ToolMissing, CompileFailed: as their names say.
+    """
+    headers = find_headers(release, src)
+    patch = find_patch(headers.series, patches) if patched else None
+    source = find_source(headers.series, src)
+    _require_tools(headers)
+    tree = _unpack(source, patch)
+    require_match(headers, source, makefile_version(tree / "Makefile"))
+    key = cache.key(
+        tree.name,
+        patch or "",
+        headers.release,
+        headers.package,
+        headers.path / ".config",
+        headers.path / "Module.symvers",
+        _KBUILD,
+        *_MAKE_VARIABLES,
+    )
+    return cache.entry("modules", key, lambda out: _build_into(out, tree, headers, patch))
+
+
+def patches_directory() -> Path:
+    """`kernel-patches` of this checkout."""
+    return Path(__file__).resolve().parents[2] / "kernel-patches"
+
+
+def find_patch(series: str, patches: Path | None = None) -> Path:
+    """The patch for a kernel series such as `6.1`.
+
+    Raises:
+        PatchMissing: there is none.
+    """
+    directory = patches or patches_directory()
+    patch = directory / f"linux-{series}.patch"
+    if patch.is_file():
+        return patch
+    have = ", ".join(
+        path.stem.removeprefix("linux-") for path in sorted(directory.glob("linux-*.patch"))
+    )
+    raise PatchMissing(
+        f"no KVM patch for Linux {series}, only for: {have or 'none'}; boot a kernel of such a "
+        "series, or use the emulated host: pykvm testbed -- COMMAND"
+    )
+
+
+def _require_tools(headers: Headers) -> None:
+    packages = {
+        "make": "make",
+        "tar": "tar",
+        "xz": "xz-utils",
+        "patch": "patch",
+        headers.compiler: headers.compiler,
+    }
+    missing = {tool: package for tool, package in packages.items() if not shutil.which(tool)}
+    if missing:
+        raise ToolMissing(
+            f"the kernel build needs {', '.join(missing)}; "
+            f"type: apt-get install --no-install-recommends {' '.join(missing.values())}"
+        )
+
+
+def _unpack(source: Source, patch: Path | None) -> Path:
+    """KVM's part of the source, as a cache entry; reading the whole archive takes seconds."""
+    members = sorted({*_UNPACKED, *_changed_files(patch)})
+    stat = source.tarball.stat()
+    key = cache.key(source.package, stat.st_size, stat.st_mtime_ns, *members)
+
+    def unpack(out: Path) -> None:
+        top = f"linux-source-{source.series}"
+        command = ["tar", "-xJf", str(source.tarball), "-C", str(out), "--strip-components=1"]
+        command += ["--wildcards", *(f"{top}/{member}" for member in members)]
+        log = cache.log_path("kernel-unpack")
+        log.write_text("")
+        if _run(command, out, log) != 0:
+            raise CompileFailed(
+                f"cannot unpack {source.tarball}, see {log}; "
+                f"type: apt-get install --reinstall linux-source-{source.series}"
+            )
+
+    return cache.entry("linux-source", key, unpack)
+
+
+def _changed_files(patch: Path | None) -> set[str]:
+    """Files of the original tree that the patch changes and `_UNPACKED` does not cover."""
+    if patch is None:
+        return set()
+    changed = re.findall(r"^--- a/(\S+)", patch.read_text(), re.MULTILINE)
+    patterns = [*_UNPACKED, *(f"{name}/*" for name in _UNPACKED)]
+    # tar fails on a name that an earlier pattern has already used up.
+    return {path for path in changed if not any(fnmatch(path, one) for one in patterns)}
+
+
+def _build_into(out: Path, tree: Path, headers: Headers, patch: Path | None) -> None:
+    log = cache.log_path(f"kernel-build-{headers.release}")
+    log.write_text("")
+    # Inside `out`, so that the cache removes it whatever happens to this process.
+    work = out / "tree"
+    shutil.copytree(tree, work)
+    if patch is not None:
+        _apply(patch, work, log)
+    kvm = work / "arch/x86/kvm"
+    (kvm / "Kbuild").write_text(_KBUILD)
+    (work / "include/uapi").mkdir(parents=True, exist_ok=True)
+    jobs = len(os.sched_getaffinity(0))
+    command = ["make", "-C", str(headers.path), f"M={kvm}", f"kvm_tree={work}"]
+    command += [*_MAKE_VARIABLES, f"-j{jobs}", "modules"]
+    if _run(command, work, log) != 0:
+        raise CompileFailed(
+            f"the KVM modules for {headers.release} do not compile{_first_error(log)}; read {log}"
+        )
+    for module in MODULES:
+        shutil.copy2(kvm / f"{module}.ko", out)
+    shutil.rmtree(work)
+    shutil.copy2(log, out / "build.log")
+
+
+def _apply(patch: Path, work: Path, log: Path) -> None:
+    command = ["patch", "-p1", "--batch", "--forward", "-i", str(patch.resolve())]
+    if _run(command, work, log) != 0:
+        raise PatchFailed(
+            f"{patch.name} does not apply to the distribution's source, see {log}; "
+            "update pykvm, or install the kernel version named in kernel-patches/README.md"
+        )
+
+
+def _first_error(log: Path) -> str:
+    found = re.search(r"\b(?:fatal )?error: (.+)", log.read_text(errors="replace"))
+    return f" ({found[1]})" if found else ""
+
+
+def _run(command: list[str], directory: Path, log: Path) -> int:
+    # The kernel's Makefiles listen to the environment; a user's KCFLAGS or ARCH is not meant.
+    environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
+    with log.open("a") as output:
+        output.write(f"$ {' '.join(command)}\n")
+        output.flush()
+        return subprocess.run(
+            command,
+            cwd=directory,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=False,
+        ).returncode

@@ -1,0 +1,194 @@
+"""The distribution's kernel headers and source: where they are and whether they match.
+
+Debian puts the headers of one kernel into `/usr/src/linux-headers-RELEASE` and the source of a
+whole series into `/usr/src/linux-source-SERIES.tar.xz`. A module loads only if both come from one
+version of the kernel, and last month's version may be gone from the archive.
+"""
+
+import platform
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from pykvm.errors import PykvmError
+
+__all__ = [
+    "Headers",
+    "HeadersMissing",
+    "Source",
+    "SourceMissing",
+    "VersionMismatch",
+    "find_headers",
+    "find_source",
+    "installed_headers",
+    "makefile_version",
+    "package_version",
+    "require_match",
+    "running_release",
+]
+
+SRC = Path("/usr/src")
+
+
+class HeadersMissing(PykvmError):
+    """The headers of the wanted kernel are not installed."""
+
+
+class SourceMissing(PykvmError):
+    """The source of the wanted kernel series is not installed."""
+
+
+class VersionMismatch(PykvmError):
+    """Headers and source are of different versions of the kernel."""
+
+
+@dataclass(frozen=True)
+class Headers:
+    """The headers of one kernel.
+
+    Attributes:
+        release: What `uname -r` says on that kernel, `6.1.0-56-cloud-amd64`.
+        path: The build directory for `make -C`.
+        version: The upstream version, `6.1.192`.
+        package: Version of the Debian package, `6.1.192-2`; empty where there is none.
+        compiler: The compiler that the distribution built the kernel with, `gcc-12`.
+    """
+
+    release: str
+    path: Path
+    version: str
+    package: str
+    compiler: str
+
+    @property
+    def series(self) -> str:
+        """The kernel series, `6.1`."""
+        return ".".join(self.version.split(".")[:2])
+
+
+@dataclass(frozen=True)
+class Source:
+    """The source of one kernel series; `package` as in `Headers`."""
+
+    series: str
+    tarball: Path
+    package: str
+
+
+def running_release() -> str:
+    """The release of the running kernel, as `uname -r` prints it."""
+    return platform.release()
+
+
+def installed_headers(src: Path = SRC) -> list[str]:
+    """Releases whose headers are installed, newest last."""
+    releases = [
+        path.name.removeprefix("linux-headers-")
+        for path in src.glob("linux-headers-*")
+        if (path / ".config").is_file() and (path / "Module.symvers").is_file()
+    ]
+    return sorted(releases, key=_by_number)
+
+
+def find_headers(release: str | None = None, src: Path = SRC) -> Headers:
+    """The headers of `release`, by default of the running kernel.
+
+    Raises:
+        HeadersMissing: they are not installed, or not complete.
+    """
+    wanted = release or running_release()
+    path = src / f"linux-headers-{wanted}"
+    installed = installed_headers(src)
+    if wanted not in installed:
+        others = f", or name one that is here (--kernel {installed[-1]})" if installed else ""
+        raise HeadersMissing(
+            f"no headers for kernel {wanted} in {src}; "
+            f"type: apt-get install linux-headers-{wanted}{others}"
+        )
+    return Headers(
+        release=wanted,
+        path=path,
+        version=makefile_version(_top_makefile(path)),
+        package=package_version(f"linux-headers-{wanted}"),
+        compiler=_compiler(path),
+    )
+
+
+def find_source(series: str, src: Path = SRC) -> Source:
+    """The distribution's source of a kernel series such as `6.1`.
+
+    Raises:
+        SourceMissing: it is not installed.
+    """
+    tarball = src / f"linux-source-{series}.tar.xz"
+    if not tarball.is_file():
+        raise SourceMissing(
+            f"no source of Linux {series} ({tarball}); "
+            f"type: apt-get install --no-install-recommends linux-source-{series}"
+        )
+    return Source(series, tarball, package_version(f"linux-source-{series}"))
+
+
+def require_match(headers: Headers, source: Source, source_version: str) -> None:
+    """Check that source and headers are of one version.
+
+    Args:
+        source_version: What the Makefile inside the source says, `6.1.192`.
+
+    Raises:
+        VersionMismatch: they are not.
+    """
+    packages = headers.package and source.package and headers.package != source.package
+    if headers.version == source_version and not packages:
+        return
+    raise VersionMismatch(
+        f"headers of {headers.release} are version {headers.package or headers.version}, "
+        f"linux-source-{source.series} is {source.package or source_version}; "
+        f"type: apt-get update && apt-get install linux-source-{source.series} "
+        f"linux-headers-{_flavour(headers.release)}, and boot that kernel if it runs here"
+    )
+
+
+def package_version(package: str) -> str:
+    """Version of an installed Debian package; empty if it is not installed, or not a Debian."""
+    try:
+        query = subprocess.run(
+            ["dpkg-query", "-W", "-f", "${db:Status-Status} ${Version}", package],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        return ""
+    status, _, version = query.stdout.partition(" ")
+    return version if status == "installed" else ""
+
+
+def _by_number(release: str) -> list[tuple[int, str]]:
+    return [(int(number or 0), text) for number, text in re.findall(r"(\d*)(\D*)", release)]
+
+
+def _flavour(release: str) -> str:
+    # 6.1.0-56-cloud-amd64 comes from the package that always depends on the newest: cloud-amd64.
+    return re.sub(r"^[\d.]+-\d+-", "", release)
+
+
+def _top_makefile(headers: Path) -> Path:
+    # Debian's is one line that includes the Makefile of the part that all flavours share.
+    text = (headers / "Makefile").read_text()
+    if included := re.search(r"^include (\S+)$", text, re.MULTILINE):
+        return Path(included[1])
+    return headers / "Makefile"
+
+
+def makefile_version(makefile: Path) -> str:
+    """VERSION.PATCHLEVEL.SUBLEVEL of a kernel's top Makefile."""
+    words = dict(re.findall(r"^(\w+) = (\d+)$", makefile.read_text(), re.MULTILINE))
+    return ".".join(words.get(name, "0") for name in ("VERSION", "PATCHLEVEL", "SUBLEVEL"))
+
+
+def _compiler(headers: Path) -> str:
+    config = (headers / ".config").read_text()
+    text = re.search(r'^CONFIG_CC_VERSION_TEXT="(\S+)', config, re.MULTILINE)
+    return text[1] if text else "gcc"
