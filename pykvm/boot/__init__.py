@@ -1,0 +1,1 @@
+"""Guests from boot on: loaders for their images and builders for their virtual machines."""

@@ -1,0 +1,1 @@
+"""Shared objects in sub EPT contexts: building, attaching, calling."""
