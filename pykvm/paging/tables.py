@@ -1,0 +1,402 @@
+"""The builder of page tables, EPT and x86, 4 and 5 levels.
+
+`PageTables` holds numbered tables of 512 words; table 0 is the root. What the address field of an
+entry that leads to table n holds is the allocator's choice:
+
+- `TableNumbers`: the number n, for the tables that the kernel takes (`kvm_elisa.h`: "the address
+  field of an entry is an index"). Leaves then name pages by their number in a list of pages.
+- `TableAddresses`: an address, for tables that lie in guest memory.
+
+Building an EPT for the kernel and a guest page table for GPA 0x4000100000::
+
+    ept = PageTables(EptEntry, TableNumbers())
+    ept.map_pages(0x4000001000, 7, 1, Access.READ | Access.EXECUTE)
+    print(ept.walk(0x4000001000))       # GPA 0x4000001000 -> page 7 [r-x WB 4K]
+    ept.tobytes()                       # all tables, root first
+
+    guest = PageTables(X86Entry, TableAddresses(0x4000100000, 0x100000))
+    guest.map(0x2d4cf4c01000, 0x4000001000, 4096, Access.READ | Access.EXECUTE)
+    guest.store(memory.write)           # each table to its address
+
+**How many tables.** Let S(l) be the bytes that a table of level l spans, 2^(12 + 9 l). There is the
+root, and for each level l below the root's one table for each block of S(l) bytes, aligned to
+S(l), that holds a leaf of level l or lower. A range [a, b) of 4 KiB pages alone so takes
+1 + sum over l = 1 .. levels-1 of floor((b - 1) / S(l)) - floor(a / S(l)) + 1 tables. The Anywhere
+Page Table (`apt`) adds one for each level below the root's, and, for each bound of its excluded
+range, one for each block of S(l) bytes that has the bound inside, unless that block has a table
+already or a leaf maps the bound's place.
+"""
+
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Generic, Protocol, TypeVar
+
+from pykvm.errors import PykvmError
+from pykvm.paging.entries import (
+    ADDRESS_MASK,
+    ENTRIES,
+    PAGE_SIZE,
+    SIZE_1G,
+    SIZE_2M,
+    SIZE_4K,
+    Access,
+    Entry,
+    MemoryType,
+    X86Entry,
+    page_size,
+    size_name,
+)
+from pykvm.paging.walk import Span, Walk, spans, walk
+
+__all__ = [
+    "AddressRangeError",
+    "AlignmentError",
+    "AlreadyMappedError",
+    "PageTables",
+    "TableAddresses",
+    "TableAllocator",
+    "TableLimitError",
+    "TableNumbers",
+]
+
+E = TypeVar("E", bound=Entry)
+
+# The kernel refuses more: KVM_ELISA_MAX_TABLES in kvm_elisa.h.
+MAX_CONTEXT_TABLES: Final = 4096
+
+_EMPTY: Final = array("Q", bytes(8 * ENTRIES))
+
+
+class AlreadyMappedError(PykvmError, ValueError):
+    """A mapping over another one."""
+
+
+class AlignmentError(PykvmError, ValueError):
+    """An address or a size that is no multiple of 4096."""
+
+
+class AddressRangeError(PykvmError, ValueError):
+    """A range that the tables cannot translate."""
+
+
+class TableLimitError(PykvmError, MemoryError):
+    """No room for another table."""
+
+
+class TableAllocator(Protocol):
+    """Where tables lie: a pure function of their number, so that a refused map costs nothing."""
+
+    @property
+    def indexed(self) -> bool:
+        """Whether address fields hold indices."""
+
+    def address(self, number: int) -> int:
+        """The address field for table `number`, in place. Raises TableLimitError."""
+
+
+@dataclass(frozen=True)
+class TableNumbers:
+    """Address fields hold table numbers (and, in leaves, page numbers)."""
+
+    limit: int = MAX_CONTEXT_TABLES
+    indexed: bool = field(default=True, init=False)
+
+    def address(self, number: int) -> int:
+        if number >= self.limit:
+            raise TableLimitError(f"more than {self.limit} tables: map less in one context")
+        return number * PAGE_SIZE
+
+
+@dataclass(frozen=True)
+class TableAddresses:
+    """Tables lie one after the other from address `base`, in `size` bytes."""
+
+    base: int
+    size: int
+    indexed: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        if (self.base | self.size) & (PAGE_SIZE - 1) or self.base & ~ADDRESS_MASK:
+            raise AlignmentError(f"tables at {self.base:#x}, {self.size:#x} bytes: align to 4096")
+
+    def address(self, number: int) -> int:
+        if (number + 1) * PAGE_SIZE > self.size:
+            raise TableLimitError(
+                f"more than {self.size // PAGE_SIZE} tables at {self.base:#x}: give them more room"
+            )
+        return self.base + number * PAGE_SIZE
+
+
+@dataclass(slots=True)
+class _Plan:
+    """What a map will do, found out before anything is done.
+
+    delta: target minus address. top: the level of the largest leaves.
+    """
+
+    delta: int
+    top: int
+    # New tables by number: their level, first address, and the place of the entry leading there.
+    tables: list[tuple[int, int, int, int]] = field(default_factory=list)
+    # Runs of leaves: table number, first index, count, level, address of the first page.
+    leaves: list[tuple[int, int, int, int, int]] = field(default_factory=list)
+
+
+class PageTables(Generic[E]):
+    """Tables of one entry type, empty at first.
+
+    entry: `EptEntry` or `X86Entry`. levels: 4 or 5. table_access: what entries above the leaves
+    allow, by default everything: the leaf decides.
+
+    x86 tables take GVAs as the processor does, sign-extended.
+    """
+
+    def __init__(
+        self,
+        entry: type[E],
+        allocator: TableAllocator,
+        *,
+        levels: int = 4,
+        table_access: Access | None = None,
+    ) -> None:
+        if levels not in (4, 5):
+            raise AddressRangeError(f"{levels} levels: use 4 or 5")
+        self.entry = entry
+        self.allocator = allocator
+        self.levels = levels
+        self.table_access = entry.TABLE_ACCESS if table_access is None else table_access
+        self._tables: list[array[int]] = []
+        self._level: list[int] = []
+        self._base: list[int | None] = []
+        self._children: dict[tuple[int, int], int] = {}
+        self._number: dict[int, int] = {}
+        self.add_table(levels, 0)
+
+    # ---- Mapping ----
+
+    def map(
+        self,
+        start: int,
+        target: int,
+        size: int,
+        access: Access,
+        *,
+        max_page: int = SIZE_4K,
+        memory_type: MemoryType = MemoryType.WB,
+    ) -> None:
+        """Map size bytes from start on to those from target on, with the largest pages possible.
+
+        max_page: the largest to use, SIZE_4K, SIZE_2M or SIZE_1G.
+
+        Raises AlignmentError, AddressRangeError, AlreadyMappedError, TableLimitError, EntryError;
+        the tables are unchanged then.
+        """
+        if (start | target | size) & (PAGE_SIZE - 1):
+            raise AlignmentError(
+                f"map {start:#x} to {target:#x}, {size:#x} bytes: align all three to 4096"
+            )
+        if max_page not in (SIZE_4K, SIZE_2M, SIZE_1G):
+            raise AlignmentError(f"pages of {max_page:#x} bytes: use SIZE_4K, SIZE_2M or SIZE_1G")
+        if target < 0 or target + size > ADDRESS_MASK + PAGE_SIZE:
+            raise AddressRangeError(f"target {target:#x}, {size:#x} bytes: stay below 2^52")
+        first = self._fold(start, size)
+        top = next(level for level in (3, 2, 1) if page_size(level) <= max_page)
+        # Start and target have to agree in the bits below a page's size.
+        while (first ^ target) & (page_size(top) - 1):
+            top -= 1
+        patterns = [
+            int(self.entry.leaf(level, 0, access, memory_type)) for level in range(1, top + 1)
+        ]
+        plan = _Plan(target - first, top)
+        if size:
+            self._plan(plan, 0, self.levels, 0, range(first, first + size))
+        self._carry_out(plan, patterns)
+
+    def map_pages(
+        self,
+        start: int,
+        page: int,
+        count: int,
+        access: Access,
+        *,
+        memory_type: MemoryType = MemoryType.WB,
+    ) -> None:
+        """Map count 4 KiB pages from start on to those numbered from page on; errors as in map."""
+        self.map(start, page * PAGE_SIZE, count * PAGE_SIZE, access, memory_type=memory_type)
+
+    def _fold(self, start: int, size: int) -> int:
+        """The address without sign extension, as the indexes of the tables see it."""
+        bits = 12 + 9 * self.levels
+        limit = 1 << bits
+        if self.entry is X86Entry:
+            half = limit >> 1
+            if start >= 0 and size >= 0 and start + size <= half:
+                return start
+            if start >= (1 << 64) - half and size >= 0 and start + size <= 1 << 64:
+                return start & (limit - 1)
+            raise AddressRangeError(
+                f"{start:#x}, {size:#x} bytes: not canonical with {self.levels} levels"
+            )
+        if start < 0 or size < 0 or start + size > limit:
+            raise AddressRangeError(f"{start:#x}, {size:#x} bytes: stay below 2^{bits}")
+        return start
+
+    def _plan(self, plan: _Plan, number: int, level: int, base: int, wanted: range) -> None:
+        """Add to plan what `wanted`, a range inside table `number`, needs; raise on a conflict.
+
+        number: may be that of a table which the plan creates.
+        """
+        size = page_size(level)
+        table = self._tables[number] if number < len(self._tables) else _EMPTY
+        at, end = wanted.start, wanted.stop
+        while at < end:
+            index = (at - base) // size
+            if level <= plan.top and not at & (size - 1) and end - at >= size:
+                count = (end - at) // size
+                if table[index : index + count] != _EMPTY[:count]:
+                    raise self._taken(table, range(index, index + count), level, base)
+                plan.leaves.append((number, index, count, level, at + plan.delta))
+                at += count * size
+                continue
+            here = base + index * size
+            part = range(at, min(end, here + size))
+            if not table[index]:
+                child = len(self._tables) + len(plan.tables)
+                self.allocator.address(child)
+                plan.tables.append((level - 1, here, number, index))
+            else:
+                below = self._children.get((number, index))
+                if below is None or self._base[below] is None:
+                    raise self._taken(table, range(index, index + 1), level, base)
+                child = below
+            self._plan(plan, child, level - 1, here, part)
+            at = part.stop
+
+    def _taken(
+        self, table: Sequence[int], indexes: range, level: int, base: int
+    ) -> AlreadyMappedError:
+        taken = next(index for index in indexes if table[index])
+        at = self._unfold(base + taken * page_size(level))
+        size = size_name(page_size(level))
+        return AlreadyMappedError(
+            f"{self.entry.SPACE} {at:#x} ({size}) is mapped already: choose another place"
+        )
+
+    def _carry_out(self, plan: _Plan, patterns: list[int]) -> None:
+        for level, base, parent, index in plan.tables:
+            self.link(parent, index, self.add_table(level, base))
+        for number, index, count, level, target in plan.leaves:
+            first = target | patterns[level - 1]
+            step = page_size(level)
+            # One slice for a run of pages: no Python object lives longer than its conversion.
+            run = array("Q", range(first, first + count * step, step))
+            self._tables[number][index : index + count] = run
+
+    # ---- Tables as such, for `apt` and for those who hand them on ----
+
+    def __len__(self) -> int:
+        """How many tables there are: their memory is 4096 times as many bytes."""
+        return len(self._tables)
+
+    @property
+    def root(self) -> int:
+        """Address (or number times 4096) of the root table."""
+        return self.allocator.address(0)
+
+    def add_table(self, level: int, base: int | None, fill: int = 0) -> int:
+        """Append a table and return its number.
+
+        base: the first address that it translates; None for a table shared by many places, in
+        which nothing can be mapped. fill: what its entries hold.
+        """
+        number = len(self._tables)
+        address = self.allocator.address(number)
+        self._tables.append(array("Q", [fill]) * ENTRIES)
+        self._level.append(level)
+        self._base.append(base)
+        self._number[address] = number
+        return number
+
+    def link(self, parent: int, index: int, child: int) -> None:
+        """Make an entry of table `parent` lead to table `child`."""
+        self._tables[parent][index] = self.entry_to(child, self.table_access)
+        self._children[parent, index] = child
+
+    def entry_to(self, number: int, access: Access) -> int:
+        """The entry that leads to a table."""
+        return int(self.entry.table(self.allocator.address(number), access))
+
+    def table(self, number: int) -> "array[int]":
+        """The 512 words of a table, not a copy."""
+        return self._tables[number]
+
+    def level(self, number: int) -> int:
+        return self._level[number]
+
+    def base(self, number: int) -> int | None:
+        """The first address that a table translates; None for a shared table."""
+        return self._base[number]
+
+    def read(self, address: int) -> "array[int]":
+        """The 512 words of the table at an address: the read function for `walk`."""
+        return self._tables[self._number[address]]
+
+    def tobytes(self) -> bytes:
+        """All tables in order of their number, 4096 bytes each, little endian."""
+        return b"".join(map(array.tobytes, self._tables))
+
+    def store(self, write: Callable[[int, bytes], object]) -> None:
+        """Write each table to its address, such as with `GuestMemory.write`."""
+        for number, table in enumerate(self._tables):
+            write(self.allocator.address(number), table.tobytes())
+
+    # ---- Reading back ----
+
+    def walk(self, address: int) -> Walk:
+        """What the tables say about an address."""
+        return walk(
+            self.root,
+            address,
+            self.entry,
+            self.read,
+            levels=self.levels,
+            indexed=self.allocator.indexed,
+        )
+
+    def spans(self, start: int = 0, size: int | None = None) -> Iterator[Span]:
+        """All that is mapped (in size bytes from start on), joined where it goes on alike."""
+        limit = 1 << 12 + 9 * self.levels
+        folded = start & (limit - 1)
+        size = limit - folded if size is None else size
+        for span in spans(self.root, folded, size, self.entry, self.read, levels=self.levels):
+            yield Span(
+                self._unfold(span.start),
+                span.size,
+                span.target,
+                span.access,
+                span.memory_type,
+                span.repeats,
+            )
+
+    def _unfold(self, address: int) -> int:
+        bits = 12 + 9 * self.levels
+        if self.entry is X86Entry and address >> (bits - 1):
+            return address | (1 << 64) - (1 << bits)
+        return address
+
+    def __str__(self) -> str:
+        """One line for each range, such as `GPA 0x4000001000-0x4000001fff -> page 7 [r-x WB]`."""
+        return "\n".join(self._lines(self.spans()))
+
+    def _lines(self, found: Iterable[Span]) -> Iterator[str]:
+        for span in found:
+            target = f"{self.entry.TARGET} {span.target:#x}"
+            if self.allocator.indexed:
+                target = f"page {span.target >> 12}"
+            more = " everywhere" if span.repeats else " on" if span.size > PAGE_SIZE else ""
+            kind = span.memory_type.name if span.memory_type is not None else "?"
+            yield (
+                f"{self.entry.SPACE} {span.start:#x}-{span.end - 1:#x} -> {target}{more} "
+                f"[{self.entry.access_name(span.access)} {kind}]"
+            )
