@@ -1,0 +1,43 @@
+"""The virtual switch from the host's side: geometry, ports, counters, packet captures.
+
+The switch itself is ``guest/switch/switch.c`` and runs in a sub context, behind VMCALL, or inside
+a guest; its memory is described in ``guest/include/switch.h``. What stands here prepares that
+memory, adds and removes ports, lets time pass, and reads counters while frames flow.
+"""
+
+from pykvm.switch.capture import (
+    CaptureError,
+    Frame,
+    read_capture,
+    split_capture,
+    write_capture,
+)
+from pykvm.switch.counters import (
+    LaneCounters,
+    PortCounters,
+    SwitchCounters,
+    read_counters,
+)
+from pykvm.switch.geometry import SwitchConfig, SwitchConfigError
+from pykvm.switch.port_io import NativePort, SwitchCallError
+from pykvm.switch.switch import PortBusyError, PortStateError, Switch, SwitchMemoryError
+
+__all__ = [
+    "CaptureError",
+    "Frame",
+    "LaneCounters",
+    "NativePort",
+    "PortBusyError",
+    "PortCounters",
+    "PortStateError",
+    "Switch",
+    "SwitchCallError",
+    "SwitchConfig",
+    "SwitchConfigError",
+    "SwitchCounters",
+    "SwitchMemoryError",
+    "read_capture",
+    "read_counters",
+    "split_capture",
+    "write_capture",
+]

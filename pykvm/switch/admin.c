@@ -1,0 +1,184 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include <string.h>
+
+#include "elisa_memory.h"
+#include "elisa_object.h"
+#include "switch.h"
+
+#include "admin.h"
+
+void switch_initialise(struct switch_shared *shared, uint32_t ports, uint32_t tx_slots,
+		       uint32_t lane_slots, uint32_t frame_limit, uint32_t max_age,
+		       uint64_t hash_seed)
+{
+	memset(shared, 0, sizeof(*shared));
+	shared->version = SWITCH_VERSION;
+	shared->ports = ports;
+	shared->tx_slots = tx_slots;
+	shared->lane_slots = lane_slots;
+	shared->frame_limit = frame_limit;
+	shared->max_age = max_age;
+	shared->hash_seed = hash_seed | 1;
+	STORE_RELEASE(shared->magic, SWITCH_SHARED_MAGIC); /* readers of counters look at it */
+}
+
+/* Remove the entries that `wanted` picks, unless a call replaces them at the same moment. */
+static void sweep(struct switch_shared *shared, int (*wanted)(uint64_t entry, uint64_t argument),
+		  uint64_t argument)
+{
+	for (uint32_t line = 0; line < SWITCH_TABLE_LINES; line++) {
+		for (uint32_t way = 0; way < SWITCH_TABLE_WAYS; way++) {
+			uint64_t *place = &shared->table[line][way];
+			uint64_t entry = READ_ONCE(*place);
+
+			if (entry && wanted(entry, argument))
+				__atomic_compare_exchange_n(place, &entry, 0, 0, __ATOMIC_RELAXED,
+							    __ATOMIC_RELAXED);
+		}
+	}
+}
+
+static int is_behind(uint64_t entry, uint64_t port)
+{
+	return !(entry & SWITCH_ENTRY_PINNED) &&
+	       (entry >> SWITCH_ENTRY_PORT_SHIFT & (SWITCH_MAX_PORTS - 1)) == port;
+}
+
+void switch_disable_port(struct switch_shared *shared, uint32_t port)
+{
+	__atomic_fetch_and(&shared->enabled, ~(1ULL << port), __ATOMIC_SEQ_CST);
+	sweep(shared, is_behind, port);
+}
+
+void switch_port_left(struct switch_shared *shared, uint32_t port)
+{
+	uint64_t sequence = READ_ONCE(shared->port[port].sequence);
+
+	STORE_RELEASE(shared->port[port].sequence, sequence + (sequence & 1));
+}
+
+uint64_t switch_port_inside(const struct switch_shared *shared, uint32_t port)
+{
+	uint64_t sequence = __atomic_load_n(&shared->port[port].sequence, __ATOMIC_SEQ_CST);
+
+	return sequence & 1 ? sequence : 0;
+}
+
+void switch_enable_port(struct switch_shared *shared, uint8_t *windows, uint64_t window_size,
+			uint32_t port)
+{
+	struct switch_window *window = (struct switch_window *)(windows + port * window_size);
+
+	switch_port_left(shared, port);
+	sweep(shared, is_behind, port); /* what its last calls learned after the port was disabled */
+	memset(window, 0, window_size);
+	window->info = (struct switch_window_info){
+		.magic = SWITCH_WINDOW_MAGIC,
+		.version = SWITCH_VERSION,
+		.port = port,
+		.ports = shared->ports,
+		.tx_slots = shared->tx_slots,
+		.lane_slots = shared->lane_slots,
+		.frame_limit = shared->frame_limit,
+		.lanes_offset = switch_lane_offset(shared->tx_slots, shared->lane_slots, 0),
+		.lane_bytes = (uint64_t)shared->lane_slots * SWITCH_SLOT_BYTES,
+	};
+	/*
+	 * Lanes from this port go on where they are: their receivers are running. Only what an
+	 * interrupted call had copied and not published could lie between the two heads; it
+	 * becomes visible with the next frame, complete, in order.
+	 */
+	for (uint32_t source = 0; source < shared->ports; source++)
+		shared->lane[source][port].head = 0;
+	__atomic_fetch_or(&shared->enabled, 1ULL << port, __ATOMIC_SEQ_CST);
+}
+
+static int is_too_old(uint64_t entry, uint64_t argument)
+{
+	uint64_t epoch = argument >> 32, max_age = (uint32_t)argument;
+	uint64_t age = (epoch - (entry >> SWITCH_ENTRY_EPOCH_SHIFT)) & SWITCH_ENTRY_EPOCH_MASK;
+
+	return !(entry & SWITCH_ENTRY_PINNED) && age > max_age;
+}
+
+void switch_tick(struct switch_shared *shared)
+{
+	uint64_t epoch = shared->epoch + 1;
+
+	STORE_RELEASE(shared->epoch, epoch);
+	/* Before an entry's eight bits of epoch come round again. */
+	sweep(shared, is_too_old, (epoch & SWITCH_ENTRY_EPOCH_MASK) << 32 | shared->max_age);
+}
+
+static int is_address(uint64_t entry, uint64_t address)
+{
+	return (entry & SWITCH_MAC_MASK) == address;
+}
+
+int switch_pin(struct switch_shared *shared, uint64_t address, uint32_t port)
+{
+	uint64_t *line = shared->table[switch_table_line(shared, address)];
+	uint64_t wanted = address | (uint64_t)port << SWITCH_ENTRY_PORT_SHIFT |
+			  SWITCH_ENTRY_PINNED | SWITCH_ENTRY_VALID;
+
+	/* The first way that may be taken: calls find it before any later one. */
+	switch_unpin(shared, address);
+	for (uint32_t way = 0; way < SWITCH_TABLE_WAYS; way++) {
+		if (READ_ONCE(line[way]) & SWITCH_ENTRY_PINNED)
+			continue;
+		__atomic_store_n(&line[way], wanted, __ATOMIC_RELAXED);
+		/* One that a call learned in between, elsewhere in the line. */
+		for (way++; way < SWITCH_TABLE_WAYS; way++) {
+			uint64_t entry = READ_ONCE(line[way]);
+
+			if (is_address(entry, address))
+				__atomic_compare_exchange_n(&line[way], &entry, 0, 0, __ATOMIC_RELAXED,
+							    __ATOMIC_RELAXED);
+		}
+		return 0;
+	}
+	return -1;
+}
+
+void switch_unpin(struct switch_shared *shared, uint64_t address)
+{
+	sweep(shared, is_address, address);
+}
+
+uint64_t switch_hypercall(void *env, const uint64_t args[6])
+{
+	return elisa_serve(args[0], args[1], args[2], env);
+}
+
+void switch_window_put(uint8_t *window, uint32_t slot, const uint8_t *frame, uint32_t length)
+{
+	uint32_t bytes = length > SWITCH_SLOT_BYTES ? SWITCH_SLOT_BYTES : length;
+
+	memcpy(window + switch_tx_offset(slot), frame, bytes);
+	((struct switch_window *)window)->tx_length[slot] = length; /* also one that is too long */
+}
+
+uint32_t switch_window_take(const struct switch_shared *shared, uint8_t *window, uint32_t source,
+			    uint8_t *frames, uint32_t *lengths, uint32_t limit)
+{
+	struct switch_window *own = (struct switch_window *)window;
+	uint32_t lane_slots = shared->lane_slots;
+	const uint8_t *slots = window + switch_lane_offset(shared->tx_slots, lane_slots, source);
+	uint32_t tail = own->lane[source].tail;
+	uint32_t head = LOAD_ACQUIRE(own->lane[source].head);
+	uint32_t taken = 0;
+
+	for (; tail != head && taken < limit; tail++, taken++) {
+		const struct switch_slot *slot =
+			(const struct switch_slot *)slots + (tail & (lane_slots - 1));
+		uint32_t length = READ_ONCE(slot->length);
+
+		if (length > SWITCH_MAX_FRAME) /* not from the switch: somebody wrote the window */
+			length = SWITCH_MAX_FRAME;
+		memcpy(frames, slot->frame, length);
+		frames += length;
+		lengths[taken] = length;
+	}
+	STORE_RELEASE(own->lane[source].tail, tail);
+	return taken;
+}

@@ -1,0 +1,125 @@
+"""How large a switch is and where things lie in its memory. Every number comes from switch.h."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pykvm.errors import PykvmError
+from pykvm.switch._native import ffi, lib
+
+__all__ = [
+    "DEFAULT_FRAME_LIMIT",
+    "MAX_BURST",
+    "MAX_FRAME",
+    "MAX_PORTS",
+    "MIN_FRAME",
+    "WINDOWS_ALIGNMENT",
+    "SwitchConfig",
+    "SwitchConfigError",
+]
+
+MAX_PORTS: int = lib.SWITCH_MAX_PORTS
+MAX_BURST: int = lib.SWITCH_MAX_BURST
+MIN_FRAME: int = lib.SWITCH_MIN_FRAME
+MAX_FRAME: int = lib.SWITCH_MAX_FRAME
+DEFAULT_FRAME_LIMIT: int = lib.SWITCH_DEFAULT_FRAME
+
+WINDOWS_ALIGNMENT = 2 << 20
+"""Windows start at the next multiple of this behind the shared memory, as in a shared object."""
+
+
+class SwitchConfigError(PykvmError, ValueError):
+    """A switch that cannot be built."""
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise SwitchConfigError(message)
+
+
+def _is_power_of_two(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0
+
+
+@dataclass(frozen=True)
+class SwitchConfig:
+    """The shape of one switch.
+
+    ports:       2 to 64, one per guest
+    lane_slots:  frames that wait in one lane, a power of two; each takes 2 KiB in every receiver's
+                 window for every source, that is ports * ports * lane_slots * 2 KiB in all
+    tx_slots:    transmit slots of a port and its longest burst, a power of two up to 256
+    frame_limit: longest frame in bytes, without checksum, 14 to 2040
+    max_age:     epochs (`Switch.tick`) of silence after which an address is forgotten, up to 200
+
+    Raises SwitchConfigError.
+    """
+
+    ports: int = 2
+    lane_slots: int = 256
+    tx_slots: int = 256
+    frame_limit: int = DEFAULT_FRAME_LIMIT
+    max_age: int = 30
+
+    def __post_init__(self) -> None:
+        _require(
+            2 <= self.ports <= MAX_PORTS,
+            f"a switch has 2 to {MAX_PORTS} ports: change ports={self.ports}",
+        )
+        for name, slots, largest in (
+            ("lane_slots", self.lane_slots, lib.SWITCH_MAX_LANE_SLOTS),
+            ("tx_slots", self.tx_slots, lib.SWITCH_MAX_TX_SLOTS),
+        ):
+            _require(
+                _is_power_of_two(slots) and slots <= largest,
+                f"{name} is a power of two up to {largest}: change {name}={slots}",
+            )
+        _require(
+            MIN_FRAME <= self.frame_limit <= MAX_FRAME,
+            f"a port's frame limit is {MIN_FRAME} to {MAX_FRAME} bytes: "
+            f"change frame_limit={self.frame_limit}",
+        )
+        _require(
+            1 <= self.max_age <= lib.SWITCH_MAX_AGE,
+            f"addresses are kept 1 to {lib.SWITCH_MAX_AGE} epochs: change max_age={self.max_age}",
+        )
+
+    @property
+    def shared_size(self) -> int:
+        """Bytes of the switch's own memory."""
+        return int(ffi.sizeof("struct switch_shared"))
+
+    @property
+    def window_size(self) -> int:
+        """Bytes of one port's window, a multiple of 4096."""
+        return int(lib.switch_window_size(self.ports, self.tx_slots, self.lane_slots))
+
+    @property
+    def windows_offset(self) -> int:
+        """Of window 0 in a buffer that holds the shared memory and then all windows."""
+        return -(-self.shared_size // WINDOWS_ALIGNMENT) * WINDOWS_ALIGNMENT
+
+    @property
+    def total_size(self) -> int:
+        """Bytes of a buffer that holds the shared memory and all windows."""
+        return self.windows_offset + self.ports * self.window_size
+
+    def tx_length_offset(self, slot: int) -> int:
+        """Of a transmit slot's 32-bit length in its window."""
+        return int(ffi.offsetof("struct switch_window", "tx_length", slot))
+
+    def tx_offset(self, slot: int) -> int:
+        """Of a transmit slot's frame in its window."""
+        return int(lib.switch_tx_offset(slot))
+
+    def lane_head_offset(self, source: int) -> int:
+        """Of the 32-bit count of frames that `source` has put into its lane, in the window."""
+        return int(ffi.offsetof("struct switch_window", "lane", source, "head"))
+
+    def lane_tail_offset(self, source: int) -> int:
+        """Of the 32-bit count of frames taken out of the lane from `source`, in the window."""
+        return int(ffi.offsetof("struct switch_window", "lane", source, "tail"))
+
+    def lane_offset(self, source: int) -> int:
+        """Of the first slot of the lane from `source`, in the window."""
+        return int(lib.switch_lane_offset(self.tx_slots, self.lane_slots, source))
