@@ -1,0 +1,89 @@
+"""The addresses keep the promises that other parts rely on."""
+
+from itertools import pairwise
+
+import pytest
+
+from pykvm.memory import layout
+
+pytestmark = pytest.mark.unit
+
+
+def _indexes(gva: int) -> list[int]:
+    return [gva >> shift & 511 for shift in (39, 30, 21, 12)]
+
+
+def test_crossing_base() -> None:
+    assert layout.CROSSING_GVA % layout.CROSSING_ALIGN == 0
+    assert layout.CROSSING_MIN_GVA <= layout.CROSSING_GVA < 1 << 47
+    pml4, pdpt, pd, pt = _indexes(layout.CROSSING_GVA)
+    assert pt == 0
+    assert len({pml4, pdpt, pd}) == 3
+    # Crossing pages use PT indexes 0 to 0xf.
+    assert min(pml4, pdpt, pd) > 0x0F
+
+
+def test_crossing_area_has_no_overlaps() -> None:
+    page = 0x1000
+    places = [
+        (layout.ENTRY_OFFSET, page),
+        (layout.GATE_OFFSET, page),
+        (layout.SUB_ENTRY_OFFSET, page),
+        (layout.RETURN_OFFSET, page),
+        (layout.LIST_OFFSET, page),
+        (layout.ENV_OFFSET, page),
+        (layout.STACK_OFFSET, layout.STACK_SIZE),
+        (layout.IMAGE_OFFSET, layout.IMAGE_MAX_SIZE),
+        (layout.PRIVATE_TABLES_OFFSET, layout.PRIVATE_TABLES_SIZE),
+        (layout.SHARED_OFFSET, layout.SHARED_ALIGN),
+    ]
+    for (start, size), (following, _) in pairwise(places):
+        assert start % page == size % page == 0
+        assert start + size <= following
+    # The three crossing pages and the return page follow each other.
+    assert [offset for offset, _ in places[:4]] == [0, page, 2 * page, 3 * page]
+    # A stack that runs over or under meets nothing.
+    taken = {start + at for start, size in places for at in range(0, size, page)}
+    assert layout.STACK_OFFSET - page not in taken
+    assert layout.STACK_OFFSET + layout.STACK_SIZE not in taken
+
+
+def test_gate_data_lies_clear_of_the_crossing_area() -> None:
+    for offset in (layout.GATE_LIST_OFFSET, layout.GATE_DATA_OFFSET):
+        assert offset % 0x1000 == 0
+        assert offset + 0x1000 <= 0
+        assert layout.CROSSING_MIN_GVA + offset >= 4 << 30
+    assert layout.GATE_LIST_OFFSET != layout.GATE_DATA_OFFSET
+
+
+def test_private_range() -> None:
+    assert layout.PRIVATE_GPA_FIRST == 256 << 30
+    assert layout.PRIVATE_GPA_END <= 1 << 39  # what a client processor can address
+    assert layout.RAM_LIMIT_GPA <= layout.PRIVATE_GPA_FIRST
+    for base in (layout.SUB_PRIVATE_GPA, layout.GATE_PRIVATE_GPA):
+        assert layout.PRIVATE_GPA_FIRST <= base < layout.PRIVATE_GPA_END
+        assert base % layout.CROSSING_ALIGN == 0
+    # 64 GiB of shared memory and windows lie below the gate's pages.
+    assert layout.GATE_PRIVATE_GPA - layout.SUB_PRIVATE_GPA == 64 << 30
+
+
+def test_bare_guest_areas_follow_each_other() -> None:
+    areas = [
+        (layout.NULL_PAGE_GPA, 0x1000),
+        (layout.PAGE_TABLES_GPA, layout.PAGE_TABLES_SIZE),
+        (layout.GDT_GPA, 0x1000),
+        (layout.IDT_GPA, 0x1000),
+        (layout.TSS_GPA, 0x1000),
+        (layout.BOOT_INFO_GPA, 0x1000),
+        (layout.ENTRY_PAGE_GPA, 0x1000),
+        (layout.RETURN_PAGE_GPA, 0x1000),
+        (layout.STACK_GPA, layout.STACK_TOP_GPA - layout.STACK_GPA),
+        (layout.IMAGE_GPA, layout.IMAGE_END_GPA - layout.IMAGE_GPA),
+        (layout.CAPTURE_GPA, layout.CAPTURE_SIZE),
+        (layout.RX_LOG_GPA, layout.RX_LOG_SIZE),
+    ]
+    for (start, size), (following, _) in pairwise(areas):
+        assert start + size <= following
+    assert layout.RX_LOG_GPA + layout.RX_LOG_SIZE <= layout.RAM_SIZE < layout.IDENTITY_MAP_GPA
+    assert layout.KVM_TSS_GPA + 3 * 0x1000 <= layout.WINDOW_GPA
+    assert layout.WINDOW_GPA < layout.DIRECT_GPA < layout.RAM_LIMIT_GPA
