@@ -1,0 +1,182 @@
+"""One vCPU's access to one shared object: a sub context, a gate context, a slot of its list."""
+
+import errno
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Self
+
+from pykvm.elisa.contexts import (
+    ContextCost,
+    ContextPlan,
+    EptpPage,
+    ListPage,
+    UserPages,
+    plan_gate,
+    plan_sub,
+)
+from pykvm.errors import PykvmError
+from pykvm.kvm import Context, KvmError, Vcpu, Vm, elisa_calls
+from pykvm.memory import layout
+from pykvm.memory.guest_memory import MemoryFile, Region, require_lockable
+from pykvm.paging.entries import PAGE_SIZE, Access
+
+__all__ = ["Attachment", "AttachmentCost", "InsideContextError", "SlotsFullError"]
+
+FIRST_SLOT: Final = elisa_calls.SLOT_FIRST
+SLOTS: Final = elisa_calls.SLOTS
+
+_slots_in_use: "weakref.WeakKeyDictionary[Vcpu, set[int]]" = weakref.WeakKeyDictionary()
+
+
+class SlotsFullError(PykvmError):
+    """The vCPU's EPTP list has no free slot."""
+
+
+class InsideContextError(PykvmError):
+    """The vCPU stopped inside a context, which cannot be taken away from it now."""
+
+
+@dataclass(frozen=True)
+class AttachmentCost:
+    """Pages of the two contexts, and of the memory made for this attachment alone."""
+
+    gate: ContextCost
+    sub: ContextCost
+    own: int
+
+
+def _take_slot(vcpu: Vcpu) -> int:
+    used = _slots_in_use.setdefault(vcpu, set())
+    for slot in range(FIRST_SLOT, SLOTS):
+        if slot not in used:
+            used.add(slot)
+            return slot
+    raise SlotsFullError(f"vCPU {vcpu.id} has {SLOTS - FIRST_SLOT} attachments: detach one")
+
+
+def _create(vm: Vm, vcpu: Vcpu, plan: ContextPlan, sub: Context | None) -> Context:
+    """Hand a complete plan to the kernel."""
+    pages: list[tuple[int, int, int]] = []
+    for page in plan.pages:
+        match page:
+            case UserPages(address, count):
+                stop = address + count * PAGE_SIZE
+                kind = elisa_calls.PAGE_USER
+                pages.extend((at, kind, 0) for at in range(address, stop, PAGE_SIZE))
+            case ListPage():
+                pages.append((0, elisa_calls.PAGE_LIST, vcpu.id))
+            case EptpPage():
+                assert sub is not None
+                pages.append((0, elisa_calls.PAGE_EPTP, sub.fileno()))
+    return vm.create_elisa_context(plan.ept.tobytes(), pages)
+
+
+class Attachment:
+    """What `ObjectInstance.attach` returns.
+
+    slot: of the gate context in the vCPU's EPTP list, the last argument of `elisa_call`.
+    crossing_gva: where the guest maps its entry page (and, 0x3000 further on, its return page).
+    """
+
+    def __init__(
+        self, vcpu: Vcpu, slot: int, crossing_gva: int, cost: AttachmentCost, memory: Region
+    ) -> None:
+        self._vcpu = vcpu
+        self._memory = memory
+        self._contexts: list[Context] = []
+        self.slot = slot
+        self.crossing_gva = crossing_gva
+        self.cost = cost
+        self.attached = False
+
+    @classmethod
+    def make(
+        cls,
+        vm: Vm,
+        vcpu: Vcpu,
+        *,
+        name: str,
+        image: Sequence[tuple[int, UserPages, Access]],
+        gate_page: int,
+        memory: UserPages,
+        env: bytes,
+        crossing_gva: int,
+        user: bool,
+        levels: int,
+    ) -> Self:
+        """Plan both contexts, create them, and put the gate into the vCPU's list."""
+        gate = plan_gate(gate_page, crossing_gva, user=user, levels=levels)
+
+        # How many guest tables the sub context needs does not depend on where its pages lie, so
+        # a first plan with placeholders tells how much memory to make.
+        def sub_plan(env_page: int, stack: int) -> ContextPlan:
+            return plan_sub(image, env_page, stack, memory, crossing_gva, user=user, levels=levels)
+
+        sub_bytes = sub_plan(0, 0).guest_table_bytes
+        gate_bytes = gate.guest_table_bytes
+        own = sub_bytes + gate_bytes + PAGE_SIZE + layout.STACK_SIZE
+        require_lockable(own + memory.count * PAGE_SIZE)
+        with MemoryFile(f"{name} contexts", own) as file:
+            region = Region(file, 0, prefault=True)
+        try:
+            base = region.host_address
+            env_at = sub_bytes + gate_bytes
+            region.view(env_at, len(env))[:] = env
+            sub = sub_plan(base + env_at, base + env_at + PAGE_SIZE)
+            sub.place_guest_tables(region.view(0, sub_bytes), base)
+            gate.place_guest_tables(region.view(sub_bytes, gate_bytes), base + sub_bytes)
+            cost = AttachmentCost(gate.cost, sub.cost, own // PAGE_SIZE)
+            attachment = cls(vcpu, _take_slot(vcpu), crossing_gva, cost, region)
+        except BaseException:
+            region.close()
+            raise
+        try:
+            attachment._install(vm, sub, gate)
+        except BaseException:
+            attachment.close()
+            raise
+        return attachment
+
+    def _install(self, vm: Vm, sub: ContextPlan, gate: ContextPlan) -> None:
+        self._contexts.append(_create(vm, self._vcpu, sub, None))
+        self._contexts.append(_create(vm, self._vcpu, gate, self._contexts[0]))
+        self._vcpu.set_elisa_slot(self.slot, self._contexts[1])
+        self.attached = True
+
+    def detach(self) -> None:
+        """Take the object away from the vCPU, which must not be running. Harmless twice.
+
+        Raises InsideContextError if the vCPU stopped inside the object: run it until it is back,
+        or close it.
+        """
+        if self.attached:
+            try:
+                self._vcpu.set_elisa_slot(self.slot, None)
+            except KvmError as error:
+                if error.errno == errno.EBUSY:
+                    raise InsideContextError(
+                        f"vCPU {self._vcpu.id} stopped inside the object: run it until it is "
+                        "back, or close the vCPU"
+                    ) from error
+                raise
+            self.attached = False
+            _slots_in_use[self._vcpu].discard(self.slot)
+        self._release()
+
+    def close(self) -> None:
+        """Detach if that is possible; otherwise the kernel keeps what the vCPU still uses until
+        the vCPU is closed. Harmless twice."""
+        try:
+            if not self._vcpu.closed:
+                self.detach()
+        except InsideContextError:
+            pass
+        finally:
+            self.attached = False
+            self._release()
+
+    def _release(self) -> None:
+        while self._contexts:
+            self._contexts.pop().close()
+        self._memory.close()

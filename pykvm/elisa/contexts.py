@@ -1,0 +1,246 @@
+"""Plans of gate and sub contexts: pure data, made before the kernel is asked for anything.
+
+A context has two translations, both built here: its guest page table (GVA to GPA, found through
+the Anywhere Page Table whatever CR3 holds) and its EPT (GPA to page). The page at crossing base + x
+lies at the context's private GPA base + x, and the guest page table's own pages at
+`layout.PRIVATE_TABLES_OFFSET` from that base.
+
+Invariants that hold by construction (the design of the mechanism numbers them):
+
+- I3: a sub context maps nothing but the root outside its private range, and a gate context leaves
+  the whole private range absent but for its own pages, from which no walk reaches code.
+- I4: guest page tables are read-only in the EPT, their accessed and dirty bits are set, and nothing
+  is writable and executable.
+
+What one attachment costs in pages is `ContextPlan.cost`.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from pykvm.errors import PykvmError
+from pykvm.memory import layout
+from pykvm.paging.apt import fill_anywhere
+from pykvm.paging.entries import PAGE_SIZE, SIZE_2M, SIZE_4K, Access, EptEntry, X86Entry
+from pykvm.paging.tables import PageTables, TableAddresses, TableNumbers
+
+__all__ = [
+    "ContextCost",
+    "ContextPlan",
+    "CrossingBaseError",
+    "EptpPage",
+    "ListPage",
+    "Page",
+    "UserPages",
+    "check_crossing_base",
+    "plan_gate",
+    "plan_sub",
+]
+
+READ: Final = Access.READ
+READ_WRITE: Final = Access.READ | Access.WRITE
+READ_EXECUTE: Final = Access.READ | Access.EXECUTE
+
+# The EPT decides what a context may do; its guest page table allows everything, so that no bit
+# of the guest's CR0, CR4 or EFER (WP, NXE, SMEP) matters to it.
+_GUEST_ACCESS: Final = Access.READ | Access.WRITE | Access.EXECUTE
+
+
+class CrossingBaseError(PykvmError, ValueError):
+    """A crossing area at an address where it cannot lie."""
+
+
+@dataclass(frozen=True)
+class UserPages:
+    """count pages of this process from address on, to be pinned by the kernel."""
+
+    address: int
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class ListPage:
+    """The EPTP list page of the vCPU that the context is for."""
+
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class EptpPage:
+    """A page of the kernel's that begins with the EPTP of the sub context."""
+
+    count: int = 1
+
+
+Page = UserPages | ListPage | EptpPage
+
+
+@dataclass(frozen=True)
+class ContextCost:
+    """Pages that one context takes.
+
+    ept_tables: owned by the kernel. guest_tables: of the context's guest page table, pinned.
+    mapped: other pages that the context maps, pinned or the kernel's.
+    """
+
+    ept_tables: int
+    guest_tables: int
+    mapped: int
+
+
+@dataclass(frozen=True)
+class _Mapping:
+    offset: int
+    page: Page
+    access: Access
+
+
+class ContextPlan:
+    """One context: what lies where, relative to the crossing base.
+
+    Two steps, because the guest page table needs memory before its pages can be named: construct,
+    provide `guest_table_bytes` of memory, then `place_guest_tables`.
+    """
+
+    def __init__(
+        self,
+        private_gpa: int,
+        crossing_gva: int,
+        mappings: Iterable[_Mapping],
+        *,
+        user: bool = False,
+        levels: int = 4,
+        exclude: tuple[int, int] | None = None,
+    ) -> None:
+        check_crossing_base(crossing_gva, levels)
+        self._private_gpa = private_gpa
+        self._exclude = exclude
+        self._tables_gpa = private_gpa + layout.PRIVATE_TABLES_OFFSET
+        self.pages: list[Page] = []
+        self.ept: PageTables[EptEntry] = PageTables(EptEntry, TableNumbers())
+        self.guest: PageTables[X86Entry] = PageTables(
+            X86Entry,
+            TableAddresses(self._tables_gpa, layout.PRIVATE_TABLES_SIZE),
+            levels=levels,
+        )
+        access = _GUEST_ACCESS | (Access.USER if user else Access.NONE)
+        self._number = 0
+        for mapping in mappings:
+            gpa = private_gpa + mapping.offset
+            size = mapping.page.count * PAGE_SIZE
+            large = mapping.offset >= layout.SHARED_OFFSET
+            self.guest.map(
+                crossing_gva + mapping.offset,
+                gpa,
+                size,
+                access,
+                max_page=SIZE_2M if large else SIZE_4K,
+            )
+            self._map(gpa, mapping.page, mapping.access)
+
+    def _map(self, gpa: int, page: Page, access: Access) -> int:
+        first = self._number
+        if not layout.PRIVATE_GPA_FIRST <= gpa <= layout.PRIVATE_GPA_END - page.count * PAGE_SIZE:
+            raise CrossingBaseError(
+                f"GPA {gpa:#x} is outside the private range: give the object less memory"
+            )
+        self.ept.map_pages(gpa, first, page.count, access)
+        self.pages.append(page)
+        self._number += page.count
+        return first
+
+    @property
+    def guest_table_bytes(self) -> int:
+        """Memory that the guest page table needs, a multiple of 4096."""
+        return len(self.guest) * PAGE_SIZE
+
+    def place_guest_tables(self, memory: memoryview, address: int) -> None:
+        """Write the guest page table into memory, which this process maps at address; the plan is
+        complete then.
+
+        memory: `guest_table_bytes` long.
+        """
+        root = self._map(self._tables_gpa, UserPages(address, len(self.guest)), READ)
+        memory[:] = self.guest.tobytes()
+        fill_anywhere(self.ept, root * PAGE_SIZE, exclude=self._exclude)
+
+    @property
+    def cost(self) -> ContextCost:
+        """What the complete plan takes."""
+        return ContextCost(len(self.ept), len(self.guest), self._number - len(self.guest))
+
+    def __str__(self) -> str:
+        """The guest page table and the EPT, a line for each range."""
+        return f"{self.guest}\n{self.ept}"
+
+
+def check_crossing_base(crossing_gva: int, levels: int = 4) -> None:
+    """Raise CrossingBaseError unless the crossing area can lie at crossing_gva.
+
+    2 MiB aligned, canonical, and out of compatibility mode's reach with everything that the gate
+    maps below it.
+    """
+    half = 1 << (11 + 9 * levels)
+    low = layout.CROSSING_MIN_GVA <= crossing_gva < half
+    high = (1 << 64) - half <= crossing_gva < 1 << 64
+    if crossing_gva % layout.CROSSING_ALIGN or not (low or high):
+        raise CrossingBaseError(
+            f"no crossing area at {crossing_gva:#x}: use a canonical address from "
+            f"{layout.CROSSING_MIN_GVA:#x} on, a multiple of {layout.CROSSING_ALIGN:#x}"
+        )
+
+
+def plan_gate(
+    gate_page: int, crossing_gva: int, *, user: bool = False, levels: int = 4
+) -> ContextPlan:
+    """The gate context of one attachment: gate page, the vCPU's EPTP list, the official EPTP.
+
+    gate_page: address in this process of the page of gate code.
+    """
+    return ContextPlan(
+        layout.GATE_PRIVATE_GPA,
+        crossing_gva,
+        [
+            _Mapping(layout.GATE_OFFSET, UserPages(gate_page), READ_EXECUTE),
+            _Mapping(layout.GATE_LIST_OFFSET, ListPage(), READ_WRITE),
+            _Mapping(layout.GATE_DATA_OFFSET, EptpPage(), READ),
+        ],
+        user=user,
+        levels=levels,
+        exclude=(layout.PRIVATE_GPA_FIRST, layout.PRIVATE_GPA_END),
+    )
+
+
+def plan_sub(
+    image: Sequence[tuple[int, UserPages, Access]],
+    env_page: int,
+    stack: int,
+    memory: UserPages,
+    crossing_gva: int,
+    *,
+    user: bool = False,
+    levels: int = 4,
+) -> ContextPlan:
+    """The sub context of one attachment.
+
+    image: offset from the crossing base, pages and access of each part of the object's image.
+    env_page, stack: addresses in this process. memory: shared memory and windows.
+    """
+    return ContextPlan(
+        layout.SUB_PRIVATE_GPA,
+        crossing_gva,
+        [
+            *(_Mapping(offset, pages, access) for offset, pages, access in image),
+            _Mapping(layout.LIST_OFFSET, ListPage(), READ_WRITE),
+            _Mapping(layout.ENV_OFFSET, UserPages(env_page), READ),
+            _Mapping(
+                layout.STACK_OFFSET,
+                UserPages(stack, layout.STACK_SIZE // PAGE_SIZE),
+                READ_WRITE,
+            ),
+            _Mapping(layout.SHARED_OFFSET, memory, READ_WRITE),
+        ],
+        user=user,
+        levels=levels,
+    )

@@ -1,0 +1,252 @@
+"""Shared objects: what several guests share, and the trusted code that alone touches it.
+
+An object is declared once, opened once, and attached to any number of vCPUs, in any VMs::
+
+    counter = SharedObject("counter", "counter.c", shared=4096, window=4096, guests=2)
+    with counter.open() as instance:
+        attachment = instance.attach(vm, vcpu, guest=0)
+        ...                      # the guest calls elisa_call(a0, a1, a2, attachment.slot)
+        attachment.detach()
+"""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from pykvm.elisa.attachment import Attachment
+from pykvm.elisa.contexts import READ, READ_EXECUTE, READ_WRITE, UserPages
+from pykvm.elisa.toolchain import SubImage, build_object, crossing_images
+from pykvm.errors import PykvmError
+from pykvm.kvm import Vcpu, Vm
+from pykvm.memory import layout
+from pykvm.memory.guest_memory import MemoryFile, Region
+from pykvm.paging.entries import PAGE_SIZE, Access
+
+__all__ = ["GuestNumberError", "ObjectInstance", "ObjectSizeError", "SharedObject"]
+
+# struct elisa_env in guest/include/elisa_object.h: shared, its size, windows, size of one,
+# the calling guest's number, number of windows.
+ENV: Final = struct.Struct("<QQQQII")
+
+MAX_GUESTS: Final = 64
+
+
+class ObjectSizeError(PykvmError, ValueError):
+    """A shared object with sizes that cannot be."""
+
+
+class GuestNumberError(PykvmError, ValueError):
+    """A guest number that the object does not have, or that is attached already."""
+
+
+def _pages(size: int) -> int:
+    return -(-size // PAGE_SIZE)
+
+
+@dataclass(frozen=True)
+class SharedObject:
+    """The declaration of a shared object.
+
+    source: one C source file or several; they include "elisa_object.h" and define `elisa_serve`.
+    shared: bytes of memory that only the object's code sees. window: bytes of each guest's window,
+    which that guest's default context maps as well. Both are rounded up to whole pages. guests:
+    how many windows there are, 1 to 64.
+
+    Raises ObjectSizeError.
+    """
+
+    name: str
+    source: str | PathLike[str] | Sequence[str | PathLike[str]]
+    shared: int = PAGE_SIZE
+    window: int = PAGE_SIZE
+    guests: int = 2
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.guests <= MAX_GUESTS:
+            raise ObjectSizeError(f"{self.guests} guests for {self.name}: use 1 to {MAX_GUESTS}")
+        if self.shared < 0 or self.window < 0:
+            raise ObjectSizeError(f"negative memory for {self.name}: use 0 or more bytes")
+
+    @property
+    def sources(self) -> list[Path]:
+        if isinstance(self.source, str | PathLike):
+            return [Path(self.source)]
+        return [Path(one) for one in self.source]
+
+    @property
+    def window_size(self) -> int:
+        """Bytes of one window, whole pages."""
+        return _pages(self.window) * PAGE_SIZE
+
+    @property
+    def windows_offset(self) -> int:
+        """Where window 0 begins in the object's memory."""
+        return max(1, -(-self.shared // layout.SHARED_ALIGN)) * layout.SHARED_ALIGN
+
+    @property
+    def memory_size(self) -> int:
+        """Bytes of the object's memory: shared, then all windows."""
+        return self.windows_offset + self.guests * self.window_size
+
+    def env(self, base: int, guest: int) -> bytes:
+        """`struct elisa_env` for guest number `guest` where the object's memory is mapped at base:
+        in a sub context, in the VMM, or in a guest."""
+        return ENV.pack(
+            base,
+            _pages(self.shared) * PAGE_SIZE,
+            base + self.windows_offset,
+            self.window_size,
+            guest,
+            self.guests,
+        )
+
+    def open(self) -> "ObjectInstance":
+        """Compile (or take from the cache), allocate, and be ready to attach guests.
+
+        Raises what `pykvm.elisa.toolchain.build_object` raises, and MemoryTooSmallError.
+        """
+        return ObjectInstance(self, build_object(self.sources))
+
+
+@dataclass
+class _Image:
+    """An object's image in memory: one copy, mapped by all of its sub contexts."""
+
+    region: Region
+    parts: list[tuple[int, UserPages, Access]] = field(default_factory=list)
+    gate_page: int = 0
+
+    @classmethod
+    def load(cls, name: str, image: SubImage) -> Self:
+        gate = crossing_images().gate_page
+        size = sum(len(part.data) for part in image.parts) + PAGE_SIZE
+        with MemoryFile(f"{name} image", size) as file:
+            region = Region(file, 0)
+        loaded = cls(region)
+        at = 0
+        for part in image.parts:
+            region.view(at, len(part.data))[:] = part.data
+            access = READ_WRITE if part.writable else READ_EXECUTE if part.executable else READ
+            pages = UserPages(region.host_address + at, len(part.data) // PAGE_SIZE)
+            loaded.parts.append((part.offset, pages, access))
+            at += len(part.data)
+        region.view(at, PAGE_SIZE)[:] = gate
+        loaded.gate_page = region.host_address + at
+        return loaded
+
+
+class ObjectInstance:
+    """An open shared object: its memory, its code, the guests attached to it.
+
+    memory: shared memory and windows, mapped in this process. `close()` detaches everything.
+    """
+
+    def __init__(self, declaration: SharedObject, image: SubImage) -> None:
+        self.declaration = declaration
+        self.symbols = image.symbols
+        self._file = MemoryFile(declaration.name, declaration.memory_size)
+        self._attachments: dict[int, Attachment] = {}
+        try:
+            self.memory = Region(self._file, 0)
+            self._image = _Image.load(declaration.name, image)
+        except BaseException:
+            self._file.close()
+            raise
+
+    @property
+    def shared(self) -> memoryview:
+        """The object's shared memory, live."""
+        return self.memory.view(0, _pages(self.declaration.shared) * PAGE_SIZE)
+
+    def window(self, guest: int) -> memoryview:
+        """A guest's window, live."""
+        self._check_guest(guest)
+        size = self.declaration.window_size
+        return self.memory.view(self.declaration.windows_offset + guest * size, size)
+
+    def window_region(self, guest: int, gpa: int = layout.WINDOW_GPA) -> Region:
+        """A guest's window as a memory region for its default context, at gpa."""
+        self._check_guest(guest)
+        size = self.declaration.window_size
+        offset = self.declaration.windows_offset + guest * size
+        return Region(self._file, gpa, offset=offset, size=size)
+
+    def direct_region(self, gpa: int = layout.DIRECT_GPA) -> Region:
+        """All of the object's memory as a region: for the directly mapped baseline, which
+        isolates nothing."""
+        return Region(self._file, gpa)
+
+    def attach(
+        self,
+        vm: Vm,
+        vcpu: Vcpu,
+        guest: int,
+        *,
+        crossing_gva: int = layout.CROSSING_GVA,
+        user: bool = False,
+        levels: int = 4,
+    ) -> Attachment:
+        """Give a vCPU access to the object as guest number `guest`.
+
+        crossing_gva: where the guest maps its entry page. user: for callers in user mode (CPL 3)
+        instead of kernel mode. levels: of the guest's paging, 5 with CR4.LA57.
+
+        One vCPU for each guest number: a window has a single owner.
+
+        Raises GuestNumberError, CrossingBaseError, SlotsFullError, LockLimitError, and errors of
+        the kernel; nothing stays behind then.
+        """
+        self._check_guest(guest)
+        if guest in self._attachments and self._attachments[guest].attached:
+            raise GuestNumberError(
+                f"guest {guest} of {self.declaration.name} is attached already: detach it first"
+            )
+        env = self.declaration.env(crossing_gva + layout.SHARED_OFFSET, guest)
+        attachment = Attachment.make(
+            vm,
+            vcpu,
+            name=f"{self.declaration.name} {guest}",
+            image=self._image.parts,
+            gate_page=self._image.gate_page,
+            memory=UserPages(self.memory.host_address, self.memory.size // PAGE_SIZE),
+            env=env,
+            crossing_gva=crossing_gva,
+            user=user,
+            levels=levels,
+        )
+        self._attachments[guest] = attachment
+        return attachment
+
+    def _check_guest(self, guest: int) -> None:
+        if not 0 <= guest < self.declaration.guests:
+            raise GuestNumberError(
+                f"{self.declaration.name} has no guest {guest}: "
+                f"use 0 to {self.declaration.guests - 1}, or declare more guests"
+            )
+
+    def close(self) -> None:
+        """Detach all guests and give up the memory. Harmless twice.
+
+        A vCPU that stopped inside the object keeps what it uses until it is closed itself.
+        """
+        for attachment in self._attachments.values():
+            attachment.close()
+        self._attachments.clear()
+        self.memory.close()
+        self._image.region.close()
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
