@@ -1,0 +1,74 @@
+"""Build the patched KVM modules; switch between them and the distribution's."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from pykvm.host import kernel, modules
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `pykvm kernel` and its actions."""
+    parser = subparsers.add_parser("kernel", description=__doc__)
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+
+    build = actions.add_parser("build", help="build the modules and print where they are")
+    build.add_argument(
+        "--kernel", metavar="RELEASE", help="as uname -r says it; default: the running kernel"
+    )
+    build.add_argument(
+        "--unpatched", action="store_true", help="build the distribution's modules, to compare"
+    )
+    build.set_defaults(run=run, action=_build)
+
+    load = actions.add_parser("load", help="put the patched modules in place of the loaded ones")
+    load.add_argument(
+        "--modules",
+        type=Path,
+        metavar="DIR",
+        help="holds kvm.ko and kvm-intel.ko; default: $PYKVM_MODULES, else what build makes",
+    )
+    load.set_defaults(run=run, action=_load)
+
+    status = actions.add_parser("status", help="say which modules are loaded and who uses them")
+    status.set_defaults(run=run, action=_status)
+
+    restore = actions.add_parser("restore", help="put the distribution's modules back")
+    restore.set_defaults(run=run, action=_restore)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the chosen action."""
+    args.action(args)
+    return 0
+
+
+def _build(args: argparse.Namespace) -> None:
+    print(kernel.build(args.kernel, patched=not args.unpatched))
+
+
+def _load(args: argparse.Namespace) -> None:
+    _say_lost(modules.load(args.modules))
+    _status(args)
+
+
+def _restore(args: argparse.Namespace) -> None:
+    _say_lost(modules.restore())
+    _status(args)
+
+
+def _status(_: argparse.Namespace) -> None:
+    status = modules.status()
+    print(f"KVM: {status.state}")
+    if status.elisa:
+        print(f"ELISA interface: version {status.elisa}")
+    for name, version in status.srcversion.items():
+        print(f"module {name}: {version or 'no source version recorded'}")
+    print(f"in use by: {', '.join(status.users) or 'nobody'}")
+
+
+def _say_lost(parameters: list[str]) -> None:
+    if parameters:
+        print(f"not carried over to the new modules: {', '.join(parameters)}")
