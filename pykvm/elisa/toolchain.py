@@ -259,6 +259,8 @@ def _sub_image(image: ElfFile, name: str) -> SubImage:
         fill = b"\xcc" if executable else b"\0"
         data = segment.data.ljust(segment.size, b"\0").ljust(size, fill)
         part = ImagePart(segment.address, data, bool(segment.flags & elf.PF_W), executable)
+        if part.offset % PAGE_SIZE:
+            raise ValueError(f"segment at {part.offset:#x}: object.ld has to align it to a page")
         if part.writable and part.executable:
             raise WritableCodeError(f"{name} has a writable and executable segment; separate them")
         if executable:

@@ -1,0 +1,138 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Printing, stopping, assertions and exceptions of bare-metal guests. */
+#include "runtime.h"
+
+struct boot_info *boot_info;
+
+static inline void out32(uint16_t port, uint32_t value)
+{
+	__asm__ volatile("outl %0, %1" : : "a"(value), "Nd"(port) : "memory");
+}
+
+void print_bytes(const void *bytes, uint64_t count)
+{
+	__asm__ volatile("rep outsb"
+			 : "+S"(bytes), "+c"(count)
+			 : "d"((uint16_t)GUEST_CONSOLE_PORT)
+			 : "memory");
+}
+
+void print(const char *text)
+{
+	uint64_t count = 0;
+
+	while (text[count])
+		count++;
+	print_bytes(text, count);
+}
+
+static void print_in_base(uint64_t number, uint32_t base)
+{
+	char digits[20];
+	char *first = digits + sizeof(digits);
+
+	do {
+		*--first = "0123456789abcdef"[number % base];
+		number /= base;
+	} while (number);
+	print_bytes(first, (uint64_t)(digits + sizeof(digits) - first));
+}
+
+void print_number(uint64_t number)
+{
+	print_in_base(number, 10);
+}
+
+void print_hex(uint64_t number)
+{
+	print("0x");
+	print_in_base(number, 16);
+}
+
+void mark(uint32_t value)
+{
+	out32(GUEST_MARK_PORT, value);
+}
+
+_Noreturn void finish(uint32_t status)
+{
+	for (;;) /* a VMM that runs the guest again gets the same answer */
+		out32(GUEST_FINISH_PORT, status);
+}
+
+static _Noreturn void report(const struct boot_failure *failure)
+{
+	boot_info->failure = *failure;
+	for (;;)
+		out32(GUEST_FAILURE_PORT, 0);
+}
+
+_Noreturn void fail(const char *file, uint32_t line, const char *expression, uint64_t left,
+		    uint64_t right)
+{
+	struct boot_failure failure = {
+		.file = (uint64_t)file,
+		.line = line,
+		.expression = (uint64_t)expression,
+		.left = left,
+		.right = right,
+	};
+
+	report(&failure);
+}
+
+/* -------------------------------------------------------------- exceptions */
+
+extern const uint8_t exception_stubs[32][16];
+
+struct exception_frame {
+	uint64_t vector, error, rip, cs, rflags, rsp, ss;
+};
+
+_Noreturn void runtime_exception(const struct exception_frame *frame)
+{
+	struct boot_failure failure = {
+		.expression = (uint64_t)"exception",
+		.left = frame->vector,
+		.right = frame->error,
+		.rip = frame->rip,
+	};
+
+	__asm__ volatile("mov %%cr2, %0" : "=r"(failure.cr2));
+	report(&failure);
+}
+
+static void install_exception_handlers(void)
+{
+	static struct {
+		uint16_t offset_low, selector;
+		uint8_t stack, type;
+		uint16_t offset_middle;
+		uint32_t offset_high, reserved;
+	} __attribute__((packed)) table[32];
+	struct {
+		uint16_t limit;
+		uint64_t base;
+	} __attribute__((packed)) pointer = {sizeof(table) - 1, (uint64_t)table};
+	uint16_t code_segment;
+
+	__asm__("mov %%cs, %0" : "=r"(code_segment));
+	for (uint32_t vector = 0; vector < 32; vector++) {
+		uint64_t address = (uint64_t)exception_stubs[vector];
+
+		table[vector].offset_low = (uint16_t)address;
+		table[vector].offset_middle = (uint16_t)(address >> 16);
+		table[vector].offset_high = (uint32_t)(address >> 32);
+		table[vector].selector = code_segment;
+		table[vector].type = 0x8e; /* present, 64-bit interrupt gate */
+	}
+	__asm__ volatile("lidt %0" : : "m"(pointer));
+}
+
+_Noreturn void runtime_main(struct boot_info *info)
+{
+	boot_info = info;
+	install_exception_handlers();
+	ASSERT_EQUAL(info->magic, BOOT_INFO_MAGIC);
+	finish(guest_main());
+}

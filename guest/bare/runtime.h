@@ -1,0 +1,81 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* What a bare-metal guest program has to hand. It defines guest_main and includes this. */
+#ifndef RUNTIME_H
+#define RUNTIME_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "boot_info.h"
+#include "elisa_memory.h"
+#include "elisa_object.h"
+
+#define KVM_HC_ELISA_NULL 0x4500 /* pykvm/kvm/kvm_elisa.h */
+#define KVM_HC_ELISA_USER 0x4510
+
+extern struct boot_info *boot_info;
+
+/* The program. What it returns becomes the status. */
+uint32_t guest_main(void);
+
+/* Bytes, a string, a number: to the VMM's console, in one exit each. */
+void print_bytes(const void *bytes, uint64_t count);
+void print(const char *text);
+void print_number(uint64_t number);
+void print_hex(uint64_t number);
+
+/* Stop for good; 0 is success. */
+_Noreturn void finish(uint32_t status);
+
+/* Hand `value` to the VMM and go on: one exit, at which it reads KVM's statistics, for one. */
+void mark(uint32_t value);
+
+_Noreturn void fail(const char *file, uint32_t line, const char *expression, uint64_t left,
+		    uint64_t right);
+
+/* Report file, line and the condition to the VMM, and stop. */
+#define ASSERT(condition)                                                                          \
+	do {                                                                                       \
+		if (!(condition))                                                                  \
+			fail(__FILE__, __LINE__, #condition, 0, 0);                                \
+	} while (0)
+
+/* The same with both values. */
+#define ASSERT_EQUAL(actual, expected)                                                             \
+	do {                                                                                       \
+		uint64_t left_ = (uint64_t)(actual), right_ = (uint64_t)(expected);                \
+		if (left_ != right_)                                                               \
+			fail(__FILE__, __LINE__, #actual " == " #expected, left_, right_);         \
+	} while (0)
+
+/* Time stamp counter, read after everything before it is done. */
+static inline uint64_t time_stamp(void)
+{
+	uint32_t low, high;
+
+	__asm__ volatile("lfence\n\trdtsc" : "=a"(low), "=d"(high) : : "memory");
+	return (uint64_t)high << 32 | low;
+}
+
+/* KVM's hypercall convention (Linux Documentation/virt/kvm/x86/hypercalls.rst). */
+static inline uint64_t hypercall(uint64_t number, uint64_t a0, uint64_t a1, uint64_t a2)
+{
+	uint64_t result;
+
+	__asm__ volatile("vmcall"
+			 : "=a"(result)
+			 : "a"(number), "b"(a0), "c"(a1), "d"(a2)
+			 : "memory");
+	return result;
+}
+
+/* Call an attached object through its gate. */
+static inline uint64_t object_call(uint64_t a0, uint64_t a1, uint64_t a2, uint32_t gate_slot)
+{
+	uint64_t (*call)(uint64_t, uint64_t, uint64_t, uint32_t) =
+		(uint64_t(*)(uint64_t, uint64_t, uint64_t, uint32_t))boot_info->elisa_call;
+
+	return call(a0, a1, a2, gate_slot);
+}
+
+#endif
