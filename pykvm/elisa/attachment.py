@@ -134,6 +134,7 @@ class Attachment:
         try:
             attachment._install(vm, sub, gate)
         except BaseException:
+            _slots_in_use[vcpu].discard(attachment.slot)
             attachment.close()
             raise
         return attachment
