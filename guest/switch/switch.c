@@ -70,29 +70,22 @@ static uint32_t entry_port(uint64_t entry)
 }
 
 /*
- * Note that `source` is behind the calling port. False when it is pinned to another port.
- * A failed compare-and-swap means that another port just wrote the entry; the next call of this
- * one tries again.
+ * Write `wanted`, an entry for an address of the calling port, over the same address's older
+ * entry, or into a free or stale way, or over another one of this port. False when the address is
+ * pinned to another port. A failed compare-and-swap means that another port's call just wrote
+ * this entry; the next call of this one tries again.
  */
-static bool learn(const struct call *call, uint64_t source)
+static __attribute__((noinline)) bool learn(const struct call *call, uint64_t *line,
+					    uint64_t wanted, uint64_t epoch)
 {
-	struct switch_shared *shared = call->shared;
-	uint64_t *line = shared->table[switch_table_line(shared, source)];
-	uint64_t epoch = READ_ONCE(shared->epoch) & SWITCH_ENTRY_EPOCH_MASK;
-	uint64_t wanted = source | (uint64_t)call->id << SWITCH_ENTRY_PORT_SHIFT |
-			  epoch << SWITCH_ENTRY_EPOCH_SHIFT | SWITCH_ENTRY_VALID;
 	uint64_t *place = 0, *own = 0;
 	uint64_t place_entry = 0, own_entry = 0;
 	unsigned int owned = 0;
 
-	if ((source & 1) || source == 0) /* no station sends from a group address */
-		return true;
 	for (unsigned int way = 0; way < SWITCH_TABLE_WAYS; way++) {
 		uint64_t entry = READ_ONCE(line[way]);
 
-		if ((entry & SWITCH_MAC_MASK) == source) {
-			if (LIKELY(entry == wanted))
-				return true;
+		if (entry && ((entry ^ wanted) & SWITCH_MAC_MASK) == 0) {
 			if (entry & SWITCH_ENTRY_PINNED)
 				return entry_port(entry) == call->id;
 			place = &line[way];
@@ -100,7 +93,7 @@ static bool learn(const struct call *call, uint64_t source)
 			owned = 0;
 			break;
 		}
-		if (!is_fresh(shared, entry, epoch)) {
+		if (!is_fresh(call->shared, entry, epoch)) {
 			if (!place) {
 				place = &line[way];
 				place_entry = entry;
@@ -122,6 +115,21 @@ static bool learn(const struct call *call, uint64_t source)
 	__atomic_compare_exchange_n(place, &place_entry, wanted, false, __ATOMIC_RELAXED,
 				    __ATOMIC_RELAXED);
 	return true;
+}
+
+/* Note that `source` is behind the calling port. False when it is pinned to another port. */
+static inline bool note_source(const struct call *call, uint64_t source)
+{
+	struct switch_shared *shared = call->shared;
+	uint64_t *line = shared->table[switch_table_line(shared, source)];
+	uint64_t epoch = READ_ONCE(shared->epoch) & SWITCH_ENTRY_EPOCH_MASK;
+	uint64_t wanted = source | (uint64_t)call->id << SWITCH_ENTRY_PORT_SHIFT |
+			  epoch << SWITCH_ENTRY_EPOCH_SHIFT | SWITCH_ENTRY_VALID;
+
+	if ((source & 1) || source == 0) /* no station sends from a group address */
+		return true;
+	/* Mostly it is known already, and in this epoch too. */
+	return READ_ONCE(line[0]) == wanted || learn(call, line, wanted, epoch);
 }
 
 /* The port behind which `destination` is, or FLOOD. */
@@ -152,7 +160,7 @@ static __attribute__((noinline)) uint32_t resolve(const struct call *call, struc
 	uint64_t others = call->enabled & ~(1ULL << call->id);
 	uint32_t found = FLOOD;
 
-	if (!learn(call, source)) {
+	if (!note_source(call, source)) {
 		port->spoofed++;
 		return NOWHERE;
 	}
@@ -227,6 +235,28 @@ static inline void count_refused(const struct open_lane *open)
 	*(open->bad_tail ? &open->lane->bad_tail : &open->lane->full) += 1;
 }
 
+/* Frames too short for put_frame's overlapping moves, or long enough for a string move. */
+static __attribute__((noinline)) void put_odd_frame(uint8_t *to, const uint8_t *from,
+						    struct header header, uint32_t length)
+{
+	((word *)to)[0] = header.low;
+	if (length >= STRING_MOVE_BYTES) {
+		uint64_t words = (length - 16) / 8;
+		word last = *(const word *)(from + length - 8);
+
+		((word *)to)[1] = header.high;
+		*(word *)(to + length - 8) = last;
+		to += 16;
+		from += 16;
+		__asm__ volatile("rep movsq" : "+D"(to), "+S"(from), "+c"(words) : : "memory");
+		return;
+	}
+	for (uint32_t at = 8; at < 16 && at < length; at++)
+		to[at] = (uint8_t)(header.high >> (at - 8) * 8);
+	for (uint32_t at = 16; at < length; at++)
+		to[at] = ((const volatile uint8_t *)from)[at];
+}
+
 /*
  * The one copy of a frame. Exactly `length` bytes: rounding up would hand the receiver leftovers
  * of older frames in the sender's slot. The header comes from the caller, not from the window.
@@ -235,40 +265,24 @@ static inline void put_frame(struct switch_slot *slot, const uint8_t *from, stru
 			     uint32_t length)
 {
 	uint8_t *to = slot->frame;
+	uint64_t at = 16, last = (uint64_t)length - 16;
 
 	slot->length = length;
-	if (UNLIKELY(length < 32)) {
-		((word *)to)[0] = header.low;
-		for (uint32_t at = 8; at < 16 && at < length; at++)
-			to[at] = (uint8_t)(header.high >> (at - 8) * 8);
-		for (uint32_t at = 16; at < length; at++)
-			to[at] = ((const volatile uint8_t *)from)[at];
+	if (UNLIKELY(length - 32 >= STRING_MOVE_BYTES - 32)) {
+		put_odd_frame(to, from, header, length);
 		return;
 	}
 	((word *)to)[0] = header.low;
 	((word *)to)[1] = header.high;
-	/* The last 16 bytes go separately, over some of the others unless these came out even. */
-	const word *last_from = (const word *)(from + length - 16);
-	word *last_to = (word *)(to + length - 16);
+	for (; at < last; at += 16) {
+		uint64_t first = *(const word *)(from + at), second = *(const word *)(from + at + 8);
 
-	from += 16;
-	to += 16;
-	if (length >= STRING_MOVE_BYTES) {
-		uint64_t words = (length - 16) / 8;
-
-		__asm__ volatile("rep movsq" : "+D"(to), "+S"(from), "+c"(words) : : "memory");
-	} else {
-		while (from < (const uint8_t *)last_from) {
-			uint64_t first = ((const word *)from)[0], second = ((const word *)from)[1];
-
-			((word *)to)[0] = first;
-			((word *)to)[1] = second;
-			from += 16;
-			to += 16;
-		}
+		*(word *)(to + at) = first;
+		*(word *)(to + at + 8) = second;
 	}
-	last_to[0] = last_from[0];
-	last_to[1] = last_from[1];
+	/* The last 16 bytes, over some of the others unless these came out even. */
+	*(word *)(to + last) = *(const word *)(from + last);
+	*(word *)(to + last + 8) = *(const word *)(from + last + 8);
 }
 
 static __attribute__((noinline)) void flood(const struct call *call, const uint8_t *frame,
@@ -294,6 +308,11 @@ static __attribute__((noinline)) void flood(const struct call *call, const uint8
 
 /* -------------------------------------------------------------------- send */
 
+static inline uint32_t smaller(uint32_t a, uint32_t b)
+{
+	return a < b ? a : b;
+}
+
 /* Send `count` frames from slot `first` on; how many were dealt with. */
 static uint32_t send(const struct call *call, uint32_t first, uint32_t count, bool wait)
 {
@@ -301,18 +320,20 @@ static uint32_t send(const struct call *call, uint32_t first, uint32_t count, bo
 	struct switch_port *port = call->port;
 	uint8_t *base = (uint8_t *)(call->env->windows + call->id * call->env->window_size);
 	struct switch_window *window = (struct switch_window *)base;
-	const uint32_t slot_mask = shared->lane_slots - 1, tx_mask = shared->tx_slots - 1;
 	/* Lengths less the minimum, so that one unsigned comparison refuses both ends. */
 	const uint32_t spread = shared->frame_limit - SWITCH_MIN_FRAME;
 	uint32_t done = 0;
 
 	while (done < count) {
-		uint32_t index = (first + done) & tx_mask;
+		uint32_t index = (first + done) & (shared->tx_slots - 1);
 		const uint8_t *frame = window->tx_frame + (uint64_t)index * SWITCH_SLOT_BYTES;
-		uint32_t length = READ_ONCE(window->tx_length[index]);
+		const uint32_t *lengths = &window->tx_length[index];
+		uint32_t length = READ_ONCE(*lengths);
 		struct header header, run;
 		struct open_lane open;
-		uint32_t to, stop, started;
+		struct switch_slot *slot;
+		const uint8_t *start, *end;
+		uint32_t to, at, frames;
 		uint64_t *kind, bytes = 0;
 
 		if (length - SWITCH_MIN_FRAME > spread) {
@@ -349,36 +370,41 @@ static uint32_t send(const struct call *call, uint32_t first, uint32_t count, bo
 		}
 		/*
 		 * A run: frames with the same addresses go to the same lane, without looking
-		 * anything up. One that differs, or has no valid length, ends the run and is read
-		 * afresh above; nothing that was read of it here is kept.
+		 * anything up, until a ring wraps. One that differs, or has no valid length, ends
+		 * the run and is read afresh above; nothing that was read of it here is kept.
 		 */
+		at = open.head & (shared->lane_slots - 1);
+		slot = (struct switch_slot *)open.slots + at;
+		frames = smaller(smaller(count - done, open.room),
+				 smaller(shared->lane_slots - at, shared->tx_slots - index));
+		start = frame;
+		end = frame + (uint64_t)frames * SWITCH_SLOT_BYTES;
 		run = header;
-		started = done;
-		stop = count - done < open.room ? count : done + open.room;
 		for (;;) {
-			uint64_t slot = (uint64_t)(open.head & slot_mask) * SWITCH_SLOT_BYTES;
-
-			put_frame((struct switch_slot *)(open.slots + slot), frame, header, length);
-			open.head++;
+			put_frame(slot, frame, header, length);
 			bytes += length;
-			if (++done == stop)
+			frame += SWITCH_SLOT_BYTES;
+			if (frame == end)
 				break;
-			index = (first + done) & tx_mask;
-			length = READ_ONCE(window->tx_length[index]);
+			slot++;
+			lengths++;
+			length = READ_ONCE(*lengths);
 			if (UNLIKELY(length - SWITCH_MIN_FRAME > spread))
 				break;
 			length &= SWITCH_SLOT_BYTES - 1;
-			frame = window->tx_frame + (uint64_t)index * SWITCH_SLOT_BYTES;
 			header.low = READ_ONCE(((const word *)frame)[0]);
 			header.high = READ_ONCE(((const word *)frame)[1]);
 			if (UNLIKELY(header.low != run.low ||
 				     (uint32_t)header.high != (uint32_t)run.high))
 				break;
 		}
-		close_lane(&open, done - started, bytes);
-		*kind += done - started;
-		port->copies += done - started;
+		frames = (uint32_t)((uint64_t)(frame - start) / SWITCH_SLOT_BYTES);
+		open.head += frames;
+		close_lane(&open, frames, bytes);
+		*kind += frames;
+		port->copies += frames;
 		port->bytes += bytes;
+		done += frames;
 	}
 	port->frames += done;
 	return done;

@@ -1,0 +1,69 @@
+"""Exact counts of the instructions that a native function executes, with no emulator.
+
+A forked child makes the call under ptrace, one instruction at a time. As on the emulated host,
+every iteration of a repeated string move counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+from collections.abc import Callable
+
+__all__ = ["count_instructions"]
+
+_TRACEME, _PEEKDATA, _PEEKUSER, _SINGLESTEP = 0, 2, 3, 9
+_RIP, _RSP = 16 * 8, 19 * 8  # offsets in struct user, <sys/user.h>
+_SEARCH_LIMIT = 500_000
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+_libc.ptrace.restype = ctypes.c_long
+
+
+def _peek(request: int, pid: int, address: int) -> int:
+    return int(_libc.ptrace(request, pid, address, None)) & (1 << 64) - 1
+
+
+def _step(pid: int) -> int:
+    """One instruction on; where the child is then."""
+    if _libc.ptrace(_SINGLESTEP, pid, None, None) != 0:
+        raise OSError(ctypes.get_errno(), "PTRACE_SINGLESTEP")
+    _, status = os.waitpid(pid, 0)
+    if not os.WIFSTOPPED(status) or os.WSTOPSIG(status) != signal.SIGTRAP:
+        raise RuntimeError(f"the traced child ended or got a signal: status {status:#x}")
+    return _peek(_PEEKUSER, pid, _RIP)
+
+
+def count_instructions(address: int, call: Callable[[], object]) -> int:
+    """Instructions of the first execution of the function at `address` while `call` runs.
+
+    `call` runs in a forked child: only what it writes to shared mappings is kept.
+    """
+    pid = os.fork()
+    if pid == 0:
+        try:
+            _libc.ptrace(_TRACEME, 0, None, None)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            call()
+        finally:
+            os._exit(0)
+    try:
+        os.waitpid(pid, 0)
+        for _ in range(_SEARCH_LIMIT):
+            if _step(pid) == address:
+                break
+        else:
+            raise RuntimeError(f"the child never came to {address:#x}")
+        stack = _peek(_PEEKUSER, pid, _RSP)
+        caller = _peek(_PEEKDATA, pid, stack)
+        count = 1
+        while _step(pid) != caller or _peek(_PEEKUSER, pid, _RSP) <= stack:
+            count += 1
+        return count
+    finally:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):  # ended and waited for
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
