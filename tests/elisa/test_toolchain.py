@@ -1,0 +1,207 @@
+"""What the toolchain makes of an object's sources, and what it refuses."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pykvm.boot import compiler
+from pykvm.elisa import toolchain
+from pykvm.elisa.toolchain import PAGE_SIZE, VMFUNC, SubImage, build_object
+from pykvm.memory import layout
+
+pytestmark = pytest.mark.unit
+
+HEAD = '#include "elisa_object.h"\n'
+SERVE = (
+    "uint64_t elisa_serve(uint64_t a0, uint64_t a1, uint64_t a2, const struct elisa_env *env)\n"
+    "{ (void)a0; (void)a1; (void)a2; (void)env; %s }\n"
+)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYKVM_CACHE", str(tmp_path / "cache"))
+
+
+def build(tmp_path: Path, text: str, name: str = "object.c") -> SubImage:
+    source = tmp_path / name
+    source.write_text(text)
+    return build_object([source])
+
+
+@pytest.mark.parametrize("name", ["objects/nop.c", "objects/counter.c", "switch/switch.c"])
+def test_own_objects(name: str) -> None:
+    image = build_object([compiler.GUEST_SOURCES / name])
+    entry, text = image.parts[:2]
+    assert (entry.offset, len(entry.data)) == (layout.SUB_ENTRY_OFFSET, PAGE_SIZE)
+    assert entry.data.endswith(VMFUNC)
+    assert text.offset == layout.IMAGE_OFFSET
+    assert image.symbols["elisa_sub"] == layout.SUB_ENTRY_OFFSET
+    assert layout.IMAGE_OFFSET <= image.symbols["elisa_serve"] < text.offset + len(text.data)
+    for part in image.parts:
+        assert not (part.writable and part.executable)
+        assert part.offset % PAGE_SIZE == len(part.data) % PAGE_SIZE == 0
+        assert part.data.count(VMFUNC) == (part is entry)
+
+
+def instructions(code: bytes, file: Path) -> list[str]:
+    """Mnemonics of straight-line code and the int3 around it, without the int3."""
+    if not shutil.which("objdump"):
+        pytest.skip("no objdump: apt-get install binutils")
+    file.write_bytes(code)
+    listing = subprocess.run(
+        ["objdump", "-Dwz", "-b", "binary", "-m", "i386:x86-64", str(file)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    found = re.findall(r"^ +[0-9a-f]+:\t[0-9a-f ]+\t(\w+)", listing, re.MULTILINE)
+    return [mnemonic for mnemonic in found if mnemonic != "int3"]
+
+
+def test_a_crossing_to_nop_is_36_instructions(tmp_path: Path) -> None:
+    """From the call to the ret, both included; 12 of them are the gate's (tests/guest)."""
+    pages = toolchain.crossing_images()
+    image = build_object([compiler.GUEST_SOURCES / "objects" / "nop.c"])
+    serve = image.symbols["elisa_serve"] - layout.IMAGE_OFFSET
+    assert serve == 0
+    entry = instructions(pages.entry_page, tmp_path / "entry")
+    sub = instructions(image.parts[0].data, tmp_path / "sub")
+    nop = instructions(image.parts[1].data, tmp_path / "nop")
+    back = instructions(pages.return_page, tmp_path / "return")
+    assert (entry, nop, back) == (["xor", "vmfunc"], ["xor", "ret"], ["mov", "ret"])
+    assert sub[0] == "movq"  # the transient slot, first of all
+    assert sub.count("call") == 1
+    assert sub.count("vmfunc") == 1
+    assert 1 + len(entry) + 12 + len(sub) + len(nop) + len(back) == 36
+
+
+def test_parts_have_pages_of_their_own(tmp_path: Path) -> None:
+    image = build(
+        tmp_path,
+        HEAD
+        + "static uint64_t zeroed[600]; uint64_t counter = 5; static const char text[] = "
+        + '"read only";\n'
+        + SERVE % "zeroed[a0 % 600]++; return counter++ + text[a1 % 9];",
+    )
+    assert [(part.writable, part.executable) for part in image.parts] == [
+        (False, True),
+        (False, True),
+        (False, False),
+        (True, False),
+    ]
+    assert b"read only" in image.parts[2].data
+    data = image.parts[3]
+    at = image.symbols["counter"] - data.offset
+    assert data.data[at : at + 8] == (5).to_bytes(8, "little")
+    assert len(data.data) == 2 * PAGE_SIZE
+    assert [offset for offset, _ in data.pages()] == [data.offset, data.offset + PAGE_SIZE]
+
+
+def test_bss_alone_shares_no_page_with_constants(tmp_path: Path) -> None:
+    image = build(
+        tmp_path,
+        HEAD
+        + 'static uint64_t zeroed; static const char text[] = "constant";\n'
+        + SERVE % "zeroed += text[a0 % 8]; return zeroed;",
+    )
+    assert [(part.writable, part.executable) for part in image.parts[2:]] == [
+        (False, False),
+        (True, False),
+    ]
+
+
+def test_own_memory_functions(tmp_path: Path) -> None:
+    image = build(
+        tmp_path,
+        HEAD
+        + '#include "elisa_memory.h"\n'
+        + SERVE % "__builtin_memcpy((void *)env->shared, (void *)env->windows, a0); return 0;",
+    )
+    assert "memcpy" in image.symbols
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "says"),
+    [
+        (SERVE % "return missing;", toolchain.compiler.CompileError, "missing"),
+        ("uint64_t nothing;\n", toolchain.MissingEntryError, "elisa_serve"),
+        (
+            "int puts(const char *);\n" + SERVE % 'return puts("x");',
+            toolchain.UndefinedSymbolError,
+            "puts",
+        ),
+        (
+            'static const char *const names[] = {"a", "b"};\n'
+            + SERVE % "return (uint64_t)*names[a0 & 1];",
+            toolchain.AbsoluteAddressError,
+            "absolute address",
+        ),
+        (
+            '__asm__(".section .both, \\"awx\\"\\n nop\\n .text");\n' + SERVE % "return 0;",
+            toolchain.WritableCodeError,
+            ".both",
+        ),
+        (
+            SERVE % '__asm__ volatile("vmfunc"); return 0;',
+            toolchain.ForeignVmfuncError,
+            "vmfunc",
+        ),
+        (
+            # The bytes inside an immediate: nothing that looks like a vmfunc in the source
+            SERVE % "return a0 ^ 0x11d4010f22ull;",
+            toolchain.ForeignVmfuncError,
+            "vmfunc",
+        ),
+        (
+            "static char huge[1 << 20];\n" + SERVE % "huge[a0 & 0xfffff] = 1; return huge[a1 & 7];",
+            toolchain.ImageTooLargeError,
+            "shared memory",
+        ),
+        (
+            '__attribute__((section(".odd"))) int odd = 1;\n' + SERVE % "return (uint64_t)odd;",
+            toolchain.compiler.LinkError,
+            ".odd",
+        ),
+    ],
+    ids=["syntax", "entry", "undefined", "absolute", "w+x", "vmfunc", "hidden", "large", "orphan"],
+)
+def test_refused(tmp_path: Path, text: str, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        build(tmp_path, HEAD + text)
+    with pytest.raises(error):  # and nothing of it was cached
+        build(tmp_path, HEAD + text)
+
+
+def test_missing_source(tmp_path: Path) -> None:
+    with pytest.raises(compiler.SourceMissingError, match=r"nowhere\.c"):
+        build_object([tmp_path / "nowhere.c"])
+
+
+def test_cached_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second build runs no compiler, wherever the sources lie by then; an edit needs one."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for directory in (first, second):
+        directory.mkdir()
+        (directory / "amount.h").write_text("#define AMOUNT 3\n")
+    text = HEAD + '#include "amount.h"\n' + SERVE % "return AMOUNT;"
+    image = build(first, text)
+    monkeypatch.setenv("PATH", os.devnull)
+    assert build(second, text) == image
+    (second / "amount.h").write_text("#define AMOUNT 4\n")
+    with pytest.raises(compiler.CompilerMissingError, match="apt-get install gcc"):
+        build(second, text)
+
+
+def test_images_do_not_depend_on_the_directory(tmp_path: Path) -> None:
+    text = HEAD + SERVE % "return (uint64_t)__FILE__[a0 % 4];"
+    images = []
+    for name in ("one", "another"):
+        (tmp_path / name).mkdir()
+        os.environ["PYKVM_CACHE"] = str(tmp_path / f"cache-{name}")  # monkeypatched above
+        images.append(build(tmp_path / name, text))
+    assert images[0] == images[1]
