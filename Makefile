@@ -1,0 +1,90 @@
+# pykvm's commands. Start with `make demo`; `make help` lists the rest.
+
+SHELL := /bin/bash
+PYTHON := /usr/bin/python3
+VENV := .venv
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+
+# What the build and the emulated host need on Debian 12.
+PACKAGES := python3 python3-venv python3-dev gcc libc6-dev make patch tar xz-utils git \
+	linux-headers-cloud-amd64 linux-source-6.1 libelf-dev kmod \
+	bochs bochsbios vgabios e2fsprogs util-linux
+
+# On a bare-metal Debian the modules are built for the running kernel too.
+RUNNING := linux-headers-$(shell uname -r)
+
+SOURCES := setup.py $(wildcard pykvm/*/build_*.py pykvm/*/*.[ch] pykvm/kvm/ioctls.py \
+	guest/*/*.[ch])
+SOURCES := $(filter-out pykvm/kvm/_kvm.c pykvm/switch/_native.c,$(SOURCES))
+
+.PHONY: help setup demo test lint bench clean
+
+help:
+	@echo "make setup   install what is missing (Debian packages, $(VENV), C extensions)"
+	@echo "make demo    send real packets between two guests: VMFUNC beside VMCALL and direct"
+	@echo "make test    run every test, on this host and on the emulated Intel host"
+	@echo "make lint    check style and types"
+	@echo "make bench   measure the crossing and the switch"
+	@echo "make clean   remove everything that was built in this directory"
+
+setup: $(VENV)/.extensions
+
+# Installs only what is missing; a machine that has everything needs neither apt nor root. The
+# kernel's packages go together, because source and headers must be of one version.
+$(VENV)/.packages: Makefile
+	@set -e; \
+	installed() { dpkg-query -W -f '$${db:Status-Status}' "$$1" 2>/dev/null | grep -qx installed; }; \
+	missing=; \
+	for package in $(PACKAGES); do installed $$package || missing="$$missing $$package"; done; \
+	if [ -n "$$missing" ]; then \
+		case "$$missing" in *linux-*) missing="$$missing linux-headers-cloud-amd64 linux-source-6.1";; esac; \
+		echo "setup: installing Debian packages:$$missing"; \
+		$(SUDO) apt-get update; \
+		$(SUDO) env DEBIAN_FRONTEND=noninteractive \
+			apt-get install -y --no-install-recommends $$missing; \
+	fi; \
+	if ! installed $(RUNNING) && apt-cache show $(RUNNING) >/dev/null 2>&1; then \
+		echo "setup: installing the headers of the running kernel"; \
+		$(SUDO) env DEBIAN_FRONTEND=noninteractive \
+			apt-get install -y --no-install-recommends $(RUNNING); \
+	fi
+	@mkdir -p $(VENV) && touch $@
+
+$(VENV)/bin/python: | $(VENV)/.packages
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+# Installing built the extensions once; here they follow their C sources.
+$(VENV)/.extensions: $(VENV)/.installed $(SOURCES)
+	$(VENV)/bin/python setup.py --quiet build_ext --inplace --force
+	@touch $@
+
+demo: setup
+	$(VENV)/bin/pykvm demo
+
+# Both halves run even if the first fails; the last line is the emulated host's summary.
+test: setup
+	@status=0; \
+	echo "test: on this host"; \
+	PYKVM_REQUIRE=unit,testbed $(VENV)/bin/python -m pytest || status=1; \
+	echo "test: on the emulated host"; \
+	$(VENV)/bin/pykvm testbed -- env PYKVM_REQUIRE=elisa,kvm \
+		python -m pytest -m "elisa or kvm" || status=1; \
+	exit $$status
+
+lint: setup
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy --strict pykvm
+
+bench: setup
+	$(VENV)/bin/pykvm bench crossing --json build/bench/crossing.json
+	$(VENV)/bin/pykvm bench switch --json build/bench/switch.json
+
+clean:
+	rm -rf build $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f pykvm/*/*.so pykvm/*/*.o pykvm/kvm/_kvm.c pykvm/switch/_native.c
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
