@@ -33,6 +33,8 @@ __all__ = ["GuestNumberError", "ObjectInstance", "ObjectSizeError", "SharedObjec
 ENV: Final = struct.Struct("<QQQQII")
 
 MAX_GUESTS: Final = 64
+# The kernel takes KVM_ELISA_MAX_PAGES (1 GiB) for one context; image, stack and tables need some.
+MAX_MEMORY: Final = (1 << 30) - (4 << 20)
 
 
 class ObjectSizeError(PykvmError, ValueError):
@@ -70,6 +72,11 @@ class SharedObject:
             raise ObjectSizeError(f"{self.guests} guests for {self.name}: use 1 to {MAX_GUESTS}")
         if self.shared < 0 or self.window < 0:
             raise ObjectSizeError(f"negative memory for {self.name}: use 0 or more bytes")
+        if self.memory_size > MAX_MEMORY:
+            raise ObjectSizeError(
+                f"{self.memory_size >> 20} MiB for {self.name}: use at most {MAX_MEMORY >> 20} MiB"
+                " of shared memory and windows together"
+            )
 
     @property
     def sources(self) -> list[Path]:

@@ -1,0 +1,178 @@
+"""Plans of gate and sub contexts against the invariants that they must hold by construction."""
+
+from __future__ import annotations
+
+from array import array
+
+import pytest
+
+from pykvm.elisa.contexts import (
+    READ_EXECUTE,
+    ContextPlan,
+    CrossingBaseError,
+    ListPage,
+    UserPages,
+    plan_gate,
+    plan_sub,
+)
+from pykvm.elisa.toolchain import crossing_images
+from pykvm.memory import layout
+from pykvm.paging.entries import EPTP, PAGE_SIZE, Access, EptEntry
+from pykvm.paging.reach import reachable_from
+
+pytestmark = pytest.mark.unit
+
+BASES = [layout.CROSSING_GVA, 5 << 30, 0xFFFF_FFFF_8000_0000, 0xFFFF_C900_0020_0000]
+MEMORY_PAGES = 1200  # more than one 2 MiB page, and a rest
+
+
+def complete(plan: ContextPlan) -> tuple[ContextPlan, memoryview]:
+    """The plan with its guest tables placed in memory of the test's own."""
+    memory = memoryview(bytearray(plan.guest_table_bytes))
+    plan.place_guest_tables(memory, 0x70_0000_0000)
+    return plan, memory
+
+
+def gate_plan(base: int) -> ContextPlan:
+    return plan_gate(0x7000_0000, base)
+
+
+def sub_plan(base: int) -> ContextPlan:
+    return plan_sub(
+        [
+            (layout.SUB_ENTRY_OFFSET, UserPages(0x1000), READ_EXECUTE),
+            (layout.IMAGE_OFFSET, UserPages(0x2000, 3), READ_EXECUTE),
+        ],
+        0x8000,
+        0x9000,
+        UserPages(0x100_0000, MEMORY_PAGES),
+        base,
+    )
+
+
+def page_words(plan: ContextPlan, tables: memoryview) -> dict[int, array[int]]:
+    """What each page of a gate context holds, by page number times 4096: guest tables as built,
+    code as assembled, and EPTPs of write-back memory everywhere else."""
+    eptps = array("Q", [int(EPTP.of(0x1234_5000 + i * PAGE_SIZE)) for i in range(512)])
+    words: dict[int, array[int]] = {}
+    number = 0
+    for page in plan.pages:
+        for i in range(page.count):
+            content = eptps
+            if isinstance(page, UserPages) and page.address == 0x7000_0000:
+                content = array("Q", crossing_images().gate_page)
+            elif isinstance(page, UserPages):
+                content = array("Q", bytes(tables[i * PAGE_SIZE : (i + 1) * PAGE_SIZE]))
+            words[number * PAGE_SIZE] = content
+            number += 1
+    return words
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_any_cr3_outside_the_private_range_finds_the_same_gate(base: int) -> None:
+    plan, tables = complete(gate_plan(base))
+    words = page_words(plan, tables)
+    found = {
+        tuple(
+            (reach.gva, reach.size, reach.page)
+            for reach in reachable_from(cr3, plan.ept, words.__getitem__)
+            if reach.access & Access.EXECUTE
+        )
+        for cr3 in (0, 0x1000, layout.PRIVATE_GPA_FIRST - PAGE_SIZE, layout.PRIVATE_GPA_END)
+    }
+    assert found == {((base + layout.GATE_OFFSET, PAGE_SIZE, 0),)}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_i3_no_private_page_of_the_gate_read_as_root_reaches_code(base: int) -> None:
+    plan, tables = complete(gate_plan(base))
+    words = page_words(plan, tables)
+    private = [
+        span.start + at
+        for span in plan.ept.spans(
+            layout.PRIVATE_GPA_FIRST, layout.PRIVATE_GPA_END - layout.PRIVATE_GPA_FIRST
+        )
+        for at in range(0, span.size, PAGE_SIZE)
+    ]
+    assert len(private) == 3 + len(plan.guest)
+    root = layout.GATE_PRIVATE_GPA + layout.PRIVATE_TABLES_OFFSET
+    for cr3 in private:
+        code = [
+            reach
+            for reach in reachable_from(cr3, plan.ept, words.__getitem__)
+            if reach.access & Access.EXECUTE
+        ]
+        assert bool(code) == (cr3 == root), f"CR3 {cr3:#x}: {code}"
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_i3_what_a_sub_context_maps_is_absent_in_the_gate(base: int) -> None:
+    gate, _ = complete(gate_plan(base))
+    sub, _ = complete(sub_plan(base))
+    root_page = sub.ept.walk(0).page
+    assert root_page is not None
+    checked = 0
+    for span in sub.ept.spans():
+        if span.target == root_page * PAGE_SIZE and span.repeats:
+            continue
+        for gpa in range(span.start, span.end, PAGE_SIZE):
+            if sub.ept.walk(gpa).page != root_page:
+                assert not gate.ept.walk(gpa).mapped, f"GPA {gpa:#x}"
+                checked += 1
+    assert checked == 4 + 1 + 1 + 4 + MEMORY_PAGES + len(sub.guest) - 1
+
+
+@pytest.mark.parametrize("plan", [gate_plan(BASES[0]), sub_plan(BASES[0])], ids=["gate", "sub"])
+def test_i4_tables_are_read_only_and_nothing_writable_is_executable(plan: ContextPlan) -> None:
+    complete(plan)
+    tables = plan.ept.walk(0).page
+    assert tables is not None
+    for span in plan.ept.spans():
+        assert not (span.access & Access.WRITE and span.access & Access.EXECUTE)
+        first = span.target // PAGE_SIZE
+        if tables <= first < tables + len(plan.guest):
+            assert span.access == Access.READ
+    # Accessed and dirty bits are set, or the processor's own walk would have to write.
+    for number in range(len(plan.guest)):
+        for word in plan.guest.table(number):
+            assert not word or word & 0x20, hex(word)
+
+
+def test_the_list_is_writable_in_both_contexts_and_the_official_eptp_in_none() -> None:
+    gate, sub = gate_plan(BASES[0]), sub_plan(BASES[0])
+    for plan, gpa in (
+        (gate, layout.GATE_PRIVATE_GPA + layout.GATE_LIST_OFFSET),
+        (sub, layout.SUB_PRIVATE_GPA + layout.LIST_OFFSET),
+    ):
+        walked = plan.ept.walk(gpa)
+        assert walked.access == Access.READ | Access.WRITE
+        numbered = [page for page in plan.pages for _ in range(page.count)]
+        assert isinstance(numbered[walked.page or 0], ListPage)
+    data = gate.ept.walk(layout.GATE_PRIVATE_GPA + layout.GATE_DATA_OFFSET)
+    assert data.access == Access.READ
+
+
+def test_what_an_attachment_costs_is_what_the_documentation_says() -> None:
+    """docs: gate 9 + 5 + 3 pages; sub 7 + 4 pages and one table for each 2 MiB of memory."""
+    gate, _ = complete(gate_plan(BASES[0]))
+    assert (gate.cost.ept_tables, gate.cost.guest_tables, gate.cost.mapped) == (9, 5, 3)
+    sub, _ = complete(sub_plan(BASES[0]))
+    blocks = -(-MEMORY_PAGES // 512)
+    assert sub.cost.ept_tables == 7 + blocks
+    # The last, partly used block is mapped with 4 KiB pages: one guest table for it.
+    assert sub.cost.guest_tables == 4 + 1
+    assert sub.cost.mapped == 4 + 1 + 1 + 4 + MEMORY_PAGES
+
+
+@pytest.mark.parametrize(
+    "base", [0, 0x1000, 4 << 30, layout.CROSSING_GVA + 0x1000, 1 << 47, -1 << 30, 1 << 64]
+)
+def test_a_crossing_area_where_none_can_lie_is_refused(base: int) -> None:
+    with pytest.raises(CrossingBaseError, match="use a canonical address"):
+        plan_gate(0x1000, base)
+
+
+def test_a_plan_prints_as_ranges() -> None:
+    plan, _ = complete(gate_plan(BASES[0]))
+    assert "GPA 0x5000001000-0x5000001fff -> page 0 [r-x WB]" in str(plan)
+    assert EptEntry.SPACE == "GPA"
