@@ -23,7 +23,6 @@ __all__ = [
     "find_source",
     "installed_headers",
     "makefile_version",
-    "package_version",
     "require_match",
     "running_release",
 ]
@@ -110,7 +109,7 @@ def find_headers(release: str | None = None, src: Path = SRC) -> Headers:
         release=wanted,
         path=path,
         version=makefile_version(_top_makefile(path)),
-        package=package_version(f"linux-headers-{wanted}"),
+        package=_package_version(f"linux-headers-{wanted}", src),
         compiler=_compiler(path),
     )
 
@@ -127,7 +126,7 @@ def find_source(series: str, src: Path = SRC) -> Source:
             f"no source of Linux {series} ({tarball}); "
             f"type: apt-get install --no-install-recommends linux-source-{series}"
         )
-    return Source(series, tarball, package_version(f"linux-source-{series}"))
+    return Source(series, tarball, _package_version(f"linux-source-{series}", src))
 
 
 def require_match(headers: Headers, source: Source, source_version: str) -> None:
@@ -150,8 +149,10 @@ def require_match(headers: Headers, source: Source, source_version: str) -> None
     )
 
 
-def package_version(package: str) -> str:
-    """Version of an installed Debian package; empty if it is not installed, or not a Debian."""
+def _package_version(package: str, src: Path) -> str:
+    """Version of an installed Debian package; empty if there is none, or `src` is not its place."""
+    if src != SRC:
+        return ""
     try:
         query = subprocess.run(
             ["dpkg-query", "-W", "-f", "${db:Status-Status} ${Version}", package],
