@@ -1,0 +1,107 @@
+"""Builds the cffi extension ``pykvm.kvm._kvm``; setup.py names ``ffibuilder``.
+
+Three inputs, each the only place of what it holds: ``kvm_cdef.h`` (fields of the kernel's
+structs), ``ioctls.py`` (the calls) and ``run_loop.h`` (our C). Constants are every macro of
+``<linux/kvm.h>`` and ``kvm_elisa.h`` whose name starts with one of `PREFIXES`; the C compiler
+lists them and evaluates them, so that no number is typed into pykvm.
+
+``python pykvm/kvm/build_kvm.py`` builds in place, without setuptools' editable install.
+"""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+import subprocess
+import sysconfig
+from pathlib import Path
+
+from cffi import FFI
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+HEADERS = '#include <linux/kvm.h>\n#include "kvm_elisa.h"\n'
+
+PREFIXES = (
+    "KVM_API_VERSION",
+    "KVM_CAP_",
+    "KVM_CLOCK_",
+    "KVM_CPUID_FLAG_",
+    "KVM_CREATE_DEVICE_TEST",
+    "KVM_DEV_TYPE_VFIO",
+    "KVM_DIRTY_LOG_",
+    "KVM_ELISA_",
+    "KVM_EXIT_",
+    "KVM_GUESTDBG_",
+    "KVM_HC_ELISA_",
+    "KVM_INTERNAL_ERROR_",
+    "KVM_IOEVENTFD_FLAG_",
+    "KVM_IRQCHIP_",
+    "KVM_IRQFD_FLAG_",
+    "KVM_IRQ_ROUTING_",
+    "KVM_MAX_XCRS",
+    "KVM_MEM_",
+    "KVM_MP_STATE_",
+    "KVM_MSR_EXIT_REASON_",
+    "KVM_MSR_FILTER_",
+    "KVM_PIT_",
+    "KVM_PMU_EVENT_",
+    "KVM_SREGS2_FLAGS_",
+    "KVM_STATS_",
+    "KVM_SYSTEM_EVENT_",
+    "KVM_VCPUEVENT_VALID_",
+    "KVM_VCPU_TSC_",
+    "KVM_X86_DISABLE_EXITS_",
+    "KVM_X86_QUIRK_",
+    "KVM_X86_XCOMP_GUEST_SUPP",
+)
+
+
+def constant_names() -> list[str]:
+    """Names of the constants to export, sorted; the compiler's preprocessor lists them."""
+    compiler = shlex.split(sysconfig.get_config_var("CC") or "cc")
+    listing = subprocess.run(
+        [*compiler, "-E", "-dM", f"-I{HERE}", "-x", "c", "-"],
+        input=HEADERS,
+        capture_output=True,
+        check=True,
+        text=True,
+    ).stdout
+    # Object-like macros only: a parenthesis right after the name starts a function-like one.
+    defined = set(re.findall(r"^#define (KVM_\w+) \S", listing, re.MULTILINE))
+    names = {name for name in defined if name.startswith(PREFIXES)}
+    names.update(runpy.run_path(str(HERE / "ioctls.py"))["IOCTLS"])
+    return sorted(names)
+
+
+def declarations() -> str:
+    """Everything for `FFI.cdef`."""
+    constants = "".join(f"#define {name} ...\n" for name in constant_names())
+    own = (HERE / "run_loop.h").read_text()
+    # cffi has no preprocessor: what it cannot parse stands between these two marks.
+    own = re.sub(r"/\* not for cffi \{ \*/.*?/\* \} \*/", "", own, flags=re.DOTALL)
+    own = "".join(
+        line
+        for line in own.splitlines(True)
+        if not line.startswith("#") or re.match(r"#define \w+\s+\d", line)
+    )
+    return (HERE / "kvm_cdef.h").read_text() + constants + own
+
+
+ffibuilder = FFI()
+ffibuilder.cdef(declarations())
+ffibuilder.set_source(
+    "pykvm.kvm._kvm",
+    HEADERS + '#include "run_loop.h"\n',
+    # Relative: setuptools wants sources below the directory of setup.py, where it runs.
+    sources=["pykvm/kvm/run_loop.c"],
+    depends=[
+        f"pykvm/kvm/{name}" for name in ("run_loop.h", "kvm_cdef.h", "kvm_elisa.h", "ioctls.py")
+    ],
+    include_dirs=[str(HERE)],
+    extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra"],
+)
+
+if __name__ == "__main__":
+    ffibuilder.compile(tmpdir=str(ROOT), verbose=True)

@@ -1,0 +1,113 @@
+"""The base of the handles: one file descriptor each, closed once, with ioctls by name."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from types import TracebackType
+from typing import Any, ClassVar, Self
+
+from pykvm.kvm._kvm import ffi, lib
+from pykvm.kvm.errors import CapabilityMissingError, HandleClosedError, IoctlError
+from pykvm.kvm.ioctls import IOCTLS, Ioctl, Scope
+
+__all__ = ["Handle", "Struct", "capability_number"]
+
+Struct = Any
+"""A cffi struct: its fields are attributes, named as in linux/kvm.h."""
+
+
+def capability_number(capability: str | int) -> int:
+    """The number of a ``KVM_CAP_*`` macro. Raises CapabilityMissingError for an unknown name."""
+    if isinstance(capability, int):
+        return capability
+    number = getattr(lib, capability, None)
+    if not isinstance(number, int):
+        raise CapabilityMissingError(capability, "this build of pykvm")
+    return number
+
+
+class Handle:
+    """Owns one file descriptor; a context manager; closing twice is harmless."""
+
+    scope: ClassVar[Scope]
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def fileno(self) -> int:
+        """The descriptor. Raises HandleClosedError after close()."""
+        if self._fd < 0:
+            raise HandleClosedError(f"this {self._noun()} is closed: create another one")
+        return self._fd
+
+    @property
+    def closed(self) -> bool:
+        return self._fd < 0
+
+    def close(self) -> None:
+        """Give the descriptor back. Harmless when it is closed already."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # A constructor that raised leaves no _fd behind.
+        if getattr(self, "_fd", -1) >= 0:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {'closed' if self._fd < 0 else f'fd {self._fd}'}>"
+
+    def check_extension(self, capability: str | int) -> int:
+        """KVM_CHECK_EXTENSION: 0 if absent, else 1 or a number that the capability defines."""
+        raise NotImplementedError
+
+    def require(self, capability: str, wanted_by: str) -> int:
+        """The value of a capability. Raises CapabilityMissingError where it is 0."""
+        value = self.check_extension(capability)
+        if not value:
+            raise CapabilityMissingError(capability, wanted_by)
+        return value
+
+    def ioctl(self, name: str, arg: Any = 0) -> int:
+        """Make a call of the table (`pykvm.kvm.ioctls`).
+
+        arg: an integer, or a cffi pointer. Returns the call's result, 0 or more. Raises
+        CapabilityMissingError, IoctlError, HandleClosedError.
+        """
+        entry = IOCTLS[name]
+        if needed := entry.needs(self.scope):
+            self.require(needed, name)
+        result = self._raw_ioctl(entry, arg)
+        if result < 0:
+            raise IoctlError(entry, -result)
+        return result
+
+    def _raw_ioctl(self, entry: Ioctl, arg: Any = 0) -> int:
+        """The call itself, without probing: its result, or -errno."""
+        if self.scope not in entry.scopes:
+            raise TypeError(f"{entry.name} is not a call on a {self._noun()}")
+        word = arg if isinstance(arg, int) else int(ffi.cast("uintptr_t", arg))
+        return int(lib.pykvm_ioctl(self.fileno(), getattr(lib, entry.name), word))
+
+    def _get(self, name: str, struct: str) -> Struct:
+        """Make a call that fills a struct; return the struct."""
+        result = ffi.new(f"struct {struct} *")
+        self.ioctl(name, result)
+        return result
+
+    def _noun(self) -> str:
+        return type(self).__name__.lower()

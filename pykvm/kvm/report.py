@@ -1,0 +1,89 @@
+"""A report on a vCPU that stopped for an unexpected reason, for a person to read.
+
+Registers, what the processor was doing (mode, context), the bytes of the instruction, and the
+last exits.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pykvm.kvm.errors import KvmError
+from pykvm.kvm.handle import Struct
+
+if TYPE_CHECKING:
+    from pykvm.kvm.exits import Exit
+    from pykvm.kvm.vcpu import Vcpu
+
+__all__ = ["describe"]
+
+_ROWS = (
+    ("rax", "rbx", "rcx", "rdx"),
+    ("rsi", "rdi", "rsp", "rbp"),
+    ("r8", "r9", "r10", "r11"),
+    ("r12", "r13", "r14", "r15"),
+)
+_SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
+
+# SDM vol. 3A 2.5: control-register bits that decide the mode; vol. 3A 2.2.1: EFER.
+_CR0_PE, _CR0_PG, _EFER_LMA = 1 << 0, 1 << 31, 1 << 10
+
+
+def describe(vcpu: Vcpu, found: Exit) -> str:
+    """The report, several lines. A part that cannot be read says so instead of raising."""
+    lines = [f"vcpu {vcpu.id}: {found}"]
+    try:
+        regs, sregs = vcpu.get_regs(), vcpu.get_sregs()
+        lines += _registers(regs, sregs)
+        lines.append(_instruction(vcpu, regs, sregs))
+    except KvmError as error:
+        lines.append(f"no registers: {error}")
+    lines.append("last exits, oldest first:")
+    lines += [f"  {past}" for past in vcpu.last_exits()] or ["  none"]
+    return "\n".join(lines)
+
+
+def _registers(regs: Struct, sregs: Struct) -> list[str]:
+    lines = [f"{_mode(sregs)}, rip {regs.rip:#x}, rflags {regs.rflags:#x}"]
+    for row in _ROWS:
+        lines.append("  ".join(f"{name:>3} {getattr(regs, name):016x}" for name in row))
+    lines.append(
+        f"cr0 {sregs.cr0:x}  cr2 {sregs.cr2:x}  cr3 {sregs.cr3:x}  cr4 {sregs.cr4:x}  "
+        f"cr8 {sregs.cr8:x}  efer {sregs.efer:x}"
+    )
+    for name in _SEGMENTS:
+        each = getattr(sregs, name)
+        if each.unusable:
+            lines.append(f"{name:>3} {each.selector:04x} unusable")
+        else:
+            lines.append(
+                f"{name:>3} {each.selector:04x} base {each.base:x} limit {each.limit:x} "
+                f"type {each.type:x} dpl {each.dpl} l {each.l} db {each.db}"
+            )
+    for name in ("gdt", "idt"):
+        table = getattr(sregs, name)
+        lines.append(f"{name} base {table.base:x} limit {table.limit:x}")
+    return lines
+
+
+def _mode(sregs: Struct) -> str:
+    if not sregs.cr0 & _CR0_PE:
+        return "real mode"
+    if sregs.efer & _EFER_LMA:
+        mode = "64-bit mode" if sregs.cs.l else "compatibility mode"
+    else:
+        mode = "protected mode"
+    paging = "" if sregs.cr0 & _CR0_PG else ", no paging"
+    return f"{mode}{paging}, cpl {sregs.ss.dpl}"
+
+
+def _instruction(vcpu: Vcpu, regs: Struct, sregs: Struct) -> str:
+    """The bytes at RIP, read through the guest's page tables and the default EPT."""
+    linear = regs.rip if sregs.efer & _EFER_LMA else (sregs.cs.base + regs.rip) & 0xFFFFFFFF
+    where = vcpu.translate(linear)
+    if where is None:
+        return f"instruction at {linear:#x}: not mapped by the guest"
+    code = vcpu.vm.read_physical(where.physical, 15)
+    if not code:
+        return f"instruction at {linear:#x} (GPA {where.physical:#x}): no memory there"
+    return f"instruction at {linear:#x} (GPA {where.physical:#x}): {code.hex(' ')}"
