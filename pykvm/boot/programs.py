@@ -12,6 +12,7 @@ from typing import Final
 
 from pykvm.boot.compiler import GUEST_SOURCES, build_guest
 from pykvm.boot.elf import ElfFile
+from pykvm.kvm import lib
 
 __all__ = [
     "BurstProgram",
@@ -29,8 +30,8 @@ __all__ = [
     "way_samples",
 ]
 
-HC_USER: Final = 0x4510
-"""KVM_HC_ELISA_USER of pykvm/kvm/kvm_elisa.h, the first hypercall that user space answers."""
+HC_USER: Final[int] = lib.KVM_HC_ELISA_USER
+"""The first of the hypercalls that user space answers (`Vcpu.set_hypercall`)."""
 
 IDLE_LIMIT: Final = 50_000_000
 """Looks at the lanes without progress: seconds, so that a waiting guest outlasts a busy host."""
