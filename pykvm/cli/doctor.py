@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
         findings = {
             "elisa_here": here,
             "emulated_host": emulated,
-            "checks": [asdict(check) for check in checks],
+            "checks": [_finding(check) for check in checks],
             "fingerprint": fingerprint(),
         }
         print(json.dumps(findings, indent=2))
@@ -37,6 +37,10 @@ def run(args: argparse.Namespace) -> int:
             _print_group(title, [check for check in checks if check.group == group])
         print(_verdict(here, emulated))
     return 0 if here else 1
+
+
+def _finding(check: Check) -> dict[str, Any]:
+    return asdict(check) | {"next_step": "" if check.ok else check.next_step}
 
 
 def _print_group(title: str, checks: list[Check]) -> None:

@@ -77,6 +77,6 @@ def _git(root: Path, *arguments: str) -> str:
         done = subprocess.run(
             ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False
         )
-    except FileNotFoundError:
+    except OSError:  # no git
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -182,6 +182,8 @@ def _unpack(source: Source, patch: Path | None) -> Path:
         log = cache.log_path("kernel-unpack")
         log.write_text("")
         if _run(command, out, log) != 0:
+            if patch is not None and "Not found in archive" in log.read_text():
+                raise _does_not_apply(patch, log)
             raise CompileFailed(
                 f"cannot unpack {source.tarball}, see {log}; "
                 f"type: apt-get install --reinstall linux-source-{source.series}"
@@ -227,10 +229,14 @@ def _build_into(out: Path, tree: Path, headers: Headers, patch: Path | None) -> 
 def _apply(patch: Path, work: Path, log: Path) -> None:
     command = ["patch", "-p1", "--batch", "--forward", "-i", str(patch.resolve())]
     if _run(command, work, log) != 0:
-        raise PatchFailed(
-            f"{patch.name} does not apply to the distribution's source, see {log}; "
-            "update pykvm, or install the kernel version named in kernel-patches/README.md"
-        )
+        raise _does_not_apply(patch, log)
+
+
+def _does_not_apply(patch: Path, log: Path) -> PatchFailed:
+    return PatchFailed(
+        f"{patch.name} does not apply to the distribution's source, see {log}; "
+        "update pykvm, or install the kernel version named in kernel-patches/README.md"
+    )
 
 
 def _first_error(log: Path) -> str:

@@ -148,6 +148,13 @@ def test_patch_that_does_not_apply(src: Path, patches: Path) -> None:
     assert _kept_modules() == []
 
 
+def test_patch_of_a_file_that_is_not_there(src: Path, patches: Path) -> None:
+    patch = patches / "linux-6.1.patch"
+    patch.write_text(patch.read_text().replace("linux/other.h", "linux/gone.h"))
+    with pytest.raises(kernel.PatchFailed, match=r"does not apply .*kernel-unpack\.log"):
+        kernel.build(RELEASE, src=src, patches=patches)
+
+
 def test_broken_source_archive(src: Path, patches: Path) -> None:
     (src / "linux-source-6.1.tar.xz").write_bytes(b"not an archive")
     with pytest.raises(kernel.CompileFailed, match=r"cannot unpack .*--reinstall"):

@@ -1,0 +1,32 @@
+"""`pykvm kernel`: what it prints and its refusals; what it does is in tests/host."""
+
+import pytest
+
+from pykvm.cli.main import main
+from pykvm.host import modules
+
+
+@pytest.mark.unit
+def test_status(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["kernel", "status"]) == 0
+    output = capsys.readouterr().out
+    assert output.startswith(f"KVM: {modules.status().state}\n")
+    assert "\nin use by: " in output
+
+
+@pytest.mark.unit
+def test_build_without_headers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["kernel", "build", "--kernel", "6.1.0-1-none"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("pykvm: no headers for kernel 6.1.0-1-none ")
+    assert "apt-get install linux-headers-6.1.0-1-none" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.elisa
+def test_load_says_what_is_loaded(capsys: pytest.CaptureFixture[str], tmp_path: object) -> None:
+    assert main(["kernel", "load", "--modules", str(tmp_path)]) == 1
+    assert "type: pykvm kernel build" in capsys.readouterr().err
+    assert main(["kernel", "status"]) == 0
+    output = capsys.readouterr().out
+    assert "KVM: patched\nELISA interface: version 1\n" in output

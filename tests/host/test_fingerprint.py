@@ -1,0 +1,68 @@
+"""The machine's fingerprint: complete, serializable, and silent about whose machine it is."""
+
+import getpass
+import json
+import os
+import platform
+import socket
+from pathlib import Path
+
+import pytest
+
+from pykvm.host import modules
+from pykvm.host.fingerprint import commit, fingerprint, host_kind
+from pykvm.host.processor import read_processor
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.unit
+def test_it_says_what_numbers_depend_on() -> None:
+    found = json.loads(json.dumps(fingerprint()))
+    processor = read_processor()
+    assert found["cpu"] == processor.name
+    assert found["cpu_microcode"] == processor.microcode
+    assert found["kernel"] == platform.release()
+    assert found["kvm"] == modules.status().state
+    assert found["pykvm"] == "0.1.0"
+    assert found["host"] in ("emulated", "hardware")
+
+
+@pytest.mark.unit
+def test_it_names_nobody() -> None:
+    text = json.dumps(fingerprint())
+    assert str(ROOT) not in text
+    assert str(Path.home()) not in text
+    # A machine may be called like something that is said for good reasons ("vm", "amd").
+    for name in (socket.gethostname(), getpass.getuser()):
+        assert f'"{name}"' not in text
+
+
+@pytest.mark.unit
+def test_the_testbed_is_told_by_its_marker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYKVM_TESTBED", "1")
+    assert host_kind() == fingerprint()["host"] == "emulated"
+    monkeypatch.delenv("PYKVM_TESTBED")
+    assert host_kind() == fingerprint()["host"] == "hardware"
+
+
+@pytest.mark.unit
+def test_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYKVM_COMMIT", "abcdef123456+")
+    assert commit() == "abcdef123456+"
+    monkeypatch.delenv("PYKVM_COMMIT")
+    if (ROOT / ".git").is_dir():
+        head = (ROOT / ".git/HEAD").read_text().strip()
+        if head.startswith("ref: ") and (ROOT / ".git" / head[5:]).exists():
+            head = (ROOT / ".git" / head[5:]).read_text().strip()
+            assert commit().rstrip("+") == head[:12]
+    monkeypatch.setenv("PATH", os.devnull)
+    assert commit() == ""
+
+
+@pytest.mark.elisa
+def test_the_patched_modules_are_identified() -> None:
+    found = fingerprint()
+    assert found["kvm"] == "patched"
+    assert found["kvm_elisa"] > 0
+    assert all(found["kvm_srcversion"].values())
