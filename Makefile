@@ -57,8 +57,10 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-# Installing built the extensions once; here they follow their C sources.
+# Installing built the extensions once; here they follow their C sources. An extension of another
+# name (for one version of Python) would be found first, so the old ones go.
 $(VENV)/.extensions: $(VENV)/.installed $(SOURCES)
+	rm -f pykvm/kvm/_kvm.*.so pykvm/switch/_native.*.so
 	$(VENV)/bin/python setup.py --quiet build_ext --inplace --force
 	@touch $@
 
