@@ -16,15 +16,16 @@ from pykvm.elisa.contexts import (
     plan_sub,
 )
 from pykvm.errors import PykvmError
-from pykvm.kvm import Context, KvmError, Vcpu, Vm, elisa_calls
+from pykvm.kvm import Context, KvmError, Vcpu, Vm
+from pykvm.kvm._kvm import lib
 from pykvm.memory import layout
 from pykvm.memory.guest_memory import MemoryFile, Region, require_lockable
 from pykvm.paging.entries import PAGE_SIZE, Access
 
 __all__ = ["Attachment", "AttachmentCost", "InsideContextError", "SlotsFullError"]
 
-FIRST_SLOT: Final = elisa_calls.SLOT_FIRST
-SLOTS: Final = elisa_calls.SLOTS
+FIRST_SLOT: Final[int] = lib.KVM_ELISA_SLOT_FIRST
+SLOTS: Final[int] = lib.KVM_ELISA_SLOTS
 
 _slots_in_use: "weakref.WeakKeyDictionary[Vcpu, set[int]]" = weakref.WeakKeyDictionary()
 
@@ -62,13 +63,13 @@ def _create(vm: Vm, vcpu: Vcpu, plan: ContextPlan, sub: Context | None) -> Conte
         match page:
             case UserPages(address, count):
                 stop = address + count * PAGE_SIZE
-                kind = elisa_calls.PAGE_USER
+                kind = lib.KVM_ELISA_PAGE_USER
                 pages.extend((at, kind, 0) for at in range(address, stop, PAGE_SIZE))
             case ListPage():
-                pages.append((0, elisa_calls.PAGE_LIST, vcpu.id))
+                pages.append((0, lib.KVM_ELISA_PAGE_LIST, vcpu.id))
             case EptpPage():
                 assert sub is not None
-                pages.append((0, elisa_calls.PAGE_EPTP, sub.fileno()))
+                pages.append((0, lib.KVM_ELISA_PAGE_EPTP, sub.fileno()))
     return vm.create_elisa_context(plan.ept.tobytes(), pages)
 
 

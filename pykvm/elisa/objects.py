@@ -126,6 +126,7 @@ class _Image:
     region: Region
     parts: list[tuple[int, UserPages, Access]] = field(default_factory=list)
     gate_page: int = 0
+    sub_entry: bytes = b""
 
     @classmethod
     def load(cls, name: str, image: SubImage) -> Self:
@@ -141,6 +142,8 @@ class _Image:
             pages = UserPages(region.host_address + at, len(part.data) // PAGE_SIZE)
             loaded.parts.append((part.offset, pages, access))
             at += len(part.data)
+            if part.offset == layout.SUB_ENTRY_OFFSET:
+                loaded.sub_entry = part.data
         region.view(at, PAGE_SIZE)[:] = gate
         loaded.gate_page = region.host_address + at
         return loaded
@@ -168,6 +171,11 @@ class ObjectInstance:
     def shared(self) -> memoryview:
         """The object's shared memory, live."""
         return self.memory.view(0, _pages(self.declaration.shared) * PAGE_SIZE)
+
+    @property
+    def sub_entry_page(self) -> bytes:
+        """The page of trusted code at which every call of the object begins."""
+        return self._image.sub_entry
 
     def window(self, guest: int) -> memoryview:
         """A guest's window, live."""

@@ -104,7 +104,7 @@ def draw_demo(record: dict[str, Any], stem: Path) -> list[Path]:
 
 def draw_crossing(record: dict[str, Any], stem: Path) -> list[Path]:
     """The cost of one empty call by each path; returns the files written."""
-    names = [name for name in ("vmfunc", "vmcall_kernel", "vmcall_user", "direct")]
+    names = ["vmfunc", "vmcall_kernel", "vmcall_user", "direct"]
     figure, axes = _pyplot().subplots(figsize=(7.2, 2.6))
     _bars(axes, names, [record[name]["cost"] for name in names], "One empty call", record["unit"])
     figure.text(0.01, -0.05, _source(record), fontsize=7, color="#555555")

@@ -1,0 +1,30 @@
+"""Connects a bare-metal guest to a port of the switch, by each of the three paths."""
+
+from pykvm.boot.bare import BareGuest
+from pykvm.boot.programs import SwitchPath
+from pykvm.elisa.toolchain import crossing_images
+from pykvm.switch.hosted import HostedSwitch
+
+__all__ = ["connect"]
+
+
+def connect(guest: BareGuest, hosted: HostedSwitch, port: int, path: SwitchPath) -> None:
+    """Give the guest the port's window and the way to the switch that `path` names.
+
+    Raises what `ObjectInstance.attach` raises; PortStateError for a port in use.
+    """
+    instance = hosted.instance
+    slot = 0
+    match path:
+        case SwitchPath.VMFUNC:
+            images = crossing_images()
+            guest.map_crossing(images.entry_page, images.return_page, images.call_offset)
+            slot = instance.attach(guest.vm, guest.vcpu, port).slot
+        case SwitchPath.VMCALL:
+            guest.vm.enable_user_hypercalls()
+            guest.vcpu.set_hypercall(0, hosted.switch.hypercall, hosted.switch.native_env(port))
+        case SwitchPath.DIRECT:
+            memory = instance.direct_region()
+            guest.set_direct(memory, instance.declaration.env(memory.gpa, port))
+    guest.set_attachment(0, slot, instance.window_region(port))
+    hosted.switch.enable(port)

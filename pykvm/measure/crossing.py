@@ -1,0 +1,104 @@
+"""What one empty call costs: VMFUNC, VMCALL answered in the kernel and by the VMM, direct."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pykvm.boot.bare import BareGuest
+from pykvm.boot.compiler import GUEST_SOURCES
+from pykvm.boot.programs import CrossingProgram, Way, way_samples
+from pykvm.elisa.objects import SharedObject
+from pykvm.elisa.toolchain import VMFUNC, crossing_images
+from pykvm.kvm import NULL_HYPERCALL, Kvm
+from pykvm.measure.exits import ExitCounter, Exits
+from pykvm.measure.records import Samples
+
+__all__ = ["WAY_NAMES", "Crossing", "WayCost", "measure_crossing"]
+
+WAY_NAMES: Final = {
+    Way.VMFUNC: "vmfunc",
+    Way.VMCALL_KERNEL: "vmcall_kernel",
+    Way.VMCALL_USER: "vmcall_user",
+    Way.DIRECT: "direct",
+}
+
+
+@dataclass(frozen=True)
+class WayCost:
+    """One way to call nothing: `calls` times."""
+
+    calls: int
+    samples: Samples
+    exits: Exits
+    vmfuncs: int
+
+    @property
+    def vm_exits(self) -> float:
+        """VM exits of one call, the host's interrupts aside."""
+        return self.exits.own / self.calls
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a record."""
+        return {
+            "vm_exits": self.vm_exits,
+            "vmfuncs": self.vmfuncs,
+            "cost": self.samples.median,
+            "samples": self.samples.as_dict(),
+            "exits": self.exits.as_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """All ways in one run, by name, and the reading of the counter itself."""
+
+    ways: dict[str, WayCost]
+    empty: Samples
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a record."""
+        return {
+            **{name: way.as_dict() for name, way in self.ways.items()},
+            "empty": self.empty.as_dict(),
+        }
+
+
+def measure_crossing(
+    kvm: Kvm, calls: int, scale: float, ways: Sequence[Way] = tuple(WAY_NAMES)
+) -> Crossing:
+    """Run the crossing guest once; every way `calls` times, one after the other.
+
+    scale: the record's unit for one tick of the time-stamp counter.
+
+    Raises what `BareGuest.run` and `ObjectInstance.attach` raise.
+    """
+    program = CrossingProgram(calls=calls, ways=[Way.EMPTY, *ways])
+    nop = SharedObject("nop", GUEST_SOURCES / "objects" / "nop.c", guests=1)
+    images = crossing_images()
+    with nop.open() as instance, BareGuest(kvm, program, name="crossing") as guest:
+        guest.vm.enable_user_hypercalls()
+        guest.vcpu.set_hypercall(0, NULL_HYPERCALL)
+        guest.map_crossing(images.entry_page, images.return_page, images.call_offset)
+        attachment = instance.attach(guest.vm, guest.vcpu, 0)
+        guest.set_attachment(0, attachment.slot, instance.window_region(0))
+        counter = ExitCounter(guest.vcpu)
+        guest.run(counter.mark)
+        ticks = way_samples(guest.samples(), program)
+        # The pages of the crossing hold one VMFUNC each, which the toolchain has checked; no host
+        # can count those that succeed.
+        pages = [images.entry_page, images.gate_page, instance.sub_entry_page]
+        vmfuncs = sum(page.count(VMFUNC) for page in pages)
+    empty = Samples(ticks[Way.EMPTY], scale)
+    overhead = sorted(ticks[Way.EMPTY])[calls // 2]
+    return Crossing(
+        {
+            WAY_NAMES[way]: WayCost(
+                calls,
+                Samples(ticks[way], scale, overhead),
+                counter.parts[way],
+                vmfuncs if way is Way.VMFUNC else 0,
+            )
+            for way in ways
+        },
+        empty,
+    )

@@ -1,0 +1,173 @@
+"""Two guests replay a capture through the switch; every frame that arrives is compared."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Final
+
+from pykvm.boot.bare import BareGuest
+from pykvm.boot.programs import (
+    ExchangeProgram,
+    SendSample,
+    SwitchPath,
+    frame_records,
+    received_frames,
+    send_samples,
+)
+from pykvm.errors import PykvmError
+from pykvm.kvm import Kvm
+from pykvm.measure.connect import connect
+from pykvm.measure.exits import ExitCounter, Exits
+from pykvm.switch.counters import SwitchCounters
+from pykvm.switch.geometry import SwitchConfig
+from pykvm.switch.hosted import HostedSwitch
+
+__all__ = ["Exchange", "ExchangeStuckError", "exchange"]
+
+BURST: Final = 32
+TIMEOUT: Final = 300.0
+"""Seconds for one exchange; the emulated host takes a few."""
+
+# Room for everything that one side sends: the guests take turns on the emulated host's only
+# processor, and a sender that has to wait would split its bursts differently in every run.
+_LANE_SLOTS: Final = 4096
+
+
+class ExchangeStuckError(PykvmError):
+    """A guest gave up waiting for frames."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What became of the frames on one path, both directions together.
+
+    samples: for each guest, its calls in order. exits: between the first frame and the last.
+    dropped: by the switch's own counters, by reason.
+    """
+
+    path: SwitchPath
+    frames: int
+    sent: int
+    delivered: int
+    corrupted: int
+    dropped: dict[str, int]
+    exits: Exits
+    samples: list[list[SendSample]]
+    lengths: list[int]
+
+    @property
+    def vm_exits_per_packet(self) -> float:
+        return self.exits.own / self.sent
+
+    @property
+    def ticks_per_packet(self) -> float:
+        """Ticks of the time-stamp counter that a sender spends for one packet, its call included.
+
+        The same burst of each round is one group; its median stands for it, so that the host's
+        timer interrupts do not count.
+        """
+        ticks, frames = 0.0, 0
+        for calls, length in zip(self.samples, self.lengths, strict=True):
+            groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+            at = 0
+            for call in calls:
+                groups[at % length, call.sent].append(call.cycles)
+                at += call.sent
+            ticks += sum(statistics.median(group) for group in groups.values())
+            frames += sum(sent for _, sent in groups)
+        return ticks / frames if frames else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a record; the samples as [ticks, frames] of each call."""
+        return {
+            "frames": self.frames,
+            "sent": self.sent,
+            "delivered": self.delivered,
+            "dropped": sum(self.dropped.values()),
+            "corrupted": self.corrupted,
+            "drop_reasons": self.dropped,
+            "vm_exits_per_packet": self.vm_exits_per_packet,
+            "exits": self.exits.as_dict(),
+            "bursts": [[[call.cycles, call.sent] for call in calls] for calls in self.samples],
+        }
+
+
+def exchange(
+    kvm: Kvm, path: SwitchPath, sides: Sequence[Sequence[bytes]], *, rounds: int = 3
+) -> Exchange:
+    """Let two guests send their side of a conversation to each other, `rounds` times.
+
+    sides: the frames of either guest, in order.
+
+    Raises ExchangeStuckError, and what `BareGuest.run` and `ObjectInstance.attach` raise.
+    """
+    config = SwitchConfig(ports=2, lane_slots=_LANE_SLOTS)
+    with ExitStack() as stack:
+        hosted = stack.enter_context(HostedSwitch(config))
+        guests: list[BareGuest] = []
+        counters: list[ExitCounter] = []
+        for port, frames in enumerate(sides):
+            program = ExchangeProgram(
+                path, expected=len(sides[1 - port]) * rounds, burst=BURST, rounds=rounds
+            )
+            guest = stack.enter_context(BareGuest(kvm, program, name=f"guest {port}"))
+            guest.set_input(frame_records(frames))
+            guest.info.log_size = len(frame_records(sides[1 - port])) * rounds
+            connect(guest, hosted, port, path)
+            guests.append(guest)
+            counters.append(ExitCounter(guest.vcpu))
+        for guest, counter in zip(guests, counters, strict=True):
+            guest.start(counter.mark)
+        statuses = [guest.wait(TIMEOUT) for guest in guests]
+        results = [guest.results() for guest in guests]
+        if any(statuses):
+            arrived = " and ".join(str(result[1]) for result in results)
+            raise ExchangeStuckError(
+                f"the guests gave up waiting: {arrived} frames arrived; "
+                "run it again on a host with less load"
+            )
+        wrong = sum(
+            _wrong_frames(guest, result, sides[1 - port], rounds)
+            for port, (guest, result) in enumerate(zip(guests, results, strict=True))
+        )
+        return Exchange(
+            path=path,
+            frames=sum(len(frames) for frames in sides),
+            sent=sum(result[0] for result in results),
+            delivered=sum(result[1] for result in results),
+            corrupted=wrong,
+            dropped=_drop_reasons(hosted.switch.counters()),
+            exits=counters[0].parts[0] + counters[1].parts[0],
+            samples=[
+                send_samples(guest.samples(), result[2])
+                for guest, result in zip(guests, results, strict=True)
+            ],
+            lengths=[len(frames) for frames in sides],
+        )
+
+
+def _drop_reasons(counters: SwitchCounters) -> dict[str, int]:
+    """Frames that the switch did not deliver, and copies that found no room, by reason."""
+    reasons = {
+        name: sum(getattr(port, name) for port in counters.ports)
+        for name in ("too_short", "too_long", "same_port", "no_receiver", "spoofed")
+    }
+    lanes = [lane for row in counters.lanes for lane in row]
+    reasons["full"] = sum(lane.full for lane in lanes)
+    reasons["bad_tail"] = sum(lane.bad_tail for lane in lanes)
+    return reasons
+
+
+def _wrong_frames(
+    guest: BareGuest, result: Sequence[int], expected: Sequence[bytes], rounds: int
+) -> int:
+    """How many frames of a guest's log are not, byte for byte, what its peer sent there."""
+    log = received_frames(guest.log(result[3]))
+    wrong = 0
+    for _ in range(rounds):
+        for frame, arrived in zip(expected, islice(log, len(expected)), strict=False):
+            wrong += frame != arrived.data
+    return wrong + sum(1 for _ in log)
