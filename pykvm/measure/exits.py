@@ -57,4 +57,4 @@ class ExitCounter:
 
     def _read(self) -> dict[str, int]:
         values = self._stats.read()
-        return {name: int(values[name]) for name in _COUNTED if name in values}
+        return {name: value for name in _COUNTED if isinstance(value := values.get(name), int)}

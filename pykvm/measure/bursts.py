@@ -1,0 +1,147 @@
+"""Cost of a packet through the switch: frame sizes, burst lengths, numbers of guests, paths."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pykvm.boot.bare import BareGuest
+from pykvm.boot.programs import BurstProgram, Phase, SendSample, SwitchPath, send_samples
+from pykvm.errors import PykvmError
+from pykvm.kvm import Kvm
+from pykvm.measure.connect import connect
+from pykvm.measure.exits import ExitCounter, Exits
+from pykvm.measure.records import Samples
+from pykvm.switch.geometry import SwitchConfig
+from pykvm.switch.hosted import HostedSwitch
+
+__all__ = ["BURSTS", "SIZES", "BurstPoint", "BurstStuckError", "measure_bursts"]
+
+SIZES: Final = (64, 128, 256, 512, 1024, 1514)
+BURSTS: Final = (1, 8, 32, 128, 256)
+TIMEOUT: Final = 900.0
+"""Seconds for one run of all phases."""
+
+_LANE_SLOTS: Final = 512
+# Both stations are learned in it, so that no later frame is flooded.
+_WARM_UP: Final = Phase(64, 1, 8)
+
+
+class BurstStuckError(PykvmError):
+    """A guest gave up: its peer took no frames."""
+
+
+@dataclass(frozen=True)
+class BurstPoint:
+    """One size, burst length and number of guests on one path; the figures are of guest 0.
+
+    samples: ticks of each call that sent a whole burst at once.
+    """
+
+    path: SwitchPath
+    guests: int
+    size: int
+    burst: int
+    samples: Samples
+    exits: Exits
+    frames: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a record."""
+        return {
+            "path": self.path.name.lower(),
+            "guests": self.guests,
+            "size": self.size,
+            "burst": self.burst,
+            "cost_per_packet": self.samples.median / self.burst,
+            "vm_exits_per_packet": self.exits.own / self.frames,
+            "samples": self.samples.as_dict(),
+            "exits": self.exits.as_dict(),
+        }
+
+
+def phases_of(sizes: Sequence[int], bursts: Sequence[int], repeats: int) -> list[Phase]:
+    """One phase for each size and burst length, `repeats` bursts each, behind the warm-up."""
+    return [_WARM_UP, *(Phase(size, burst, repeats) for size in sizes for burst in bursts)]
+
+
+def measure_bursts(
+    kvm: Kvm,
+    path: SwitchPath,
+    guests: int,
+    scale: float,
+    *,
+    sizes: Sequence[int] = SIZES,
+    bursts: Sequence[int] = BURSTS,
+    repeats: int = 16,
+) -> list[BurstPoint]:
+    """Each guest sends to the next one around a ring, all phases in one run.
+
+    Raises BurstStuckError, and what `BareGuest.run` and `ObjectInstance.attach` raise.
+    """
+    phases = phases_of(sizes, bursts, repeats)
+    total = sum(phase.frames for phase in phases)
+    config = SwitchConfig(ports=guests, lane_slots=_LANE_SLOTS)
+    with ExitStack() as stack:
+        hosted = stack.enter_context(HostedSwitch(config))
+        running: list[BareGuest] = []
+        counters: list[ExitCounter] = []
+        for port in range(guests):
+            program = BurstProgram(
+                path, _station(port), _station((port + 1) % guests), phases, expected=total
+            )
+            guest = stack.enter_context(BareGuest(kvm, program, name=f"guest {port}"))
+            guest.set_input(program.input())
+            connect(guest, hosted, port, path)
+            running.append(guest)
+            counters.append(ExitCounter(guest.vcpu))
+        for guest, counter in zip(running, counters, strict=True):
+            guest.start(counter.mark)
+        if any([guest.wait(TIMEOUT) for guest in running]):
+            raise BurstStuckError("a guest gave up: run it again on a host with less load")
+        results = running[0].results()
+        samples = send_samples(running[0].samples(), results[2])
+    return _points(path, guests, scale, phases, samples, counters[0].parts)
+
+
+def _station(port: int) -> bytes:
+    return bytes([2, 0, 0, 0, 0, port + 1])
+
+
+def _points(
+    path: SwitchPath,
+    guests: int,
+    scale: float,
+    phases: Sequence[Phase],
+    samples: Sequence[SendSample],
+    exits: dict[int, Exits],
+) -> list[BurstPoint]:
+    """Samples belong to the phase that their frames, counted from the start, fall into."""
+    points = []
+    calls = iter(samples)
+    for number, phase in enumerate(phases):
+        whole: list[int] = []
+        left = phase.frames
+        while left:
+            call = next(calls)
+            left -= call.sent
+            if call.sent == phase.burst:
+                whole.append(call.cycles)
+        if phase is _WARM_UP:
+            continue
+        if not whole:
+            raise BurstStuckError(
+                f"no burst of {phase.burst} frames went through at once: use shorter bursts"
+            )
+        points.append(
+            BurstPoint(
+                path,
+                guests,
+                phase.frame_bytes,
+                phase.burst,
+                Samples(whole, scale),
+                exits[number],
+                phase.frames,
+            )
+        )
+    return points
