@@ -56,7 +56,7 @@ uint32_t guest_main(void)
 	struct send_sample *sample = (struct send_sample *)boot_info->samples;
 
 	port_open(&port, (enum path)boot_info->param[0], boot_info->param[1]);
-	memset(sample, 0, sample_room * sizeof(*sample)); /* no exits for first touches later */
+	touch_for_writing(boot_info->samples, boot_info->samples_size);
 	for (uint64_t n = 0; n < phases; n++) {
 		uint64_t bursts = phase[n].bursts;
 

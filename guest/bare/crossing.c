@@ -75,8 +75,7 @@ uint32_t guest_main(void)
 
 	ASSERT(calls * WAYS * sizeof(*sample) <= boot_info->samples_size);
 	ASSERT(!(boot_info->param[1] & 1 << WAY_VMFUNC) || rcx[WAY_VMFUNC]);
-	/* Touched here, or the first samples in each page would bring exits of their own. */
-	memset(sample, 0, calls * WAYS * sizeof(*sample));
+	touch_for_writing(boot_info->samples, calls * WAYS * sizeof(*sample));
 	for (uint32_t way = 0; way < WAYS; way++) {
 		if (!(boot_info->param[1] >> way & 1))
 			continue;

@@ -49,12 +49,16 @@ uint32_t guest_main(void)
 	uint64_t rounds = boot_info->param[2], expected = boot_info->param[3];
 	uint64_t burst = boot_info->param[4], idle_limit = boot_info->param[5];
 	uint64_t at = 0, idle = 0, sent = 0, received = 0, samples = 0, waited = 0;
+	uint64_t log_needed = expected * record_bytes(SWITCH_DEFAULT_FRAME);
 	uint64_t sample_room = boot_info->samples_size / sizeof(struct send_sample);
 	struct send_sample *sample = (struct send_sample *)boot_info->samples;
 
 	port_open(&port, (enum path)boot_info->param[0], boot_info->param[1]);
 	ASSERT(burst > 0 && burst <= port.tx_slots);
-	memset(sample, 0, sample_room * sizeof(*sample)); /* no exits for first touches later */
+	touch_for_writing(boot_info->samples, boot_info->samples_size);
+	touch_for_writing(boot_info->log, log_needed < boot_info->log_size ? log_needed
+									   : boot_info->log_size);
+	touch(boot_info->input, boot_info->input_size);
 	if (!boot_info->input_size)
 		rounds = 0;
 	mark(0);

@@ -23,6 +23,13 @@ void port_open(struct port *port, enum path path, uint64_t hypercall_number)
 	ASSERT(path != PATH_VMFUNC || port->gate_slot);
 	for (uint32_t source = 0; source < port->ports; source++)
 		port->tail[source] = window->lane[source].tail;
+	touch(attachment->window, attachment->window_size);
+	if (path == PATH_DIRECT) {
+		const struct elisa_env *env = &boot_info->direct;
+
+		touch(env->shared, env->shared_size);
+		touch(env->windows, env->window_size * env->guests);
+	}
 }
 
 void port_queue(struct port *port, const void *frame, uint32_t length)

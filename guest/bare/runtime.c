@@ -60,6 +60,18 @@ _Noreturn void finish(uint32_t status)
 		out32(GUEST_FINISH_PORT, status);
 }
 
+void touch(uint64_t start, uint64_t bytes)
+{
+	for (uint64_t at = start; at < start + bytes; at += 4096)
+		(void)*(const volatile uint8_t *)at;
+}
+
+void touch_for_writing(uint64_t start, uint64_t bytes)
+{
+	for (uint64_t at = start; at < start + bytes; at += 4096)
+		*(volatile uint8_t *)at = 0;
+}
+
 static _Noreturn void report(const struct boot_failure *failure)
 {
 	boot_info->failure = *failure;

@@ -30,6 +30,14 @@ _Noreturn void finish(uint32_t status);
 /* Hand `value` to the VMM and go on: one exit, at which it reads KVM's statistics, for one. */
 void mark(uint32_t value);
 
+/*
+ * Touch every page of a range beforehand. The first access to a page costs an EPT violation, which
+ * would otherwise be counted among the exits of whatever is measured.
+ * touch_for_writing zeroes one byte of each page: for memory that holds nothing yet.
+ */
+void touch(uint64_t start, uint64_t bytes);
+void touch_for_writing(uint64_t start, uint64_t bytes);
+
 _Noreturn void fail(const char *file, uint32_t line, const char *expression, uint64_t left,
 		    uint64_t right);
 
