@@ -97,7 +97,8 @@ def measure_bursts(
             counters.append(ExitCounter(guest.vcpu))
         for guest, counter in zip(running, counters, strict=True):
             guest.start(counter.mark)
-        if any([guest.wait(TIMEOUT) for guest in running]):
+        statuses = [guest.wait(TIMEOUT) for guest in running]
+        if any(statuses):
             raise BurstStuckError("a guest gave up: run it again on a host with less load")
         results = running[0].results()
         samples = send_samples(running[0].samples(), results[2])
