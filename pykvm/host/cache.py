@@ -66,9 +66,9 @@ def entry(kind: str, key: str, build: Callable[[Path], None]) -> Path:
     """
     kind_dir = root() / kind
     final = kind_dir / key
-    if final.is_dir():  # entries appear by rename, so one that exists is complete
-        return final
     try:
+        if final.is_dir():  # entries appear by rename, so one that exists is complete
+            return final
         kind_dir.mkdir(parents=True, exist_ok=True)
         lock = (kind_dir / f".{key}.lock").open("w")
     except OSError as error:

@@ -184,10 +184,15 @@ def _lockable_memory() -> Check:
     name = "lockable memory"
     if _effective_capabilities() >> _CAP_IPC_LOCK & 1:
         return Check(HOST, name, True, "unlimited (CAP_IPC_LOCK)")
-    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    limit, ceiling = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if limit == resource.RLIM_INFINITY:
         return Check(HOST, name, True, "unlimited")
     step = f"ulimit -l {_LOCKABLE >> 10}"
+    if ceiling != resource.RLIM_INFINITY and ceiling < _LOCKABLE:
+        step = (
+            'echo "$USER - memlock unlimited" | sudo tee -a /etc/security/limits.conf, '
+            "then log in again"
+        )
     return Check(HOST, name, limit >= _LOCKABLE, f"{limit / _MIB:.0f} MiB", step)
 
 
@@ -278,12 +283,13 @@ def _testbed_kernel() -> Check:
 
 def _disk() -> Check:
     place = cache.root()
-    while not place.exists():
+    while not os.path.exists(place):  # Path.exists raises where the parent cannot be read
         place = place.parent
     free = shutil.disk_usage(place).free
-    found = f"{free / _GIB:.1f} GiB free in {place}"
-    step = "free 2 GiB, or set PYKVM_CACHE to a directory with room"
-    return Check(EMULATED, "disk for the cache", free >= _DISK, found, step)
+    writable = os.access(place, os.W_OK)
+    found = f"{free / _GIB:.1f} GiB free in {place}" if writable else f"{place} is not writable"
+    step = "set PYKVM_CACHE to a directory that you may write, with 2 GiB free"
+    return Check(EMULATED, "disk for the cache", writable and free >= _DISK, found, step)
 
 
 def _effective_capabilities() -> int:
