@@ -75,11 +75,17 @@ class Switch:
 
     `buffer` is writable, starts on a cache line, and is kept referenced: an mmap of the object's
     memfd for guests, any mmap for native use. Everything in the shared part is overwritten.
-    `windows_offset` defaults to ``config.windows_offset``. Raises SwitchMemoryError.
+    `windows_offset` defaults to ``config.windows_offset``. `hash_seed` places addresses in the
+    table; it is random unless a test wants the same places every time. Raises SwitchMemoryError.
     """
 
     def __init__(
-        self, config: SwitchConfig, buffer: Any, windows_offset: int | None = None
+        self,
+        config: SwitchConfig,
+        buffer: Any,
+        windows_offset: int | None = None,
+        *,
+        hash_seed: int | None = None,
     ) -> None:
         self.config = config
         self._windows_offset = config.windows_offset if windows_offset is None else windows_offset
@@ -108,7 +114,7 @@ class Switch:
             config.lane_slots,
             config.frame_limit,
             config.max_age,
-            secrets.randbits(64),
+            secrets.randbits(64) if hash_seed is None else hash_seed,
         )
 
     def _check_port(self, port: int) -> None:

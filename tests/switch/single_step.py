@@ -1,6 +1,6 @@
-"""Exact counts of the instructions that a native function executes, with no emulator.
+"""Native functions executed one instruction at a time, with no emulator.
 
-A forked child makes the call under ptrace, one instruction at a time. As on the emulated host,
+A forked child makes the call under ptrace. Counts are exact and repeat; as on the emulated host,
 every iteration of a repeated string move counts.
 """
 
@@ -10,9 +10,9 @@ import contextlib
 import ctypes
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
-__all__ = ["count_instructions"]
+__all__ = ["count_instructions", "single_steps"]
 
 _TRACEME, _PEEKDATA, _PEEKUSER, _SINGLESTEP = 0, 2, 3, 9
 _RIP, _RSP = 16 * 8, 19 * 8  # offsets in struct user, <sys/user.h>
@@ -37,10 +37,11 @@ def _step(pid: int) -> int:
     return _peek(_PEEKUSER, pid, _RIP)
 
 
-def count_instructions(address: int, call: Callable[[], object]) -> int:
-    """Instructions of the first execution of the function at `address` while `call` runs.
+def single_steps(address: int, call: Callable[[], object]) -> Generator[int, None, None]:
+    """Stop before every instruction of the first execution of the function at `address`.
 
-    `call` runs in a forked child: only what it writes to shared mappings is kept.
+    `call` runs in a forked child: only what it writes to shared mappings is kept. The child is
+    killed where it stands when the generator ends or is closed.
     """
     pid = os.fork()
     if pid == 0:
@@ -59,11 +60,16 @@ def count_instructions(address: int, call: Callable[[], object]) -> int:
             raise RuntimeError(f"the child never came to {address:#x}")
         stack = _peek(_PEEKUSER, pid, _RSP)
         caller = _peek(_PEEKDATA, pid, stack)
-        count = 1
-        while _step(pid) != caller or _peek(_PEEKUSER, pid, _RSP) <= stack:
-            count += 1
-        return count
+        position = address
+        while position != caller or _peek(_PEEKUSER, pid, _RSP) <= stack:
+            yield position
+            position = _step(pid)
     finally:
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):  # ended and waited for
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):  # ended, waited for
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
+
+
+def count_instructions(address: int, call: Callable[[], object]) -> int:
+    """Instructions of the first execution of the function at `address` while `call` runs."""
+    return sum(1 for _ in single_steps(address, call))

@@ -1,0 +1,55 @@
+"""A switch in anonymous shared memory, its ports used natively, and frames for it."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+
+from pykvm.switch import NativePort, Switch, SwitchConfig
+
+__all__ = ["BROADCAST", "Rig", "frame", "mac", "make_rig"]
+
+BROADCAST = b"\xff" * 6
+
+
+def mac(number: int) -> bytes:
+    """The address of station `number`."""
+    return b"\x02" + number.to_bytes(5, "big")
+
+
+def frame(destination: bytes | int, source: bytes | int, size: int = 64, mark: int = 0) -> bytes:
+    """`size` bytes that depend on `mark`, behind the two addresses."""
+    addresses = b"".join(
+        mac(address) if isinstance(address, int) else address for address in (destination, source)
+    )
+    payload = b"\x88\xb5" + mark.to_bytes(4, "little")
+    payload += bytes((mark * 31 + position * 7) & 0xFF for position in range(size))
+    return (addresses + payload)[:size]
+
+
+@dataclass
+class Rig:
+    """One switch with every port enabled and used from here."""
+
+    switch: Switch
+    ports: list[NativePort]
+    memory: mmap.mmap
+
+    def teach(self) -> None:
+        """Let the switch learn station p behind each port p, and empty all lanes."""
+        for port in self.ports:
+            port.send([frame(mac(0xFFFF), port.number)])
+        for port in self.ports:
+            port.receive_all()
+
+
+def make_rig(config: SwitchConfig | None = None, *, enabled: bool = True) -> Rig:
+    """A new switch; the memory is shared with forked children and freed with the rig."""
+    config = config or SwitchConfig(lane_slots=32, tx_slots=32)
+    memory = mmap.mmap(-1, config.total_size)
+    switch = Switch(config, memory, hash_seed=0x9E3779B97F4A7C15)
+    ports = [NativePort(switch, number) for number in range(config.ports)]
+    if enabled:
+        for port in ports:
+            switch.enable(port.number)
+    return Rig(switch, ports, memory)
