@@ -75,7 +75,6 @@ _TABLE = (
         "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2",
         "call enable_manual_dirty_log() first, and give ranges in multiples of 64 pages",
     ),
-    Ioctl("KVM_RESET_DIRTY_RINGS", (_V,), "KVM_CAP_DIRTY_LOG_RING"),
     Ioctl("KVM_SET_NR_MMU_PAGES", (_V,), "KVM_CAP_MMU_SHADOW_CACHE_CONTROL"),
     Ioctl("KVM_SET_TSS_ADDR", (_V,), "KVM_CAP_SET_TSS_ADDR"),
     Ioctl(

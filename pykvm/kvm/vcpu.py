@@ -210,7 +210,7 @@ class Vcpu(ElisaVcpuCalls, VcpuState):
     def _put(target: Any, size: int, value: int | bytes) -> None:
         data = (value % 256**size).to_bytes(size, "little") if isinstance(value, int) else value
         if len(data) != size:
-            raise ReplyError(f"{len(data)} bytes for an access of {size}: pass {size}")
+            raise ReplyError(f"a reply of {len(data)} bytes to an access of {size}: pass {size}")
         ffi.buffer(target, size)[:] = data
 
     # ---- struct kvm_run ---------------------------------------------------------------------

@@ -1,0 +1,49 @@
+"""pykvm.kvm.ioctls: the table against the header, and against the code that uses it."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import pykvm.kvm
+from pykvm.kvm import IOCTLS, lib
+from pykvm.kvm.ioctls import Scope
+
+pytestmark = pytest.mark.unit
+
+_SOURCES = sorted(Path(pykvm.kvm.__file__).parent.glob("*.py"))
+
+
+@pytest.mark.parametrize("entry", IOCTLS.values(), ids=lambda entry: entry.name)
+def test_entry(entry: object) -> None:
+    assert isinstance(entry, pykvm.kvm.ioctls.Ioctl)
+    number = getattr(lib, entry.name)
+    assert number >> 8 & 0xFF == 0xAE  # KVMIO
+    assert entry.scopes
+    for scope in Scope:
+        needed = entry.needs(scope)
+        if needed is not None and scope in entry.scopes:
+            assert isinstance(getattr(lib, needed), int)
+    if entry.hint is not None:
+        assert "\n" not in entry.hint
+
+
+def test_numbers_are_the_kernels() -> None:
+    assert lib.KVM_GET_API_VERSION == 0xAE00
+    assert lib.KVM_RUN == 0xAE80
+    assert lib.KVM_SET_USER_MEMORY_REGION == 0x4020AE46
+
+
+def test_no_two_calls_of_a_scope_share_a_number() -> None:
+    for scope in Scope:
+        numbers = [getattr(lib, e.name) for e in IOCTLS.values() if scope in e.scopes]
+        assert len(numbers) == len(set(numbers)), scope
+
+
+def test_code_and_table_agree() -> None:
+    text = "\n".join(p.read_text() for p in _SOURCES if p.name not in ("ioctls.py", "build_kvm.py"))
+    used = set(re.findall(r'"(KVM_[A-Z0-9_]+)"', text))
+    used = {name for name in used if not name.startswith(("KVM_CAP_", "KVM_EXIT_"))}
+    used = {name for name in used if not name.endswith("_")}  # prefixes of constants
+    assert used - IOCTLS.keys() == set()
+    assert IOCTLS.keys() - used == set(), "entries that nothing uses"

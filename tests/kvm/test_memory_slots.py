@@ -1,0 +1,218 @@
+"""pykvm.kvm.vm: memory slots, read-only memory, dirty logs, coalesced writes."""
+
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+from pykvm.kvm import (
+    Hlt,
+    IoctlError,
+    Kvm,
+    MemorySlotError,
+    MemorySlotOverlapError,
+    MmioRead,
+    MmioWrite,
+    Vm,
+)
+from tests.kvm.conftest import CODE, MEMORY, RealModeGuest, need, run
+
+pytestmark = pytest.mark.kvm
+
+Check = Callable[[BaseException], str]
+
+WRITES_TO_PAGES_5_AND_7 = """
+    B0 2A     ; mov al, 42
+    A2 10 50  ; mov [0x5010], al
+    A2 10 70  ; mov [0x7010], al
+    F4        ; hlt
+"""
+
+
+@dataclass(frozen=True)
+class Slot:
+    number: int
+    gpa: int
+    size: int
+    host_address: int
+    read_only: bool = False
+
+
+@pytest.mark.parametrize(
+    ("gpa", "size", "offset", "what"),
+    [
+        (0x100010, 0x1000, 0, "gpa"),
+        (0x100000, 0x1800, 0, "size"),
+        (0x100000, 0x1000, 0x10, "host address"),
+    ],
+)
+def test_alignment(
+    guest: RealModeGuest, gpa: int, size: int, offset: int, what: str, one_line: Check
+) -> None:
+    with pytest.raises(MemorySlotError, match="multiples of 0x1000") as caught:
+        guest.vm.set_memory_region(5, gpa, size, guest.host_address + offset)
+    assert what in one_line(caught.value)
+    assert caught.value.errno == errno.EINVAL
+
+
+def test_overlap(guest: RealModeGuest, one_line: Check) -> None:
+    with pytest.raises(MemorySlotOverlapError) as caught:
+        guest.vm.set_memory_region(1, MEMORY - 0x1000, 0x2000, guest.host_address)
+    assert caught.value.errno == errno.EEXIST
+    assert "another gpa" in one_line(caught.value)
+    guest.vm.set_memory_region(1, MEMORY, 0x1000, guest.host_address)  # beside it: fine
+
+
+def test_slot_number_too_large(guest: RealModeGuest, one_line: Check) -> None:
+    limit = guest.vm.check_extension("KVM_CAP_NR_MEMSLOTS")
+    with pytest.raises(MemorySlotError, match=f"below {limit}") as caught:
+        guest.vm.set_memory_region(limit, 0x100000, 0x1000, guest.host_address)
+    one_line(caught.value)
+
+
+def test_addresses_beyond_64_bits(guest: RealModeGuest) -> None:
+    with pytest.raises(MemorySlotError, match="64-bit"):
+        guest.vm.set_memory_region(1, 1 << 64, 0x1000, guest.host_address)
+
+
+def test_empty_slot_and_deleting(guest: RealModeGuest) -> None:
+    with pytest.raises(MemorySlotError, match=r"use delete_memory\(3\)"):
+        guest.vm.set_memory_region(3, 0x100000, 0, guest.host_address)
+    with pytest.raises(MemorySlotError, match=r"no memory slot 3: use one of \[0\]"):
+        guest.vm.delete_memory(3)
+    guest.vm.set_memory(Slot(3, 0x100000, 0x1000, guest.host_address))
+    guest.vm.delete_memory(3)
+    with pytest.raises(MemorySlotError):
+        guest.vm.delete_memory(3)
+    guest.vm.set_memory(Slot(4, 0x100000, 0x1000, guest.host_address))  # the place is free again
+
+
+def test_resizing_is_refused_by_name(guest: RealModeGuest) -> None:
+    with pytest.raises(MemorySlotError, match=r"delete_memory\(\) before changing"):
+        guest.vm.set_memory(Slot(0, 0, MEMORY // 2, guest.host_address))
+
+
+def test_no_memory_becomes_mmio(guest: RealModeGuest) -> None:
+    guest.vm.delete_memory(0)
+    guest.vm.set_memory(Slot(0, 0, 0x8000, guest.host_address))
+    guest.load("""
+        A1 00 90  ; mov ax, [0x9000]
+        A3 08 90  ; mov [0x9008], ax
+        F4        ; hlt
+    """)
+    assert run(guest.vcpu) == MmioRead(0x9000, 2)
+    guest.vcpu.reply(0xBEEF)
+    assert run(guest.vcpu) == MmioWrite(0x9008, b"\xef\xbe")
+    assert run(guest.vcpu) == Hlt()
+
+
+def test_read_only_slot(guest: RealModeGuest) -> None:
+    need(guest.vm, "KVM_CAP_READONLY_MEM")
+    guest.vm.delete_memory(0)
+    page = guest.host_address
+    guest.vm.set_memory(Slot(0, 0, 0x5000, page))
+    guest.vm.set_memory(Slot(1, 0x5000, 0x1000, page + 0x5000, read_only=True))
+    guest.memory[0x5000] = 7
+    guest.load("""
+        A0 00 50  ; mov al, [0x5000]
+        A2 00 40  ; mov [0x4000], al
+        A2 01 50  ; mov [0x5001], al
+        F4        ; hlt
+    """)
+    assert run(guest.vcpu) == MmioWrite(0x5001, b"\7")
+    assert guest.memory[0x4000] == 7
+    assert guest.memory[0x5001] == 0
+    assert run(guest.vcpu) == Hlt()
+
+
+def test_dirty_log(vm: Vm) -> None:
+    guest = RealModeGuest(vm, log_dirty=True)
+    guest.load(WRITES_TO_PAGES_5_AND_7)
+    vm.dirty_log(0)
+    assert run(guest.vcpu) == Hlt()
+    assert guest.memory[0x5010] == guest.memory[0x7010] == 42
+    dirty = vm.dirty_log(0)
+    assert {5, 7} <= set(dirty)
+    assert 9 not in dirty
+    assert vm.dirty_log(0) == []  # reading cleaned it
+    guest.restart()
+    assert run(guest.vcpu) == Hlt()
+    assert {5, 7} <= set(vm.dirty_log(0))
+
+
+def test_manual_dirty_log(vm: Vm) -> None:
+    need(vm, "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2")
+    vm.enable_manual_dirty_log()
+    guest = RealModeGuest(vm, log_dirty=True)
+    guest.load(WRITES_TO_PAGES_5_AND_7)
+    assert run(guest.vcpu) == Hlt()
+    assert {5, 7} <= set(vm.dirty_log(0))
+    assert {5, 7} <= set(vm.dirty_log(0))  # still dirty
+    vm.clear_dirty_log(0, [5])
+    dirty = vm.dirty_log(0)
+    assert 5 not in dirty
+    assert 7 in dirty
+
+
+def test_dirty_log_needs_the_flag(guest: RealModeGuest, one_line: Check) -> None:
+    with pytest.raises(IoctlError, match="log_dirty=True") as caught:
+        guest.vm.dirty_log(0)
+    assert caught.value.errno == errno.ENOENT
+    assert caught.value.ioctl == "KVM_GET_DIRTY_LOG"
+    one_line(caught.value)
+    with pytest.raises(MemorySlotError):
+        guest.vm.dirty_log(9)
+
+
+def test_dirty_ring_is_probed(kvm: Kvm, vm: Vm) -> None:
+    size = vm.dirty_ring_bytes()
+    assert size == kvm.check_extension("KVM_CAP_DIRTY_LOG_RING")
+    assert size & (size - 1) == 0
+
+
+def test_coalesced_writes(guest: RealModeGuest) -> None:
+    need(guest.vm, "KVM_CAP_COALESCED_MMIO")
+    guest.vm.delete_memory(0)
+    guest.vm.set_memory(Slot(0, 0, 0x8000, guest.host_address))
+    guest.vm.coalesce(0x9000, 0x1000)
+    guest.load("""
+        B0 2A     ; mov al, 42
+        A2 00 90  ; mov [0x9000], al
+        A2 04 90  ; mov [0x9004], al
+        A2 00 A0  ; mov [0xA000], al   not in the zone
+        F4        ; hlt
+    """)
+    assert run(guest.vcpu) == MmioWrite(0xA000, b"*")
+    writes = guest.vcpu.coalesced_writes()
+    assert [(w.address, w.data, w.port) for w in writes] == [
+        (0x9000, b"*", False),
+        (0x9004, b"*", False),
+    ]
+    assert guest.vcpu.coalesced_writes() == []
+    guest.vm.uncoalesce(0x9000, 0x1000)
+    guest.restart()
+    assert run(guest.vcpu) == MmioWrite(0x9000, b"*")
+
+
+def test_reading_for_reports(guest: RealModeGuest) -> None:
+    guest.memory[0x2000:0x2004] = b"here"
+    assert guest.vm.read_physical(0x2000, 4) == b"here"
+    assert guest.vm.read_physical(MEMORY - 2, 15) == b"\0\0"
+    assert guest.vm.read_physical(MEMORY, 15) == b""
+    assert CODE < MEMORY
+
+
+def test_addresses_below_4_gib_for_real_mode(kvm: Kvm) -> None:
+    with kvm.create_vm() as vm:
+        need(vm, "KVM_CAP_SET_IDENTITY_MAP_ADDR")
+        vm.set_identity_map_address(0xFFFBC000)
+        vm.set_tss_address(0xFFFBD000)
+        vm.create_vcpu(0)
+        with pytest.raises(IoctlError, match=r"before the first create_vcpu"):
+            vm.set_identity_map_address(0xFFFBC000)
+
+
+def test_limit_of_shadow_pages(vm: Vm) -> None:
+    need(vm, "KVM_CAP_MMU_SHADOW_CACHE_CONTROL")
+    vm.set_mmu_pages(1024)

@@ -1,0 +1,165 @@
+"""pykvm.kvm.system: the handle on /dev/kvm, and what is said where it is not usable."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pykvm.errors import PykvmError
+from pykvm.kvm import (
+    CapabilityMissingError,
+    HandleClosedError,
+    Kvm,
+    KvmError,
+    KvmMissingError,
+    KvmPermissionError,
+    NotKvmError,
+    find_leaf,
+    lib,
+)
+from tests.kvm.conftest import need
+
+Check = Callable[[BaseException], str]
+
+
+@pytest.mark.unit
+def test_no_device(tmp_path: Path, one_line: Check) -> None:
+    with pytest.raises(KvmMissingError) as caught:
+        Kvm(tmp_path / "kvm")
+    assert caught.value.errno == errno.ENOENT
+    assert isinstance(caught.value, PykvmError)
+    assert "modprobe" in one_line(caught.value)
+
+
+@pytest.mark.unit
+def test_no_permission(tmp_path: Path, one_line: Check) -> None:
+    device = tmp_path / "kvm"
+    device.touch(mode=0)
+    user = os.geteuid()
+    if user == 0:  # root may open anything
+        for directory in (tmp_path, *tmp_path.parents[:3]):
+            if directory.owner() == "root" and directory != Path("/tmp"):
+                directory.chmod(0o755)
+        os.seteuid(65534)
+    try:
+        with pytest.raises(KvmPermissionError) as caught:
+            Kvm(device)
+    finally:
+        os.seteuid(user)
+    assert caught.value.errno == errno.EACCES
+    assert "usermod" in one_line(caught.value)
+
+
+@pytest.mark.unit
+def test_not_the_device(one_line: Check) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(NotKvmError) as caught:
+        Kvm("/dev/null")
+    assert "/dev/null" in one_line(caught.value)
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.unit
+def test_a_directory_is_an_error_of_ours(tmp_path: Path, one_line: Check) -> None:
+    with pytest.raises(KvmError) as caught:
+        Kvm(tmp_path)
+    assert caught.value.errno == errno.EISDIR
+    one_line(caught.value)
+
+
+@pytest.mark.kvm
+def test_closing_twice() -> None:
+    kvm = Kvm()
+    fd = kvm.fileno()
+    kvm.close()
+    with pytest.raises(OSError):
+        os.fstat(fd)
+    # The number is taken by somebody else now: the second close must not touch it.
+    other = os.open("/dev/null", os.O_RDONLY)
+    os.dup2(other, fd)
+    try:
+        kvm.close()
+        os.fstat(fd)
+    finally:
+        os.close(fd)
+        if other != fd:
+            os.close(other)
+    assert kvm.closed
+    with pytest.raises(HandleClosedError, match="create another one"):
+        kvm.create_vm()
+
+
+@pytest.mark.kvm
+def test_a_forgotten_handle_is_closed_and_reported() -> None:
+    kvm = Kvm()
+    fd = kvm.fileno()
+    with pytest.warns(ResourceWarning, match="unclosed <Kvm"):
+        del kvm
+    with pytest.raises(OSError):
+        os.fstat(fd)
+
+
+@pytest.mark.kvm
+def test_extensions(kvm: Kvm, one_line: Check) -> None:
+    extensions = kvm.extensions()
+    assert extensions["KVM_CAP_USER_MEMORY"] == 1
+    assert extensions["KVM_CAP_NR_MEMSLOTS"] >= 32
+    assert extensions["KVM_CAP_IMMEDIATE_EXIT"] == 1
+    assert "KVM_CAP_S390_PSW" not in extensions or extensions["KVM_CAP_S390_PSW"]
+    assert kvm.check_extension("KVM_CAP_USER_MEMORY") == kvm.check_extension(
+        lib.KVM_CAP_USER_MEMORY
+    )
+    with pytest.raises(CapabilityMissingError) as caught:
+        kvm.check_extension("KVM_CAP_NO_SUCH_THING")
+    assert caught.value.capability == "KVM_CAP_NO_SUCH_THING"
+    one_line(caught.value)
+
+
+@pytest.mark.kvm
+def test_a_missing_capability_is_named(kvm: Kvm) -> None:
+    assert not kvm.check_extension("KVM_CAP_S390_UCONTROL")
+    with pytest.raises(CapabilityMissingError, match=r"a test needs KVM_CAP_S390_UCONTROL"):
+        kvm.require("KVM_CAP_S390_UCONTROL", "a test")
+
+
+@pytest.mark.kvm
+def test_vcpu_mmap_size(kvm: Kvm) -> None:
+    size = kvm.vcpu_mmap_size()
+    assert size % 4096 == 0
+    assert size >= 4096
+
+
+@pytest.mark.kvm
+def test_cpuid_of_the_host(kvm: Kvm) -> None:
+    leaves = kvm.supported_cpuid()
+    vendor = find_leaf(leaves, 0)
+    assert vendor is not None
+    name = b"".join(r.to_bytes(4, "little") for r in (vendor.ebx, vendor.edx, vendor.ecx))
+    assert name.decode() in Path("/proc/cpuinfo").read_text()
+    assert find_leaf(leaves, 0x7FFFFFFF) is None
+
+
+@pytest.mark.kvm
+def test_emulated_cpuid(kvm: Kvm) -> None:
+    need(kvm, "KVM_CAP_EXT_EMUL_CPUID")
+    assert all(0 <= leaf.eax < 2**32 for leaf in kvm.emulated_cpuid())
+
+
+@pytest.mark.kvm
+def test_msr_lists(kvm: Kvm) -> None:
+    indices = kvm.msr_index_list()
+    assert len(set(indices)) == len(indices)
+    assert 0x10 in indices  # IA32_TIME_STAMP_COUNTER
+    need(kvm, "KVM_CAP_GET_MSR_FEATURES")
+    features = kvm.msr_feature_index_list()
+    values = kvm.feature_msrs()
+    assert sorted(values) == sorted(features)
+    assert kvm.feature_msrs(features[:1]) == {features[0]: values[features[0]]}
+
+
+@pytest.mark.kvm
+def test_mce_capabilities(kvm: Kvm) -> None:
+    need(kvm, "KVM_CAP_MCE")
+    assert kvm.mce_capabilities() & 0xFF <= 32  # banks
