@@ -171,6 +171,7 @@ class PageTables(Generic[E]):
         self._base: list[int | None] = []
         self._children: dict[tuple[int, int], int] = {}
         self._number: dict[int, int] = {}
+        self._table_bits = int(entry.table(0, self.table_access))
         self.add_table(levels, 0)
 
     # ---- Mapping ----
@@ -320,7 +321,7 @@ class PageTables(Generic[E]):
 
     def link(self, parent: int, index: int, child: int) -> None:
         """Make an entry of table `parent` lead to table `child`."""
-        self._tables[parent][index] = self.entry_to(child, self.table_access)
+        self._tables[parent][index] = self.allocator.address(child) | self._table_bits
         self._children[parent, index] = child
 
     def entry_to(self, number: int, access: Access) -> int:
@@ -367,8 +368,9 @@ class PageTables(Generic[E]):
     def spans(self, start: int = 0, size: int | None = None) -> Iterator[Span]:
         """All that is mapped (in size bytes from start on), joined where it goes on alike."""
         limit = 1 << 12 + 9 * self.levels
-        folded = start & (limit - 1)
-        size = limit - folded if size is None else size
+        # Without sign extension; an EPT has none, and maps nothing above its width.
+        folded = start & (limit - 1) if self.entry is X86Entry else start
+        size = max(limit - folded, 0) if size is None else size
         for span in spans(self.root, folded, size, self.entry, self.read, levels=self.levels):
             yield Span(
                 self._unfold(span.start),
