@@ -188,6 +188,11 @@ class BareGuest:
         self._tables.map(region.gpa, region.gpa, region.size, access, max_page=SIZE_2M)
         self._tables.store(self.memory.write)
 
+    def map(self, gva: int, gpa: int, size: int, access: Access) -> None:
+        """Map `size` bytes of the guest's memory at a further GVA; multiples of 4096."""
+        self._tables.map(gva, gpa, size, access)
+        self._tables.store(self.memory.write)
+
     def map_crossing(
         self,
         entry_page: bytes,

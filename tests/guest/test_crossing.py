@@ -1,0 +1,174 @@
+"""Crossings on a patched KVM: what comes back, what they cost, and where an intruder ends.
+
+The intruder runs VMFUNC from wherever it likes, so it enters the gate page at any byte. The same
+from every byte, without a processor: test_gate.py.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from pykvm.boot.bare import BareGuest
+from pykvm.boot.compiler import GUEST_SOURCES, build_guest
+from pykvm.boot.elf import ElfFile
+from pykvm.boot.programs import CrossingProgram, Way, way_samples
+from pykvm.elisa.objects import ObjectInstance, SharedObject
+from pykvm.elisa.toolchain import crossing_images
+from pykvm.kvm import ElisaExit, Kvm, UnexpectedExitError, lib
+from pykvm.memory import layout
+from pykvm.paging.entries import Access
+
+pytestmark = pytest.mark.elisa
+
+GATE = layout.CROSSING_GVA + layout.GATE_OFFSET
+GATE_LIST = layout.CROSSING_GVA + layout.GATE_LIST_OFFSET
+FORGED = 0x1234_5000 | 0x1E  # an EPTP: write-back, four levels
+
+
+@dataclass(frozen=True)
+class Registers:
+    """registers.c"""
+
+    calls: int
+
+    def image(self) -> ElfFile:
+        return build_guest(["registers.c"])
+
+    def params(self) -> list[int]:
+        return [self.calls]
+
+
+@dataclass(frozen=True)
+class Intruder:
+    """intruder.c"""
+
+    behind: int = GATE
+    slot: int = 0
+    value: int = 0
+    function: int = 0
+
+    def image(self) -> ElfFile:
+        return build_guest(["intruder.c"])
+
+    def params(self) -> list[int]:
+        return [self.slot, self.behind, self.value, self.function]
+
+
+@pytest.fixture
+def kvm() -> Iterator[Kvm]:
+    with Kvm() as kvm:
+        yield kvm
+
+
+@pytest.fixture
+def counter() -> Iterator[ObjectInstance]:
+    source = GUEST_SOURCES / "objects" / "counter.c"
+    with SharedObject("counter", source, shared=8, window=8, guests=2).open() as instance:
+        yield instance
+
+
+def attach(guest: BareGuest, instance: ObjectInstance, number: int) -> None:
+    pages = crossing_images()
+    guest.map_crossing(pages.entry_page, pages.return_page, pages.call_offset)
+    attachment = instance.attach(guest.vm, guest.vcpu, number)
+    guest.set_attachment(0, attachment.slot, instance.window_region(number))
+
+
+def count_honestly(kvm: Kvm, instance: ObjectInstance, number: int, calls: int) -> int:
+    with BareGuest(kvm, Registers(calls)) as guest:
+        attach(guest, instance, number)
+        assert guest.run() == 0
+        return guest.results()[0]
+
+
+def test_registers_and_flags(kvm: Kvm, counter: ObjectInstance) -> None:
+    assert count_honestly(kvm, counter, 0, 100) == 500
+    assert int.from_bytes(counter.shared[:8], "little") == 500
+    assert count_honestly(kvm, counter, 1, 1) == 505
+
+
+def test_a_crossing_takes_36_instructions(kvm: Kvm) -> None:
+    if "PYKVM_TESTBED" not in os.environ:
+        pytest.skip("the time stamp counter counts instructions on the emulated host only")
+    program = CrossingProgram(calls=200, ways=[Way.EMPTY, Way.VMFUNC])
+    nop = SharedObject("nop", GUEST_SOURCES / "objects" / "nop.c", guests=1)
+    with nop.open() as instance, BareGuest(kvm, program) as guest:
+        attach(guest, instance, 0)
+        assert guest.run() == 0
+        ticks = way_samples(guest.samples(), program)
+    # The least of each: the host's timer interrupt falls into a few of them.
+    assert min(ticks[Way.VMFUNC]) - min(ticks[Way.EMPTY]) == 36
+
+
+OWN_PAGES = Access.READ | Access.WRITE | Access.EXECUTE
+
+
+def test_an_entry_that_is_a_call(kvm: Kvm, counter: ObjectInstance) -> None:
+    """Entering where the gate itself jumps to is a call like any other."""
+    with BareGuest(kvm, Intruder(GATE + 0xFD8)) as guest:
+        attach(guest, counter, 0)
+        guest.map(GATE, layout.CAPTURE_GPA, 0x2000, OWN_PAGES)
+        assert guest.run() == 0
+        assert guest.results()[0] == 3
+    assert int.from_bytes(counter.shared[:1], "little") >= 2
+
+
+REFUSED = {
+    "transient slot": Intruder(slot=lib.KVM_ELISA_SLOT_TRANSIENT, behind=GATE + 0x100),
+    "last slot": Intruder(slot=511, behind=GATE + 0x100),
+    "beyond the list": Intruder(slot=512, behind=GATE + 0x100),
+    "another function": Intruder(function=1, behind=GATE + 0x100),
+    "function 63": Intruder(function=63, behind=GATE + 0x100),
+    "int3": Intruder(GATE + 0x800),
+    "inside the lea": Intruder(GATE + 3),
+    "clearing": Intruder(GATE + 0xFC2),
+    "clearing, no prefix": Intruder(GATE + 0xFC3),
+    "clearing, as and": Intruder(GATE + 0xFC4, value=GATE_LIST + 16),
+    "clearing, the zero": Intruder(GATE + 0xFC9, value=GATE_LIST + 16),
+    "load, as add": Intruder(GATE + 0xFDA, value=GATE_LIST + 16),
+    "load, displacement": Intruder(GATE + 0xFDB, value=GATE_LIST + 16),
+    "store, forged": Intruder(GATE + 0xFDF, value=FORGED),
+    "store, list page": Intruder(GATE + 0xFDF, value=GATE_LIST + 16),
+    "store, no prefix": Intruder(GATE + 0xFE0, value=FORGED),
+    "store, as add": Intruder(GATE + 0xFE1, value=FORGED),
+    "store, displacement": Intruder(GATE + 0xFE2, value=GATE_LIST + 16),
+    "check": Intruder(GATE + 0xFE6, value=FORGED),
+    "compare": Intruder(GATE + 0xFED, value=FORGED),
+    "branch": Intruder(GATE + 0xFF4, value=FORGED),
+    "branch, distance": Intruder(GATE + 0xFF5, value=FORGED),
+    "slot number": Intruder(GATE + 0xFF6, value=FORGED),
+    "slot number, as add": Intruder(GATE + 0xFF7, value=GATE_LIST + 16),
+    "cld": Intruder(GATE + 0xFF9, value=FORGED),
+    "fence": Intruder(GATE + 0xFFA, value=FORGED),
+    "fence, as scas": Intruder(GATE + 0xFFB, value=GATE_LIST + 16),
+    "fence, last byte": Intruder(GATE + 0xFFC, value=GATE_LIST + 16),
+    "last vmfunc": Intruder(GATE + 0xFFD, value=FORGED),
+    "last vmfunc, as add": Intruder(GATE + 0xFFE, value=GATE_LIST + 16),
+    "behind the gate": Intruder(GATE + 0x1000, value=FORGED),
+    "inside the sub entry": Intruder(GATE + 0x1FE0, value=FORGED),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_intruder_is_stopped(kvm: Kvm, counter: ObjectInstance, name: str) -> None:
+    program = REFUSED[name]
+    with BareGuest(kvm, program) as guest:
+        attach(guest, counter, 0)
+        guest.map(GATE, layout.CAPTURE_GPA, 0x2000, OWN_PAGES)
+        with pytest.raises(UnexpectedExitError) as caught:
+            guest.run()
+        assert guest.results()[0] == 1  # it came as far as the intrusion and no further
+    exit = caught.value.exit
+    assert isinstance(exit, ElisaExit)
+    direct = bool(program.slot or program.function)
+    assert exit.at == (lib.KVM_ELISA_AT_DEFAULT if direct else lib.KVM_ELISA_AT_GATE)
+    if direct:
+        assert exit.cause == lib.KVM_ELISA_EXIT_VMFUNC
+        assert exit.function == program.function
+        assert exit.rip == program.behind - 3
+    if name == "slot number":  # the gate's own VMFUNC, with the transient slot still empty
+        assert (exit.cause, exit.index) == (lib.KVM_ELISA_EXIT_VMFUNC, 1)
+    # The object counts on, for others: one honest call of the intruder, four of a second guest.
+    assert count_honestly(kvm, counter, 1, 4) == 1 + 20
