@@ -5,6 +5,7 @@ import mmap
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +22,12 @@ def need(handle: Handle, capability: str) -> int:
     if not value:
         pytest.skip(f"this kvm has no {capability}")
     return value
+
+
+def need_hardware(what: str) -> None:
+    """Skips, by name, where KVM interprets guests in software and leaves `what` out."""
+    if not any(Path("/sys/module", name).exists() for name in ("kvm_intel", "kvm_amd")):
+        pytest.skip(f"neither kvm_intel nor kvm_amd is loaded: no {what}")
 
 
 class RealModeGuest:

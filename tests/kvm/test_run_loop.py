@@ -238,7 +238,7 @@ def test_input_from_a_console_port_is_not_swallowed(guest: RealModeGuest) -> Non
     assert run(guest.vcpu) == Io(0xE9, 1, 1, False, b"")
 
 
-# ---- hypercall handlers (what they do: test_elisa_calls.py) ---------------------------------------
+# ---- hypercall handlers (what they do: test_elisa_calls.py) --------------------------------------
 
 
 def test_handler_numbers(guest: RealModeGuest, one_line: Check) -> None:

@@ -1,0 +1,51 @@
+"""pykvm.kvm.device: devices in the kernel, and attributes of any handle."""
+
+import errno
+import os
+
+import pytest
+
+from pykvm.kvm import IoctlError, Kvm, Vm, lib
+from tests.kvm.conftest import need
+
+pytestmark = pytest.mark.kvm
+
+
+def test_a_device(vm: Vm) -> None:
+    need(vm, "KVM_CAP_DEVICE_CTRL")
+    if not vm.has_device(lib.KVM_DEV_TYPE_VFIO):
+        pytest.skip("this kvm has no device KVM_DEV_TYPE_VFIO")
+    device = vm.create_device(lib.KVM_DEV_TYPE_VFIO)
+    fd = device.fileno()
+    assert not device.has_attr(99, 0)
+    with pytest.raises(IoctlError) as caught:
+        device.set_attr(99, 0, bytes(8))
+    assert caught.value.errno in (errno.ENXIO, errno.ENOTTY)
+    device.close()
+    device.close()
+    with pytest.raises(OSError):
+        os.fstat(fd)
+
+
+def test_no_such_device(vm: Vm) -> None:
+    need(vm, "KVM_CAP_DEVICE_CTRL")
+    assert not vm.has_device(9999)
+    with pytest.raises(IoctlError, match="KVM_CREATE_DEVICE") as caught:
+        vm.create_device(9999)
+    assert caught.value.errno == errno.ENODEV
+
+
+def test_devices_close_with_their_vm(kvm: Kvm) -> None:
+    with kvm.create_vm() as vm:
+        if not vm.has_device(lib.KVM_DEV_TYPE_VFIO):
+            pytest.skip("this kvm has no device KVM_DEV_TYPE_VFIO")
+        device = vm.create_device(lib.KVM_DEV_TYPE_VFIO)
+    assert device.closed
+
+
+def test_system_attribute(kvm: Kvm) -> None:
+    need(kvm, "KVM_CAP_SYS_ATTRIBUTES")
+    assert kvm.has_attr(0, lib.KVM_X86_XCOMP_GUEST_SUPP)
+    mask = int.from_bytes(kvm.get_attr(0, lib.KVM_X86_XCOMP_GUEST_SUPP), "little")
+    assert mask & 3 == 3  # x87 and SSE
+    assert not kvm.has_attr(0, 12345)

@@ -1,0 +1,253 @@
+"""pykvm.kvm.irq: interrupts that reach a guest, eventfds in both directions, timers."""
+
+import errno
+import os
+import select
+import struct
+from collections.abc import Iterator
+
+import pytest
+
+from pykvm.kvm import (
+    Hlt,
+    Io,
+    IoctlError,
+    IrqchipRoute,
+    Kvm,
+    MsiRoute,
+    Stopped,
+    Vm,
+    lib,
+)
+from tests.kvm.conftest import RealModeGuest, need, run
+
+pytestmark = pytest.mark.kvm
+
+# Vectors 0x20 up for IRQ 0 up, everything unmasked; then wait, and report each interrupt.
+WAIT_FOR_INTERRUPTS = """
+    B0 11  ; mov al, 0x11     ICW1: edge, cascade, ICW4 follows
+    E6 20  ; out 0x20, al
+    B0 20  ; mov al, 0x20     ICW2: vectors
+    E6 21  ; out 0x21, al
+    B0 04  ; mov al, 4        ICW3: slave at IRQ 2
+    E6 21  ; out 0x21, al
+    B0 01  ; mov al, 1        ICW4: 8086
+    E6 21  ; out 0x21, al
+    B0 00  ; mov al, 0        OCW1: nothing masked
+    E6 21  ; out 0x21, al
+    E6 10  ; out 0x10, al     ready
+    FB     ; sti
+    F4     ; wait: hlt
+    EB FD  ; jmp wait
+"""
+REPORT = """
+    B0 20  ; mov al, 0x20     end of interrupt, PIC
+    E6 20  ; out 0x20, al
+    B0 {}  ; mov al, vector
+    E6 11  ; out 0x11, al
+    CF     ; iret
+"""
+READY = Io(0x10, 1, 1, True, b"\0")
+
+
+def took(vector: int) -> Io:
+    return Io(0x11, 1, 1, True, bytes([vector]))
+
+
+@pytest.fixture
+def waiting(vm: Vm) -> RealModeGuest:
+    vm.create_irqchip()
+    guest = RealModeGuest(vm)
+    guest.load(WAIT_FOR_INTERRUPTS)
+    for vector in (0x20, 0x24, 0x25, 0x40):
+        at = 0x2000 + vector * 0x10
+        guest.load(REPORT.format(f"{vector:02x}"), at=at)
+        guest.memory[vector * 4 : vector * 4 + 4] = struct.pack("<HH", at, 0)
+    # Software-enable the local APIC (SDM vol. 3A 11.4.7.1), so that it takes messages.
+    lapic = bytearray(guest.vcpu.get_lapic())
+    lapic[0xF1] |= 1
+    guest.vcpu.set_lapic(bytes(lapic))
+    return guest
+
+
+@pytest.fixture
+def eventfd() -> Iterator[int]:
+    fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    yield fd
+    os.close(fd)
+
+
+def signalled(fd: int) -> bool:
+    return bool(select.select([fd], [], [], 0)[0])
+
+
+def test_irq_line(waiting: RealModeGuest) -> None:
+    assert run(waiting.vcpu) == READY
+    waiting.vm.irq_line(4, True)
+    assert run(waiting.vcpu) == took(0x24)
+    waiting.vm.irq_line(4, False)
+    assert run(waiting.vcpu, 0.3) == Stopped()  # nothing more comes
+
+
+def test_irqfd(waiting: RealModeGuest, eventfd: int) -> None:
+    need(waiting.vm, "KVM_CAP_IRQFD")
+    waiting.vm.irqfd(eventfd, 4)
+    assert run(waiting.vcpu) == READY
+    for _ in range(3):
+        os.eventfd_write(eventfd, 1)
+        assert run(waiting.vcpu) == took(0x24)
+    waiting.vm.remove_irqfd(eventfd, 4)
+    os.eventfd_write(eventfd, 1)
+    assert run(waiting.vcpu, 0.3) == Stopped()
+
+
+def test_irqfd_wants_an_eventfd(waiting: RealModeGuest) -> None:
+    need(waiting.vm, "KVM_CAP_IRQFD")
+    with open("/dev/null") as file, pytest.raises(IoctlError) as caught:
+        waiting.vm.irqfd(file, 4)
+    assert caught.value.ioctl == "KVM_IRQFD"
+    assert caught.value.errno == errno.EINVAL
+
+
+def test_irqfd_needs_an_irqchip(guest: RealModeGuest, eventfd: int) -> None:
+    need(guest.vm, "KVM_CAP_IRQFD")
+    with pytest.raises(IoctlError, match=r"call create_irqchip\(\) first"):
+        guest.vm.irqfd(eventfd, 4)
+
+
+def test_gsi_routing(waiting: RealModeGuest, eventfd: int) -> None:
+    """GSI 20 is routed to pin 5 of the PIC: without the route it would go nowhere there."""
+    need(waiting.vm, "KVM_CAP_IRQ_ROUTING")
+    waiting.vm.set_gsi_routing([IrqchipRoute(20, lib.KVM_IRQCHIP_PIC_MASTER, 5)])
+    waiting.vm.irqfd(eventfd, 20)
+    assert run(waiting.vcpu) == READY
+    os.eventfd_write(eventfd, 1)
+    assert run(waiting.vcpu) == took(0x25)
+
+
+def test_msi_route(waiting: RealModeGuest, eventfd: int) -> None:
+    need(waiting.vm, "KVM_CAP_IRQ_ROUTING")
+    waiting.vm.set_gsi_routing([MsiRoute(30, 0xFEE00000, 0x40)])
+    waiting.vm.irqfd(eventfd, 30)
+    assert run(waiting.vcpu) == READY
+    os.eventfd_write(eventfd, 1)
+    assert run(waiting.vcpu) == took(0x40)
+
+
+def test_impossible_route(waiting: RealModeGuest) -> None:
+    need(waiting.vm, "KVM_CAP_IRQ_ROUTING")
+    with pytest.raises(IoctlError) as caught:
+        waiting.vm.set_gsi_routing([IrqchipRoute(1, 77, 5)])
+    assert caught.value.errno == errno.EINVAL
+
+
+def test_signal_msi(waiting: RealModeGuest) -> None:
+    need(waiting.vm, "KVM_CAP_SIGNAL_MSI")
+    assert run(waiting.vcpu) == READY
+    assert waiting.vm.signal_msi(0xFEE00000, 0x40) > 0
+    assert run(waiting.vcpu) == took(0x40)
+
+
+def test_irqchip_state(waiting: RealModeGuest) -> None:
+    assert run(waiting.vcpu) == READY
+    state = waiting.vm.get_irqchip(lib.KVM_IRQCHIP_PIC_MASTER)
+    assert len(state) == 512
+    assert state[5] == 0x20  # irq_base of struct kvm_pic_state, from ICW2
+    changed = bytearray(state)
+    changed[5] = 0x28
+    waiting.vm.set_irqchip(lib.KVM_IRQCHIP_PIC_MASTER, bytes(changed))
+    assert waiting.vm.get_irqchip(lib.KVM_IRQCHIP_PIC_MASTER)[5] == 0x28
+
+
+def test_irqchip_comes_once_and_first(kvm: Kvm) -> None:
+    with kvm.create_vm() as vm:
+        vm.create_irqchip()
+        with pytest.raises(IoctlError, match="call it once") as caught:
+            vm.create_irqchip()
+        assert caught.value.errno == errno.EEXIST
+    with kvm.create_vm() as vm:
+        vm.create_vcpu(0)
+        with pytest.raises(IoctlError, match=r"before the first create_vcpu\(\)"):
+            vm.create_irqchip()
+
+
+def test_split_irqchip(kvm: Kvm) -> None:
+    with kvm.create_vm() as vm:
+        need(vm, "KVM_CAP_SPLIT_IRQCHIP")
+        vm.split_irqchip(24)
+        vcpu = vm.create_vcpu(0)
+        assert len(vcpu.get_lapic()) == 1024
+        with pytest.raises(IoctlError):
+            vm.get_irqchip(lib.KVM_IRQCHIP_IOAPIC)
+
+
+def test_ioeventfd_on_a_port(guest: RealModeGuest, eventfd: int) -> None:
+    need(guest.vm, "KVM_CAP_IOEVENTFD")
+    guest.vm.ioeventfd(eventfd, 0x30, 1, port=True, datamatch=7)
+    guest.load("""
+        B0 07  ; mov al, 7
+        E6 30  ; out 0x30, al   no exit
+        E6 30  ; out 0x30, al   no exit
+        B0 08  ; mov al, 8
+        E6 30  ; out 0x30, al   another value: an exit
+        F4     ; hlt
+    """)
+    assert not signalled(eventfd)
+    assert run(guest.vcpu) == Io(0x30, 1, 1, True, b"\x08")
+    assert os.eventfd_read(eventfd) == 2
+    with pytest.raises(IoctlError) as caught:
+        guest.vm.ioeventfd(eventfd, 0x30, 1, port=True, datamatch=7)
+    assert caught.value.errno == errno.EEXIST
+    guest.vm.remove_ioeventfd(eventfd, 0x30, 1, port=True, datamatch=7)
+    guest.restart()
+    assert run(guest.vcpu) == Io(0x30, 1, 1, True, b"\x07")
+
+
+def test_ioeventfd_on_memory(guest: RealModeGuest, eventfd: int) -> None:
+    need(guest.vm, "KVM_CAP_IOEVENTFD")
+    guest.vm.delete_memory(0)
+    guest.vm.set_memory_region(0, 0, 0x8000, guest.host_address)
+    guest.vm.ioeventfd(eventfd, 0x9000, 2)
+    guest.load("A3 00 90 F4 ; mov [0x9000], ax; hlt")
+    assert run(guest.vcpu) == Hlt()
+    assert os.eventfd_read(eventfd) == 1
+
+
+def test_ioeventfd_of_a_wrong_length(guest: RealModeGuest, eventfd: int) -> None:
+    need(guest.vm, "KVM_CAP_IOEVENTFD")
+    with pytest.raises(IoctlError, match="0, 1, 2, 4 or 8") as caught:
+        guest.vm.ioeventfd(eventfd, 0x9000, 3)
+    assert caught.value.errno == errno.EINVAL
+
+
+def test_pit(vm: Vm) -> None:
+    need(vm, "KVM_CAP_PIT2")
+    vm.create_irqchip()
+    vm.create_pit()
+    state = vm.get_pit()
+    state.channels[0].count = 0x1234
+    state.channels[0].mode = 2
+    vm.set_pit(state)
+    assert vm.get_pit().channels[0].count == 0x1234
+    vm.set_pit_reinject(False)
+
+
+def test_pit_needs_an_irqchip(vm: Vm) -> None:
+    need(vm, "KVM_CAP_PIT2")
+    with pytest.raises(IoctlError, match=r"create_irqchip\(\) first"):
+        vm.create_pit()
+
+
+def test_clock(vm: Vm) -> None:
+    need(vm, "KVM_CAP_ADJUST_CLOCK")
+    vm.set_clock(10**15)
+    now = vm.get_clock().clock
+    assert 10**15 <= now < 10**15 + 600 * 10**9
+
+
+def test_tsc_of_the_vm(vm: Vm) -> None:
+    need(vm, "KVM_CAP_VM_TSC_CONTROL")
+    khz = vm.tsc_khz()
+    assert khz > 1000
+    vm.set_tsc_khz(khz)
+    assert vm.create_vcpu(0).tsc_khz() == khz
