@@ -32,11 +32,12 @@
 typedef uint64_t word __attribute__((may_alias, aligned(1)));
 
 /*
- * From here on `rep movsq`. It starts slowly (some 30 cycles before the first byte on processors
- * with fast strings), so plain 8-byte moves win for small frames; from about this size on its
- * whole-line moves do, and an emulator that counts instructions counts one for 8 bytes, not two.
+ * From here on `rep movsq`. It starts slowly, so plain 8-byte moves win for small frames; once
+ * started it moves whole cache lines. They break even between 704 and 768 bytes on the processor
+ * it was measured on (benchmarks/native_switch.py, fast short `rep movsb`), and an emulator that
+ * counts instructions counts one for 8 bytes and not three and a half for 16.
  */
-#define STRING_MOVE_BYTES 512
+#define STRING_MOVE_BYTES 768
 
 /* The first 16 bytes of a frame. */
 struct header {

@@ -8,8 +8,10 @@ constants are asked from the C compiler: the declarations below end in ``...``.
 
 from __future__ import annotations
 
-import os
 import re
+import shlex
+import subprocess
+import sysconfig
 from pathlib import Path
 
 from cffi import FFI
@@ -66,6 +68,10 @@ uint64_t switch_lane_offset(uint32_t tx_slots, uint32_t lane_slots, uint32_t sou
 uint64_t switch_window_size(uint32_t ports, uint32_t tx_slots, uint32_t lane_slots);
 """
 
+# Relative to the directory of setup.py, as setuptools wants them.
+SOURCES = ["guest/switch/switch.c", "pykvm/switch/admin.c"]
+INCLUDE_DIRS = ["guest/include", "pykvm/switch"]
+
 # As for the sub context, so that instruction counts of the tests hold there too.
 COMPILE_ARGS = [
     "-O2",
@@ -92,8 +98,8 @@ ffibuilder.cdef(_declarations())
 ffibuilder.set_source(
     "pykvm.switch._native",
     '#include "elisa_object.h"\n#include "switch.h"\n#include "admin.h"\n',
-    sources=["guest/switch/switch.c", "pykvm/switch/admin.c"],
-    include_dirs=["guest/include", "pykvm/switch"],
+    sources=SOURCES,
+    include_dirs=INCLUDE_DIRS,
     depends=[
         "guest/include/elisa_memory.h",
         "guest/include/elisa_object.h",
@@ -103,6 +109,23 @@ ffibuilder.set_source(
     extra_compile_args=COMPILE_ARGS,
 )
 
+
+def build_in_place() -> None:
+    """Compile the extension next to this file with the compiler that built Python."""
+    generated = ROOT / "pykvm/switch/_native.c"
+    library = generated.with_name("_native" + sysconfig.get_config_var("EXT_SUFFIX"))
+    ffibuilder.emit_c_code(str(generated))
+    command = [
+        *shlex.split(sysconfig.get_config_var("CC") or "cc"),
+        *COMPILE_ARGS,
+        "-shared",
+        f"-I{sysconfig.get_path('include')}",
+        *(f"-I{ROOT / directory}" for directory in INCLUDE_DIRS),
+        *("-o", str(library), str(generated)),
+        *(str(ROOT / source) for source in SOURCES),
+    ]
+    subprocess.run(command, check=True)
+
+
 if __name__ == "__main__":
-    os.chdir(ROOT)  # the paths above are relative, as setuptools wants them
-    ffibuilder.compile(tmpdir=".", verbose=False)
+    build_in_place()
