@@ -13,7 +13,7 @@ from pykvm.switch._native import ffi
 from pykvm.switch.build_native import COMPILE_ARGS, ROOT
 from tests.switch.native_rig import Rig
 
-__all__ = ["AS_BUILT", "Build", "build_variant"]
+__all__ = ["AS_BUILT", "Build", "build_variant", "load_build"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Build:
         return self.function(a0, a1, a2, env)
 
 
-def _load(library: str) -> Build:
+def load_build(library: str) -> Build:
+    """A shared library with an elisa_serve in it."""
     serve = ctypes.CDLL(library).elisa_serve
     serve.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_void_p]
     serve.restype = ctypes.c_uint64
@@ -37,7 +38,7 @@ def _load(library: str) -> Build:
 
 
 # Past cffi, whose own pointer to the function names a wrapper.
-AS_BUILT = _load(str(_native.__file__))
+AS_BUILT = load_build(str(_native.__file__))
 
 
 def build_variant(directory: Path, old: str, new: str) -> Build:
@@ -50,4 +51,4 @@ def build_variant(directory: Path, old: str, new: str) -> Build:
         ["cc", *COMPILE_ARGS, "-shared", f"-I{ROOT / 'guest/include'}", "-o", library, changed],
         check=True,
     )
-    return _load(str(library))
+    return load_build(str(library))
