@@ -3,13 +3,13 @@
 import ctypes
 import mmap
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from pykvm.kvm import Exit, Kvm, Vcpu, Vm
+from pykvm.kvm import CapabilityMissingError, Exit, Kvm, Vcpu, Vm
 from pykvm.kvm.handle import Handle
 
 CODE = 0x1000
@@ -22,6 +22,15 @@ def need(handle: Handle, capability: str) -> int:
     if not value:
         pytest.skip(f"this kvm has no {capability}")
     return value
+
+
+def refused_without(handle: Handle, capability: str, call: Callable[[], object]) -> bool:
+    """Where the capability is 0, checks that the call says so; True then."""
+    if handle.check_extension(capability):
+        return False
+    with pytest.raises(CapabilityMissingError, match=capability):
+        call()
+    return True
 
 
 def need_hardware(what: str) -> None:
