@@ -268,7 +268,7 @@ class PageTables(Generic[E]):
                 plan.tables.append((level - 1, here, number, index))
             else:
                 below = self._children.get((number, index))
-                if below is None or self._base[below] is None:
+                if below is None:  # a leaf, or a table of the Anywhere Page Table
                     raise self._taken(table, range(index, index + 1), level, base)
                 child = below
             self._plan(plan, child, level - 1, here, part)

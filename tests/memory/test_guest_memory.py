@@ -123,7 +123,7 @@ def test_regions_side_by_side_read_as_one() -> None:
         memory.write(0x1FFE, b"abcd")
         assert memory.read(0x1FFE, 4) == b"abcd"
         assert bytes(second.view(0, 2)) == b"cd"
-        with pytest.raises(AddressError):
+        with pytest.raises(AddressError, match="region a ends at 0x2000"):
             memory.view(0x1FFE, 4)
         assert list(memory.slots(5)) == [
             MemorySlot(5, 0x1000, PAGE, first.host_address, True),
@@ -131,12 +131,14 @@ def test_regions_side_by_side_read_as_one() -> None:
         ]
 
 
-@pytest.mark.parametrize("gpa", [0x1000, 0x2000, 0x3000, 0x4000])
-def test_regions_do_not_overlap(gpa: int) -> None:
+@pytest.mark.parametrize(
+    ("gpa", "pages"), [(0x1000, 2), (0x2000, 1), (0x2000, 2), (0x3000, 1), (0x3000, 2), (0x4000, 2)]
+)
+def test_regions_do_not_overlap(gpa: int, pages: int) -> None:
     with MemoryFile("a", 2 * PAGE) as file, GuestMemory() as memory:
         memory.add(Region(file, 0x2000))
         memory.add(Region(file, 0x4000, size=PAGE))
-        other = Region(file, gpa)
+        other = Region(file, gpa, size=pages * PAGE)
         with pytest.raises(RegionOverlapError, match="choose another gpa"):
             memory.add(other)
         assert not other.closed

@@ -340,6 +340,19 @@ def test_tables_at_addresses() -> None:
     )
 
 
+def test_large_pages_need_start_and_target_to_agree() -> None:
+    guest = PageTables(X86Entry, ROOM)
+    size = 2 * SIZE_1G
+    guest.map(0, SIZE_2M, size, R | X, max_page=SIZE_1G)
+    assert guest.walk(SIZE_1G).size == SIZE_2M
+    assert guest.walk(SIZE_1G).target == SIZE_1G + SIZE_2M
+    guest.map(4 * SIZE_1G, SIZE_4K, 2 * SIZE_2M, R | X, max_page=SIZE_1G)
+    assert guest.walk(4 * SIZE_1G + SIZE_2M).size == SIZE_4K
+    assert guest.walk(4 * SIZE_1G + SIZE_2M).target == SIZE_2M + SIZE_4K
+    guest.map(8 * SIZE_1G, SIZE_1G, size, R | X, max_page=SIZE_1G)
+    assert guest.walk(9 * SIZE_1G).size == SIZE_1G
+
+
 def test_entries_above_the_leaves_may_be_restricted() -> None:
     guest = PageTables(X86Entry, ROOM, table_access=R | X)
     guest.map(0, 0, PAGE_SIZE, R | W | X | U)
