@@ -4,6 +4,7 @@ Nothing is unloaded while a virtual machine runs, and a machine that had KVM bef
 afterwards: where the wanted modules do not load, the ones that do are put back.
 """
 
+import contextlib
 import fcntl
 import os
 import platform
@@ -245,9 +246,7 @@ def _insert_with(saved: _Parameters, insert: Callable[[_Parameters], None]) -> l
     insert({})
     arguments: _Parameters = {}
     for module, name, value in _differences(saved):
-        try:
-            (_SYS_MODULE / module / "parameters" / name).write_text(value)
-        except OSError:  # not writable: only an argument at load time can set it
+        if not _is_writable(module, name):
             arguments.setdefault(module, {})[name] = value
     if arguments:
         _unload()
@@ -256,7 +255,21 @@ def _insert_with(saved: _Parameters, insert: Callable[[_Parameters], None]) -> l
         except LoadFailed:  # not every value that can be read is taken as an argument
             _unload()
             insert({})
+    for module, name, value in _differences(saved):
+        if _is_writable(module, name):
+            # What is refused shows up below.
+            with contextlib.suppress(OSError):
+                _parameter(module, name).write_text(value)
     return [f"{module}.{name}={value}" for module, name, value in _differences(saved)]
+
+
+def _parameter(module: str, name: str) -> Path:
+    return _SYS_MODULE / module / "parameters" / name
+
+
+def _is_writable(module: str, name: str) -> bool:
+    # By its mode: for root, access(2) says yes to everything.
+    return bool(_parameter(module, name).stat().st_mode & 0o200)
 
 
 def _differences(saved: _Parameters) -> list[tuple[str, str, str]]:

@@ -88,9 +88,3 @@ def test_this_processor_switches_eptps() -> None:
     assert vmx.vm_functions
     assert vmx.eptp_switching
     assert vmx.ept_features()["4 levels"]
-
-
-@pytest.mark.elisa
-def test_an_msr_that_does_not_exist_is_an_error() -> None:
-    with pytest.raises(MsrUnreadable, match="no MSR 0xdead0000"):
-        read_msr(0xDEAD0000)
