@@ -48,6 +48,7 @@ _TESTBED_PROGRAMS = {
     "apt-get": "apt",
     "gcc": "gcc",
     "unshare": "util-linux",
+    "xorriso": "xorriso",
     "xz": "xz-utils",
 }
 _TESTBED_FILES = {
