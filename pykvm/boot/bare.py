@@ -172,7 +172,9 @@ class BareGuest:
                 rip=image.entry,
                 rsp=layout.STACK_TOP_GPA,
                 rdi=layout.BOOT_INFO_GPA,
-                rflags=2,  # bit 1 is always set; interrupts are off
+                # Interrupts on: nothing injects any, and Bochs keeps the host's own from a guest
+                # that has them off.
+                rflags=0x202,
             )
             self.vcpu.console(boot_info.CONSOLE_PORT)
         except BaseException:
@@ -259,7 +261,7 @@ class BareGuest:
                 case Io(port=boot_info.FAILURE_PORT, is_write=True):
                     raise self._failure()
                 case Stopped():
-                    raise GuestTimeoutError(f"the guest was stopped{self._where()}")
+                    raise GuestTimeoutError(f"the guest was stopped {self._where()}")
                 case _:
                     raise self.vcpu.unexpected(exit)
 
@@ -293,7 +295,7 @@ class BareGuest:
             if isinstance(self._outcome, int):  # it finished at the last moment
                 return self._outcome
             raise GuestTimeoutError(
-                f"the guest did not finish in {timeout} s{self._where()}: give it more time"
+                f"the guest did not finish in {timeout} s, {self._where()}: give it more time"
             ) from (self._outcome if isinstance(self._outcome, BaseException) else None)
         self._thread = None
         if isinstance(self._outcome, BaseException):
@@ -453,5 +455,7 @@ class BareGuest:
         return data.split(b"\0")[0].decode("utf-8", "replace")
 
     def _where(self) -> str:
+        """For a stopped guest: where it was, and what it printed last."""
         text = self.console.strip().splitlines()
-        return f'; it last printed "{text[-1]}"' if text else ""
+        printed = f' after printing "{text[-1]}"' if text else ""
+        return f"at rip {self.vcpu.get_regs().rip:#x}{printed}"
