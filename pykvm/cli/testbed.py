@@ -1,0 +1,128 @@
+"""Run a command on the emulated Intel host, or a shell there."""
+
+import argparse
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pykvm.errors import PykvmError
+from pykvm.testbed import Testbed, session
+
+__all__ = ["add_parser", "run"]
+
+_SHELL = ["bash", "-i"]
+
+_EPILOG = """\
+examples:
+  pykvm testbed -- uname -r
+  pykvm testbed -- python3 -m pytest -m elisa tests
+  pykvm testbed --stock -- ls -l /dev/kvm
+  pykvm testbed --bring notes.txt -- sh -c 'dmesg > notes.txt'
+  pykvm testbed                         (a shell)
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `pykvm testbed` to the command line."""
+    parser = subparsers.add_parser(
+        "testbed",
+        help=(__doc__ or "").strip().rstrip("."),
+        description="Run COMMAND in this checkout on the emulated Intel host. Its output and exit "
+        "status are the command's; what it writes below build/ comes back.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kvm = parser.add_mutually_exclusive_group()
+    kvm.add_argument(
+        "--modules",
+        type=Path,
+        metavar="DIR",
+        help="load kvm.ko and kvm-intel.ko from DIR (default: the patched ones)",
+    )
+    kvm.add_argument("--stock", action="store_true", help="load the distribution's KVM")
+    kvm.add_argument("--no-kvm", action="store_true", help="load no KVM at all")
+    parser.add_argument(
+        "--timeout", type=float, metavar="S", help="end after S seconds, with exit status 124"
+    )
+    parser.add_argument(
+        "--bring",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="bring PATH back too, if the command changes it (may be given several times)",
+    )
+    parser.add_argument(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="set a variable inside (may be given several times)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be done, and do nothing"
+    )
+    parser.add_argument(
+        "--prepare", action="store_true", help="boot the host if the cache lacks it; run nothing"
+    )
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what the command line says; return the command's exit status."""
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    signal.signal(signal.SIGHUP, _exit_on_signal)
+    command = options.command[1:] if options.command[:1] == ["--"] else options.command
+    kvm = "stock" if options.stock else "none" if options.no_kvm else "payload"
+    testbed = Testbed()
+    if options.dry_run:
+        print("\n".join(testbed.plan(command or _SHELL, kvm=kvm, modules=options.modules)))
+        return 0
+    if options.prepare:
+        testbed.prepare()
+        return 0
+    directory = Path.cwd()
+    try:
+        outcome = testbed.run(
+            command or _SHELL,
+            modules=options.modules,
+            kvm=kvm,
+            timeout=options.timeout,
+            environment=_environment(options.env),
+            bring=options.bring,
+            stdout=_writer(sys.stdout.fileno()),
+            stderr=_writer(sys.stderr.fileno()),
+            interactive=not command,
+            directory=directory if directory.is_relative_to(testbed.checkout) else None,
+        )
+    except session.CommandTimeoutError as error:
+        print(f"pykvm testbed: {error}", file=sys.stderr)
+        return 124
+    return outcome.status
+
+
+def _environment(assignments: list[str]) -> dict[str, str]:
+    variables = {"TERM": os.environ.get("TERM", "dumb") if sys.stdout.isatty() else "dumb"}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals or not name:
+            raise PykvmError(f"--env {shlex.quote(assignment)}: write NAME=VALUE")
+        variables[name] = value
+    return variables
+
+
+def _writer(descriptor: int) -> session.Sink:
+    def write(data: bytes) -> None:
+        while data:
+            data = data[os.write(descriptor, data) :]
+
+    return write
+
+
+def _exit_on_signal(number: int, _: FrameType | None) -> None:
+    # An exception, so that everything that is open gets closed on the way out.
+    raise SystemExit(128 + number)

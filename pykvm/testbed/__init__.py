@@ -1,0 +1,28 @@
+"""The emulated Intel host: Bochs boots a Linux that runs pykvm on a KVM with VMFUNC.
+
+    from pykvm.testbed import Testbed
+
+    outcome = Testbed().run(["python3", "-m", "pytest", "tests/elisa"], timeout=300)
+    assert outcome.status == 0
+
+`PYKVM_TESTBED=1` is set in the environment of everything that runs inside.
+"""
+
+import os
+
+from pykvm.testbed.kernel_image import kernel_version
+from pykvm.testbed.session import CommandTimeoutError, HostDiedError, Outcome, Testbed
+
+__all__ = [
+    "CommandTimeoutError",
+    "HostDiedError",
+    "Outcome",
+    "Testbed",
+    "inside",
+    "kernel_version",
+]
+
+
+def inside() -> bool:
+    """Whether this process runs on the emulated host."""
+    return os.environ.get("PYKVM_TESTBED") == "1"

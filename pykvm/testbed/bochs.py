@@ -1,0 +1,262 @@
+"""The emulator process: its configuration, and starting it so that nothing outlives us.
+
+Bochs runs in a network namespace of its own, because its RFB display listens on every address
+without a password, and in a process namespace of its own, whose end takes every process in it
+along. The chain of parent-death signals from us to the first process there covers the case that
+we are killed and cannot clean up.
+"""
+
+import ctypes
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import termios
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pykvm.errors import PykvmError
+
+__all__ = [
+    "CLOCK",
+    "MEMORY",
+    "Emulator",
+    "EmulatorError",
+    "configuration",
+    "emulator_command",
+    "make_restorable",
+]
+
+MEMORY = 1024 << 20  # bytes
+
+# Emulated instructions in a second of emulated time. It sets how often the guest's timer ticks:
+# 250 times in that many instructions.
+CLOCK = 45_000_000
+
+_PR_SET_PDEATHSIG = 1
+
+_CONFIGURATION = """\
+config_interface: textconfig
+display_library: rfb, options="timeout=0"
+cpu: model=corei7_skylake_x, count=1, ips={clock}, reset_on_triple_fault=0
+memory: guest={memory}, host={memory}
+romimage: file=/usr/share/bochs/BIOS-bochs-latest
+vgaromimage: file=/usr/share/bochs/VGABIOS-lgpl-latest
+pci: enabled=1, chipset=i440fx
+clock: sync=none, time0=utc
+sound: waveoutdrv=dummy, waveindrv=dummy, midioutdrv=dummy
+ata0: enabled=1, ioaddr1=0x1f0, ioaddr2=0x3f0, irq=14
+ata0-master: type=disk, path=boot.img, mode=volatile
+ata0-slave: type=disk, path=root.img, mode=volatile
+ata1: enabled=1, ioaddr1=0x170, ioaddr2=0x370, irq=15
+ata1-master: type=cdrom, path=payload.iso, status=inserted
+ata1-slave: type=disk, path=out.img, mode=flat
+boot: disk
+com1: enabled=1, mode=file, dev=stdout
+com2: enabled=1, mode=term, dev=control
+com3: enabled=1, mode=file, dev=kernel.log
+com4: enabled=1, mode=file, dev=stderr
+mouse: enabled=0
+log: bochs.log
+panic: action=fatal
+error: action=report
+info: action=ignore
+debug: action=ignore
+"""
+
+_OPEN_TIMEOUT = 20.0  # seconds
+
+_TOOLS = {
+    "bochs-bin": "bochs bochsbios vgabios",
+    "unshare": "util-linux",
+}
+
+
+class EmulatorError(PykvmError):
+    """The emulator cannot be started, or died."""
+
+
+def configuration() -> str:
+    """The bochsrc. Every path in it is relative to the directory of the instance."""
+    return _CONFIGURATION.format(clock=CLOCK, memory=MEMORY >> 20)
+
+
+def make_restorable(state: Path) -> None:
+    """Mend the configuration that Bochs wrote beside the saved state in the directory `state`.
+
+    Bochs tells timers apart by the order in which the devices made them. The USB controller is
+    loaded last in a fresh start; but the saved configuration names it among the optional
+    plug-ins, which come first. Every later device's timers, the serial ports' among them, would
+    then be taken for its neighbour's.
+    """
+    config = state / "config"
+    text = config.read_text().replace(" usb_uhci=true,", "")
+    config.write_text(re.sub(r"^usb_uhci:.*\n?", "", text, flags=re.MULTILINE))
+
+
+def emulator_command(restore: Path | None) -> list[str]:
+    """The command that runs Bochs in namespaces of its own, from the state in `restore`."""
+    unshare = ["unshare", "--net", "--pid", "--fork", "--kill-child=KILL"]
+    if os.geteuid() != 0:
+        unshare.append("--map-root-user")
+    command = [*unshare, "bochs-bin", "-q", "-f", "bochsrc", "-rc", "debugger"]
+    return command if restore is None else [*command, "-r", str(restore)]
+
+
+class Emulator:
+    """A running Bochs in `directory`, which holds all that its configuration names.
+
+    Attributes:
+        directory: where it runs.
+        control: descriptor of the control channel (the guest's second serial port).
+        stdout: descriptor to read what the guest writes to its first serial port.
+        stderr: the same for the fourth.
+    """
+
+    def __init__(self, directory: Path, restore: Path | None = None) -> None:
+        """Start it; from the saved state in `restore`, if given, else from power-on.
+
+        Raises:
+            EmulatorError: a program is missing, or namespaces are not permitted.
+        """
+        for program, package in _TOOLS.items():
+            if shutil.which(program) is None:
+                raise EmulatorError(
+                    f"{program} is missing; run: apt-get install --no-install-recommends {package}"
+                )
+        self.directory = directory
+        self._descriptors: list[int] = []
+        self._process: subprocess.Popen[bytes] | None = None
+        try:
+            self.control = self._terminal("control")
+            self.stdout = self._fifo("stdout")
+            self.stderr = self._fifo("stderr")
+            (directory / "bochsrc").write_text(configuration())
+            # Debian's Bochs has a debugger, which waits at its prompt unless told to continue.
+            (directory / "debugger").write_text("c\n")
+            self._process = self._start(emulator_command(restore))
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, command: list[str]) -> subprocess.Popen[bytes]:
+        parent = os.getpid()
+        libc = ctypes.CDLL(None)
+
+        def die_with_parent() -> None:
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:
+                os._exit(1)
+
+        with (self.directory / "bochs.out").open("wb") as output:
+            return subprocess.Popen(
+                command,
+                cwd=self.directory,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a terminal's Ctrl-C is for us alone
+                preexec_fn=die_with_parent,  # noqa: PLW1509  (two system calls, no lock)
+            )
+
+    def wait(self, timeout: float) -> None:
+        """Wait until the emulator has ended by itself, at most `timeout` seconds.
+
+        Raises:
+            EmulatorError: it still runs.
+        """
+        assert self._process is not None
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired as error:
+            raise EmulatorError(f"the emulator did not end: {self.last_words()}") from error
+
+    def say_go(self) -> None:
+        """Let the agent inside go on, on the control channel.
+
+        The line is there before the machine goes on, so that it always arrives at the same
+        instruction: Bochs opens the terminal long before it has read its state, and sets it up
+        in a way that shows.
+        """
+        deadline = time.monotonic() + _OPEN_TIMEOUT
+        while self.running() and not self._opened() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        os.write(self.control, b"go\n")
+
+    def _opened(self) -> bool:
+        local_modes: int = termios.tcgetattr(self.control)[3]
+        return local_modes & termios.ECHO == 0
+
+    def running(self) -> bool:
+        """Whether the emulator still runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def inner_pid(self) -> int:
+        """The process in the namespaces.
+
+        Raises:
+            EmulatorError: there is none (yet).
+        """
+        assert self._process is not None
+        pid = self._process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children")
+        try:
+            return int(children.read_text().split()[0])
+        except (OSError, IndexError) as error:
+            raise EmulatorError(f"the emulator did not start: {self.last_words()}") from error
+
+    def last_words(self) -> str:
+        """What the emulator said last, in one line."""
+        for name in ("bochs.log", "bochs.out"):
+            try:
+                text = (self.directory / name).read_text(errors="replace")
+            except OSError:
+                continue
+            lines = [line.strip() for line in text.splitlines()]
+            told = [line for line in lines if ">>PANIC<<" in line or "cannot" in line.lower()]
+            if told:
+                return told[-1]
+        return f"see {self.directory}"
+
+    def close(self) -> None:
+        """End the emulator at once and wait until it is gone."""
+        if self._process is not None:
+            if self._process.poll() is None:
+                self._process.kill()  # unshare's child dies with it, and all of its namespace
+            self._process.wait()
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+            self._process = None
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _terminal(self, name: str) -> int:
+        # The one kind of serial port that both sides can use and that crosses namespaces.
+        outside, inside = pty.openpty()
+        self._descriptors += [outside, inside]
+        (self.directory / name).symlink_to(os.ttyname(inside))
+        return outside
+
+    def _fifo(self, name: str) -> int:
+        # A FIFO, since a pseudo-terminal whose buffer is full would lose bytes. Both ends are
+        # held open, so that neither side waits for the other or sees an end of file.
+        path = self.directory / name
+        os.mkfifo(path)
+        descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        self._descriptors.append(descriptor)
+        return descriptor

@@ -1,0 +1,93 @@
+"""Process 1 of the emulated host: prepares it, warms it up, and waits to be given a job.
+
+The machine is suspended while this waits. What it does afterwards comes with the job, on a
+CD-ROM image that differs from run to run; so this file, which is part of the saved state,
+holds only what belongs before the suspend.
+"""
+
+import ctypes
+import fcntl  # noqa: F401  (this and some more are here for the job, which needs them at once)
+import json  # noqa: F401
+import os
+import pty  # noqa: F401
+import select  # noqa: F401
+import subprocess
+import sys
+import tarfile  # noqa: F401
+import termios
+import tty
+
+CONTROL = "/dev/ttyS1"
+MS_RDONLY = 1
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+# Run once before the suspend, so that their files are in memory afterwards.
+WARM_UP = (
+    ("python3", "-c", "import cffi, hypothesis, psutil, pytest, pyroute2, argparse, json, ctypes"),
+    ("python3", "-m", "pytest", "--version"),
+    ("bash", "-c", "uname -r; ls / | sort | head -1; cat /proc/version; lsmod; tar --version"),
+    ("sh", "-c", "echo 'int main(void){return 0;}' > /tmp/a.c; gcc -O2 -o /tmp/a /tmp/a.c; /tmp/a"),
+    ("sh", "-c", "objcopy --version; objdump --version; nm /tmp/a; readelf -h /tmp/a; rm /tmp/a*"),
+)
+
+
+def mount(kind: str, target: str, options: str = "") -> None:
+    os.makedirs(target, exist_ok=True)
+    extra = ["-o", options] if options else []
+    subprocess.run(["mount", "-t", kind, *extra, kind, target], check=True)
+
+
+def prepare() -> None:
+    os.environ["PATH"] = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    os.environ["HOME"] = "/root"
+    mount("proc", "/proc")
+    mount("sysfs", "/sys")
+    mount("devpts", "/dev/pts", "mode=620,ptmxmode=666")
+    mount("tmpfs", "/dev/shm")
+    mount("tmpfs", "/tmp")
+    mount("tmpfs", "/run")
+    mount("debugfs", "/sys/kernel/debug")
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        os.symlink(f"/proc/self/fd/{number}", f"/dev/{name}")
+    os.symlink("/proc/self/fd", "/dev/fd")
+
+
+def warm_up() -> None:
+    for command in WARM_UP:
+        done = subprocess.run(command, capture_output=True, check=False)
+        if done.returncode:
+            print(f"testbed: {command} failed: {done.stderr.decode()[-500:]}", file=sys.stderr)
+    # The modules that every job loads; and those of KVM, for jobs that use the stock ones.
+    release = os.uname().release
+    for directory, _, files in os.walk(f"/lib/modules/{release}/kernel"):
+        for name in files:
+            if name in {"kvm.ko", "kvm-intel.ko", "isofs.ko", "sr_mod.ko", "cdrom.ko", "msr.ko"}:
+                with open(os.path.join(directory, name), "rb") as file:
+                    file.read()
+
+
+def main() -> None:
+    prepare()
+    warm_up()
+    # The CD-ROM drive, but not the disc in it: that will be another one after the suspend.
+    subprocess.run(["modprobe", "-a", "sr_mod", "isofs", "overlay"], check=True)
+    os.sync()
+    control = os.open(CONTROL, os.O_RDWR | os.O_NOCTTY)
+    tty.setraw(control)
+    attributes = termios.tcgetattr(control)
+    attributes[2] |= termios.CLOCAL
+    attributes[4] = attributes[5] = termios.B115200
+    termios.tcsetattr(control, termios.TCSANOW, attributes)
+    os.write(control, b"ready\n")
+    line = b""
+    while not line.endswith(b"\n"):
+        line += os.read(control, 1)
+    if LIBC.mount(b"/dev/sr0", b"/payload", b"iso9660", MS_RDONLY, None):
+        os.write(control, f"failed cannot mount the payload: {ctypes.get_errno()}\n".encode())
+    with open("/payload/job.py", "rb") as file:
+        code = compile(file.read(), "/payload/job.py", "exec")
+    exec(code, {"__name__": "__main__", "CONTROL": control})
+
+
+main()

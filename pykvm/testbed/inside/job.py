@@ -1,0 +1,239 @@
+"""Run one job on the emulated host; brought by the payload, so it is not part of the saved state.
+
+The agent runs this as its own code after the machine was resumed. Its end of the protocol, on
+the control channel, one line each: `started`, then `exit STATUS SIZE`, where SIZE bytes of tar
+with the changed files are on the output disk; or `failed MESSAGE`.
+"""
+
+import ctypes
+import fcntl
+import json
+import os
+import pty
+import select
+import signal
+import stat
+import struct
+import subprocess
+import tarfile
+import termios
+import time
+import tty
+from collections.abc import Iterator
+from typing import Any
+
+CONTROL: int = globals()["CONTROL"]  # the agent set it
+PAYLOAD = "/payload"
+UPPER = "/run/job/upper"
+OUT_DISK = "/dev/sdc"
+SYS_FINIT_MODULE = 313
+MS_RDONLY = 1
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+class JobError(Exception):
+    """The job cannot be started."""
+
+
+def tell(text: str) -> None:
+    os.write(CONTROL, text.replace("\n", " ").encode() + b"\n")
+
+
+def main() -> None:
+    try:
+        with open(f"{PAYLOAD}/job.json") as file:
+            job = json.load(file)
+        time.clock_settime(time.CLOCK_REALTIME, job["now"])
+        mount_checkout(job["checkout"])
+        install_commands(job["checkout"])
+        load_kvm(job["kvm"])
+        tell("started")
+        status = run_shell(job) if job["interactive"] else run_command(job)
+        size = write_changes(job["checkout"], job["bring"])
+        tell(f"exit {status} {size}")
+    except Exception as error:
+        tell(f"failed {type(error).__name__}: {error}")
+    while True:  # process 1 must not end; the emulator is about to be
+        time.sleep(3600)
+
+
+def mount_checkout(checkout: str) -> None:
+    for directory in (checkout, UPPER, "/run/job/work"):
+        os.makedirs(directory, exist_ok=True)
+    options = f"lowerdir={PAYLOAD}/checkout,upperdir={UPPER},workdir=/run/job/work"
+    if libc.mount(b"overlay", checkout.encode(), b"overlay", 0, options.encode()):
+        raise JobError(f"cannot mount the checkout: {os.strerror(ctypes.get_errno())}")
+
+
+def install_commands(checkout: str) -> None:
+    commands = {
+        "pykvm": "import sys\nfrom pykvm.cli.main import main\nsys.exit(main())\n",
+        "pytest": "import sys\nfrom pytest import console_main\nsys.exit(console_main())\n",
+    }
+    binaries = f"{checkout}/.venv/bin"
+    for directory in (binaries, "/usr/local/bin"):
+        os.makedirs(directory, exist_ok=True)
+    for name, text in commands.items():
+        path = f"/usr/local/bin/{name}"
+        with open(path, "w") as file:
+            file.write("#!/usr/bin/python3\n" + text)
+        os.chmod(path, 0o755)
+        os.symlink(path, f"{binaries}/{name}")
+    for name in ("python", "python3"):
+        os.symlink("/usr/bin/python3", f"{binaries}/{name}")
+
+
+def load_kvm(which: str) -> None:
+    """Load KVM: "payload", "stock" or "none"."""
+    if which == "none":
+        return
+    modules = f"/lib/modules/{os.uname().release}/kernel"
+    directory = f"{PAYLOAD}/modules" if which == "payload" else f"{modules}/arch/x86/kvm"
+    load_module(f"{modules}/virt/lib/irqbypass.ko", optional=True)
+    for name in ("kvm.ko", "kvm-intel.ko"):
+        load_module(f"{directory}/{name}")
+
+
+def load_module(path: str, optional: bool = False) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        if optional:
+            return
+        raise
+    try:
+        if libc.syscall(SYS_FINIT_MODULE, descriptor, b"", 0):
+            reason = os.strerror(ctypes.get_errno())
+            if not optional:
+                raise JobError(f"cannot load {os.path.basename(path)}: {reason}")
+    finally:
+        os.close(descriptor)
+
+
+def environment(job: dict[str, Any]) -> dict[str, str]:
+    return {
+        "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "HOME": "/root",
+        "LANG": "C.UTF-8",
+        "PYTHONPATH": str(job["checkout"]),
+        # Counts must repeat, and what is imported is compiled already.
+        "PYTHONHASHSEED": "0",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYKVM_TESTBED": "1",
+        **job["environment"],
+    }
+
+
+def run_command(job: dict[str, Any]) -> int:
+    output = open_serial("/dev/ttyS0")
+    errors = open_serial("/dev/ttyS3")
+    for descriptor in (output, errors):
+        set_size(descriptor, job)
+    null = os.open("/dev/null", os.O_RDONLY)
+    try:
+        child = subprocess.Popen(
+            job["command"],
+            cwd=job["directory"],
+            env=environment(job),
+            stdin=null,
+            stdout=output,
+            stderr=errors,
+            start_new_session=True,
+        )
+    except OSError as error:
+        os.write(errors, f"pykvm testbed: {job['command'][0]}: {error.strerror}\n".encode())
+        status = 127 if isinstance(error, FileNotFoundError) else 126
+    else:
+        status = wait_for(child.pid)
+    for descriptor in (output, errors):
+        termios.tcdrain(descriptor)
+    return status
+
+
+def run_shell(job: dict[str, Any]) -> int:
+    """A shell on a terminal of its own; its input comes over the control channel."""
+    console = open_serial("/dev/ttyS0")
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(job["directory"])
+        os.execvpe(job["command"][0], job["command"], environment(job))
+    set_size(terminal, job)
+    while True:
+        readable, _, _ = select.select([terminal, CONTROL], [], [])
+        if CONTROL in readable:
+            os.write(terminal, os.read(CONTROL, 256))
+        if terminal in readable:
+            try:
+                data = os.read(terminal, 4096)
+            except OSError:  # the last process on it has gone
+                break
+            os.write(console, data)
+    termios.tcdrain(console)
+    return wait_for(pid)
+
+
+def wait_for(wanted: int) -> int:
+    # As process 1 we inherit every orphan.
+    while True:
+        pid, status = os.wait()
+        if pid == wanted:
+            break
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
+
+
+def open_serial(path: str) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_NOCTTY)
+    tty.setraw(descriptor)
+    attributes = termios.tcgetattr(descriptor)
+    attributes[2] |= termios.CLOCAL
+    attributes[4] = attributes[5] = termios.B115200
+    termios.tcsetattr(descriptor, termios.TCSANOW, attributes)
+    return descriptor
+
+
+def set_size(descriptor: int, job: dict[str, Any]) -> None:
+    rows, columns = job["size"]
+    fcntl.ioctl(descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+
+def changed_files(names: list[str]) -> Iterator[str]:
+    """Paths below the overlay's upper directory, for each of the checkout's `names`."""
+    for name in names:
+        path = os.path.normpath(os.path.join(UPPER, name))
+        if not os.path.lexists(path):
+            continue
+        if not os.path.isdir(path) or os.path.islink(path):
+            yield path
+            continue
+        for directory, directories, files in os.walk(path):
+            for each in (*files, *(d for d in directories if os.path.islink(f"{directory}/{d}"))):
+                file = os.path.join(directory, each)
+                kind = os.lstat(file).st_mode
+                if stat.S_ISREG(kind) or stat.S_ISLNK(kind):  # a device is overlayfs's "deleted"
+                    yield file
+
+
+def write_changes(checkout: str, names: list[str]) -> int:
+    files = list(changed_files(names))
+    if not files:
+        return 0
+    with open("/run/job/out.tar", "wb") as file:
+        with tarfile.open(fileobj=file, mode="w") as archive:
+            for path in files:
+                archive.add(path, os.path.relpath(path, UPPER))
+        size = file.tell()
+    with open("/run/job/out.tar", "rb") as file, open(OUT_DISK, "wb", buffering=0) as disk:
+        capacity = disk.seek(0, os.SEEK_END)
+        if size > capacity:
+            raise JobError(f"{size >> 20} MiB to bring back, the limit is {capacity >> 20}")
+        disk.seek(0)
+        while data := file.read(1 << 20):
+            disk.write(data)
+        os.fsync(disk.fileno())
+    return size
+
+
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+main()

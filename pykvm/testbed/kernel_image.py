@@ -1,0 +1,163 @@
+"""The distribution's kernel for the emulated host: which one, and its uncompressed image.
+
+The kernel is the one whose headers the machine has installed, because modules for it are built
+against them. It is fetched and unpacked into the cache, not installed.
+"""
+
+import gzip
+import lzma
+import re
+import struct
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from pykvm.errors import PykvmError
+from pykvm.host import cache
+from pykvm.testbed import packages, rootfs
+
+__all__ = ["FlatKernel", "KernelImageError", "flatten", "kernel_version", "unpacked"]
+
+_HEADERS = re.compile(r"linux-headers-(?P<version>6\.1\.\S+-cloud-amd64)$")
+
+# Offsets in a bzImage (Linux Documentation/x86/boot.rst).
+_SETUP_SECTORS = 0x1F1
+_PAYLOAD_OFFSET = 0x248
+_PAYLOAD_LENGTH = 0x24C
+
+_PT_LOAD = 1
+_PT_NOTE = 4
+_XEN_ELFNOTE_PHYS32_ENTRY = 18  # Linux include/xen/interface/elfnote.h
+
+
+class KernelImageError(PykvmError):
+    """The kernel for the emulated host cannot be found or read."""
+
+
+@dataclass(frozen=True)
+class FlatKernel:
+    """A kernel as it stands in memory.
+
+    Attributes:
+        address: guest-physical address of the first byte.
+        data: the loaded bytes.
+        memory: bytes that the kernel takes from `address` on, its bss included.
+        entry: address of the PVH entry point.
+    """
+
+    address: int
+    data: bytes
+    memory: int
+    entry: int
+
+
+def kernel_version() -> str:
+    """The release of the kernel inside the testbed, as `uname -r` prints it there.
+
+    It is the newest one of the 6.1 series whose headers are installed.
+
+    Raises:
+        KernelImageError: no such headers are installed.
+    """
+    query = ["dpkg-query", "-W", "-f", "${db:Status-Status} ${Package}\n", "linux-headers-*"]
+    result = subprocess.run(query, capture_output=True, text=True, check=False)
+    found = []
+    for line in result.stdout.splitlines():
+        status, _, name = line.partition(" ")
+        if status == "installed" and (match := _HEADERS.match(name)):
+            found.append(match["version"])
+    if not found:
+        raise KernelImageError(
+            "no headers of a 6.1 cloud kernel are installed; "
+            "run: apt-get install linux-headers-cloud-amd64"
+        )
+    return max(found, key=lambda version: [int(part) for part in re.findall(r"\d+", version)])
+
+
+def unpacked(version: str) -> Path:
+    """The unpacked image package of kernel `version`: its `boot/` and `lib/modules/`.
+
+    Raises:
+        KernelImageError: the headers of `version` are not installed.
+        PackageError: the image package cannot be fetched.
+    """
+    revision = packages.installed_version(f"linux-headers-{version}")
+    if revision is None:
+        raise KernelImageError(
+            f"the headers of {version} are missing; run: apt-get install linux-headers-{version}"
+        )
+
+    def build(directory: Path) -> None:
+        package = packages.exact(f"linux-image-{version}", revision)
+        (archive,) = packages.fetch([package])
+        packages.unpack(archive, directory)
+        rootfs.run_depmod(directory, version)
+
+    return cache.entry("testbed-kernel", cache.key(version, revision), build)
+
+
+def flatten(bzimage: bytes) -> FlatKernel:
+    """Unpack the ELF kernel inside `bzimage` and lay its segments out as they stand in memory.
+
+    Raises:
+        KernelImageError: not a bzImage, an unknown compression, or a kernel without PVH entry.
+    """
+    elf = _decompressed(bzimage)
+    if elf[:4] != b"\x7fELF":
+        raise KernelImageError("the kernel image holds no ELF kernel; use a distribution kernel")
+    (header_offset,) = struct.unpack_from("<Q", elf, 32)
+    (count,) = struct.unpack_from("<H", elf, 56)
+    headers = [struct.unpack_from("<IIQQQQQQ", elf, header_offset + 56 * i) for i in range(count)]
+    loads = [header for header in headers if header[0] == _PT_LOAD]
+    address = min(header[4] for header in loads)
+    image = bytearray(max(header[4] + header[5] for header in loads) - address)
+    for _, _, offset, _, physical, size, _, _ in loads:
+        image[physical - address : physical - address + size] = elf[offset : offset + size]
+    for kind, _, offset, _, _, size, _, _ in headers:
+        if kind == _PT_NOTE and (entry := _pvh_entry(elf[offset : offset + size])):
+            memory = max(header[4] + header[6] for header in loads) - address
+            return FlatKernel(address, bytes(image), memory, entry)
+    raise KernelImageError("the kernel has no PVH entry point; it needs CONFIG_PVH")
+
+
+def _decompressed(bzimage: bytes) -> bytes:
+    if bzimage[0x202:0x206] != b"HdrS":
+        raise KernelImageError("not a bzImage; fetch the kernel package again")
+    setup = (bzimage[_SETUP_SECTORS] + 1) * 512
+    (offset,) = struct.unpack_from("<I", bzimage, _PAYLOAD_OFFSET)
+    (length,) = struct.unpack_from("<I", bzimage, _PAYLOAD_LENGTH)
+    # The last four bytes are the size of the result, for the kernel's own decompressor.
+    payload = bzimage[setup + offset : setup + offset + length]
+    match payload[:4]:
+        case b"\x02\x21\x4c\x18":
+            return _filtered("lz4", payload[:-4])
+        case b"\x28\xb5\x2f\xfd":
+            return _filtered("zstd", payload[:-4])
+        case b"\xfd7zX":
+            return lzma.LZMADecompressor().decompress(payload)
+        case magic if magic[:2] == b"\x1f\x8b":
+            return gzip.decompress(payload[:-4])
+        case magic:
+            raise KernelImageError(f"unknown compression of the kernel (starts {magic.hex()})")
+
+
+def _filtered(program: str, data: bytes) -> bytes:
+    try:
+        result = subprocess.run([program, "-d", "-c"], input=data, capture_output=True, check=False)
+    except FileNotFoundError as error:
+        raise KernelImageError(f"{program} is missing; run: apt-get install {program}") from error
+    if result.returncode:
+        raise KernelImageError(f"{program} cannot unpack the kernel: {result.stderr.decode()!r}")
+    return result.stdout
+
+
+def _pvh_entry(notes: bytes) -> int | None:
+    position = 0
+    while position + 12 <= len(notes):
+        name_size, size, kind = struct.unpack_from("<III", notes, position)
+        name_end = position + 12 + (name_size + 3) // 4 * 4
+        name = notes[position + 12 : position + 12 + name_size]
+        if name == b"Xen\0" and kind == _XEN_ELFNOTE_PHYS32_ENTRY:
+            return int.from_bytes(notes[name_end : name_end + size], "little")
+        position = name_end + (size + 3) // 4 * 4
+    return None

@@ -1,0 +1,172 @@
+"""Debian packages as files: resolved and fetched with apt, unpacked with dpkg-deb, never installed.
+
+Nothing here touches the machine's own package database, and none of it needs to be root. The
+downloaded files stay in the cache, so that a package is fetched once.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pykvm.errors import PykvmError
+from pykvm.host import cache
+
+__all__ = ["Package", "PackageError", "closure", "exact", "fetch", "installed_version", "unpack"]
+
+_APT_LISTS = Path("/var/lib/apt/lists")
+_URI_LINE = re.compile(r"^'(?P<uri>[^']+)' (?P<file>\S+) (?P<size>\d+)")
+
+
+class PackageError(PykvmError):
+    """A Debian package cannot be found or fetched."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """One package file.
+
+    Attributes:
+        file: name of the .deb, version included.
+        size: of the .deb, in bytes.
+    """
+
+    file: str
+    size: int
+
+    @property
+    def spec(self) -> str:
+        """The `name=version` that apt understands."""
+        name, version, _ = self.file.removesuffix(".deb").split("_")
+        return f"{name}={version.replace('%3a', ':')}"
+
+
+def closure(names: Iterable[str]) -> list[Package]:
+    """Resolve `names` and all they depend on, as if nothing were installed.
+
+    The answer is kept until the machine's package lists change, because asking apt takes a second.
+
+    Raises:
+        PackageError: apt knows no such package or cannot resolve it.
+    """
+    wanted = sorted(names)
+
+    def resolve(directory: Path) -> None:
+        empty = ["-o", "Dir::State::status=/dev/null", "-o", "APT::Install-Recommends=0"]
+        found = _print_uris([*empty, "-y", "install", *wanted])
+        rows = [(package.file, package.size) for package in found]
+        (directory / "packages.json").write_text(json.dumps(rows, indent=1))
+
+    key = cache.key("closure", *wanted, _lists_fingerprint())
+    kept = cache.entry("testbed-packages", key, resolve) / "packages.json"
+    return [Package(file, size) for file, size in json.loads(kept.read_text())]
+
+
+def exact(name: str, version: str) -> Package:
+    """The package `name` in exactly this `version`, without what it depends on.
+
+    Raises:
+        PackageError: the package lists do not have it.
+    """
+    found = _print_uris(["download", f"{name}={version}"])
+    if len(found) != 1:
+        raise PackageError(f"apt has no {name} {version}; run: apt-get update")
+    return found[0]
+
+
+def fetch(packages: Sequence[Package]) -> list[Path]:
+    """The files of `packages`, downloading those that the cache lacks.
+
+    Raises:
+        PackageError: a download failed.
+    """
+    store = cache.root() / "debs"
+    store.mkdir(parents=True, exist_ok=True)
+    with (store / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        missing = [package for package in packages if not _complete(store, package)]
+        if missing:
+            # `download` fetches into the current directory and checks the archive's hashes.
+            specs = [package.spec for package in missing]
+            result = _apt(["-o", "APT::Sandbox::User=root", "download", *specs], cwd=store)
+            lost = [package.file for package in missing if not _complete(store, package)]
+            if lost:
+                raise PackageError(
+                    f"apt-get could not download {', '.join(lost[:3])}: "
+                    f"{_last_line(result.stderr)}; run: apt-get update"
+                )
+    return [store / package.file for package in packages]
+
+
+def unpack(archive: Path, root: Path) -> None:
+    """Unpack the files of the .deb `archive` below `root`, following the directory links there.
+
+    Raises:
+        PackageError: the archive cannot be read.
+    """
+    with subprocess.Popen(
+        ["dpkg-deb", "--fsys-tarfile", archive], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as source:
+        # /bin, /lib and so on are links into /usr in our tree; tar would replace them.
+        tar = ["tar", "-x", "--keep-directory-symlink", "--no-same-owner", "-C", str(root)]
+        unpacked = subprocess.run(tar, stdin=source.stdout, capture_output=True, check=False)
+    if source.returncode or unpacked.returncode:
+        raise PackageError(f"cannot unpack {archive.name}: {_last_line(unpacked.stderr.decode())}")
+
+
+def installed_version(name: str) -> str | None:
+    """The version of `name` that the machine has installed, or None."""
+    query = ["dpkg-query", "-W", "-f", "${db:Status-Status} ${Version}", name]
+    result = subprocess.run(query, capture_output=True, text=True, check=False)
+    status, _, version = result.stdout.partition(" ")
+    return version if result.returncode == 0 and status == "installed" else None
+
+
+def _print_uris(arguments: list[str]) -> list[Package]:
+    # apt leaves out what its archive directory holds already: give it an empty one.
+    with tempfile.TemporaryDirectory() as empty:
+        archives = ["-o", f"Dir::Cache::archives={empty}"]
+        result = _apt(["-o", "Debug::NoLocking=1", *archives, "--print-uris", *arguments])
+    if result.returncode:
+        raise PackageError(f"apt-get: {_last_line(result.stderr)}; run: apt-get update")
+    matches = (_URI_LINE.match(line) for line in result.stdout.splitlines())
+    return sorted(
+        (Package(match["file"], int(match["size"])) for match in matches if match),
+        key=lambda package: package.file,
+    )
+
+
+def _apt(arguments: list[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
+    return subprocess.run(
+        ["apt-get", "-q", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def _complete(store: Path, package: Package) -> bool:
+    file = store / package.file
+    return file.is_file() and file.stat().st_size == package.size
+
+
+def _lists_fingerprint() -> str:
+    digest = hashlib.sha256()
+    for file in sorted(_APT_LISTS.glob("*_*")):
+        status = file.stat()
+        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.strip().splitlines() if not line.startswith("W:")]
+    return lines[-1].removeprefix("E: ") if lines else "no message"

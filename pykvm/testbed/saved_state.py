@@ -1,0 +1,210 @@
+"""The booted host, kept: boots once for each kernel, root file system and configuration.
+
+A cache entry holds the two disks and the suspended machine, which waits for a job. Neither the
+checkout nor the KVM modules are part of it; they come with each job.
+"""
+
+import os
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pykvm.errors import PykvmError
+from pykvm.host import cache
+from pykvm.testbed import bochs, boot_disk, kernel_image, packages, rootfs
+from pykvm.testbed.bochs import Emulator
+
+__all__ = ["BootError", "booted_host", "collect_logs", "host_key", "lay_out", "tail"]
+
+Progress = Callable[[str], None]
+
+_COMMAND_LINE = (
+    "console=ttyS2,115200 8250.nr_uarts=4 loglevel=6 "
+    # Counts must repeat: no address randomisation, no calibration against other clocks.
+    "nokaslr tsc=reliable no_timer_check lpj=4000000 random.trust_cpu=on "
+    # The emulated processor has no speculation to guard against, and lacks two MSRs that the
+    # timer tick would read each time.
+    "mitigations=off clearcpuid=aperfmperf panic=0"
+)
+_INITRAMFS_MODULES = ["ata_piix", "sd_mod"]
+_OUT_DISK_SIZE = 256 * 16 * 63 * 512  # 126 MiB, sparse
+_BOOT_TIMEOUT = 600.0  # seconds
+_SUSPEND_TIMEOUT = 120.0
+_INSIDE = Path(__file__).with_name("inside")
+
+
+class BootError(PykvmError):
+    """The emulated host did not boot or could not be suspended."""
+
+
+def host_key(version: str) -> str:
+    """The cache key of the booted host with kernel `version`.
+
+    Raises:
+        PackageError, RootfsError, KernelImageError: see there.
+    """
+    sources = [_INSIDE / "agent.py", _INSIDE / "init.sh"]
+    here = Path(__file__)
+    sources += [here.with_name(n) for n in ("boot_disk.py", "boot_sector.S", "suspend_button.py")]
+    revision = packages.installed_version(f"linux-headers-{version}") or ""
+    emulator = [packages.installed_version(n) or "" for n in ("bochs", "bochsbios", "vgabios")]
+    return cache.key(
+        version,
+        revision,
+        rootfs.fingerprint(),
+        *emulator,
+        _COMMAND_LINE,
+        " ".join(_INITRAMFS_MODULES),
+        bochs.configuration(),
+        *sources,
+    )
+
+
+def booted_host(version: str, progress: Progress) -> Path:
+    """The cache entry of the booted host, made first if need be (a minute or two).
+
+    It holds `boot.img`, `root.img` and the directory `state`.
+
+    Raises:
+        BootError: it does not boot; the message names the logs.
+        EmulatorError, PackageError, RootfsError, KernelImageError: see there.
+    """
+
+    def build(directory: Path) -> None:
+        progress(f"fetching Linux {version}")
+        kernel = kernel_image.unpacked(version)
+        root = _root_image(kernel, version, progress)
+        (directory / "root.img").hardlink_to(root)
+        progress("making the boot disk")
+        _make_boot_disk(directory / "boot.img", kernel, version)
+        progress("booting the emulated host")
+        _boot_and_suspend(directory, progress)
+
+    return cache.entry("testbed-host", host_key(version), build)
+
+
+def lay_out(instance: Path, host: Path, payload: Path) -> None:
+    """Give `instance` what the emulator's configuration names, from `host` and for `payload`."""
+    (instance / "boot.img").symlink_to(host / "boot.img")
+    (instance / "root.img").symlink_to(host / "root.img")
+    (instance / "payload.iso").symlink_to(payload)
+    with (instance / "out.img").open("wb") as file:
+        file.truncate(_OUT_DISK_SIZE)
+
+
+def _root_image(kernel: Path, version: str, progress: Progress) -> Path:
+    def build(directory: Path) -> None:
+        progress("making the root file system")
+        rootfs.build_image(directory / "root.img", kernel, version)
+
+    key = cache.key(kernel.name, rootfs.fingerprint())
+    return cache.entry("testbed-root", key, build) / "root.img"
+
+
+def _make_boot_disk(path: Path, kernel: Path, version: str) -> None:
+    modules = kernel / "lib/modules" / version
+    with tempfile.TemporaryDirectory() as directory:
+        (busybox,) = packages.fetch(packages.closure(["busybox-static"])[:1])
+        packages.unpack(busybox, Path(directory))
+        program = next(Path(directory).glob("**/bin/busybox")).read_bytes()
+    files: list[tuple[str, bytes | None, int]] = [("modules", None, 0o755)]
+    for index, module in enumerate(rootfs.modules_in_order(modules, _INITRAMFS_MODULES)):
+        files.append((f"modules/{index:02}-{module.name}", module.read_bytes(), 0o644))
+    files.append(("busybox", program, 0o755))
+    files.append(("agent.py", (_INSIDE / "agent.py").read_bytes(), 0o644))
+    files.append(("init", (_INSIDE / "init.sh").read_bytes(), 0o755))
+    flat = kernel_image.flatten((kernel / "boot" / f"vmlinuz-{version}").read_bytes())
+    boot_disk.write(path, flat, boot_disk.cpio(files), _COMMAND_LINE, bochs.MEMORY)
+
+
+def _boot_and_suspend(directory: Path, progress: Progress) -> None:
+    state = directory / "state"
+    with tempfile.TemporaryDirectory(prefix="pykvm-boot-") as name:
+        instance = Path(name)
+        blank = instance / "blank.iso"
+        with blank.open("wb") as file:
+            file.truncate(1 << 20)
+        lay_out(instance, directory, blank)
+        try:
+            with Emulator(instance) as emulator:
+                _await_ready(emulator, progress)
+                progress("suspending it")
+                _suspend(emulator, state)
+        except PykvmError as error:
+            kept = cache.log_path("testbed-boot")
+            collect_logs(instance, kept)
+            raise BootError(f"{error}; logs: {kept}") from error
+
+
+def _await_ready(emulator: Emulator, progress: Progress) -> None:
+    start = told = time.monotonic()
+    received = b""
+    while b"ready\n" not in received:
+        now = time.monotonic()
+        if not emulator.running():
+            raise BootError(f"the emulator died during the boot: {emulator.last_words()}")
+        if "Kernel panic" in tail(emulator.directory / "kernel.log"):
+            raise BootError("the emulated kernel panicked during the boot")
+        if now - start > _BOOT_TIMEOUT:
+            raise BootError(f"the emulated host did not boot in {_BOOT_TIMEOUT:.0f} s")
+        if now - told > 10:
+            told = now
+            progress(f"still booting: {_last_line(emulator.directory / 'kernel.log')}")
+        readable, _, _ = select.select([emulator.control], [], [], 0.2)
+        if readable:
+            received += os.read(emulator.control, 4096)
+
+
+def _suspend(emulator: Emulator, state: Path) -> None:
+    inner = emulator.inner_pid()
+    namespaces = ["--net"] if os.geteuid() == 0 else ["--user", "--preserve-credentials", "--net"]
+    button = Path(__file__).with_name("suspend_button.py")
+    saved = emulator.directory / "state"
+    saved.mkdir()
+    command = ["nsenter", f"--target={inner}", *namespaces, sys.executable, "-I", str(button)]
+    press = subprocess.run(
+        [*command, saved.name],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=_SUSPEND_TIMEOUT,
+        check=False,
+    )
+    if press.returncode:
+        raise BootError(press.stderr.strip())
+    emulator.wait(10)
+    if not (saved / "memory.ram").exists() or not (saved / "hard_drive").stat().st_size:
+        raise BootError(f"the emulator saved no state: {emulator.last_words()}")
+    bochs.make_restorable(saved)
+    shutil.copytree(saved, state, copy_function=_copy_sparse)
+
+
+def _copy_sparse(source: str, target: str) -> None:
+    subprocess.run(["cp", "--sparse=always", source, target], check=True)
+
+
+def collect_logs(instance: Path, kept: Path) -> None:
+    """Write the ends of the logs in `instance` to the file `kept`."""
+    with kept.open("w") as target:
+        for name in ("kernel.log", "bochs.log", "bochs.out"):
+            target.write(f"==== {name}\n{tail(instance / name, 100_000)}\n")
+
+
+def tail(path: Path, size: int = 4096) -> str:
+    """The last `size` bytes of the file `path` as text; nothing if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - size))
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _last_line(path: Path) -> str:
+    lines = tail(path).strip().splitlines()
+    return lines[-1] if lines else "no output yet"

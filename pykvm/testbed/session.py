@@ -1,0 +1,347 @@
+"""Run a command on the emulated host as if it were a local one."""
+
+import fcntl
+import os
+import select
+import shlex
+import shutil
+import sys
+import tarfile
+import tempfile
+import termios
+import time
+import tty
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pykvm.errors import PykvmError
+from pykvm.host import cache
+from pykvm.testbed import kernel_image, payload, saved_state
+from pykvm.testbed.bochs import Emulator, emulator_command
+
+__all__ = ["CommandTimeoutError", "HostDiedError", "Outcome", "Testbed"]
+
+Sink = Callable[[bytes], None]
+
+# From the start of the emulator to the start of the command, in seconds. It takes two or three.
+_RESUME_TIMEOUT = 120.0
+
+
+class HostDiedError(PykvmError):
+    """The emulator or the kernel in it ended before the command did."""
+
+
+class CommandTimeoutError(PykvmError):
+    """The command did not end in the time it was given."""
+
+
+@dataclass
+class Outcome:
+    """How a command ended.
+
+    Attributes:
+        status: exit status; 128 plus the signal's number if a signal ended it.
+        stdout, stderr: what it wrote, in bytes.
+        brought: files that came back, as paths in the checkout.
+        first_output: seconds from the call to the first byte of output, or None.
+        seconds: of the whole call.
+    """
+
+    status: int
+    stdout: bytes = b""
+    stderr: bytes = b""
+    brought: list[Path] = field(default_factory=list)
+    first_output: float | None = None
+    seconds: float = 0.0
+
+
+class Testbed:
+    """The emulated Intel host for one checkout; any number of commands can run at a time."""
+
+    # pytest would take it for a class of tests.
+    __test__ = False
+
+    def __init__(
+        self, checkout: Path | None = None, progress: Callable[[str], None] | None = None
+    ) -> None:
+        """For the checkout at `checkout` (default: the one pykvm was imported from).
+
+        `progress` is told what is being waited for, when it takes long (default: standard error).
+        """
+        self.checkout = (checkout or Path(__file__).parents[2]).resolve()
+        self._progress = progress or _Narrator()
+        self.version = kernel_image.kernel_version()
+
+    def prepare(self) -> Path:
+        """Make sure that the booted host is in the cache; return its entry.
+
+        Raises:
+            PykvmError: it cannot be made; the message says why.
+        """
+        return saved_state.booted_host(self.version, self._progress)
+
+    def run(
+        self,
+        command: Sequence[str],
+        *,
+        modules: Path | None = None,
+        kvm: str = "payload",
+        timeout: float | None = None,
+        environment: Mapping[str, str] | None = None,
+        bring: Sequence[str] = (),
+        stdout: Sink | None = None,
+        stderr: Sink | None = None,
+        interactive: bool = False,
+        directory: Path | None = None,
+    ) -> Outcome:
+        """Run `command` in the checkout on the emulated host.
+
+        Files that it writes below `build/` appear in the checkout, and so do the paths in
+        `bring`, which are relative to the checkout.
+
+        Args:
+            modules: directory with kvm.ko and kvm-intel.ko to load; by default the patched ones,
+                built if need be.
+            kvm: "payload" to load `modules`, "stock" for the distribution's, "none" for no KVM.
+            timeout: seconds for the command, resuming not included.
+            environment: variables to set.
+            stdout, stderr: called with output as it comes; it is collected in any case.
+            interactive: give the command a terminal, connected to ours.
+            directory: where to run, in the checkout (default: its root).
+
+        Raises:
+            CommandTimeoutError: see `timeout`.
+            HostDiedError: the emulator or the kernel inside died; the message names the logs.
+            PykvmError: what is needed is missing; the message says what to type.
+        """
+        start = time.monotonic()
+        if kvm == "payload" and modules is None:
+            modules = _patched_modules(self.version, self._progress)
+        job = payload.Job(
+            command=list(command),
+            checkout=str(self.checkout),
+            directory=str((directory or self.checkout).resolve()),
+            kvm=kvm,
+            environment=dict(environment or {}),
+            bring=["build", *(self._inside_checkout(name) for name in bring)],
+            interactive=interactive,
+            size=_terminal_size(),
+            now=time.time(),
+        )
+        host = self.prepare()
+        with _instance() as instance:
+            image = instance / "files.iso"
+            payload.write(image, job, modules if kvm == "payload" else None)
+            saved_state.lay_out(instance, host, image)
+            try:
+                with Emulator(instance, restore=host / "state") as emulator:
+                    run = _Run(emulator, start, timeout, stdout, stderr, interactive)
+                    status, size = run.until_exit()
+                outcome = run.outcome
+                outcome.status = status
+                outcome.brought = self._take_back(instance / "out.img", size)
+            except (HostDiedError, CommandTimeoutError) as error:
+                kept = _keep_logs(instance)
+                raise type(error)(f"{error}; logs: {kept}") from error
+        outcome.seconds = time.monotonic() - start
+        return outcome
+
+    def plan(
+        self, command: Sequence[str], *, kvm: str = "payload", modules: Path | None = None
+    ) -> list[str]:
+        """What `run` would do, a line each."""
+        key = saved_state.host_key(self.version)
+        cached = (cache.root() / "testbed-host" / key).is_dir()
+        loaded = {"payload": str(modules or "the patched KVM"), "stock": "the distribution's KVM"}
+        files = len(payload.checkout_files(self.checkout))
+        return [
+            f"kernel:   Linux {self.version}",
+            f"host:     {key}, {'in the cache' if cached else 'to be booted first'}",
+            f"emulator: {' '.join(emulator_command(Path('STATE')))}",
+            f"modules:  {loaded.get(kvm, 'no KVM')}",
+            f"checkout: {self.checkout}, {files} files",
+            f"command:  {shlex.join(command)}",
+        ]
+
+    def _inside_checkout(self, name: str) -> str:
+        path = (self.checkout / name).resolve()
+        if not path.is_relative_to(self.checkout):
+            raise payload.PayloadError(f"{name} is outside the checkout; name a path inside it")
+        return str(path.relative_to(self.checkout))
+
+    def _take_back(self, disk: Path, size: int) -> list[Path]:
+        if not size:
+            return []
+        with disk.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            archive.extractall(self.checkout, filter="data")
+            return [self.checkout / member.name for member in archive.getmembers()]
+
+
+class _Run:
+    """The conversation with the emulator during one command."""
+
+    def __init__(
+        self,
+        emulator: Emulator,
+        start: float,
+        timeout: float | None,
+        stdout: Sink | None,
+        stderr: Sink | None,
+        interactive: bool,
+    ) -> None:
+        self.outcome = Outcome(status=-1)
+        self._emulator = emulator
+        self._start = start
+        self._timeout = timeout
+        self._sinks = {emulator.stdout: stdout, emulator.stderr: stderr}
+        self._interactive = interactive
+        self._control = b""
+        self._started: float | None = None
+
+    def until_exit(self) -> tuple[int, int]:
+        """Stream until the job reports its end: exit status and size of what comes back."""
+        emulator = self._emulator
+        emulator.say_go()
+        resumed = time.monotonic()
+        with _raw_terminal(self._interactive) as keyboard:
+            sources = [emulator.control, emulator.stdout, emulator.stderr, *keyboard]
+            while True:
+                readable, _, _ = select.select(sources, [], [], 0.25)
+                for source in readable:
+                    if source in keyboard:
+                        data = os.read(source, 256)
+                        if self._started and data:
+                            os.write(emulator.control, data)
+                        elif not data:
+                            sources.remove(source)
+                    elif source == emulator.control:
+                        self._control += os.read(source, 4096)
+                    else:
+                        self._output(source, os.read(source, 65536))
+                if end := self._reports():
+                    self._drain()
+                    return end
+                if not readable:
+                    self._check_alive()
+                self._check_time(resumed)
+
+    def _reports(self) -> tuple[int, int] | None:
+        while b"\n" in self._control:
+            line, _, self._control = self._control.partition(b"\n")
+            word, *rest = line.decode(errors="replace").split(" ")
+            if word == "started":
+                self._started = time.monotonic()
+            elif word == "failed":
+                raise HostDiedError(f"the job could not be run: {' '.join(rest)}")
+            elif word == "exit":
+                return int(rest[0]), int(rest[1])
+        return None
+
+    def _output(self, source: int, data: bytes) -> None:
+        outcome = self.outcome
+        if outcome.first_output is None and data:
+            outcome.first_output = time.monotonic() - self._start
+        if source == self._emulator.stdout:
+            outcome.stdout += data
+        else:
+            outcome.stderr += data
+        sink = self._sinks[source]
+        if sink is not None:
+            sink(data)
+
+    def _drain(self) -> None:
+        for source in (self._emulator.stdout, self._emulator.stderr):
+            while select.select([source], [], [], 0)[0]:
+                self._output(source, os.read(source, 65536))
+
+    def _check_alive(self) -> None:
+        emulator = self._emulator
+        if not emulator.running():
+            self._drain()
+            raise HostDiedError(f"the emulator died: {emulator.last_words()}")
+        if "Kernel panic" in saved_state.tail(emulator.directory / "kernel.log"):
+            self._drain()
+            raise HostDiedError("the emulated kernel panicked")
+
+    def _check_time(self, resumed: float) -> None:
+        now = time.monotonic()
+        if self._started is None:
+            if now - resumed > _RESUME_TIMEOUT:
+                raise HostDiedError(f"the emulated host did not resume in {_RESUME_TIMEOUT:.0f} s")
+        elif self._timeout is not None and now - self._started > self._timeout:
+            raise CommandTimeoutError(f"the command did not end in {self._timeout:g} s")
+
+
+class _Narrator:
+    """Tells on standard error what takes long, with the seconds so far."""
+
+    def __init__(self) -> None:
+        self._start: float | None = None
+
+    def __call__(self, message: str) -> None:
+        now = time.monotonic()
+        self._start = self._start or now
+        print(f"pykvm testbed: [{now - self._start:5.1f} s] {message}", file=sys.stderr, flush=True)
+
+
+def _patched_modules(version: str, progress: Callable[[str], None]) -> Path:
+    # Imported late: with stock or other modules nothing of it is needed.
+    from pykvm.host import kernel  # noqa: PLC0415
+
+    return kernel.build(version)
+
+
+@contextmanager
+def _instance() -> Iterator[Path]:
+    """A directory for one emulator, gone afterwards; those of killed processes go as well."""
+    parent = cache.root() / "testbed-instances"
+    parent.mkdir(parents=True, exist_ok=True)
+    for old in parent.iterdir():
+        _remove_if_dead(old)
+    directory = Path(tempfile.mkdtemp(dir=parent))
+    with (directory / "alive").open("w") as alive:
+        fcntl.flock(alive, fcntl.LOCK_EX)
+        try:
+            yield directory
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _remove_if_dead(directory: Path) -> None:
+    try:
+        with (directory / "alive").open("w") as alive:
+            fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(directory, ignore_errors=True)
+    except OSError:
+        pass  # in use, or being made
+
+
+@contextmanager
+def _raw_terminal(wanted: bool) -> Iterator[list[int]]:
+    """Our own keyboard as a list of descriptors; empty unless `wanted` and a terminal."""
+    if not wanted:
+        yield []
+        return
+    descriptor = sys.stdin.fileno()
+    if not os.isatty(descriptor):
+        yield [descriptor]
+        return
+    before = termios.tcgetattr(descriptor)
+    try:
+        tty.setraw(descriptor)
+        yield [descriptor]
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+
+def _terminal_size() -> tuple[int, int]:
+    size = shutil.get_terminal_size()
+    return size.lines, size.columns
+
+
+def _keep_logs(instance: Path) -> Path:
+    kept = cache.log_path(f"testbed-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    saved_state.collect_logs(instance, kept)
+    return kept
