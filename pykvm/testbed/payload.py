@@ -20,6 +20,7 @@ __all__ = ["Job", "PayloadError", "checkout_files", "write"]
 
 _JOB = Path(__file__).with_name("inside") / "job.py"
 _LARGEST_ARTIFACT = 16 << 20  # bytes of one file below build/
+_BUILT_KINDS = ("crossing", "object", "guest")  # of cache entries that go inside
 _NEVER = {".git", ".venv", ".mypy_cache", ".ruff_cache", ".hypothesis", ".pytest_cache"}
 
 
@@ -77,11 +78,21 @@ def write(image: Path, job: Job, modules: Path | None) -> None:
             if compiled is not None:
                 cached_name = importlib.util.cache_from_source(name)
                 grafts.append((f"checkout/{cached_name}", compiled))
+    grafts += _built_images()
     empty = image.with_name("empty")
     empty.mkdir(exist_ok=True)
     # Something must be there for an overlay even if the checkout has no file at all.
     grafts.append(("checkout", empty))
     _make_iso(image, grafts)
+
+
+def _built_images() -> list[tuple[str, Path]]:
+    """Guests and objects that were compiled here already: inside, each would take seconds."""
+    return [
+        (f"cache/{path.relative_to(cache.root())}", path)
+        for kind in _BUILT_KINDS
+        for path in sorted((cache.root() / kind).glob("*/*"))
+    ]
 
 
 def checkout_files(checkout: Path) -> set[str]:

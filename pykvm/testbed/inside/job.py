@@ -11,6 +11,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import signal
 import stat
 import struct
@@ -47,6 +48,8 @@ def main() -> None:
         time.clock_settime(time.CLOCK_REALTIME, job["now"])
         mount_checkout(job["checkout"])
         install_commands(job["checkout"])
+        if os.path.isdir(f"{PAYLOAD}/cache"):
+            shutil.copytree(f"{PAYLOAD}/cache", os.path.expanduser("~/.cache/pykvm"))
         load_kvm(job["kvm"])
         tell("started")
         status = run_shell(job) if job["interactive"] else run_command(job)
