@@ -1,0 +1,164 @@
+"""Send real packets between two guests: VMFUNC beside VMCALL and directly mapped memory."""
+
+import argparse
+from pathlib import Path
+from typing import Any, Final
+
+from pykvm.cli.hosts import on_suitable_host, ticks_scale
+from pykvm.errors import PykvmError
+from pykvm.host.fingerprint import fingerprint, host_kind, is_emulated
+from pykvm.measure.records import unit_of_host
+from pykvm.switch.capture import read_capture, split_capture
+
+__all__ = ["DemoFailedError", "add_parser"]
+
+_ROOT: Final = Path(__file__).resolve().parents[2]
+CAPTURE: Final = _ROOT / "tests" / "data" / "memcached-http.pcap"
+RESULTS: Final = Path("build/demo/results.json")
+PATHS: Final = ("vmfunc", "vmcall", "direct")
+
+# Which empty call stands beside the path to the switch.
+_CALL_OF_PATH: Final = {"vmfunc": "vmfunc", "vmcall": "vmcall_user", "direct": "direct"}
+
+
+class DemoFailedError(PykvmError):
+    """A frame was lost, changed or dropped on the way."""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `pykvm demo` to the command line."""
+    parser = subparsers.add_parser("demo", help=__doc__.splitlines()[0].rstrip("."))
+    parser.add_argument(
+        "--capture",
+        type=Path,
+        default=CAPTURE,
+        metavar="FILE",
+        help="the packets to send, a pcap file of an Ethernet (default: the one in tests/data)",
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=RESULTS,
+        metavar="FILE",
+        help=f"where to keep the results (default {RESULTS}); charts go beside it",
+    )
+    parser.add_argument(
+        "--calls", type=int, default=1000, metavar="N", help="empty calls to time (default 1000)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, metavar="N", help="times to send the capture (default 3)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure here or on the emulated host, then show the table and draw the chart."""
+    for name in ("calls", "rounds"):
+        if getattr(options, name) < 1:
+            raise PykvmError(f"--{name} {getattr(options, name)}: use 1 or more")
+    frames = read_capture(options.capture)  # a bad file is refused before anything is started
+    print(f"capture: {len(frames)} frames, {sum(len(f.data) for f in frames)} bytes", flush=True)
+
+    def measure() -> dict[str, Any]:
+        return _measure(options)
+
+    record = on_suitable_host(
+        measure,
+        ["demo", "--calls", str(options.calls), "--rounds", str(options.rounds)],
+        files={"--capture": options.capture},
+        out=options.json,
+    )
+    if is_emulated():
+        return 0  # the command that started this one shows the results
+    from pykvm.measure.charts import draw_demo  # noqa: PLC0415  (matplotlib is slow to import)
+
+    drawn = draw_demo(record, options.json.with_suffix(""))
+    print(table(record))
+    print("kept: " + ", ".join(str(path) for path in [options.json, *drawn]))
+    bad = [p for p in record["paths"] if p["delivered"] != p["sent"] or p["corrupted"]]
+    if bad:
+        raise DemoFailedError(
+            f"frames were lost or changed on the way ({', '.join(p['name'] for p in bad)}): "
+            f"see the drop reasons in {options.json}"
+        )
+    return 0
+
+
+def _measure(options: argparse.Namespace) -> dict[str, Any]:
+    from pykvm.boot.programs import SwitchPath  # noqa: PLC0415
+    from pykvm.kvm import Kvm  # noqa: PLC0415
+    from pykvm.measure.crossing import measure_crossing  # noqa: PLC0415
+    from pykvm.measure.exchange import exchange  # noqa: PLC0415
+
+    sides = [
+        [frame.data for frame in side] for side in split_capture(read_capture(options.capture))
+    ]
+    with Kvm() as kvm:
+        scale = ticks_scale(kvm)
+        print(f"calling nothing, {options.calls} times by each path", flush=True)
+        crossing = measure_crossing(kvm, options.calls, scale)
+        paths = []
+        for name in PATHS:
+            print(f"exchanging the capture over {name}", flush=True)
+            done = exchange(kvm, SwitchPath[name.upper()], sides, rounds=options.rounds)
+            call = crossing.ways[_CALL_OF_PATH[name]]
+            paths.append(
+                {
+                    "name": name,
+                    "vm_exits_per_call": call.vm_exits,
+                    "cost_per_call": call.samples.median,
+                    "cost_per_packet": done.ticks_per_packet * scale,
+                    **done.as_dict(),
+                }
+            )
+    return {
+        "host": host_kind(),
+        "unit": unit_of_host(host_kind()),
+        "fingerprint": fingerprint(),
+        "calls": options.calls,
+        "rounds": options.rounds,
+        "frames": sum(len(side) for side in sides),
+        "paths": paths,
+        "crossing": crossing.as_dict(),
+    }
+
+
+def table(record: dict[str, Any]) -> str:
+    """The results as text."""
+    unit = record["unit"]
+    heads = [
+        "path",
+        "VM exits/call",
+        f"{unit}/call",
+        "VM exits/packet",
+        f"{unit}/packet",
+        "sent",
+        "delivered",
+        "dropped",
+        "corrupted",
+    ]
+    rows = [
+        [
+            path["name"],
+            f"{path['vm_exits_per_call']:.3f}",
+            f"{path['cost_per_call']:.0f}",
+            f"{path['vm_exits_per_packet']:.4f}",
+            f"{path['cost_per_packet']:.1f}",
+            *(str(path[name]) for name in ("sent", "delivered", "dropped", "corrupted")),
+        ]
+        for path in record["paths"]
+    ]
+    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in [heads, *rows]
+    ]
+    where = (
+        "emulated Intel host: instructions are counted, which says nothing about time"
+        if record["host"] == "emulated"
+        else record["fingerprint"]["cpu"]
+    )
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], f"({where})"])

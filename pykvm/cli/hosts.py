@@ -1,0 +1,102 @@
+"""Where a measurement runs: on this machine if it can, else on the emulated Intel host."""
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from pykvm.errors import PykvmError
+from pykvm.host.fingerprint import is_emulated
+from pykvm.kvm import Kvm, KvmError
+from pykvm.measure.records import read_record, write_record
+
+__all__ = ["InsideFailedError", "on_suitable_host", "ticks_scale"]
+
+_ROOT: Final = Path(__file__).resolve().parents[2]
+# What crosses to the emulated host and back lies here.
+_EXCHANGE: Final = Path("build") / "inside"
+
+
+class InsideFailedError(PykvmError):
+    """The same command failed on the emulated host; it has said why."""
+
+
+def can_run_here() -> bool:
+    """Whether this machine runs the patched KVM, so that guests can cross with VMFUNC."""
+    try:
+        with Kvm() as kvm:
+            return kvm.elisa_version() > 0
+    except KvmError:
+        return False
+
+
+def ticks_scale(kvm: Kvm) -> float:
+    """What one tick of a guest's time-stamp counter is in the record's unit: 1 instruction on the
+    emulated host, nanoseconds elsewhere."""
+    if is_emulated():
+        return 1.0
+    with kvm.create_vm() as vm, vm.create_vcpu(0) as vcpu:
+        return 1e6 / vcpu.tsc_khz
+
+
+def on_suitable_host(
+    measure: Callable[[], dict[str, Any]],
+    arguments: list[str],
+    *,
+    files: Mapping[str, Path],
+    out: Path,
+) -> dict[str, Any]:
+    """Measure, keep the record in `out`, and return it.
+
+    arguments: of this `pykvm` command, to repeat it on the emulated host, where --json FILE is
+    added. files: options with files to take along.
+
+    Raises InsideFailedError, RecordError, and what `measure` raises.
+    """
+    if is_emulated() or can_run_here():
+        record = measure()
+        write_record(out, record)
+        return record
+    print(
+        "this machine cannot switch EPTs with the patched KVM (see: pykvm doctor): "
+        "running on the emulated Intel host",
+        flush=True,
+    )
+    return _measure_inside(arguments, files, out)
+
+
+def _measure_inside(arguments: list[str], files: Mapping[str, Path], out: Path) -> dict[str, Any]:
+    from pykvm.measure.images import build_images  # noqa: PLC0415
+    from pykvm.testbed import Testbed  # noqa: PLC0415
+
+    build_images()  # here, where a compiler takes no time
+    folder = _ROOT / _EXCHANGE / f"{arguments[0]}-{os.getpid()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        command = ["pykvm", *arguments]
+        for option, path in files.items():
+            shutil.copyfile(path, folder / path.name)
+            command += [option, str((folder / path.name).relative_to(_ROOT))]
+        result = folder / "record.json"
+        command += ["--json", str(result.relative_to(_ROOT))]
+        outcome = Testbed().run(command, stdout=_show(sys.stdout), stderr=_show(sys.stderr))
+        if outcome.status or not result.exists():
+            raise InsideFailedError(
+                f"the command failed on the emulated host (exit status {outcome.status}); "
+                f"to look closer: pykvm testbed -- {' '.join(command)}"
+            )
+        record = read_record(result)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    write_record(out, record)
+    return record
+
+
+def _show(stream: Any) -> Callable[[bytes], None]:
+    def write(data: bytes) -> None:
+        stream.buffer.write(data)
+        stream.buffer.flush()
+
+    return write
