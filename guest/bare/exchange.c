@@ -76,6 +76,7 @@ uint32_t guest_main(void)
 				if (at >= boot_info->input_size) {
 					at = 0;
 					rounds--;
+					break; /* every round is cut into the same bursts */
 				}
 			}
 		}

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * First instructions of a bare-metal guest. The VMM enters here in 64-bit mode with paging on,
- * interrupts off, rsp at the top of a stack and rdi at struct boot_info.
+ * interrupts enabled (no device raises any), rsp at the top of a stack and rdi at struct boot_info.
  */
 	.section .text.start, "ax", @progbits
 	.globl	_start

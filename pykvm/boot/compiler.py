@@ -98,7 +98,11 @@ def build_guest(
         paths,
         script,
         flags=_GUEST_FLAGS,
-        defines={"GUEST_IMAGE_GPA": layout.IMAGE_GPA, **(defines or {})},
+        defines={
+            "GUEST_IMAGE_GPA": layout.IMAGE_GPA,
+            "ELISA_RETURN_OFFSET": layout.RETURN_OFFSET,
+            **(defines or {}),
+        },
     )
     return ElfFile.parse(image.read_bytes(), paths[-1].stem)
 

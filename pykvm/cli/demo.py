@@ -46,7 +46,7 @@ def add_parser(subparsers: Any) -> None:
         "--calls", type=int, default=1000, metavar="N", help="empty calls to time (default 1000)"
     )
     parser.add_argument(
-        "--rounds", type=int, default=3, metavar="N", help="times to send the capture (default 3)"
+        "--rounds", type=int, default=5, metavar="N", help="times to send the capture (default 5)"
     )
     parser.set_defaults(run=run)
 

@@ -31,8 +31,8 @@ BURST: Final = 32
 TIMEOUT: Final = 300.0
 """Seconds for one exchange; the emulated host takes a few."""
 
-# Room for everything that one side sends: the guests take turns on the emulated host's only
-# processor, and a sender that has to wait would split its bursts differently in every run.
+# Room for several rounds of what one side sends: the guests take turns on the emulated host's only
+# processor, and a sender that has to wait splits its bursts differently in every run.
 _LANE_SLOTS: Final = 4096
 
 
@@ -96,7 +96,7 @@ class Exchange:
 
 
 def exchange(
-    kvm: Kvm, path: SwitchPath, sides: Sequence[Sequence[bytes]], *, rounds: int = 3
+    kvm: Kvm, path: SwitchPath, sides: Sequence[Sequence[bytes]], *, rounds: int = 5
 ) -> Exchange:
     """Let two guests send their side of a conversation to each other, `rounds` times.
 
