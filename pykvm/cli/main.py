@@ -16,7 +16,7 @@ from pykvm.errors import PykvmError
 __all__ = ["main"]
 
 # One module of this package each; the first line of its docstring is what --help says.
-SUBCOMMANDS = ("doctor", "demo", "bench", "top", "kernel", "testbed")
+SUBCOMMANDS = ("doctor", "demo", "bench", "kernel", "testbed")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader has gone (`pykvm top | head`): nothing may be written at exit either.
+        # The reader has gone (`pykvm doctor | head`): nothing may be written at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return status

@@ -1,0 +1,168 @@
+"""Measure the crossing or the switch, keep raw samples, draw a chart."""
+
+import argparse
+from pathlib import Path
+from typing import Any, Final
+
+from pykvm.cli.hosts import on_suitable_host, ticks_scale
+from pykvm.errors import PykvmError
+from pykvm.host.fingerprint import fingerprint, host_kind, is_emulated
+from pykvm.measure.records import unit_of_host
+
+__all__ = ["add_parser"]
+
+_PATHS: Final = ("vmfunc", "vmcall", "direct")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `pykvm bench` to the command line."""
+    parser = subparsers.add_parser("bench", help=(__doc__ or "").splitlines()[0].rstrip("."))
+    kinds = parser.add_subparsers(dest="kind", metavar="WHAT", required=True)
+
+    crossing = kinds.add_parser("crossing", help="one empty call, by each way")
+    _add_json(crossing, "crossing")
+    crossing.add_argument("--calls", type=int, default=1000, metavar="N", help="default 1000")
+    crossing.set_defaults(run=run_crossing)
+
+    switch = kinds.add_parser("switch", help="a packet through the switch, by each path")
+    _add_json(switch, "switch")
+    switch.add_argument(
+        "--sizes", type=_numbers, metavar="LIST", help="frame bytes (default 64,128,...,1514)"
+    )
+    switch.add_argument(
+        "--bursts",
+        type=_numbers,
+        metavar="LIST",
+        help="frames of one call (default 1,8,32,128,256)",
+    )
+    switch.add_argument(
+        "--guests", type=_numbers, default=[2, 4, 8], metavar="LIST", help="default 2,4,8"
+    )
+    switch.add_argument("--repeats", type=int, default=8, metavar="N", help="bursts (default 8)")
+    switch.set_defaults(run=run_switch)
+
+
+def _add_json(parser: argparse.ArgumentParser, kind: str) -> None:
+    default = Path(f"build/bench/{kind}.json")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=default,
+        metavar="FILE",
+        help=f"where to keep the record (default {default}); the chart goes beside it",
+    )
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write numbers like 64,1514") from None
+
+
+def run_crossing(options: argparse.Namespace) -> int:
+    """`pykvm bench crossing`."""
+    _require("--calls", [options.calls], 1, 100_000)
+
+    def measure() -> dict[str, Any]:
+        from pykvm.kvm import Kvm  # noqa: PLC0415
+        from pykvm.measure.crossing import measure_crossing  # noqa: PLC0415
+
+        with Kvm() as kvm:
+            crossing = measure_crossing(kvm, options.calls, ticks_scale(kvm))
+        return {**_head(), "calls": options.calls, **crossing.as_dict()}
+
+    arguments = ["bench", "crossing", "--calls", str(options.calls)]
+    record = on_suitable_host(measure, arguments, files={}, out=options.json)
+    if not is_emulated():
+        from pykvm.measure.charts import draw_crossing  # noqa: PLC0415  (slow to import)
+
+        drawn = draw_crossing(record, options.json.with_suffix(""))
+        for name in ("vmfunc", "vmcall_kernel", "vmcall_user", "direct"):
+            way = record[name]
+            print(
+                f"{name:14} {way['cost']:8.0f} {record['unit']}  "
+                f"{way['vm_exits']:.3f} VM exits  {way['vmfuncs']} VMFUNCs"
+            )
+        _kept(options.json, drawn)
+    return 0
+
+
+def run_switch(options: argparse.Namespace) -> int:
+    """`pykvm bench switch`."""
+    from pykvm.measure.bursts import BURSTS, SIZES  # noqa: PLC0415
+
+    sizes, bursts = options.sizes or SIZES, options.bursts or BURSTS
+    _require("--sizes", sizes, 14, 1514)
+    _require("--bursts", bursts, 1, 256)
+    _require("--guests", options.guests, 2, 8)
+    _require("--repeats", [options.repeats], 1, 1000)
+
+    def measure() -> dict[str, Any]:
+        from pykvm.boot.programs import SwitchPath  # noqa: PLC0415
+        from pykvm.kvm import Kvm  # noqa: PLC0415
+        from pykvm.measure.bursts import measure_bursts  # noqa: PLC0415
+
+        points = []
+        with Kvm() as kvm:
+            scale = ticks_scale(kvm)
+            for guests in options.guests:
+                for name in _PATHS:
+                    print(f"{guests} guests over {name}", flush=True)
+                    points += measure_bursts(
+                        kvm,
+                        SwitchPath[name.upper()],
+                        guests,
+                        scale,
+                        sizes=sizes,
+                        bursts=bursts,
+                        repeats=options.repeats,
+                    )
+        return {**_head(), "points": [point.as_dict() for point in points]}
+
+    arguments = ["bench", "switch", "--repeats", str(options.repeats)]
+    for option, numbers in (
+        ("--sizes", sizes),
+        ("--bursts", bursts),
+        ("--guests", options.guests),
+    ):
+        arguments += [option, ",".join(map(str, numbers))]
+    record = on_suitable_host(measure, arguments, files={}, out=options.json)
+    if not is_emulated():
+        from pykvm.measure.charts import draw_switch  # noqa: PLC0415  (slow to import)
+
+        drawn = draw_switch(record, options.json.with_suffix(""))
+        _print_points(record)
+        _kept(options.json, drawn)
+    return 0
+
+
+def _require(option: str, numbers: list[int] | tuple[int, ...], low: int, high: int) -> None:
+    for number in numbers:
+        if not low <= number <= high:
+            raise PykvmError(f"{option} {number}: use {low} to {high}")
+
+
+def _head() -> dict[str, Any]:
+    return {
+        "host": host_kind(),
+        "unit": unit_of_host(host_kind()),
+        "fingerprint": fingerprint(),
+    }
+
+
+def _print_points(record: dict[str, Any]) -> None:
+    """A line for each number of guests, size and burst; a column for each path."""
+    costs = {
+        (point["guests"], point["size"], point["burst"], point["path"]): point["cost_per_packet"]
+        for point in record["points"]
+    }
+    print(f"{record['unit']} per packet, sender's side")
+    print(f"{'guests':>6} {'bytes':>6} {'burst':>6}" + "".join(f"{name:>10}" for name in _PATHS))
+    for guests, size, burst in dict.fromkeys(key[:3] for key in costs):
+        cells = "".join(f"{costs[guests, size, burst, name]:10.1f}" for name in _PATHS)
+        print(f"{guests:>6} {size:>6} {burst:>6}{cells}")
+
+
+def _kept(json: Path, drawn: list[Path]) -> None:
+    print("kept: " + ", ".join(str(path) for path in [json, *drawn]))
