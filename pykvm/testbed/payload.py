@@ -9,6 +9,7 @@ import json
 import os
 import py_compile
 import subprocess
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +17,12 @@ from pathlib import Path
 from pykvm.errors import PykvmError
 from pykvm.host import cache
 
-__all__ = ["Job", "PayloadError", "checkout_files", "write"]
+__all__ = ["Job", "PayloadError", "checkout_files", "module_files", "write", "write_modules"]
 
 _JOB = Path(__file__).with_name("inside") / "job.py"
 _LARGEST_ARTIFACT = 16 << 20  # bytes of one file below build/
-_BUILT_KINDS = ("crossing", "object", "guest")  # of cache entries that go inside
+_BUILT_KINDS = ("crossing", "object", "bare-guest")  # of cache entries that go inside
+_CAPACITY = 640 << 20  # bytes of an image
 _NEVER = {".git", ".venv", ".mypy_cache", ".ruff_cache", ".hypothesis", ".pytest_cache"}
 
 
@@ -33,6 +35,7 @@ class Job:
     """What to do inside.
 
     Attributes:
+        task: "run" the command, or only "load modules" and wait for another job.
         command: program and arguments.
         checkout: root of the checkout; it has the same path inside.
         directory: where to run the command, inside the checkout.
@@ -44,6 +47,7 @@ class Job:
         now: the wall clock inside at the start, seconds since 1970.
     """
 
+    task: str
     command: list[str]
     checkout: str
     directory: str
@@ -66,10 +70,7 @@ def write(image: Path, job: Job, modules: Path | None) -> None:
     description.write_text(json.dumps(job.__dict__, default=dict))
     grafts = [("job.json", description), ("job.py", _JOB)]
     if modules is not None:
-        for name in ("kvm.ko", "kvm-intel.ko"):
-            if not (modules / name).is_file():
-                raise PayloadError(f"{modules} has no {name}; run: pykvm kernel build")
-            grafts.append((f"modules/{name}", modules / name))
+        grafts += [(f"modules/{file.name}", file) for file in module_files(modules)]
     names = sorted(checkout_files(checkout))
     grafts += [(f"checkout/{name}", checkout / name) for name in names]
     for name in names:
@@ -81,9 +82,25 @@ def write(image: Path, job: Job, modules: Path | None) -> None:
     grafts += _built_images()
     empty = image.with_name("empty")
     empty.mkdir(exist_ok=True)
-    # Something must be there for an overlay even if the checkout has no file at all.
-    grafts.append(("checkout", empty))
+    # Something must be there for the overlays even if there is no file at all.
+    grafts += [("checkout", empty), ("cache", empty)]
     _make_iso(image, grafts)
+    # The kernel inside keeps the size of the first disc: let all have the same.
+    if image.stat().st_size > _CAPACITY:
+        raise PayloadError(f"the checkout is too large for the testbed ({_CAPACITY >> 20} MiB)")
+    os.truncate(image, _CAPACITY)
+
+
+def write_modules(image: Path, modules: Path | None) -> None:
+    """Write the ISO `image` of a job that loads `modules`, or the stock ones.
+
+    Raises:
+        PayloadError: see `write`.
+    """
+    with tempfile.TemporaryDirectory() as empty:
+        kvm = "stock" if modules is None else "payload"
+        job = Job("load modules", command=[], checkout=empty, directory=empty, kvm=kvm)
+        write(image, job, modules)
 
 
 def _built_images() -> list[tuple[str, Path]]:
@@ -93,6 +110,19 @@ def _built_images() -> list[tuple[str, Path]]:
         for kind in _BUILT_KINDS
         for path in sorted((cache.root() / kind).glob("*/*"))
     ]
+
+
+def module_files(modules: Path) -> list[Path]:
+    """The two modules of KVM in the directory `modules`.
+
+    Raises:
+        PayloadError: one is missing.
+    """
+    files = [modules / "kvm.ko", modules / "kvm-intel.ko"]
+    for file in files:
+        if not file.is_file():
+            raise PayloadError(f"{modules} has no {file.name}; run: pykvm kernel build")
+    return files
 
 
 def checkout_files(checkout: Path) -> set[str]:

@@ -16,10 +16,18 @@ from pathlib import Path
 
 from pykvm.errors import PykvmError
 from pykvm.host import cache
-from pykvm.testbed import bochs, boot_disk, kernel_image, packages, rootfs
+from pykvm.testbed import bochs, boot_disk, kernel_image, packages, payload, rootfs
 from pykvm.testbed.bochs import Emulator
 
-__all__ = ["BootError", "booted_host", "collect_logs", "host_key", "lay_out", "tail"]
+__all__ = [
+    "BootError",
+    "booted_host",
+    "collect_logs",
+    "host_key",
+    "host_with_kvm",
+    "lay_out",
+    "tail",
+]
 
 Progress = Callable[[str], None]
 
@@ -37,6 +45,8 @@ _INITRAMFS_MODULES = ["ata_piix", "sd_mod"]
 _OUT_DISK_SIZE = 256 * 16 * 63 * 512  # 126 MiB, sparse
 _BOOT_TIMEOUT = 600.0  # seconds
 _SUSPEND_TIMEOUT = 120.0
+_KEPT_STATES = 3  # of a kind, and any that was used this short a time ago
+_KEPT_SECONDS = 3600.0
 _INSIDE = Path(__file__).with_name("inside")
 
 
@@ -85,9 +95,50 @@ def booted_host(version: str, progress: Progress) -> Path:
         progress("making the boot disk")
         _make_boot_disk(directory / "boot.img", kernel, version)
         progress("booting the emulated host")
-        _boot_and_suspend(directory, progress)
+        with tempfile.NamedTemporaryFile() as blank:
+            blank.truncate(1 << 20)
+            _reach_and_suspend(directory, Path(blank.name), None, progress)
 
-    return cache.entry("testbed-host", host_key(version), build)
+    return _used(cache.entry("testbed-host", host_key(version), build))
+
+
+def host_with_kvm(version: str, modules: Path | None, progress: Progress) -> Path:
+    """The cache entry of the booted host with KVM loaded, from the booted host if need be.
+
+    Loading the modules takes a few seconds inside, for their many symbols; so it is done once
+    for each build of them. Without `modules`, the distribution's are loaded. The entry has the
+    same shape as that of `booted_host`.
+
+    Raises:
+        BootError: the modules do not load; the message names the logs.
+        And what `booted_host` raises.
+    """
+    host = booted_host(version, progress)
+    files = [] if modules is None else payload.module_files(modules)
+    sources = [_INSIDE / "job.py"]
+
+    def build(directory: Path) -> None:
+        progress("loading KVM" if modules else "loading the distribution's KVM")
+        for name in ("boot.img", "root.img"):
+            (directory / name).hardlink_to(host / name)
+        with tempfile.TemporaryDirectory(prefix="pykvm-boot-") as name:
+            image = Path(name) / "modules.iso"
+            payload.write_modules(image, modules)
+            _reach_and_suspend(directory, image, host / "state", progress)
+
+    key = cache.key(host.name, *files, *sources)
+    return _used(cache.entry("testbed-kvm", key, build))
+
+
+def _used(entry: Path) -> Path:
+    """Note that `entry` is in use, and drop those of its kind that have not been for long."""
+    os.utime(entry)
+    others = [other for other in entry.parent.iterdir() if not other.name.startswith(".")]
+    others.sort(key=lambda other: other.stat().st_mtime, reverse=True)
+    for other in others[_KEPT_STATES:]:
+        if time.time() - other.stat().st_mtime > _KEPT_SECONDS:
+            shutil.rmtree(other, ignore_errors=True)
+    return entry
 
 
 def lay_out(instance: Path, host: Path, payload: Path) -> None:
@@ -124,16 +175,18 @@ def _make_boot_disk(path: Path, kernel: Path, version: str) -> None:
     boot_disk.write(path, flat, boot_disk.cpio(files), _COMMAND_LINE, bochs.MEMORY)
 
 
-def _boot_and_suspend(directory: Path, progress: Progress) -> None:
+def _reach_and_suspend(
+    directory: Path, image: Path, restore: Path | None, progress: Progress
+) -> None:
+    """Boot, or do the job on `image` after a `restore`, until the agent waits; then suspend."""
     state = directory / "state"
     with tempfile.TemporaryDirectory(prefix="pykvm-boot-") as name:
         instance = Path(name)
-        blank = instance / "blank.iso"
-        with blank.open("wb") as file:
-            file.truncate(1 << 20)
-        lay_out(instance, directory, blank)
+        lay_out(instance, directory, image)
         try:
-            with Emulator(instance) as emulator:
+            with Emulator(instance, restore) as emulator:
+                if restore is not None:
+                    emulator.say_go()
                 _await_ready(emulator, progress)
                 progress("suspending it")
                 _suspend(emulator, state)
@@ -148,6 +201,9 @@ def _await_ready(emulator: Emulator, progress: Progress) -> None:
     received = b""
     while b"ready\n" not in received:
         now = time.monotonic()
+        if b"failed" in received and received.endswith(b"\n"):
+            reason = received[received.index(b"failed") + 7 :].decode(errors="replace")
+            raise BootError(reason.strip())
         if not emulator.running():
             raise BootError(f"the emulator died during the boot: {emulator.last_words()}")
         if "Kernel panic" in tail(emulator.directory / "kernel.log"):

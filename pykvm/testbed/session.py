@@ -74,13 +74,21 @@ class Testbed:
         self._progress = progress or _Narrator()
         self.version = kernel_image.kernel_version()
 
-    def prepare(self) -> Path:
-        """Make sure that the booted host is in the cache; return its entry.
+    def prepare(self, kvm: str = "payload", modules: Path | None = None) -> Path:
+        """Make sure that the booted host with its KVM is in the cache; return its entry.
+
+        The arguments are those of `run`.
 
         Raises:
             PykvmError: it cannot be made; the message says why.
         """
-        return saved_state.booted_host(self.version, self._progress)
+        if kvm == "none":
+            return saved_state.booted_host(self.version, self._progress)
+        if kvm == "payload" and modules is None:
+            modules = _patched_modules(self.version, self._progress)
+        return saved_state.host_with_kvm(
+            self.version, modules if kvm == "payload" else None, self._progress
+        )
 
     def run(
         self,
@@ -117,9 +125,8 @@ class Testbed:
             PykvmError: what is needed is missing; the message says what to type.
         """
         start = time.monotonic()
-        if kvm == "payload" and modules is None:
-            modules = _patched_modules(self.version, self._progress)
         job = payload.Job(
+            "run",
             command=list(command),
             checkout=str(self.checkout),
             directory=str((directory or self.checkout).resolve()),
@@ -130,10 +137,10 @@ class Testbed:
             size=_terminal_size(),
             now=time.time(),
         )
-        host = self.prepare()
+        host = self.prepare(kvm, modules)
         with _instance() as instance:
             image = instance / "files.iso"
-            payload.write(image, job, modules if kvm == "payload" else None)
+            payload.write(image, job, None)
             saved_state.lay_out(instance, host, image)
             try:
                 with Emulator(instance, restore=host / "state") as emulator:

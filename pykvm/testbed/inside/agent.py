@@ -79,15 +79,19 @@ def main() -> None:
     attributes[2] |= termios.CLOCAL
     attributes[4] = attributes[5] = termios.B115200
     termios.tcsetattr(control, termios.TCSANOW, attributes)
-    os.write(control, b"ready\n")
-    line = b""
-    while not line.endswith(b"\n"):
-        line += os.read(control, 1)
-    if LIBC.mount(b"/dev/sr0", b"/payload", b"iso9660", MS_RDONLY, None):
-        os.write(control, f"failed cannot mount the payload: {ctypes.get_errno()}\n".encode())
-    with open("/payload/job.py", "rb") as file:
-        code = compile(file.read(), "/payload/job.py", "exec")
-    exec(code, {"__name__": "__main__", "CONTROL": control})
+    while True:
+        os.write(control, b"ready\n")
+        line = b""
+        while not line.endswith(b"\n"):
+            line += os.read(control, 1)
+        if LIBC.mount(b"/dev/sr0", b"/payload", b"iso9660", MS_RDONLY, None):
+            os.write(control, f"failed cannot mount the payload: {ctypes.get_errno()}\n".encode())
+            continue
+        with open("/payload/job.py", "rb") as file:
+            code = compile(file.read(), "/payload/job.py", "exec")
+        # Comes back only if the job was to load modules; then another suspend follows.
+        exec(code, {"__name__": "__main__", "CONTROL": control})
+        LIBC.umount2(b"/payload", 0)
 
 
 main()

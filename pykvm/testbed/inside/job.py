@@ -11,7 +11,6 @@ import json
 import os
 import pty
 import select
-import shutil
 import signal
 import stat
 import struct
@@ -45,12 +44,13 @@ def main() -> None:
     try:
         with open(f"{PAYLOAD}/job.json") as file:
             job = json.load(file)
+        if job["task"] == "load modules":
+            load_kvm(job["kvm"])
+            return
         time.clock_settime(time.CLOCK_REALTIME, job["now"])
-        mount_checkout(job["checkout"])
+        mount_overlay(f"{PAYLOAD}/checkout", job["checkout"], UPPER)
+        mount_overlay(f"{PAYLOAD}/cache", "/root/.cache/pykvm", "/run/cache/upper")
         install_commands(job["checkout"])
-        if os.path.isdir(f"{PAYLOAD}/cache"):
-            shutil.copytree(f"{PAYLOAD}/cache", os.path.expanduser("~/.cache/pykvm"))
-        load_kvm(job["kvm"])
         tell("started")
         status = run_shell(job) if job["interactive"] else run_command(job)
         size = write_changes(job["checkout"], job["bring"])
@@ -61,12 +61,13 @@ def main() -> None:
         time.sleep(3600)
 
 
-def mount_checkout(checkout: str) -> None:
-    for directory in (checkout, UPPER, "/run/job/work"):
+def mount_overlay(lower: str, target: str, upper: str) -> None:
+    work = f"{os.path.dirname(upper)}/work"
+    for directory in (target, upper, work):
         os.makedirs(directory, exist_ok=True)
-    options = f"lowerdir={PAYLOAD}/checkout,upperdir={UPPER},workdir=/run/job/work"
-    if libc.mount(b"overlay", checkout.encode(), b"overlay", 0, options.encode()):
-        raise JobError(f"cannot mount the checkout: {os.strerror(ctypes.get_errno())}")
+    options = f"lowerdir={lower},upperdir={upper},workdir={work}"
+    if libc.mount(b"overlay", target.encode(), b"overlay", 0, options.encode()):
+        raise JobError(f"cannot mount {target}: {os.strerror(ctypes.get_errno())}")
 
 
 def install_commands(checkout: str) -> None:
@@ -89,7 +90,7 @@ def install_commands(checkout: str) -> None:
 
 def load_kvm(which: str) -> None:
     """Load KVM: "payload", "stock" or "none"."""
-    if which == "none":
+    if which == "none" or os.path.exists("/sys/module/kvm_intel"):
         return
     modules = f"/lib/modules/{os.uname().release}/kernel"
     directory = f"{PAYLOAD}/modules" if which == "payload" else f"{modules}/arch/x86/kvm"
