@@ -53,7 +53,13 @@ _COMMON_FLAGS: Final = (
     "-ffunction-sections",
     "-fdata-sections",
 )
-_GUEST_FLAGS: Final = ("-fno-pie",)
+GUEST_FLAGS: Final = ("-fno-pie",)
+"""Further options for bare-metal guests, which are linked for one address."""
+GUEST_DEFINES: Final[dict[str, str | int]] = {
+    "GUEST_IMAGE_GPA": layout.IMAGE_GPA,
+    "ELISA_RETURN_OFFSET": layout.RETURN_OFFSET,
+}
+"""What bare-metal guests and their linker script know of the layout."""
 OBJECT_FLAGS: Final = ("-fPIE", "-fvisibility=hidden")
 """Further options for shared objects, which run wherever the crossing base is."""
 
@@ -97,12 +103,8 @@ def build_guest(
         "bare-guest",
         paths,
         script,
-        flags=_GUEST_FLAGS,
-        defines={
-            "GUEST_IMAGE_GPA": layout.IMAGE_GPA,
-            "ELISA_RETURN_OFFSET": layout.RETURN_OFFSET,
-            **(defines or {}),
-        },
+        flags=GUEST_FLAGS,
+        defines={**GUEST_DEFINES, **(defines or {})},
     )
     return ElfFile.parse(image.read_bytes(), paths[-1].stem)
 

@@ -52,7 +52,10 @@ SOURCES = sorted(
 @pytest.mark.parametrize("source", [s for s in SOURCES if not s.startswith("crossing")])
 def test_no_warnings(source: str, tmp_path: Path) -> None:
     compiler.compile_source(
-        compiler.GUEST_SOURCES / source, tmp_path / "object.o", flags=["-Werror"]
+        compiler.GUEST_SOURCES / source,
+        tmp_path / "object.o",
+        flags=["-Werror"],
+        defines=compiler.GUEST_DEFINES,
     )
 
 

@@ -23,8 +23,8 @@ def image_bytes() -> bytes:
         "bare-guest",
         [bare / "start.S", bare / "runtime.c", bare / "selftest.c"],
         bare / "guest.ld",
-        flags=("-fno-pie",),
-        defines={"GUEST_IMAGE_GPA": layout.IMAGE_GPA},
+        flags=compiler.GUEST_FLAGS,
+        defines=compiler.GUEST_DEFINES,
     ).read_bytes()
 
 
