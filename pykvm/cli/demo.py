@@ -106,7 +106,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
                 {
                     "name": name,
                     "vm_exits_per_call": call.vm_exits,
-                    "cost_per_call": call.samples.median,
+                    "cost_per_call": call.samples.cost,
                     "cost_per_packet": done.ticks_per_packet * scale,
                     **done.as_dict(),
                 }

@@ -8,6 +8,7 @@ from typing import Any, Final
 from pykvm.boot.bare import BareGuest
 from pykvm.boot.programs import BurstProgram, Phase, SendSample, SwitchPath, send_samples
 from pykvm.errors import PykvmError
+from pykvm.host.fingerprint import is_emulated
 from pykvm.kvm import Kvm
 from pykvm.measure.connect import connect
 from pykvm.measure.exits import ExitCounter, Exits
@@ -53,7 +54,7 @@ class BurstPoint:
             "guests": self.guests,
             "size": self.size,
             "burst": self.burst,
-            "cost_per_packet": self.samples.median / self.burst,
+            "cost_per_packet": self.samples.cost / self.burst,
             "vm_exits_per_packet": self.exits.own / self.frames,
             "samples": self.samples.as_dict(),
             "exits": self.exits.as_dict(),
@@ -140,7 +141,7 @@ def _points(
                 guests,
                 phase.frame_bytes,
                 phase.burst,
-                Samples(whole, scale),
+                Samples(whole, scale, counted=is_emulated()),
                 exits[number],
                 phase.frames,
             )

@@ -9,9 +9,10 @@ from pykvm.boot.compiler import GUEST_SOURCES
 from pykvm.boot.programs import CrossingProgram, Way, way_samples
 from pykvm.elisa.objects import SharedObject
 from pykvm.elisa.toolchain import VMFUNC, crossing_images
+from pykvm.host.fingerprint import is_emulated
 from pykvm.kvm import NULL_HYPERCALL, Kvm
 from pykvm.measure.exits import ExitCounter, Exits
-from pykvm.measure.records import Samples
+from pykvm.measure.records import Samples, typical
 
 __all__ = ["WAY_NAMES", "Crossing", "WayCost", "measure_crossing"]
 
@@ -42,7 +43,7 @@ class WayCost:
         return {
             "vm_exits": self.vm_exits,
             "vmfuncs": self.vmfuncs,
-            "cost": self.samples.median,
+            "cost": self.samples.cost,
             "samples": self.samples.as_dict(),
             "exits": self.exits.as_dict(),
         }
@@ -88,13 +89,14 @@ def measure_crossing(
         # can count those that succeed.
         pages = [images.entry_page, images.gate_page, instance.sub_entry_page]
         vmfuncs = sum(page.count(VMFUNC) for page in pages)
-    empty = Samples(ticks[Way.EMPTY], scale)
-    overhead = sorted(ticks[Way.EMPTY])[calls // 2]
+    counted = is_emulated()
+    empty = Samples(ticks[Way.EMPTY], scale, counted=counted)
+    overhead = int(typical(ticks[Way.EMPTY], counted=counted))
     return Crossing(
         {
             WAY_NAMES[way]: WayCost(
                 calls,
-                Samples(ticks[way], scale, overhead),
+                Samples(ticks[way], scale, overhead, counted),
                 counter.parts[way],
                 vmfuncs if way is Way.VMFUNC else 0,
             )

@@ -1,6 +1,5 @@
 """Two guests replay a capture through the switch; every frame that arrives is compared."""
 
-import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -18,9 +17,11 @@ from pykvm.boot.programs import (
     send_samples,
 )
 from pykvm.errors import PykvmError
+from pykvm.host.fingerprint import is_emulated
 from pykvm.kvm import Kvm
 from pykvm.measure.connect import connect
 from pykvm.measure.exits import ExitCounter, Exits
+from pykvm.measure.records import typical
 from pykvm.switch.counters import SwitchCounters
 from pykvm.switch.geometry import SwitchConfig
 from pykvm.switch.hosted import HostedSwitch
@@ -66,8 +67,8 @@ class Exchange:
     def ticks_per_packet(self) -> float:
         """Ticks of the time-stamp counter that a sender spends for one packet, its call included.
 
-        The same burst of each round is one group; its median stands for it, so that the host's
-        timer interrupts do not count.
+        The same burst of each round is one group, of which `records.typical` takes one value, so
+        that the host's timer interrupts do not count.
         """
         ticks, frames = 0.0, 0
         for calls, length in zip(self.samples, self.lengths, strict=True):
@@ -76,7 +77,7 @@ class Exchange:
             for call in calls:
                 groups[at % length, call.sent].append(call.cycles)
                 at += call.sent
-            ticks += sum(statistics.median(group) for group in groups.values())
+            ticks += sum(typical(group, counted=is_emulated()) for group in groups.values())
             frames += sum(sent for _, sent in groups)
         return ticks / frames if frames else 0.0
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from pykvm.errors import PykvmError
 
-__all__ = ["RecordError", "Samples", "read_record", "unit_of_host", "write_record"]
+__all__ = ["RecordError", "Samples", "read_record", "typical", "unit_of_host", "write_record"]
 
 
 class RecordError(PykvmError):
@@ -27,6 +27,15 @@ def unit_of_host(host: str) -> str:
     return "instructions" if host == "emulated" else "ns"
 
 
+def typical(values: Sequence[int], *, counted: bool) -> float:
+    """What one figure says of many readings: the least of counts, the median of times.
+
+    An interrupt of the host can only add instructions to a count, so the least is the
+    uninterrupted one, and repeats exactly. Times vary for many reasons, in both directions.
+    """
+    return min(values) if counted else statistics.median(values)
+
+
 @dataclass(frozen=True)
 class Samples:
     """Raw readings of one quantity.
@@ -34,19 +43,18 @@ class Samples:
     values: TSC differences, one per call or per burst.
     scale: what one tick is in the record's unit (1 on the emulated host, ns per tick elsewhere).
     overhead: ticks that the measurement itself takes, subtracted from every value.
+    counted: the values count instructions; else they are times.
     """
 
     values: Sequence[int]
     scale: float = 1.0
     overhead: int = 0
+    counted: bool = False
 
     @property
-    def median(self) -> float:
-        """The median, less the overhead, in the record's unit.
-
-        The median and not the mean: the host's timer interrupts hit a few samples hard.
-        """
-        return (statistics.median(self.values) - self.overhead) * self.scale
+    def cost(self) -> float:
+        """The figure that stands for the samples, less the overhead, in the record's unit."""
+        return (typical(self.values, counted=self.counted) - self.overhead) * self.scale
 
     def as_dict(self) -> dict[str, Any]:
         """For a record: everything needed to compute the figure again."""
@@ -54,7 +62,8 @@ class Samples:
             "values": list(self.values),
             "scale": self.scale,
             "overhead": self.overhead,
-            "median": self.median,
+            "figure": "min" if self.counted else "median",
+            "median": (statistics.median(self.values) - self.overhead) * self.scale,
             "min": (min(self.values) - self.overhead) * self.scale,
             "max": (max(self.values) - self.overhead) * self.scale,
         }
