@@ -18,6 +18,7 @@ from pathlib import Path
 
 from pykvm.errors import PykvmError
 from pykvm.host import cache
+from pykvm.host.fingerprint import commit
 from pykvm.testbed import kernel_image, payload, saved_state
 from pykvm.testbed.bochs import Emulator, emulator_command
 
@@ -131,16 +132,20 @@ class Testbed:
             checkout=str(self.checkout),
             directory=str((directory or self.checkout).resolve()),
             kvm=kvm,
-            environment=dict(environment or {}),
+            # There is no git inside to ask for the commit that records name.
+            environment={"PYKVM_COMMIT": commit(), **(environment or {})},
             bring=["build", *(self._inside_checkout(name) for name in bring)],
             interactive=interactive,
             size=_terminal_size(),
             now=time.time(),
         )
+        if kvm == "payload" and modules is None:
+            modules = _patched_modules(self.version, self._progress)
         host = self.prepare(kvm, modules)
         with _instance() as instance:
             image = instance / "files.iso"
-            payload.write(image, job, None)
+            # They are loaded already; `pykvm kernel load` inside may want them again.
+            payload.write(image, job, modules if kvm == "payload" else None)
             saved_state.lay_out(instance, host, image)
             try:
                 with Emulator(instance, restore=host / "state") as emulator:

@@ -23,11 +23,14 @@ def patched() -> Iterator[modules.Status]:
     """The patched modules, loaded before the test and again after it."""
     if not is_emulated():
         pytest.skip("exchanging modules is for the emulated host, not for a machine in use")
+    # Later tests need the patched modules: know where they are before touching anything.
+    directory = Path(os.environ["PYKVM_MODULES"])
+    assert (directory / "kvm.ko").is_file()
     before = modules.status()
     assert before.state == "patched"
     yield before
     if modules.status().state != "patched":
-        modules.load()
+        modules.load(directory)
     assert modules.status().srcversion == before.srcversion
 
 

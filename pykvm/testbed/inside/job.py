@@ -125,6 +125,7 @@ def environment(job: dict[str, Any]) -> dict[str, str]:
         "PYTHONHASHSEED": "0",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYKVM_TESTBED": "1",
+        "PYKVM_MODULES": f"{PAYLOAD}/modules",
         **job["environment"],
     }
 
