@@ -115,11 +115,12 @@ def draw_switch(record: dict[str, Any], stem: Path) -> list[Path]:
     """Cost per packet against burst length, a panel for each packet size of the record."""
     points = record["points"]
     sizes = sorted({point["size"] for point in points})
+    bursts = sorted({point["burst"] for point in points})
     fewest = min(point["guests"] for point in points)
     columns = min(3, len(sizes))
     rows = -(-len(sizes) // columns)
     figure, grid = _pyplot().subplots(
-        rows, columns, figsize=(3 * columns, 2.4 * rows), squeeze=False, sharex=True
+        rows, columns, figsize=(3 * columns, 2.4 * rows), squeeze=False, sharex=True, sharey=True
     )
     for panel, size in zip(grid.flat, sizes, strict=False):
         for name in ("vmfunc", "vmcall", "direct"):
@@ -138,11 +139,13 @@ def draw_switch(record: dict[str, Any], stem: Path) -> list[Path]:
                     label=_LABELS[name],
                 )
         panel.set_xscale("log", base=2)
+        panel.set_xticks(bursts, [str(burst) for burst in bursts])
         panel.set_yscale("log")
+        panel.yaxis.set_major_formatter("{x:,.0f}")
         panel.set_title(f"{size} bytes")
     for panel in grid.flat[len(sizes) :]:
         panel.set_visible(False)
-    figure.supxlabel("packets in a burst")
+    figure.supxlabel(f"packets in a burst, {fewest} guests")
     figure.supylabel(f"{record['unit']} per packet")
     handles, labels = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
