@@ -5,6 +5,7 @@ An image is position independent: offsets are relative to the start of the cross
 with a class of its own for each cause, before anything reaches a guest.
 """
 
+import functools
 import re
 import tempfile
 from collections.abc import Sequence
@@ -120,6 +121,7 @@ class CrossingImages:
     call_offset: int
 
 
+@functools.cache  # the same for all objects of a process
 def crossing_images() -> CrossingImages:
     """Assemble entry, gate and return page.
 

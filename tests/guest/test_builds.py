@@ -1,0 +1,28 @@
+"""Every guest and object that the tests of this directory run can be built.
+
+Built into the cache, from which the emulated host takes what it would have to compile slowly.
+"""
+
+import pytest
+
+from pykvm.boot.compiler import GUEST_SOURCES, build_guest
+from pykvm.boot.programs import CrossingProgram, ExchangeProgram, SwitchPath, Way
+from pykvm.elisa.toolchain import build_object
+from pykvm.memory import layout
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.mark.parametrize("name", ["intruder.c", "registers.c", "selftest.c"])
+def test_guests(name: str) -> None:
+    assert build_guest([name]).entry == layout.IMAGE_GPA
+
+
+@pytest.mark.parametrize("name", ["objects/nop.c", "objects/counter.c", "switch/switch.c"])
+def test_objects(name: str) -> None:
+    assert "elisa_serve" in build_object([GUEST_SOURCES / name]).symbols
+
+
+def test_programs() -> None:
+    for program in (CrossingProgram(1, [Way.EMPTY]), ExchangeProgram(SwitchPath.DIRECT, 1)):
+        assert program.image().entry == layout.IMAGE_GPA
