@@ -42,8 +42,8 @@ _LIMIT = 4096
 
 def read_cpuid(call: Callable[[Struct], int]) -> list[CpuidEntry]:
     """Make a call that fills a struct kvm_cpuid2, with as many entries as it turns out to need."""
-    size = _FIRST_GUESS
-    while True:
+
+    def attempt(size: int) -> Struct | None:
         table = ffi.new("struct kvm_cpuid2 *", {"nent": size, "entries": size})
         try:
             call(table)
@@ -51,12 +51,26 @@ def read_cpuid(call: Callable[[Struct], int]) -> list[CpuidEntry]:
             # E2BIG: too few entries; the kernel does not say how many there are.
             if error.errno != errno.E2BIG or size >= _LIMIT:
                 raise
-            size *= 2
-            continue
-        return [
-            CpuidEntry(*(getattr(table.entries[i], field) for field in _FIELDS))
-            for i in range(table.nent)
-        ]
+            return None
+        return table
+
+    too_few, size = -1, _FIRST_GUESS
+    while (table := attempt(size)) is None:
+        too_few, size = size, size * 2
+    if table.nent == size:
+        # Linux 6.1's KVM_GET_CPUID2 leaves nent as it was, with zeros after the last entry: the
+        # number of entries is the smallest size that is not refused.
+        while size - too_few > 1:
+            middle = (too_few + size) // 2
+            smaller = attempt(middle)
+            if smaller is None:
+                too_few = middle
+            else:
+                table, size = smaller, middle
+    return [
+        CpuidEntry(*(getattr(table.entries[i], field) for field in _FIELDS))
+        for i in range(table.nent)
+    ]
 
 
 def pack_cpuid(entries: Iterable[CpuidEntry]) -> Struct:

@@ -65,7 +65,9 @@ class RealModeGuest:
             segment = getattr(sregs, name)
             segment.base = segment.selector = 0
         self.vcpu.set_sregs(sregs)
-        self.vcpu.set_regs(rip=at, rsp=0x8000, rflags=2)
+        # Interrupts on: none comes without an irqchip, but Bochs does not take its own timer's
+        # while a guest has them off, so that nothing could stop a guest that spins.
+        self.vcpu.set_regs(rip=at, rsp=0x8000, rflags=0x202)
 
 
 @pytest.fixture

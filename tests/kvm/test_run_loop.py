@@ -377,6 +377,9 @@ def test_a_thread_that_blocks_every_signal_stops_too(guest: RealModeGuest) -> No
 def test_interrupt_from_the_keyboard(guest: RealModeGuest) -> None:
     guest.load(SPIN)
 
+    # A shell's background jobs have SIGINT ignored, and Python leaves it so.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def press() -> None:
         wait_until_running(guest)
         time.sleep(0.1)
@@ -384,9 +387,12 @@ def test_interrupt_from_the_keyboard(guest: RealModeGuest) -> None:
 
     thread = threading.Thread(target=press)
     thread.start()
-    with deadline(guest.vcpu), pytest.raises(KeyboardInterrupt):
-        guest.vcpu.run()
-    thread.join()
+    try:
+        with deadline(guest.vcpu), pytest.raises(KeyboardInterrupt):
+            guest.vcpu.run()
+        thread.join()
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert not guest.vcpu.running
     guest.vcpu.stop()
     assert guest.vcpu.run() == Stopped()  # still usable
@@ -505,7 +511,7 @@ def test_two_vcpus_run_at_once(vm: Vm) -> None:
     sregs = second.get_sregs()
     sregs.cs.base = sregs.cs.selector = 0
     second.set_sregs(sregs)
-    second.set_regs(rip=CODE, rflags=2)
+    second.set_regs(rip=CODE, rflags=0x202)
     threads = [threading.Thread(target=vcpu.run) for vcpu in (first.vcpu, second)]
     for thread in threads:
         thread.start()
