@@ -20,7 +20,7 @@
  *   byte, as no other page is executable here.
  * - A stop is int3, an invalid opcode, a fetch from an absent page or a VMFUNC that exits: this
  *   context maps no memory of the guest that could hold an IDT. A stop may find the slot filled;
- *   KVM empties it when it takes the vCPU out of the context.
+ *   the vCPU never leaves the context then, as every exit from it goes to the VMM (KVM_EXIT_ELISA).
  * tests/guest/test_gate.py decodes from every byte and holds these rules against the result.
  */
 	.section .elisa.gate, "ax", @progbits

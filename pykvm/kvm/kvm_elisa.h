@@ -34,9 +34,9 @@
 #define KVM_ELISA_MAX_TABLES		4096
 #define KVM_ELISA_MAX_PAGES		262144
 
-#define KVM_ELISA_PAGE_USER		0	/* addr: a page of the caller, pinned while mapped */
-#define KVM_ELISA_PAGE_LIST		1	/* ref: id of a vCPU; its EPTP list page */
-#define KVM_ELISA_PAGE_EPTP		2	/* ref: context fd; a kernel page with its EPTP first */
+#define KVM_ELISA_PAGE_USER		0	/* addr: of a page to pin */
+#define KVM_ELISA_PAGE_LIST		1	/* ref: vCPU id; its EPTP list */
+#define KVM_ELISA_PAGE_EPTP		2	/* ref: context fd; its EPTP */
 
 struct kvm_elisa_page {
 	__u64 addr;
@@ -69,10 +69,10 @@ struct kvm_elisa_slot {
 /* kvm_run.exit_reason, and what it carries (in the union, at the place of kvm_run.hw). */
 #define KVM_EXIT_ELISA			0x45
 
-#define KVM_ELISA_EXIT_VIOLATION	1	/* EPT violation outside the default context */
-#define KVM_ELISA_EXIT_MISCONFIG	2	/* EPT misconfiguration outside the default context */
-#define KVM_ELISA_EXIT_VMFUNC		3	/* VMFUNC with an empty slot or unknown function */
-#define KVM_ELISA_EXIT_REFUSED		4	/* any other exit that the kernel may not serve there */
+#define KVM_ELISA_EXIT_VIOLATION	1	/* EPT violation in a context */
+#define KVM_ELISA_EXIT_MISCONFIG	2	/* EPT misconfiguration there */
+#define KVM_ELISA_EXIT_VMFUNC		3	/* VMFUNC that failed, anywhere */
+#define KVM_ELISA_EXIT_REFUSED		4	/* any other exit in a context */
 
 #define KVM_ELISA_AT_DEFAULT		0
 #define KVM_ELISA_AT_GATE		1
