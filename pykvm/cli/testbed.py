@@ -23,6 +23,7 @@ examples:
   pykvm testbed --stock -- ls -l /dev/kvm
   pykvm testbed --bring notes.txt -- sh -c 'dmesg > notes.txt'
   pykvm testbed                         (a shell)
+  pykvm testbed < SCRIPT
 """
 
 
@@ -86,9 +87,10 @@ def run(options: argparse.Namespace) -> int:
         testbed.prepare()
         return 0
     directory = Path.cwd()
+    script = not command and not sys.stdin.isatty()  # pykvm testbed < script
     try:
         outcome = testbed.run(
-            command or _SHELL,
+            command or (["bash", "-s"] if script else _SHELL),
             modules=options.modules,
             kvm=kvm,
             timeout=options.timeout,
@@ -96,7 +98,8 @@ def run(options: argparse.Namespace) -> int:
             bring=options.bring,
             stdout=_writer(sys.stdout.fileno()),
             stderr=_writer(sys.stderr.fileno()),
-            interactive=not command,
+            stdin=sys.stdin.buffer.read() if script else b"",
+            interactive=not command and not script,
             directory=directory if directory.is_relative_to(testbed.checkout) else None,
         )
     except session.CommandTimeoutError as error:

@@ -59,8 +59,10 @@ class Job:
     now: float = 0.0
 
 
-def write(image: Path, job: Job, modules: Path | None) -> None:
+def write(image: Path, job: Job, modules: Path | None, stdin: bytes = b"") -> None:
     """Write the ISO `image` of `job` and its checkout, with the `modules` directory if given.
+
+    The command's standard input will be `stdin`, unless the job is interactive.
 
     Raises:
         PayloadError: a module is missing, or xorriso is missing or fails.
@@ -68,7 +70,9 @@ def write(image: Path, job: Job, modules: Path | None) -> None:
     checkout = Path(job.checkout)
     description = image.with_name("job.json")
     description.write_text(json.dumps(job.__dict__, default=dict))
-    grafts = [("job.json", description), ("job.py", _JOB)]
+    standard_input = image.with_name("stdin.data")
+    standard_input.write_bytes(stdin)
+    grafts = [("job.json", description), ("job.py", _JOB), ("stdin", standard_input)]
     if modules is not None:
         grafts += [(f"modules/{file.name}", file) for file in module_files(modules)]
     names = sorted(checkout_files(checkout))

@@ -156,7 +156,7 @@ def _root_image(kernel: Path, version: str, progress: Progress) -> Path:
         rootfs.build_image(directory / "root.img", kernel, version)
 
     key = cache.key(kernel.name, rootfs.fingerprint())
-    return cache.entry("testbed-root", key, build) / "root.img"
+    return _used(cache.entry("testbed-root", key, build)) / "root.img"
 
 
 def _make_boot_disk(path: Path, kernel: Path, version: str) -> None:

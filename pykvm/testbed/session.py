@@ -29,6 +29,8 @@ Sink = Callable[[bytes], None]
 # From the start of the emulator to the start of the command, in seconds. It takes two or three.
 _RESUME_TIMEOUT = 120.0
 
+_END_OF_TRANSMISSION = b"\x04"  # Ctrl-D
+
 
 class HostDiedError(PykvmError):
     """The emulator or the kernel in it ended before the command did."""
@@ -102,6 +104,7 @@ class Testbed:
         bring: Sequence[str] = (),
         stdout: Sink | None = None,
         stderr: Sink | None = None,
+        stdin: bytes = b"",
         interactive: bool = False,
         directory: Path | None = None,
     ) -> Outcome:
@@ -117,6 +120,7 @@ class Testbed:
             timeout: seconds for the command, resuming not included.
             environment: variables to set.
             stdout, stderr: called with output as it comes; it is collected in any case.
+            stdin: what the command reads from its standard input.
             interactive: give the command a terminal, connected to ours.
             directory: where to run, in the checkout (default: its root).
 
@@ -145,7 +149,7 @@ class Testbed:
         with _instance() as instance:
             image = instance / "files.iso"
             # They are loaded already; `pykvm kernel load` inside may want them again.
-            payload.write(image, job, modules if kvm == "payload" else None)
+            payload.write(image, job, modules if kvm == "payload" else None, stdin)
             saved_state.lay_out(instance, host, image)
             try:
                 with Emulator(instance, restore=host / "state") as emulator:
@@ -187,11 +191,13 @@ class Testbed:
         if not size:
             return []
         with disk.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            # Debian 12's Python has no extraction filters yet.
-            members = [member for member in archive if member.isreg() or member.isdir()]
+            # Debian 12's Python has no extraction filters yet. There are files and links only.
+            members = [member for member in archive if member.isreg() or member.issym()]
             for member in members:
                 self._inside_checkout(member.name)
-            archive.extractall(self.checkout, members)
+                if member.issym():
+                    self._inside_checkout(str(Path(member.name).parent / member.linkname))
+                archive.extract(member, self.checkout)
             return [self.checkout / member.name for member in members]
 
 
@@ -222,16 +228,16 @@ class _Run:
         emulator.say_go()
         resumed = time.monotonic()
         with _raw_terminal(self._interactive) as keyboard:
-            sources = [emulator.control, emulator.stdout, emulator.stderr, *keyboard]
+            sources = [emulator.control, emulator.stdout, emulator.stderr]
             while True:
-                readable, _, _ = select.select(sources, [], [], 0.25)
+                listening = sources if self._started is None else [*sources, *keyboard]
+                readable, _, _ = select.select(listening, [], [], 0.25)
                 for source in readable:
                     if source in keyboard:
                         data = os.read(source, 256)
-                        if self._started and data:
-                            os.write(emulator.control, data)
-                        elif not data:
-                            sources.remove(source)
+                        if not data:  # the end of a file is a key too
+                            keyboard.remove(source)
+                        os.write(emulator.control, data or _END_OF_TRANSMISSION)
                     elif source == emulator.control:
                         self._control += os.read(source, 4096)
                     else:

@@ -50,6 +50,7 @@ def main() -> None:
         time.clock_settime(time.CLOCK_REALTIME, job["now"])
         mount_overlay(f"{PAYLOAD}/checkout", job["checkout"], UPPER)
         mount_overlay(f"{PAYLOAD}/cache", "/root/.cache/pykvm", "/run/cache/upper")
+        libc.sethostname(b"testbed", 7)
         install_commands(job["checkout"])
         tell("started")
         status = run_shell(job) if job["interactive"] else run_command(job)
@@ -135,13 +136,13 @@ def run_command(job: dict[str, Any]) -> int:
     errors = open_serial("/dev/ttyS3")
     for descriptor in (output, errors):
         set_size(descriptor, job)
-    null = os.open("/dev/null", os.O_RDONLY)
+    stdin = os.open(f"{PAYLOAD}/stdin", os.O_RDONLY)
     try:
         child = subprocess.Popen(
             job["command"],
             cwd=job["directory"],
             env=environment(job),
-            stdin=null,
+            stdin=stdin,
             stdout=output,
             stderr=errors,
             start_new_session=True,
