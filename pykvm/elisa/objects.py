@@ -92,7 +92,7 @@ class SharedObject:
     @property
     def windows_offset(self) -> int:
         """Where window 0 begins in the object's memory."""
-        return max(1, -(-self.shared // layout.SHARED_ALIGN)) * layout.SHARED_ALIGN
+        return _pages(self.shared) * PAGE_SIZE
 
     @property
     def memory_size(self) -> int:

@@ -56,7 +56,7 @@ class BurstPoint:
             "burst": self.burst,
             "cost_per_packet": self.samples.cost / self.burst,
             "vm_exits_per_packet": self.exits.own / self.frames,
-            "samples": self.samples.as_dict(),
+            **self.samples.as_dict(),
             "exits": self.exits.as_dict(),
         }
 

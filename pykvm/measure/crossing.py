@@ -44,7 +44,7 @@ class WayCost:
             "vm_exits": self.vm_exits,
             "vmfuncs": self.vmfuncs,
             "cost": self.samples.cost,
-            "samples": self.samples.as_dict(),
+            **self.samples.as_dict(),
             "exits": self.exits.as_dict(),
         }
 

@@ -57,15 +57,17 @@ class Samples:
         return (typical(self.values, counted=self.counted) - self.overhead) * self.scale
 
     def as_dict(self) -> dict[str, Any]:
-        """For a record: everything needed to compute the figure again."""
+        """For a record. `samples` are in its unit and less the overhead; a raw reading of the
+        counter is sample / scale + overhead.
+        """
+        samples = [(value - self.overhead) * self.scale for value in self.values]
         return {
-            "values": list(self.values),
+            "samples": samples,
+            "figure": "min" if self.counted else "median",
+            "median": statistics.median(samples),
+            "max": max(samples),
             "scale": self.scale,
             "overhead": self.overhead,
-            "figure": "min" if self.counted else "median",
-            "median": (statistics.median(self.values) - self.overhead) * self.scale,
-            "min": (min(self.values) - self.overhead) * self.scale,
-            "max": (max(self.values) - self.overhead) * self.scale,
         }
 
 
