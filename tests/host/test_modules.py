@@ -65,13 +65,15 @@ def test_restore_and_load(patched: modules.Status) -> None:
 
 
 @pytest.mark.elisa
-def test_parameters_survive(patched: modules.Status) -> None:
+@pytest.mark.usefixtures("patched")
+def test_parameters_survive(built: Path) -> None:
     writable = PARAMETERS / "kvm/parameters/halt_poll_ns"
     fixed = PARAMETERS / "kvm_intel/parameters/fasteoi"
     usual = fixed.read_text()
     assert usual == "Y\n"
     subprocess.run(["/sbin/rmmod", "kvm_intel", "kvm"], check=True)
-    subprocess.run(["/sbin/modprobe", "kvm_intel", "fasteoi=N"], check=True)
+    subprocess.run(["/sbin/insmod", built / "kvm.ko"], check=True)
+    subprocess.run(["/sbin/insmod", built / "kvm-intel.ko", "fasteoi=N"], check=True)
     writable.write_text("12345")
 
     assert modules.load() == []
