@@ -56,7 +56,7 @@ class Job:
     bring: list[str] = field(default_factory=lambda: ["build"])
     interactive: bool = False
     size: tuple[int, int] = (24, 80)
-    now: float = 0.0
+    now: int = 0
 
 
 def write(image: Path, job: Job, modules: Path | None, stdin: bytes = b"") -> None:

@@ -141,7 +141,7 @@ class Testbed:
             bring=["build", *(self._inside_checkout(name) for name in bring)],
             interactive=interactive,
             size=_terminal_size(),
-            now=time.time(),
+            now=int(time.time()),
         )
         if kvm == "payload" and modules is None:
             modules = _patched_modules(self.version, self._progress)

@@ -51,6 +51,9 @@ def main() -> None:
         mount_overlay(f"{PAYLOAD}/checkout", job["checkout"], UPPER)
         mount_overlay(f"{PAYLOAD}/cache", "/root/.cache/pykvm", "/run/cache/upper")
         libc.sethostname(b"testbed", 7)
+        # With random addresses no count would repeat.
+        with open("/proc/sys/kernel/randomize_va_space", "w") as switch:
+            switch.write("0")
         install_commands(job["checkout"])
         tell("started")
         status = run_shell(job) if job["interactive"] else run_command(job)
@@ -137,6 +140,9 @@ def run_command(job: dict[str, Any]) -> int:
     for descriptor in (output, errors):
         set_size(descriptor, job)
     stdin = os.open(f"{PAYLOAD}/stdin", os.O_RDONLY)
+    # Start at the same distance from the timer's ticks each time, so that they interrupt the
+    # command at the same places. What reading the payload took depends on what is in it.
+    time.sleep(0.2 - time.monotonic() % 0.1)
     try:
         child = subprocess.Popen(
             job["command"],
