@@ -105,7 +105,7 @@ _TABLE = (
         "KVM_CAP_IOEVENTFD",
         "pass an eventfd and a length of 0, 1, 2, 4 or 8",
     ),
-    Ioctl("KVM_CREATE_PIT2", (_V,), "KVM_CAP_PIT2", "call create_irqchip() first"),
+    Ioctl("KVM_CREATE_PIT2", (_V,), "KVM_CAP_PIT2", "call it once, after create_irqchip()"),
     Ioctl("KVM_GET_PIT2", (_V,), "KVM_CAP_PIT_STATE2", "call create_pit() first"),
     Ioctl("KVM_SET_PIT2", (_V,), "KVM_CAP_PIT_STATE2", "call create_pit() first"),
     Ioctl("KVM_REINJECT_CONTROL", (_V,), "KVM_CAP_REINJECT_CONTROL", "call create_pit() first"),
@@ -114,7 +114,8 @@ _TABLE = (
     # ---- VM: the rest -------------------------------------------------------------------------
     Ioctl("KVM_CREATE_VCPU", (_V,), None, "use each vcpu id once, below KVM_CAP_MAX_VCPU_ID"),
     Ioctl("KVM_SET_BOOT_CPU_ID", (_V,), "KVM_CAP_SET_BOOT_CPU_ID", "call it before create_vcpu()"),
-    Ioctl("KVM_CREATE_DEVICE", (_V,), "KVM_CAP_DEVICE_CTRL"),
+    # No capability: Linux 6.1 makes devices on x86 without announcing KVM_CAP_DEVICE_CTRL there.
+    Ioctl("KVM_CREATE_DEVICE", (_V,), None, "ask has_device() first"),
     Ioctl("KVM_X86_SET_MSR_FILTER", (_V,), "KVM_CAP_X86_MSR_FILTER"),
     Ioctl("KVM_SET_PMU_EVENT_FILTER", (_V,), "KVM_CAP_PMU_EVENT_FILTER"),
     # ---- more than one scope ------------------------------------------------------------------

@@ -196,8 +196,18 @@ def test_bad_slots(guest: RealModeGuest) -> None:
 @pytest.mark.elisa
 def test_a_context_closes_with_its_vm(kvm: Kvm) -> None:
     with kvm.create_vm() as vm:
-        context = vm.create_elisa_context(bytes(4096), [])
+        guest = RealModeGuest(vm)
+        # One page, at GPA 0: entry 0 of every table leads to the next table, the last to page 0.
+        tables = bytearray(4 * 4096)
+        for table in range(4):
+            leaf = table == 3
+            entry = 0b001 | 6 << 3 if leaf else 0b111 | (table + 1) << 12
+            tables[table * 4096 : table * 4096 + 8] = entry.to_bytes(8, "little")
+        pages = [(guest.host_address, lib.KVM_ELISA_PAGE_USER, 0)]
+        context = vm.create_elisa_context(tables, pages)
         assert isinstance(context, Context)
-        vm.create_vcpu(0).set_elisa_slot(2, context)
+        guest.vcpu.set_elisa_slot(2, context)
+        guest.vcpu.set_elisa_slot(2, None)
+        guest.vcpu.set_elisa_slot(511, context)
     assert context.closed
     context.close()
