@@ -8,7 +8,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 # What the build and the emulated host need on Debian 12.
 PACKAGES := python3 python3-venv python3-dev gcc libc6-dev make patch tar xz-utils git \
 	linux-headers-cloud-amd64 linux-source-6.1 libelf-dev kmod \
-	bochs bochsbios vgabios xorriso e2fsprogs util-linux
+	bochs bochsbios vgabios xorriso lz4 e2fsprogs util-linux
 
 # On a bare-metal Debian the modules are built for the running kernel too.
 RUNNING := linux-headers-$(shell uname -r)
