@@ -70,11 +70,12 @@ demo: setup
 # Files with tests for the emulated host: there, importing all the others would take a minute.
 INSIDE = $(shell grep -lE 'mark\.(elisa|kvm)\b' -r tests --include='test_*.py')
 
-# Both halves run even if the first fails; the last line is the emulated host's summary.
+# Both halves run even if the first fails; the last line is the emulated host's summary. What
+# pytest compiles in the first is taken along into the second, so it must be allowed to write it.
 test: setup
 	@status=0; \
 	echo "test: on this host"; \
-	PYKVM_REQUIRE=unit,testbed $(VENV)/bin/python -m pytest || status=1; \
+	env -u PYTHONDONTWRITEBYTECODE PYKVM_REQUIRE=unit,testbed $(VENV)/bin/python -m pytest || status=1; \
 	echo "test: on the emulated host"; \
 	$(VENV)/bin/pykvm testbed -- env PYKVM_REQUIRE=elisa,kvm \
 		python -m pytest -m "elisa or kvm" $(INSIDE) || status=1; \

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Generator
+from pathlib import Path
 
 import pytest
 
@@ -91,10 +92,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         tiers = _tiers(item)
         if not tiers:
             raise pytest.UsageError(f"{item.nodeid} has no tier: mark it {' or '.join(_TIERS)}")
+        _require_spelled_out(item, tiers)
         for tier in tiers:
             if missing := _TIERS[tier]():
                 item.add_marker(pytest.mark.skip(reason=f"tier {tier}: {missing}"))
                 break
+
+
+def _require_spelled_out(item: pytest.Item, tiers: list[str]) -> None:
+    # The Makefile finds the files for the emulated host by these words in their text; a mark that
+    # came from elsewhere would leave a test out there without a trace.
+    text = _text(item.path)
+    for tier in {"kvm", "elisa"}.intersection(tiers):
+        if f"mark.{tier}" not in text:
+            raise pytest.UsageError(f"{item.nodeid}: write pytest.mark.{tier} in its own file")
+
+
+@functools.cache
+def _text(path: Path) -> str:
+    return path.read_text()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -87,6 +87,13 @@ def test_a_test_without_a_tier_is_refused(tmp_path: Path) -> None:
     assert "has no tier" in done.stderr
 
 
+def test_a_tier_is_spelled_out_in_the_file(tmp_path: Path) -> None:
+    sample = "import pytest\ntier = 'elisa'\npytestmark = getattr(pytest.mark, tier)\n"
+    done = _pytest(tmp_path, sample + "def test_hidden():\n    assert True\n")
+    assert done.returncode == 4
+    assert "write pytest.mark.elisa in its own file" in done.stderr
+
+
 def test_an_unknown_tier_is_refused(tmp_path: Path) -> None:
     done = _pytest(tmp_path, SAMPLE, "elisa,typo")
     assert done.returncode == 4
