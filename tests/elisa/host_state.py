@@ -1,0 +1,76 @@
+"""What the host holds for KVM and its contexts: nothing of it may stay behind."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+# Lines of the kernel's log that no test may cause.
+_TROUBLE = re.compile(
+    r"WARNING:|BUG|Oops|general protection|Call Trace|stall|[Bb]ad page|invept|vmwrite|vmread"
+)
+
+
+@dataclass(frozen=True)
+class HostState:
+    """locked: KiB charged to this process. pinned: pages pinned in the whole machine.
+    module_users: references to the module, one for each VM. files: open in this process."""
+
+    locked: int
+    pinned: int
+    module_users: int
+    files: int
+
+
+def locked_kib() -> int:
+    """VmLck of this process, which the patch charges."""
+    match = re.search(r"VmLck:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert match
+    return int(match[1])
+
+
+def pinned_pages() -> int:
+    """Pages pinned in the whole machine (Documentation/core-api/pin_user_pages.rst)."""
+    Path("/proc/sys/vm/stat_refresh").write_text("1")  # counts of each CPU into the sum
+    counts = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    return int(counts["nr_foll_pin_acquired"]) - int(counts["nr_foll_pin_released"])
+
+
+def host_state() -> HostState:
+    return HostState(
+        locked_kib(),
+        pinned_pages(),
+        int(Path("/sys/module/kvm_intel/refcnt").read_text()),
+        len(os.listdir("/proc/self/fd")),
+    )
+
+
+@contextmanager
+def nothing_stays() -> Iterator[HostState]:
+    """The state before; at the end it is the same again."""
+    before = host_state()
+    yield before
+    after = host_state()
+    assert after == before, f"{before} before, {after} after"
+
+
+@contextmanager
+def quiet_kernel() -> Iterator[None]:
+    """At the end the kernel's log holds no new trouble."""
+    log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        os.lseek(log, 0, os.SEEK_END)
+        yield
+        trouble = []
+        while True:
+            try:
+                line = os.read(log, 8192).decode("utf-8", "replace")
+            except BlockingIOError:
+                break
+            if _TROUBLE.search(line):
+                trouble.append(line)
+        assert trouble == []
+    finally:
+        os.close(log)

@@ -1,0 +1,138 @@
+"""The guest program probe.c: its steps, and a run that goes on behind what KVM refuses."""
+
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+
+from pykvm.boot import boot_info
+from pykvm.boot.bare import BareGuest
+from pykvm.boot.compiler import build_guest
+from pykvm.boot.elf import ElfFile
+from pykvm.elisa.attachment import Attachment
+from pykvm.elisa.objects import ObjectInstance
+from pykvm.elisa.toolchain import crossing_images
+from pykvm.kvm import ElisaExit, Exit, Io, lib
+from pykvm.memory import layout
+
+WILD = Path(__file__).with_name("objects") / "wild.c"
+
+_STEP = struct.Struct("<IIQQQQQQ")
+
+
+class What(IntEnum):
+    CALL = 0
+    VMFUNC = 1
+    MARK = 2
+    READ = 3
+    WRITE = 4
+    CALL_WITH_CR3 = 5
+
+
+class Wild(IntEnum):
+    """First argument of wild.c."""
+
+    HELLO = 0
+    READ = 1
+    WRITE = 2
+    RUN = 3
+    LOOP = 4
+    CPUID = 5
+    VMCALL = 6
+
+
+@dataclass(frozen=True)
+class Step:
+    what: What
+    a: int = 0
+    b: int = 0
+    c: int = 0
+    slot: int = 0
+    cr3: int = 0
+
+    def pack(self) -> bytes:
+        return _STEP.pack(self.what, self.slot, self.a, self.b, self.c, self.cr3, 0, 0)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """probe.c. The steps may be given later, with `give`."""
+
+    steps: Sequence[Step] = field(default=())
+
+    def image(self) -> ElfFile:
+        return build_guest(["probe.c"])
+
+    def params(self) -> list[int]:
+        return []
+
+    def input(self) -> bytes:
+        return b"".join(step.pack() for step in self.steps)
+
+
+def prepare(guest: BareGuest) -> None:
+    """Lay the guest's own pages of the crossing where the calls need them."""
+    pages = crossing_images()
+    guest.map_crossing(pages.entry_page, pages.return_page, pages.call_offset)
+
+
+def attach(
+    guest: BareGuest, instance: ObjectInstance, number: int = 0, *, index: int = 0
+) -> Attachment:
+    """Attach, and map the window of attachment `index` as well."""
+    attachment = instance.attach(guest.vm, guest.vcpu, number)
+    gpa = layout.WINDOW_GPA + index * layout.WINDOW_STRIDE
+    guest.set_attachment(index, attachment.slot, instance.window_region(number, gpa))
+    return attachment
+
+
+def give(guest: BareGuest, *steps: Step) -> None:
+    """What to do, before the first run."""
+    guest.set_input(Probe(steps).input())
+
+
+def calls(slot: int, *arguments: int) -> Step:
+    a, b, c = (*arguments, 0, 0, 0)[:3]
+    return Step(What.CALL, a, b, c, slot)
+
+
+def results(guest: BareGuest) -> list[int | None]:
+    """The result of each step, None if it has not come back."""
+    data = guest.memory.read(guest.info.input, guest.info.input_size)
+    return [result if done else None for *_, result, done in _STEP.iter_unpack(data)]
+
+
+def run(guest: BareGuest, on_mark: Callable[[int], object] | None = None) -> list[Exit]:
+    """Run to the end, skipping each VMFUNC that fails in the default context.
+
+    Returns the exits of these, and as the last one whatever else stopped the guest, if anything:
+    `Stopped` after a minute.
+    """
+    deadline = threading.Timer(60, guest.vcpu.stop)
+    deadline.daemon = True
+    deadline.start()
+    try:
+        return _run(guest, on_mark)
+    finally:
+        deadline.cancel()
+
+
+def _run(guest: BareGuest, on_mark: Callable[[int], object] | None) -> list[Exit]:
+    seen: list[Exit] = []
+    while True:
+        exit = guest.vcpu.run()
+        match exit:
+            case Io(port=boot_info.FINISH_PORT):
+                assert exit.value == 0
+                return seen
+            case Io(port=boot_info.MARK_PORT):
+                assert on_mark is not None
+                on_mark(exit.value)
+            case ElisaExit(cause=lib.KVM_ELISA_EXIT_VMFUNC, at=lib.KVM_ELISA_AT_DEFAULT):
+                seen.append(exit)
+                guest.vcpu.set_regs(rip=exit.rip + 3)
+            case _:
+                seen.append(exit)
+                return seen
