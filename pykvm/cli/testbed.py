@@ -47,7 +47,7 @@ def add_parser(subparsers: Any) -> None:
     kvm.add_argument("--stock", action="store_true", help="load the distribution's KVM")
     kvm.add_argument("--no-kvm", action="store_true", help="load no KVM at all")
     parser.add_argument(
-        "--timeout", type=float, metavar="S", help="end after S seconds, with exit status 124"
+        "--timeout", type=_seconds, metavar="S", help="end after S seconds, with exit status 124"
     )
     parser.add_argument(
         "--bring",
@@ -116,6 +116,13 @@ def _environment(assignments: list[str]) -> dict[str, str]:
             raise PykvmError(f"--env {shlex.quote(assignment)}: write NAME=VALUE")
         variables[name] = value
     return variables
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
+    return seconds
 
 
 def _writer(descriptor: int) -> session.Sink:

@@ -10,12 +10,13 @@
 
 import os
 
-from pykvm.testbed.kernel_image import kernel_version
+from pykvm.testbed.kernel_image import KernelImageError, kernel_version
 from pykvm.testbed.session import CommandTimeoutError, HostDiedError, Outcome, Testbed
 
 __all__ = [
     "CommandTimeoutError",
     "HostDiedError",
+    "KernelImageError",
     "Outcome",
     "Testbed",
     "inside",

@@ -29,6 +29,7 @@ __all__ = [
     "configuration",
     "emulator_command",
     "make_restorable",
+    "require_tools",
 ]
 
 # Bytes. A resume copies all of it, in pages of 4 KiB: 1 GiB would take twice as long.
@@ -74,6 +75,11 @@ _OPEN_TIMEOUT = 20.0  # seconds
 _TOOLS = {
     "bochs-bin": "bochs bochsbios vgabios",
     "unshare": "util-linux",
+    "xorriso": "xorriso",
+    "mke2fs": "e2fsprogs",
+    "depmod": "kmod",
+    "lz4": "lz4",
+    "gcc": "gcc",
 }
 
 
@@ -84,6 +90,13 @@ class EmulatorError(PykvmError):
 def configuration() -> str:
     """The bochsrc. Every path in it is relative to the directory of the instance."""
     return _CONFIGURATION.format(clock=CLOCK, memory=MEMORY >> 20)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def make_restorable(state: Path) -> None:
@@ -108,6 +121,22 @@ def emulator_command(restore: Path | None) -> list[str]:
     return command if restore is None else [*command, "-r", str(restore)]
 
 
+def require_tools() -> None:
+    """Make sure of all that the testbed needs of the machine, before anything is begun.
+
+    Raises:
+        EmulatorError: a program is missing; the message names the packages of all that are.
+    """
+    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+    missing = [program for program in _TOOLS if shutil.which(program, path=path) is None]
+    if missing:
+        packages = " ".join(dict.fromkeys(_TOOLS[program] for program in missing))
+        raise EmulatorError(
+            f"{', '.join(missing)}: not installed; "
+            f"run: apt-get install --no-install-recommends {packages}"
+        )
+
+
 class Emulator:
     """A running Bochs in `directory`, which holds all that its configuration names.
 
@@ -124,11 +153,7 @@ class Emulator:
         Raises:
             EmulatorError: a program is missing, or namespaces are not permitted.
         """
-        for program, package in _TOOLS.items():
-            if shutil.which(program) is None:
-                raise EmulatorError(
-                    f"{program} is missing; run: apt-get install --no-install-recommends {package}"
-                )
+        require_tools()
         self.directory = directory
         self._descriptors: list[int] = []
         self._process: subprocess.Popen[bytes] | None = None
@@ -212,16 +237,14 @@ class Emulator:
 
     def last_words(self) -> str:
         """What the emulator said last, in one line."""
+        if "unshare failed" in _text(self.directory / "bochs.out"):
+            return "it may not make namespaces; run as root, or allow unprivileged user namespaces"
         for name in ("bochs.log", "bochs.out"):
-            try:
-                text = (self.directory / name).read_text(errors="replace")
-            except OSError:
-                continue
-            lines = [line.strip() for line in text.splitlines()]
+            lines = [line.strip() for line in _text(self.directory / name).splitlines()]
             told = [line for line in lines if ">>PANIC<<" in line or "cannot" in line.lower()]
             if told:
                 return told[-1]
-        return f"see {self.directory}"
+        return "it left no message"
 
     def close(self) -> None:
         """End the emulator at once and wait until it is gone."""

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pykvm.errors import PykvmError
 from pykvm.host import cache
-from pykvm.testbed import bochs, boot_disk, kernel_image, packages, payload, rootfs
+from pykvm.testbed import bochs, boot_disk, instances, kernel_image, packages, payload, rootfs
 from pykvm.testbed.bochs import Emulator
 
 __all__ = [
@@ -88,6 +88,7 @@ def booted_host(version: str, progress: Progress) -> Path:
     """
 
     def build(directory: Path) -> None:
+        bochs.require_tools()
         progress(f"fetching Linux {version}")
         kernel = kernel_image.unpacked(version)
         root = _root_image(kernel, version, progress)
@@ -113,16 +114,16 @@ def host_with_kvm(version: str, modules: Path | None, progress: Progress) -> Pat
         BootError: the modules do not load; the message names the logs.
         And what `booted_host` raises.
     """
-    host = booted_host(version, progress)
     files = [] if modules is None else payload.module_files(modules)
+    host = booted_host(version, progress)
     sources = [_INSIDE / "job.py"]
 
     def build(directory: Path) -> None:
         progress("loading KVM" if modules else "loading the distribution's KVM")
         for name in ("boot.img", "root.img"):
             (directory / name).hardlink_to(host / name)
-        with tempfile.TemporaryDirectory(prefix="pykvm-boot-") as name:
-            image = Path(name) / "modules.iso"
+        with instances.directory() as work:
+            image = work / "modules.iso"
             payload.write_modules(image, modules)
             _reach_and_suspend(directory, image, host / "state", progress)
 
@@ -180,8 +181,7 @@ def _reach_and_suspend(
 ) -> None:
     """Boot, or do the job on `image` after a `restore`, until the agent waits; then suspend."""
     state = directory / "state"
-    with tempfile.TemporaryDirectory(prefix="pykvm-boot-") as name:
-        instance = Path(name)
+    with instances.directory() as instance:
         lay_out(instance, directory, image)
         try:
             with Emulator(instance, restore) as emulator:

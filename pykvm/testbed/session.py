@@ -1,13 +1,11 @@
 """Run a command on the emulated host as if it were a local one."""
 
-import fcntl
 import os
 import select
 import shlex
 import shutil
 import sys
 import tarfile
-import tempfile
 import termios
 import time
 import tty
@@ -19,7 +17,7 @@ from pathlib import Path
 from pykvm.errors import PykvmError
 from pykvm.host import cache
 from pykvm.host.fingerprint import commit
-from pykvm.testbed import kernel_image, payload, saved_state
+from pykvm.testbed import instances, kernel_image, payload, saved_state
 from pykvm.testbed.bochs import Emulator, emulator_command
 
 __all__ = ["CommandTimeoutError", "HostDiedError", "Outcome", "Testbed"]
@@ -146,7 +144,7 @@ class Testbed:
         if kvm == "payload" and modules is None:
             modules = _patched_modules(self.version, self._progress)
         host = self.prepare(kvm, modules)
-        with _instance() as instance:
+        with instances.directory() as instance:
             image = instance / "files.iso"
             # They are loaded already; `pykvm kernel load` inside may want them again.
             payload.write(image, job, modules if kvm == "payload" else None, stdin)
@@ -313,31 +311,6 @@ def _patched_modules(version: str, progress: Callable[[str], None]) -> Path:
     from pykvm.host import kernel  # noqa: PLC0415
 
     return kernel.build(version)
-
-
-@contextmanager
-def _instance() -> Iterator[Path]:
-    """A directory for one emulator, gone afterwards; those of killed processes go as well."""
-    parent = cache.root() / "testbed-instances"
-    parent.mkdir(parents=True, exist_ok=True)
-    for old in parent.iterdir():
-        _remove_if_dead(old)
-    directory = Path(tempfile.mkdtemp(dir=parent))
-    with (directory / "alive").open("w") as alive:
-        fcntl.flock(alive, fcntl.LOCK_EX)
-        try:
-            yield directory
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
-
-
-def _remove_if_dead(directory: Path) -> None:
-    try:
-        with (directory / "alive").open("w") as alive:
-            fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(directory, ignore_errors=True)
-    except OSError:
-        pass  # in use, or being made
 
 
 @contextmanager

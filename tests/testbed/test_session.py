@@ -210,5 +210,6 @@ def test_directories_of_killed_instances_go(testbed: Testbed) -> None:
     dead = cache / "testbed-instances" / f"dead-{uuid.uuid4().hex}"
     dead.mkdir(parents=True)
     (dead / "alive").touch()  # held by nobody
+    os.utime(dead, (0, 0))
     assert _shell(testbed, "true").status == 0
     assert not dead.exists()

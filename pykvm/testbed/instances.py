@@ -1,0 +1,43 @@
+"""Directories in which emulators run, each locked by its owner for as long as that lives."""
+
+import fcntl
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pykvm.host import cache
+
+__all__ = ["directory"]
+
+_YOUNG = 60.0  # seconds
+
+
+@contextmanager
+def directory() -> Iterator[Path]:
+    """A directory for one emulator, gone afterwards; those of killed processes go as well."""
+    parent = cache.root() / "testbed-instances"
+    parent.mkdir(parents=True, exist_ok=True)
+    for old in parent.iterdir():
+        _remove_if_dead(old)
+    made = Path(tempfile.mkdtemp(dir=parent))
+    with (made / "alive").open("w") as alive:
+        fcntl.flock(alive, fcntl.LOCK_EX)
+        try:
+            yield made
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def _remove_if_dead(other: Path) -> None:
+    try:
+        # Between making a directory and locking it passes no minute.
+        if time.time() - other.stat().st_mtime < _YOUNG:
+            return
+        with (other / "alive").open("r+") as alive:
+            fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(other, ignore_errors=True)
+    except OSError:
+        pass  # in use, or being made
