@@ -150,7 +150,7 @@ class Attachment:
         """Take the object away from the vCPU, which must not be running. Harmless twice.
 
         Raises InsideContextError if the vCPU stopped inside the object: run it until it is back,
-        or close it.
+        or close its VM.
         """
         if self.attached:
             try:
@@ -159,7 +159,7 @@ class Attachment:
                 if error.errno == errno.EBUSY:
                     raise InsideContextError(
                         f"vCPU {self._vcpu.id} stopped inside the object: run it until it is "
-                        "back, or close the vCPU"
+                        "back, or close its vm"
                     ) from error
                 raise
             self.attached = False
@@ -168,7 +168,7 @@ class Attachment:
 
     def close(self) -> None:
         """Detach if that is possible; otherwise the kernel keeps what the vCPU still uses until
-        the vCPU is closed. Harmless twice."""
+        its VM is closed. Harmless twice."""
         try:
             if not self._vcpu.closed:
                 self.detach()

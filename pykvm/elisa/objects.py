@@ -72,6 +72,8 @@ class SharedObject:
             raise ObjectSizeError(f"{self.guests} guests for {self.name}: use 1 to {MAX_GUESTS}")
         if self.shared < 0 or self.window < 0:
             raise ObjectSizeError(f"negative memory for {self.name}: use 0 or more bytes")
+        if not self.memory_size:
+            raise ObjectSizeError(f"no memory for {self.name}: give it shared memory or windows")
         if self.memory_size > MAX_MEMORY:
             raise ObjectSizeError(
                 f"{self.memory_size >> 20} MiB for {self.name}: use at most {MAX_MEMORY >> 20} MiB"
@@ -178,14 +180,17 @@ class ObjectInstance:
         return self._image.sub_entry
 
     def window(self, guest: int) -> memoryview:
-        """A guest's window, live."""
-        self._check_guest(guest)
+        """A guest's window, live. Raises GuestNumberError, ObjectSizeError (no windows)."""
+        self._check_window(guest)
         size = self.declaration.window_size
         return self.memory.view(self.declaration.windows_offset + guest * size, size)
 
     def window_region(self, guest: int, gpa: int = layout.WINDOW_GPA) -> Region:
-        """A guest's window as a memory region for its default context, at gpa."""
-        self._check_guest(guest)
+        """A guest's window as a memory region for its default context, at gpa.
+
+        Raises GuestNumberError, ObjectSizeError (no windows).
+        """
+        self._check_window(guest)
         size = self.declaration.window_size
         offset = self.declaration.windows_offset + guest * size
         return Region(self._file, gpa, offset=offset, size=size)
@@ -243,10 +248,18 @@ class ObjectInstance:
                 f"use 0 to {self.declaration.guests - 1}, or declare more guests"
             )
 
+    def _check_window(self, guest: int) -> None:
+        self._check_guest(guest)
+        if not self.declaration.window:
+            raise ObjectSizeError(
+                f"{self.declaration.name} has no windows: "
+                f"declare it with window={PAGE_SIZE} or more"
+            )
+
     def close(self) -> None:
         """Detach all guests and give up the memory. Harmless twice.
 
-        A vCPU that stopped inside the object keeps what it uses until it is closed itself.
+        A vCPU that stopped inside the object keeps what it uses until its VM is closed.
         """
         for attachment in self._attachments.values():
             attachment.close()

@@ -262,7 +262,7 @@ UNMAPPED = {
     "the gate's list": (Wild.WRITE, C + layout.GATE_LIST_OFFSET + 8),
     "below the stack": (Wild.WRITE, C + layout.STACK_OFFSET - 8),
     "above the stack": (Wild.READ, C + layout.STACK_OFFSET + layout.STACK_SIZE),
-    "behind the windows": (Wild.READ, C + layout.SHARED_OFFSET + (2 << 20) + 2 * PAGE_SIZE),
+    "behind the windows": (Wild.READ, C + layout.SHARED_OFFSET + 3 * PAGE_SIZE),
     "its own page tables": (Wild.WRITE, C + layout.PRIVATE_TABLES_OFFSET),
     "page tables by their GPA": (Wild.WRITE, TABLES_GPA),
 }
