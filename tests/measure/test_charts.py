@@ -1,0 +1,133 @@
+"""Charts are files that other programs can open, with what the record says in them."""
+
+import builtins
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from pykvm.measure import charts
+
+pytestmark = pytest.mark.unit
+
+SVG = "{http://www.w3.org/2000/svg}"
+FINGERPRINT = {"cpu": "A Processor <with> & signs"}
+
+
+def record(host: str = "emulated", **content: Any) -> dict[str, Any]:
+    unit = "instructions" if host == "emulated" else "ns"
+    return {"host": host, "unit": unit, "fingerprint": FINGERPRINT, **content}
+
+
+CROSSING = record(
+    vmfunc={"cost": 36.0},
+    vmcall_kernel={"cost": 1055.0},
+    vmcall_user={"cost": 2939.0},
+    direct={"cost": 3.0},
+)
+DEMO = record(
+    "hardware",
+    paths=[
+        {"name": name, "cost_per_call": cost, "cost_per_packet": cost / 2}
+        for name, cost in (("vmfunc", 130.5), ("vmcall", 1300.0), ("direct", 2.0))
+    ],
+)
+SWITCH = record(
+    points=[
+        {"path": path, "guests": guests, "size": size, "burst": burst, "cost_per_packet": size / n}
+        for n, path in enumerate(("vmfunc", "vmcall", "direct"), 1)
+        for guests in (2, 4)
+        for size in (64, 512, 1024, 1514)
+        for burst in (1, 32)
+    ]
+)
+DRAWN = {
+    "crossing": (charts.draw_crossing, CROSSING),
+    "demo": (charts.draw_demo, DEMO),
+    "switch": (charts.draw_switch, SWITCH),
+}
+
+
+@pytest.fixture(autouse=True)
+def _needs_matplotlib(request: pytest.FixtureRequest) -> None:
+    if "without" not in request.node.name:
+        pytest.importorskip("matplotlib", reason="no matplotlib: pip install -e '.[charts]'")
+
+
+def check_png(data: bytes) -> tuple[int, int]:
+    """Width and height of a PNG whose chunks are all whole (ISO/IEC 15948, 5.3 and 11.2.2)."""
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    kinds, at = [], 8
+    while at < len(data):
+        (length,) = struct.unpack_from(">I", data, at)
+        kind = data[at + 4 : at + 8]
+        body = data[at + 8 : at + 8 + length]
+        assert struct.unpack_from(">I", data, at + 8 + length) == (zlib.crc32(kind + body),)
+        kinds.append(kind)
+        at += 12 + length
+    assert (kinds[0], kinds[-1]) == (b"IHDR", b"IEND")
+    width, height = struct.unpack_from(">II", data, 16)
+    return width, height
+
+
+@pytest.mark.parametrize("kind", DRAWN)
+def test_files(tmp_path: Path, kind: str) -> None:
+    draw, content = DRAWN[kind]
+    stem = tmp_path / "charts" / kind
+    assert draw(content, stem) == [stem.with_suffix(".svg"), stem.with_suffix(".png")]
+    root = ElementTree.parse(stem.with_suffix(".svg")).getroot()
+    assert root.tag == f"{SVG}svg"
+    assert len(list(root.iter(f"{SVG}path"))) > 10
+    width, height = check_png(stem.with_suffix(".png").read_bytes())
+    assert width > 500
+    assert height > 200
+
+
+@pytest.mark.parametrize("kind", DRAWN)
+def test_the_same_record_gives_the_same_file(tmp_path: Path, kind: str) -> None:
+    draw, content = DRAWN[kind]
+    first, _ = draw(content, tmp_path / "first")
+    second, _ = draw(content, tmp_path / "second")
+    assert first.read_bytes() == second.read_bytes()
+
+
+def texts(monkeypatch: pytest.MonkeyPatch, kind: str, stem: Path) -> str:
+    """Everything written in the chart: as text, not as outlines."""
+    pytest.importorskip("matplotlib").rcParams["svg.fonttype"] = "none"
+    draw, content = DRAWN[kind]
+    svg = draw(content, stem)[0]
+    return "\n".join(ElementTree.parse(svg).getroot().itertext())
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("crossing", ["36", "1,055  (29.3x)", "2,939  (81.6x)", "VMFUNC", "instructions"]),
+        ("crossing", ["Counted on the emulated host (A Processor <with> & signs)", "not time"]),
+        ("demo", ["130", "1,300  (10.0x)", "ns", "Measured on A Processor"]),
+        ("switch", ["64 bytes", "1514 bytes", "32", "2 guests", "instructions per packet"]),
+    ],
+)
+def test_what_a_chart_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, says: list[str]
+) -> None:
+    text = texts(monkeypatch, kind, tmp_path / "chart")
+    for one in says:
+        assert one in text, text
+
+
+def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def missing(name: str, *rest: Any, **more: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(charts.ChartError, match="pip install"):
+        charts.draw_crossing(CROSSING, tmp_path / "chart")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,110 @@
+"""Counts that repeat exactly are compared with stored ones: benchmarks/expected.json.
+
+Where a change makes them different on purpose, the new number goes into that file with it.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pykvm.boot.programs import SwitchPath, Way
+from pykvm.host.fingerprint import is_emulated
+from pykvm.kvm import Kvm
+from pykvm.measure.bursts import measure_bursts
+from pykvm.measure.crossing import Crossing, measure_crossing
+
+pytestmark = pytest.mark.elisa
+
+STORED = Path(__file__).parents[2] / "benchmarks" / "expected.json"
+EXPECTED: dict[str, Any] = json.loads(STORED.read_text())
+CALLS = 100
+
+# The most that the design allows.
+MOST_FOR_A_CROSSING = 48
+MOST_FOR_A_PACKET = 90
+
+
+@pytest.fixture(scope="module")
+def kvm() -> Iterator[Kvm]:
+    with Kvm() as kvm:
+        yield kvm
+
+
+@pytest.fixture(scope="module")
+def crossing(kvm: Kvm) -> Crossing:
+    return measure_crossing(kvm, CALLS, 1.0)
+
+
+def counted() -> None:
+    if not is_emulated():
+        pytest.skip("the time stamp counter counts instructions on the emulated host only")
+
+
+def test_exits_of_one_call(crossing: Crossing) -> None:
+    """Counted by KVM: none for VMFUNC, one for each VMCALL."""
+    assert {name: way.vm_exits for name, way in crossing.ways.items()} == {
+        "vmfunc": 0,
+        "vmcall_kernel": 1,
+        "vmcall_user": 1,
+        "direct": 0,
+    }
+    hypercalls = {name: way.exits.counters["hypercalls"] for name, way in crossing.ways.items()}
+    assert hypercalls == {"vmfunc": 0, "vmcall_kernel": CALLS, "vmcall_user": CALLS, "direct": 0}
+
+
+def test_vmfuncs_of_one_call(crossing: Crossing) -> None:
+    assert {name: way.vmfuncs for name, way in crossing.ways.items() if way.vmfuncs} == {
+        "vmfunc": 3
+    }
+
+
+def test_samples(crossing: Crossing) -> None:
+    """One for each call, and next to all of them alike; the record holds them all."""
+    for way in crossing.ways.values():
+        assert len(way.samples.values) == CALLS
+    record = crossing.as_dict()
+    assert set(record) == {"vmfunc", "vmcall_kernel", "vmcall_user", "direct", "empty"}
+    for name in crossing.ways:
+        assert {"vm_exits", "vmfuncs", "cost", "samples"} <= set(record[name])
+        assert len(record[name]["samples"]) == CALLS
+    json.dumps(record)
+    counted()
+    values = list(crossing.ways["vmfunc"].samples.values)
+    assert values.count(min(values)) > CALLS * 0.9
+
+
+def test_instructions_of_a_crossing(crossing: Crossing) -> None:
+    counted()
+    costs = {name: way.samples.cost for name, way in crossing.ways.items()}
+    assert costs["vmfunc"] <= MOST_FOR_A_CROSSING
+    for name, expected in EXPECTED["crossing"].items():
+        assert costs[name] == expected, name
+    # Leaving the guest costs more than an order of magnitude more; leaving the kernel yet more.
+    assert costs["vmcall_user"] > costs["vmcall_kernel"] > 10 * costs["vmfunc"]
+
+
+def test_only_the_ways_asked_for(kvm: Kvm) -> None:
+    assert set(measure_crossing(kvm, 3, 1.0, [Way.DIRECT]).ways) == {"direct"}
+
+
+@pytest.mark.parametrize("stored", EXPECTED["switch"], ids=lambda stored: str(stored["path"]))
+def test_instructions_of_a_packet(kvm: Kvm, stored: dict[str, Any]) -> None:
+    """On the sender's side, its call included, for a burst that goes through at once."""
+    (point,) = measure_bursts(
+        kvm,
+        SwitchPath[stored["path"].upper()],
+        stored["guests"],
+        1.0,
+        sizes=(stored["size"],),
+        bursts=(stored["burst"],),
+        repeats=16,
+    )
+    assert point.exits.own == 0
+    assert point.frames == 16 * stored["burst"]
+    counted()
+    measured = point.as_dict()
+    assert {name: measured[name] for name in stored} == stored
+    assert measured["cost_per_packet"] <= MOST_FOR_A_PACKET
