@@ -10,7 +10,7 @@ from pykvm.boot.programs import BurstProgram, Phase, SendSample, SwitchPath, sen
 from pykvm.errors import PykvmError
 from pykvm.host.fingerprint import is_emulated
 from pykvm.kvm import Kvm
-from pykvm.measure.connect import connect
+from pykvm.measure.connect import SWITCH_SEED, connect
 from pykvm.measure.exits import ExitCounter, Exits
 from pykvm.measure.records import Samples
 from pykvm.switch.geometry import SwitchConfig
@@ -85,7 +85,7 @@ def measure_bursts(
     total = sum(phase.frames for phase in phases)
     config = SwitchConfig(ports=guests, lane_slots=_LANE_SLOTS)
     with ExitStack() as stack:
-        hosted = stack.enter_context(HostedSwitch(config))
+        hosted = stack.enter_context(HostedSwitch(config, seed=SWITCH_SEED))
         running: list[BareGuest] = []
         counters: list[ExitCounter] = []
         for port in range(guests):

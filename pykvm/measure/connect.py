@@ -1,11 +1,16 @@
 """Connects a bare-metal guest to a port of the switch, by each of the three paths."""
 
+from typing import Final
+
 from pykvm.boot.bare import BareGuest
 from pykvm.boot.programs import SwitchPath
 from pykvm.elisa.toolchain import crossing_images
 from pykvm.switch.hosted import HostedSwitch
 
-__all__ = ["connect"]
+__all__ = ["SWITCH_SEED", "connect"]
+
+SWITCH_SEED: Final = 0x9E37_79B9_7F4A_7C15
+"""For measurements, so that counts repeat: a switch in use takes a random one."""
 
 
 def connect(guest: BareGuest, hosted: HostedSwitch, port: int, path: SwitchPath) -> None:

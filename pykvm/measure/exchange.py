@@ -19,7 +19,7 @@ from pykvm.boot.programs import (
 from pykvm.errors import PykvmError
 from pykvm.host.fingerprint import is_emulated
 from pykvm.kvm import Kvm
-from pykvm.measure.connect import connect
+from pykvm.measure.connect import SWITCH_SEED, connect
 from pykvm.measure.exits import ExitCounter, Exits
 from pykvm.measure.records import typical
 from pykvm.switch.counters import SwitchCounters
@@ -107,7 +107,7 @@ def exchange(
     """
     config = SwitchConfig(ports=2, lane_slots=_LANE_SLOTS)
     with ExitStack() as stack:
-        hosted = stack.enter_context(HostedSwitch(config))
+        hosted = stack.enter_context(HostedSwitch(config, seed=SWITCH_SEED))
         guests: list[BareGuest] = []
         counters: list[ExitCounter] = []
         for port, frames in enumerate(sides):

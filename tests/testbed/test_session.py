@@ -166,14 +166,19 @@ def test_without_kvm(testbed: Testbed) -> None:
 def test_nothing_runs_on_when_the_command_line_is_killed(
     testbed: Testbed, number: signal.Signals
 ) -> None:
-    command = [*_PYKVM, "--no-kvm", "--", "sh", "-c", "echo up; while :; do :; done"]
+    # A runner in the background of a shell ignores SIGINT, and so would what it starts.
+    command = ["env", "--default-signal=INT", *_PYKVM, "--no-kvm"]
+    command += ["--", "sh", "-c", "echo up; while :; do :; done"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=_CHECKOUT) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"up\n"
         inside = _descendants(process.pid)
         assert any("bochs" in name for name in inside.values())
         process.send_signal(number)
-        process.wait(20)
+        try:
+            process.wait(20)
+        finally:
+            process.kill()
     deadline = time.monotonic() + 10
     while (left := _alive(inside)) and time.monotonic() < deadline:
         time.sleep(0.05)
