@@ -15,12 +15,12 @@ class HostedSwitch:
     """A switch that guests reach with VMFUNC, with VMCALL, or in their own memory.
 
     instance: the shared object; guest number and port number are the same. switch: its host's
-    side, with counters that can be read while guests send. seed: see `Switch`.
+    side, with counters that can be read while guests send. hash_seed: see `Switch`.
 
     Raises what `SharedObject.open` and `Switch` raise.
     """
 
-    def __init__(self, config: SwitchConfig, *, seed: int | None = None) -> None:
+    def __init__(self, config: SwitchConfig, *, hash_seed: int | None = None) -> None:
         self.config = config
         declaration = SharedObject(
             "switch",
@@ -32,7 +32,7 @@ class HostedSwitch:
         self.instance: ObjectInstance = declaration.open()
         try:
             self.switch = Switch(
-                config, self.instance.memory.view(), declaration.windows_offset, seed=seed
+                config, self.instance.memory.view(), declaration.windows_offset, hash_seed=hash_seed
             )
         except BaseException:
             self.instance.close()
