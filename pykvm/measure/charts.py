@@ -54,7 +54,8 @@ def _save(figure: Any, stem: Path) -> list[Path]:
     written = []
     for suffix, metadata in ((".svg", {"Date": None}), (".png", {})):
         path = stem.with_suffix(suffix)
-        figure.savefig(path, dpi=150, metadata=metadata)
+        # Tight: the line about the source stands below the axes.
+        figure.savefig(path, dpi=150, metadata=metadata, bbox_inches="tight")
         written.append(path)
     _pyplot().close(figure)
     return written
