@@ -85,7 +85,7 @@ def measure_bursts(
     total = sum(phase.frames for phase in phases)
     config = SwitchConfig(ports=guests, lane_slots=_LANE_SLOTS)
     with ExitStack() as stack:
-        hosted = stack.enter_context(HostedSwitch(config, hash_seed=SWITCH_SEED))
+        hosted = stack.enter_context(HostedSwitch(config, hash_seed=SWITCH_SEED, epoch=None))
         running: list[BareGuest] = []
         counters: list[ExitCounter] = []
         for port in range(guests):

@@ -107,7 +107,7 @@ def exchange(
     """
     config = SwitchConfig(ports=2, lane_slots=_LANE_SLOTS)
     with ExitStack() as stack:
-        hosted = stack.enter_context(HostedSwitch(config, hash_seed=SWITCH_SEED))
+        hosted = stack.enter_context(HostedSwitch(config, hash_seed=SWITCH_SEED, epoch=None))
         guests: list[BareGuest] = []
         counters: list[ExitCounter] = []
         for port, frames in enumerate(sides):
