@@ -53,9 +53,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure here or on the emulated host, then show the table and draw the chart."""
-    for name in ("calls", "rounds"):
-        if getattr(options, name) < 1:
-            raise PykvmError(f"--{name} {getattr(options, name)}: use 1 or more")
+    for name, most in (("calls", 100_000), ("rounds", 1000)):
+        if not 1 <= getattr(options, name) <= most:
+            raise PykvmError(f"--{name} {getattr(options, name)}: use 1 to {most}")
     frames = read_capture(options.capture)  # a bad file is refused before anything is started
     print(f"capture: {len(frames)} frames, {sum(len(f.data) for f in frames)} bytes", flush=True)
 

@@ -85,7 +85,7 @@ def _measure_inside(arguments: list[str], files: Mapping[str, Path], out: Path) 
         if outcome.status or not result.exists():
             raise InsideFailedError(
                 f"the command failed on the emulated host (exit status {outcome.status}); "
-                f"to look closer: pykvm testbed -- {' '.join(command)}"
+                f"to look closer: pykvm testbed -- pykvm {' '.join(arguments)}"
             )
         record = read_record(result)
     finally:

@@ -26,7 +26,7 @@ from pykvm.switch.counters import SwitchCounters
 from pykvm.switch.geometry import SwitchConfig
 from pykvm.switch.hosted import HostedSwitch
 
-__all__ = ["Exchange", "ExchangeStuckError", "exchange"]
+__all__ = ["Exchange", "ExchangeStuckError", "ExchangeTooLargeError", "exchange"]
 
 BURST: Final = 32
 TIMEOUT: Final = 300.0
@@ -35,6 +35,10 @@ TIMEOUT: Final = 300.0
 # Room for several rounds of what one side sends: the guests take turns on the emulated host's only
 # processor, and a sender that has to wait splits its bursts differently in every run.
 _LANE_SLOTS: Final = 4096
+
+
+class ExchangeTooLargeError(PykvmError, ValueError):
+    """More frames than a guest has room for."""
 
 
 class ExchangeStuckError(PykvmError):
@@ -103,7 +107,8 @@ def exchange(
 
     sides: the frames of either guest, in order.
 
-    Raises ExchangeStuckError, and what `BareGuest.run` and `ObjectInstance.attach` raise.
+    Raises ExchangeTooLargeError, ExchangeStuckError, and what `BareGuest.run` and
+    `ObjectInstance.attach` raise.
     """
     config = SwitchConfig(ports=2, lane_slots=_LANE_SLOTS)
     with ExitStack() as stack:
@@ -116,7 +121,7 @@ def exchange(
             )
             guest = stack.enter_context(BareGuest(kvm, program, name=f"guest {port}"))
             guest.set_input(frame_records(frames))
-            guest.info.log_size = len(frame_records(sides[1 - port])) * rounds
+            _limit_log(guest, len(frame_records(sides[1 - port])) * rounds)
             connect(guest, hosted, port, path)
             guests.append(guest)
             counters.append(ExitCounter(guest.vcpu))
@@ -148,6 +153,16 @@ def exchange(
             ],
             lengths=[len(frames) for frames in sides],
         )
+
+
+def _limit_log(guest: BareGuest, needed: int) -> None:
+    """Give the guest no more room for received frames than it needs: it touches all of it."""
+    if needed > guest.info.log_size:
+        raise ExchangeTooLargeError(
+            f"{needed >> 20} MiB of frames to receive, a guest has room for "
+            f"{guest.info.log_size >> 20} MiB: send fewer rounds or a shorter capture"
+        )
+    guest.info.log_size = needed
 
 
 def _drop_reasons(counters: SwitchCounters) -> dict[str, int]:
