@@ -16,12 +16,12 @@ import ctypes
 import struct
 import threading
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, Final, Protocol, Self
+from typing import Any, Final, Protocol
 
 from pykvm.boot import boot_info, elf
 from pykvm.boot.boot_info import BootInfo
 from pykvm.boot.elf import ElfFile
+from pykvm.closing import Closing
 from pykvm.errors import PykvmError
 from pykvm.kvm import Io, Kvm, Stopped, find_leaf
 from pykvm.memory import layout
@@ -127,7 +127,7 @@ class Program(Protocol):
     def params(self) -> list[int]: ...
 
 
-class BareGuest:
+class BareGuest(Closing):
     """One virtual machine with one vCPU that runs one program.
 
     memory: bytes of RAM from GPA 0, at least `layout.RAM_SIZE`. name: of its memory file.
@@ -337,17 +337,6 @@ class BareGuest:
         self.stop()
         self.vm.close()
         self.memory.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     # ---- steps of the construction ----------------------------------------------------------
 

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from types import TracebackType
 from typing import Final, Self
 
+from pykvm.closing import Closing
 from pykvm.elisa.attachment import Attachment
 from pykvm.elisa.contexts import READ, READ_EXECUTE, READ_WRITE, UserPages
 from pykvm.elisa.toolchain import SubImage, build_object, crossing_images
@@ -151,7 +151,7 @@ class _Image:
         return loaded
 
 
-class ObjectInstance:
+class ObjectInstance(Closing):
     """An open shared object: its memory, its code, the guests attached to it.
 
     memory: shared memory and windows, mapped in this process. `close()` detaches everything.
@@ -267,14 +267,3 @@ class ObjectInstance:
         self.memory.close()
         self._image.region.close()
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
+from pykvm.closing import Closing
 from pykvm.kvm._kvm import ffi, lib
 from pykvm.kvm.errors import CapabilityMissingError, HandleClosedError, IoctlError
 from pykvm.kvm.ioctls import IOCTLS, Ioctl, Scope
@@ -27,7 +27,7 @@ def capability_number(capability: str | int) -> int:
     return number
 
 
-class Handle:
+class Handle(Closing):
     """Owns one file descriptor; a context manager; closing twice is harmless."""
 
     scope: ClassVar[Scope]
@@ -50,17 +50,6 @@ class Handle:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         # A constructor that raised leaves no _fd behind.

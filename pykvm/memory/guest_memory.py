@@ -23,9 +23,9 @@ import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Final, Self
 
+from pykvm.closing import Closing
 from pykvm.errors import PykvmError
 
 __all__ = [
@@ -94,7 +94,7 @@ class MemorySlot:
     read_only: bool
 
 
-class MemoryFile:
+class MemoryFile(Closing):
     """Anonymous memory with a file descriptor, zeroed.
 
     name: shown in /proc/PID/maps, at most 249 bytes.
@@ -159,17 +159,6 @@ class MemoryFile:
         if fd >= 0:
             os.close(fd)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:
             self.close()
@@ -178,7 +167,7 @@ class MemoryFile:
         return f"<MemoryFile {self.name} {self.size:#x} bytes{' closed' * self.closed}>"
 
 
-class Region:
+class Region(Closing):
     """A part of a `MemoryFile`, mapped into this process and placed at a GPA.
 
     gpa, offset, size: bytes, multiples of the file's page size (of 4096 for a small-page file);
@@ -298,22 +287,11 @@ class Region:
             else:
                 raise
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def __repr__(self) -> str:
         return f"<Region {self.name} {self.gpa:#x}-{self.end:#x}{' closed' * self.closed}>"
 
 
-class GuestMemory:
+class GuestMemory(Closing):
     """The memory that one VM sees: regions that do not overlap, addressed by GPA."""
 
     def __init__(self) -> None:
@@ -438,17 +416,6 @@ class GuestMemory:
 
     def _describe(self) -> str:
         return ", ".join(f"{r.gpa:#x}-{r.end:#x}" for r in self._regions) or "none"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<GuestMemory {self._describe()}>"

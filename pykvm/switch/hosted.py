@@ -1,10 +1,10 @@
 """The switch as a shared object: its memory, its trusted code, and its ports' guests."""
 
 import threading
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from pykvm.boot.compiler import GUEST_SOURCES
+from pykvm.closing import Closing
 from pykvm.elisa.objects import ObjectInstance, SharedObject
 from pykvm.switch.geometry import SwitchConfig
 from pykvm.switch.switch import Switch
@@ -16,7 +16,7 @@ EPOCH: Final = 10.0
 the default of IEEE 802.1Q."""
 
 
-class HostedSwitch:
+class HostedSwitch(Closing):
     """A switch that guests reach with VMFUNC, with VMCALL, or in their own memory.
 
     instance: the shared object; guest number and port number are the same. switch: its host's
@@ -65,14 +65,3 @@ class HostedSwitch:
         if self._clock is not None:
             self._clock.join()  # it writes into the memory
         self.instance.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

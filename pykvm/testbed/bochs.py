@@ -16,9 +16,8 @@ import subprocess
 import termios
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
+from pykvm.closing import Closing
 from pykvm.errors import PykvmError
 
 __all__ = [
@@ -137,7 +136,7 @@ def require_tools() -> None:
         )
 
 
-class Emulator:
+class Emulator(Closing):
     """A running Bochs in `directory`, which holds all that its configuration names.
 
     Attributes:
@@ -257,17 +256,6 @@ class Emulator:
             self._process = None
         while self._descriptors:
             os.close(self._descriptors.pop())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _terminal(self, name: str) -> int:
         # The one kind of serial port that both sides can use and that crosses namespaces.
