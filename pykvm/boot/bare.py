@@ -13,6 +13,7 @@ Whatever the guest cannot go on from is an exception: `GuestAssertionError` with
 """
 
 import ctypes
+import os
 import struct
 import threading
 from collections.abc import Callable
@@ -148,6 +149,8 @@ class BareGuest(Closing):
         self._thread: threading.Thread | None = None
         self._outcome: int | BaseException | None = None
         try:
+            if kvm.elisa_version() and os.geteuid() == 0:
+                self.vm.enable_elisa_contexts()
             self.vm.set_identity_map_address(layout.IDENTITY_MAP_GPA)
             self.vm.set_tss_address(layout.KVM_TSS_GPA)
             for region in self.memory.regions:

@@ -70,7 +70,9 @@ def _create(vm: Vm, vcpu: Vcpu, plan: ContextPlan, sub: Context | None) -> Conte
             case EptpPage():
                 assert sub is not None
                 pages.append((0, lib.KVM_ELISA_PAGE_EPTP, sub.fileno()))
-    return vm.create_elisa_context(plan.ept.tobytes(), pages)
+    return vm.create_elisa_context(
+        plan.ept.tobytes(), pages, gva=plan.gva, size=plan.size, la57=plan.levels == 5
+    )
 
 
 class Attachment:

@@ -118,6 +118,15 @@ class ContextPlan:
         self._exclude = exclude
         self._tables_gpa = private_gpa + layout.PRIVATE_TABLES_OFFSET
         self.pages: list[Page] = []
+        self.levels = levels
+        mappings = list(mappings)
+        # The range of GVAs that the guest page table maps.
+        self.gva = crossing_gva + min(mapping.offset for mapping in mappings)
+        self.size = (
+            crossing_gva
+            + max(mapping.offset + mapping.page.count * PAGE_SIZE for mapping in mappings)
+            - self.gva
+        )
         self.ept: PageTables[EptEntry] = PageTables(EptEntry, TableNumbers())
         self.guest: PageTables[X86Entry] = PageTables(
             X86Entry,

@@ -58,15 +58,33 @@ class ElisaVmCalls(Handle):
         request.args[0] = lib.KVM_ELISA_USER_HYPERCALLS
         self.ioctl("KVM_ENABLE_CAP", request)
 
+    def enable_elisa_contexts(self, *, contexts: int = 0, pages: int = 0) -> None:
+        """Let this VM have contexts, before its first vCPU; it does without nested VMX, for one.
+
+        contexts, pages: most that it may hold, 0 for the kernel's defaults. Raises
+        CapabilityMissingError on stock KVM; IoctlError with EPERM, or EINVAL after the first vCPU.
+        """
+        self.require("KVM_CAP_ELISA", "enable_elisa_contexts()")
+        request = ffi.new("struct kvm_enable_cap *", {"cap": lib.KVM_CAP_ELISA})
+        request.args = (lib.KVM_ELISA_CONTEXTS, contexts, pages, 0)
+        self.ioctl("KVM_ENABLE_CAP", request)
+
     def create_elisa_context(
-        self, tables: bytes | bytearray | memoryview, pages: Iterable[tuple[int, int, int]]
+        self,
+        tables: bytes | bytearray | memoryview,
+        pages: Iterable[tuple[int, int, int]],
+        *,
+        gva: int = 0,
+        size: int = TABLE_SIZE,
+        la57: bool = False,
     ) -> Context:
         """Hand an EPT to the kernel, which copies it; return its context.
 
         tables: nr_tables * 4096 bytes, table 0 the root; the address field of an entry is the
         number of a table above level 1, of a page at level 1. pages: (addr, kind, ref), kind one
         of ``lib.KVM_ELISA_PAGE_*``: (host address, PAGE_USER, 0), (0, PAGE_LIST, vCPU id), or
-        (0, PAGE_EPTP, descriptor of a `Context`).
+        (0, PAGE_EPTP, descriptor of a `Context`). gva, size: the range of guest virtual addresses
+        that the context's guest page table maps. la57: for guests with five-level paging.
 
         Raises CapabilityMissingError; IoctlError with EPERM (no CAP_SYS_ADMIN), EINVAL (a bad
         entry), E2BIG, ELOOP, ENOENT, EBADF, EFAULT, ENOMEM (RLIMIT_MEMLOCK); ValueError for a
@@ -87,6 +105,9 @@ class ElisaVmCalls(Handle):
         request.nr_pages = len(entries)
         request.tables = int(ffi.cast("uintptr_t", source))
         request.pages = int(ffi.cast("uintptr_t", array))
+        request.gva = gva
+        request.size = size
+        request.flags = lib.KVM_ELISA_LA57 if la57 else 0
         context = Context(self._as_vm(), self.ioctl("KVM_ELISA_CREATE_CONTEXT", request))
         return self._as_vm().adopt(context)
 
@@ -114,6 +135,7 @@ _CAUSES = {
     lib.KVM_ELISA_EXIT_MISCONFIG: "ept misconfiguration",
     lib.KVM_ELISA_EXIT_VMFUNC: "failed vmfunc",
     lib.KVM_ELISA_EXIT_REFUSED: "refused exit",
+    lib.KVM_ELISA_EXIT_REVOKED: "revoked context",
 }
 _PLACES = {
     lib.KVM_ELISA_AT_DEFAULT: "default context",

@@ -180,6 +180,12 @@ _TABLE = (
         "KVM_CAP_ELISA",
         "use slots 2 to 511 and a context of the same vm",
     ),
+    Ioctl(
+        "KVM_ELISA_REVOKE",
+        (_V,),
+        "KVM_CAP_ELISA",
+        "name a vcpu of this vm and a slot that holds a context, as root (CAP_SYS_ADMIN)",
+    ),
 )
 
 IOCTLS: dict[str, Ioctl] = {entry.name: entry for entry in _TABLE}

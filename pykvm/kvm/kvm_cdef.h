@@ -374,11 +374,16 @@ struct kvm_elisa_create {
 	__u32 nr_tables, nr_pages;
 	__u64 tables, pages;
 	__u32 flags;
+	__u64 gva, size;
 	...;
 };
 struct kvm_elisa_slot {
 	__u32 slot;
 	__s32 fd;
+	...;
+};
+struct kvm_elisa_revoke {
+	__u32 vcpu, slot;
 	...;
 };
 struct kvm_elisa_exit {

@@ -15,10 +15,20 @@
 
 /* KVM_CHECK_EXTENSION: 0 without the patch or without EPTP switching, else a version. */
 #define KVM_CAP_ELISA			0x45c1
-#define KVM_ELISA_VERSION		1
+#define KVM_ELISA_VERSION		2
 
-/* KVM_ENABLE_CAP(KVM_CAP_ELISA) on a VM: args[0], which hypercalls leave to user space. */
+/*
+ * KVM_ENABLE_CAP(KVM_CAP_ELISA) on a VM. args[0]: what to turn on, for good.
+ *
+ * USER_HYPERCALLS: KVM_HC_ELISA_USER and those behind it leave to user space.
+ * CONTEXTS: before the first vCPU; the VM may have contexts from then on, and does without what
+ * nobody has checked together with them. args[1]: most contexts, args[2]: most pages (table pages
+ * and pinned pages) that it may hold at a time; 0 for the defaults.
+ */
 #define KVM_ELISA_USER_HYPERCALLS	(1 << 0)
+#define KVM_ELISA_CONTEXTS		(1 << 1)
+#define KVM_ELISA_DEFAULT_CONTEXTS	1024
+#define KVM_ELISA_DEFAULT_PAGES		262144
 
 /* Hypercalls of the baseline; the numbers stay clear of linux/kvm_para.h. */
 #define KVM_HC_ELISA_NULL		0x4500	/* answered in the kernel with 0 */
@@ -44,9 +54,14 @@ struct kvm_elisa_page {
 	__s32 ref;
 };
 
+/* flags of a context */
+#define KVM_ELISA_LA57			(1 << 0)	/* for guests with five-level paging */
+
 /*
  * tables: nr_tables arrays of 512 EPT entries; table 0 is the root. The address field (bits
  * 12 to 51) of an entry is an index: of another table above level 1, of a page at level 1.
+ * gva, size: the range of guest virtual addresses that the context's guest page table maps; no
+ * descriptor table of the guest may touch it while VMFUNC works.
  */
 struct kvm_elisa_create {
 	__u32 nr_tables;
@@ -55,6 +70,8 @@ struct kvm_elisa_create {
 	__u64 pages;
 	__u32 flags;
 	__u32 pad;
+	__u64 gva;
+	__u64 size;
 	__u64 reserved[2];
 };
 
@@ -63,8 +80,14 @@ struct kvm_elisa_slot {
 	__s32 fd;			/* a context of the same VM, or -1 to empty the slot */
 };
 
+struct kvm_elisa_revoke {
+	__u32 vcpu;			/* id of a vCPU, running or not */
+	__u32 slot;			/* to empty; 0 for all */
+};
+
 #define KVM_ELISA_CREATE_CONTEXT	_IOW(0xAE, 0xf0, struct kvm_elisa_create)
 #define KVM_ELISA_SET_SLOT		_IOW(0xAE, 0xf1, struct kvm_elisa_slot)
+#define KVM_ELISA_REVOKE		_IOW(0xAE, 0xf2, struct kvm_elisa_revoke)
 
 /* kvm_run.exit_reason, and what it carries (in the union, at the place of kvm_run.hw). */
 #define KVM_EXIT_ELISA			0x45
@@ -73,6 +96,7 @@ struct kvm_elisa_slot {
 #define KVM_ELISA_EXIT_MISCONFIG	2	/* EPT misconfiguration there */
 #define KVM_ELISA_EXIT_VMFUNC		3	/* VMFUNC that failed, anywhere */
 #define KVM_ELISA_EXIT_REFUSED		4	/* any other exit in a context */
+#define KVM_ELISA_EXIT_REVOKED		5	/* the context was revoked under the vCPU */
 
 #define KVM_ELISA_AT_DEFAULT		0
 #define KVM_ELISA_AT_GATE		1

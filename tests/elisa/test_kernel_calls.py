@@ -1,6 +1,7 @@
 """The patch's two calls on the real kernel: every refusal leaves nothing behind, and whatever is
 closed in whatever order, everything is given back when nobody can use it any more."""
 
+import contextlib
 import ctypes
 import errno
 import gc
@@ -40,8 +41,9 @@ USER, LIST, EPTP = lib.KVM_ELISA_PAGE_USER, lib.KVM_ELISA_PAGE_LIST, lib.KVM_ELI
 R, W, X = 1, 2, 4  # SDM vol. 3C, table 29-1 and 29-6: bits 0 to 2 of every EPT entry
 WB = 6 << 3  # memory type of a leaf
 LARGE = 1 << 7
-# struct kvm_elisa_create: nr_tables, nr_pages, tables, pages, flags, pad, reserved[2]
-CREATE = struct.Struct("<IIQQIIQQ")
+# struct kvm_elisa_create: nr_tables, nr_pages, tables, pages, flags, pad, gva, size,
+# reserved[2]
+CREATE = struct.Struct("<IIQQIIQQQQ")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,6 +70,7 @@ class Machine:
 @pytest.fixture
 def machine(kvm: Kvm) -> Iterator[Machine]:
     with Memory(3) as address, kvm.create_vm() as vm:
+        vm.enable_elisa_contexts()
         yield Machine(vm, vm.create_vcpu(0), address)
 
 
@@ -131,7 +134,7 @@ class Request:
             "nr_pages": len(self.pages),
             "tables": int(ffi.cast("uintptr_t", tables)),
             "pages": int(ffi.cast("uintptr_t", pages)),
-            **{"flags": 0, "pad": 0, "reserved0": 0, "reserved1": 0},
+            **{"flags": 0, "pad": 0, "gva": 1 << 40, "size": PAGE, "reserved0": 0, "reserved1": 0},
             **self.fields,
         }
         request = ffi.from_buffer(CREATE.pack(*values.values()))
@@ -252,7 +255,11 @@ def test_bad_requests(machine: Machine) -> None:
     vm, plain = machine.vm, good(machine)
     user = plain.pages[0]
     cases: list[tuple[Request, int]] = [
-        (replace(plain, fields={"flags": 1}), errno.EINVAL),
+        (replace(plain, fields={"flags": 2}), errno.EINVAL),
+        (replace(plain, fields={"gva": 1}), errno.EINVAL),
+        (replace(plain, fields={"size": 0}), errno.EINVAL),
+        (replace(plain, fields={"size": PAGE + 8}), errno.EINVAL),
+        (replace(plain, fields={"gva": 2**64 - PAGE, "size": 2 * PAGE}), errno.EINVAL),
         (replace(plain, fields={"pad": 1}), errno.EINVAL),
         (replace(plain, fields={"reserved0": 1}), errno.EINVAL),
         (replace(plain, fields={"reserved1": 1}), errno.EINVAL),
@@ -323,6 +330,7 @@ def test_contexts_that_name_contexts(kvm: Kvm, machine: Machine) -> None:
         assert gate > 0
         no_new_pins(machine.vm, gate, leaf(0, R), errno.ELOOP)
         with kvm.create_vm() as other:
+            other.enable_elisa_contexts()
             no_new_pins(other, target, leaf(0, R), errno.EINVAL)
             assert set_slot(other.create_vcpu(0), 2, target) == -errno.EINVAL
         pinned = pinned_pages()
@@ -392,6 +400,8 @@ def _drop(capability: int) -> None:
 
 def _own_machine(body: Callable[[Machine], int]) -> int:
     with Kvm() as kvm, Memory(3) as address, kvm.create_vm() as vm:
+        with contextlib.suppress(IoctlError):  # one without CAP_SYS_ADMIN may not
+            vm.enable_elisa_contexts()
         return body(Machine(vm, vm.create_vcpu(0), address))
 
 
@@ -426,6 +436,7 @@ def test_lock_limit_of_an_object() -> None:
     def body() -> int:
         counter = SharedObject("counter", GUEST_SOURCES / "objects" / "counter.c")
         with counter.open() as instance, Kvm() as kvm, kvm.create_vm() as vm:
+            vm.enable_elisa_contexts()
             with pytest.raises(LockLimitError, match="ulimit -l"):
                 instance.attach(vm, vm.create_vcpu(0), 0)
             return locked_kib()
@@ -451,6 +462,7 @@ def test_any_order_of_closing(kvm: Kvm, order: tuple[str, ...]) -> None:
     """A context in a slot, and each of the three files, keep the VM; the last one gives it back."""
     with Memory(3) as address, nothing_stays() as before:
         vm = kvm.create_vm()
+        vm.enable_elisa_contexts()
         vcpu = vm.create_vcpu(0)
         context = Context(vm, good(Machine(vm, vcpu, address)).send(vm))
         vcpu.set_elisa_slot(2, context)
@@ -482,6 +494,7 @@ def test_a_child_closes_last(kvm: Kvm) -> None:
     """What is charged to this process is given back to it, whoever drops the last reference."""
     with nothing_stays() as before, Memory(3) as address:
         with kvm.create_vm() as vm:
+            vm.enable_elisa_contexts()
             fd = good(Machine(vm, vm.create_vcpu(0), address)).send(vm)
             reader, writer = os.pipe()
             child = os.fork()

@@ -196,6 +196,7 @@ def test_bad_slots(guest: RealModeGuest) -> None:
 @pytest.mark.elisa
 def test_a_context_closes_with_its_vm(kvm: Kvm) -> None:
     with kvm.create_vm() as vm:
+        vm.enable_elisa_contexts()
         guest = RealModeGuest(vm)
         # One page, at GPA 0: entry 0 of every table leads to the next table, the last to page 0.
         tables = bytearray(4 * 4096)
