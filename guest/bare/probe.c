@@ -1,13 +1,42 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Does what its input says, step by step: calls, VMFUNCs, accesses, a CR3 of its own.
+ * Does what its input says, step by step: calls, VMFUNCs, accesses, privileged instructions.
  *
- * input     struct step, in order; the guest stores `result`, then 1 in `done`
+ * param[0]  1: take interrupts and record them in the samples (events.h), 0: there is no local APIC
+ * input     struct step, in order; the guest stores `result`, then 1 in `done`. A step whose `what`
+ *           has bit ATTEMPT set may take an exception: `done` is then ATTEMPT_FAULT and its vector
  * result[0] steps done
+ * result[1] events taken
  */
+#include "attempt.h"
+#include "events.h"
 #include "runtime.h"
 
-enum { CALL, VMFUNC, MARK, READ, WRITE, CALL_WITH_CR3 };
+enum {
+	CALL,           /* object with a, b, c */
+	VMFUNC,         /* function a, index b */
+	MARK,           /* a */
+	READ,           /* 8 bytes at a */
+	WRITE,          /* b to a */
+	CALL_WITH_CR3,  /* as CALL */
+	READ_MSR,       /* number a */
+	WRITE_MSR,      /* b to number a */
+	READ_CONTROL,   /* CR a, for 0 and 4 */
+	WRITE_CONTROL,  /* b to CR a */
+	CPUID,          /* leaf a, subleaf b: register c, in the order eax, ebx, ecx, edx */
+	LOAD_TABLE,     /* register a (enum table): base or selector b, limit c */
+	STORE_TABLE,    /* register a: base or selector; its limit if b is 1 */
+	INTERRUPTS,     /* a: on (1) or off (0) */
+	ARM_TIMER,      /* a ticks from now, vector b; the result is the deadline */
+	WAIT,           /* until a events were taken, at most b turns */
+	HALT,           /* until a events were taken */
+	TIME,           /* of the time stamp counter */
+	ATTEMPT = 0x100,
+};
+
+#define EVENTS 1024 /* that are recorded */
+
+enum table { GDT, IDT, LDT, TASK };
 
 struct step {
 	uint32_t what;
@@ -35,23 +64,165 @@ static uint64_t vmfunc(uint64_t function, uint64_t index)
 	return 0;
 }
 
-static uint64_t do_step(const struct step *step)
+static uint64_t read_control(uint64_t number)
 {
-	switch (step->what) {
+	uint64_t value;
+
+	ASSERT(number == 0 || number == 4);
+	if (number == 0)
+		__asm__ volatile("mov %%cr0, %0" : "=r"(value));
+	else
+		__asm__ volatile("mov %%cr4, %0" : "=r"(value));
+	return value;
+}
+
+static uint64_t write_control(uint64_t number, uint64_t value)
+{
+	ASSERT(number == 0 || number == 4);
+	if (number == 0)
+		__asm__ volatile("mov %0, %%cr0" : : "r"(value) : "memory");
+	else
+		__asm__ volatile("mov %0, %%cr4" : : "r"(value) : "memory");
+	return 0;
+}
+
+static uint64_t cpuid(uint64_t leaf, uint64_t subleaf, uint64_t which)
+{
+	uint32_t registers[4];
+
+	__asm__ volatile("cpuid"
+			 : "=a"(registers[0]), "=b"(registers[1]), "=c"(registers[2]),
+			   "=d"(registers[3])
+			 : "a"((uint32_t)leaf), "c"((uint32_t)subleaf));
+	return registers[which % 4];
+}
+
+struct table_pointer {
+	uint16_t limit;
+	uint64_t base;
+} __attribute__((packed));
+
+static uint64_t load_table(enum table which, uint64_t value, uint64_t limit)
+{
+	struct table_pointer pointer = {(uint16_t)limit, value};
+	uint16_t selector = (uint16_t)value;
+
+	switch (which) {
+	case GDT:
+		__asm__ volatile("lgdt %0" : : "m"(pointer));
+		break;
+	case IDT:
+		__asm__ volatile("lidt %0" : : "m"(pointer));
+		break;
+	case LDT:
+		__asm__ volatile("lldt %0" : : "r"(selector));
+		break;
+	case TASK:
+		__asm__ volatile("ltr %0" : : "r"(selector));
+		break;
+	}
+	return 0;
+}
+
+static uint64_t store_table(enum table which, uint64_t want_limit)
+{
+	struct table_pointer pointer = {0, 0};
+	uint16_t selector = 0;
+
+	switch (which) {
+	case GDT:
+		__asm__ volatile("sgdt %0" : "=m"(pointer));
+		break;
+	case IDT:
+		__asm__ volatile("sidt %0" : "=m"(pointer));
+		break;
+	case LDT:
+		__asm__ volatile("sldt %0" : "=r"(selector));
+		return selector;
+	case TASK:
+		__asm__ volatile("str %0" : "=r"(selector));
+		return selector;
+	}
+	return want_limit ? pointer.limit : pointer.base;
+}
+
+static uint64_t arm_timer(uint64_t ticks, uint64_t vector)
+{
+	uint64_t deadline = time_stamp() + ticks;
+
+	events_arm_timer(deadline, (uint8_t)vector);
+	return deadline;
+}
+
+/* Returns the turns that were left. */
+static uint64_t wait_for_events(uint64_t count, uint64_t turns)
+{
+	while (turns && events_taken() < count)
+		turns--;
+	return turns;
+}
+
+static uint64_t halt(uint64_t count)
+{
+	while (events_taken() < count) {
+		__asm__ volatile("cli" : : : "memory");
+		if (events_taken() < count)
+			__asm__ volatile("sti\n\thlt" : : : "memory");
+		else
+			__asm__ volatile("sti" : : : "memory");
+	}
+	return 0;
+}
+
+static uint64_t do_step(const void *argument)
+{
+	const struct step *step = argument;
+	uint64_t a = step->a, b = step->b, c = step->c;
+
+	switch (step->what % ATTEMPT) {
 	case CALL:
-		return object_call(step->a, step->b, step->c, step->slot);
+		return object_call(a, b, c, step->slot);
 	case VMFUNC:
-		return vmfunc(step->a, step->b);
+		return vmfunc(a, b);
 	case MARK:
-		mark((uint32_t)step->a);
+		mark((uint32_t)a);
 		return 0;
 	case READ:
-		return *(volatile uint64_t *)step->a;
+		return *(volatile uint64_t *)a;
 	case WRITE:
-		*(volatile uint64_t *)step->a = step->b;
+		*(volatile uint64_t *)a = b;
 		return 0;
 	case CALL_WITH_CR3:
 		return call_with_cr3(step);
+	case READ_MSR:
+		return read_msr((uint32_t)a);
+	case WRITE_MSR:
+		write_msr((uint32_t)a, b);
+		return 0;
+	case READ_CONTROL:
+		return read_control(a);
+	case WRITE_CONTROL:
+		return write_control(a, b);
+	case CPUID:
+		return cpuid(a, b, c);
+	case LOAD_TABLE:
+		return load_table((enum table)a, b, c);
+	case STORE_TABLE:
+		return store_table((enum table)a, b);
+	case INTERRUPTS:
+		if (a)
+			__asm__ volatile("sti" : : : "memory");
+		else
+			__asm__ volatile("cli" : : : "memory");
+		return 0;
+	case ARM_TIMER:
+		return arm_timer(a, b);
+	case WAIT:
+		return wait_for_events(a, b);
+	case HALT:
+		return halt(a);
+	case TIME:
+		return time_stamp();
 	default:
 		fail(__FILE__, __LINE__, "a known step", step->what, 0);
 	}
@@ -62,11 +233,20 @@ uint32_t guest_main(void)
 	struct step *step = (struct step *)boot_info->input;
 	uint64_t steps = boot_info->input_size / sizeof(*step);
 
+	ASSERT(EVENTS * sizeof(struct event) <= boot_info->samples_size);
+	if (boot_info->param[0])
+		events_open((struct event *)boot_info->samples, EVENTS);
 	for (uint64_t n = 0; n < steps; n++) {
-		uint64_t result = do_step(&step[n]);
+		uint64_t result = 0, done = 1;
 
+		if (step[n].what & ATTEMPT) {
+			done = attempt(do_step, &step[n], &result);
+			done = done ? done : 1;
+		} else {
+			result = do_step(&step[n]);
+		}
 		step[n].result = result;
-		WRITE_ONCE(step[n].done, 1);
+		WRITE_ONCE(step[n].done, done);
 		boot_info->result[0] = n + 1;
 	}
 	return 0;

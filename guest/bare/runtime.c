@@ -97,9 +97,18 @@ _Noreturn void fail(const char *file, uint32_t line, const char *expression, uin
 
 extern const uint8_t exception_stubs[32][16];
 
-struct exception_frame {
-	uint64_t vector, error, rip, cs, rflags, rsp, ss;
-};
+/* On a page of its own: tests map it at further addresses. */
+struct interrupt_gate {
+	uint16_t offset_low, selector;
+	uint8_t stack, type;
+	uint16_t offset_middle;
+	uint32_t offset_high, reserved;
+} __attribute__((packed)) interrupt_table[256] __attribute__((aligned(4096)));
+
+__attribute__((weak)) void on_exception(const struct exception_frame *frame)
+{
+	(void)frame;
+}
 
 _Noreturn void runtime_exception(const struct exception_frame *frame)
 {
@@ -110,34 +119,36 @@ _Noreturn void runtime_exception(const struct exception_frame *frame)
 		.rip = frame->rip,
 	};
 
+	on_exception(frame);
 	__asm__ volatile("mov %%cr2, %0" : "=r"(failure.cr2));
 	report(&failure);
 }
 
-static void install_exception_handlers(void)
+void interrupt_handler(uint8_t vector, const void *handler)
 {
-	static struct {
-		uint16_t offset_low, selector;
-		uint8_t stack, type;
-		uint16_t offset_middle;
-		uint32_t offset_high, reserved;
-	} __attribute__((packed)) table[32];
-	struct {
-		uint16_t limit;
-		uint64_t base;
-	} __attribute__((packed)) pointer = {sizeof(table) - 1, (uint64_t)table};
+	uint64_t address = (uint64_t)handler;
 	uint16_t code_segment;
 
 	__asm__("mov %%cs, %0" : "=r"(code_segment));
-	for (uint32_t vector = 0; vector < 32; vector++) {
-		uint64_t address = (uint64_t)exception_stubs[vector];
+	interrupt_table[vector] = (struct interrupt_gate){
+		.offset_low = (uint16_t)address,
+		.offset_middle = (uint16_t)(address >> 16),
+		.offset_high = (uint32_t)(address >> 32),
+		.selector = code_segment,
+		.type = 0x8e, /* present, 64-bit interrupt gate */
+	};
+}
 
-		table[vector].offset_low = (uint16_t)address;
-		table[vector].offset_middle = (uint16_t)(address >> 16);
-		table[vector].offset_high = (uint32_t)(address >> 32);
-		table[vector].selector = code_segment;
-		table[vector].type = 0x8e; /* present, 64-bit interrupt gate */
-	}
+static void install_exception_handlers(void)
+{
+	struct {
+		uint16_t limit;
+		uint64_t base;
+	} __attribute__((packed)) pointer = {sizeof(interrupt_table) - 1,
+					     (uint64_t)interrupt_table};
+
+	for (uint32_t vector = 0; vector < 32; vector++)
+		interrupt_handler((uint8_t)vector, exception_stubs[vector]);
 	__asm__ volatile("lidt %0" : : "m"(pointer));
 }
 

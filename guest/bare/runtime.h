@@ -41,6 +41,17 @@ void touch_for_writing(uint64_t start, uint64_t bytes);
 _Noreturn void fail(const char *file, uint32_t line, const char *expression, uint64_t left,
 		    uint64_t right);
 
+/* As pushed by the processor and the stubs in start.S. */
+struct exception_frame {
+	uint64_t vector, error, rip, cs, rflags, rsp, ss;
+};
+
+/* A program may define this: it returns for exceptions that it has no use for. */
+void on_exception(const struct exception_frame *frame);
+
+/* Let an entry of the interrupt descriptor table lead to `handler`, with interrupts off. */
+void interrupt_handler(uint8_t vector, const void *handler);
+
 /* Report file, line and the condition to the VMM, and stop. */
 #define ASSERT(condition)                                                                          \
 	do {                                                                                       \

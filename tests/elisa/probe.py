@@ -20,6 +20,7 @@ from pykvm.memory import layout
 WILD = Path(__file__).with_name("objects") / "wild.c"
 
 _STEP = struct.Struct("<IIQQQQQQ")
+_EVENT = struct.Struct("<6Q")
 
 
 class What(IntEnum):
@@ -29,6 +30,27 @@ class What(IntEnum):
     READ = 3
     WRITE = 4
     CALL_WITH_CR3 = 5
+    READ_MSR = 6
+    WRITE_MSR = 7
+    READ_CONTROL = 8
+    WRITE_CONTROL = 9
+    CPUID = 10
+    LOAD_TABLE = 11
+    STORE_TABLE = 12
+    INTERRUPTS = 13
+    ARM_TIMER = 14
+    WAIT = 15
+    HALT = 16
+    TIME = 17
+
+
+class Table(IntEnum):
+    """First argument of LOAD_TABLE and STORE_TABLE."""
+
+    GDT = 0
+    IDT = 1
+    LDT = 2
+    TASK = 3
 
 
 class Wild(IntEnum):
@@ -43,30 +65,39 @@ class Wild(IntEnum):
     VMCALL = 6
 
 
+_ATTEMPT = 0x100
+"""Of a step's `what`, and of `done` after a fault."""
+
+
 @dataclass(frozen=True)
 class Step:
+    """One step of probe.c. attempt: it may take an exception, and the next step follows."""
+
     what: What
     a: int = 0
     b: int = 0
     c: int = 0
     slot: int = 0
     cr3: int = 0
+    attempt: bool = False
 
     def pack(self) -> bytes:
-        return _STEP.pack(self.what, self.slot, self.a, self.b, self.c, self.cr3, 0, 0)
+        what = self.what | (_ATTEMPT if self.attempt else 0)
+        return _STEP.pack(what, self.slot, self.a, self.b, self.c, self.cr3, 0, 0)
 
 
 @dataclass(frozen=True)
 class Probe:
-    """probe.c. The steps may be given later, with `give`."""
+    """probe.c. The steps may be given later, with `give`. events: take interrupts, record them."""
 
     steps: Sequence[Step] = field(default=())
+    events: bool = False
 
     def image(self) -> ElfFile:
-        return build_guest(["probe.c"])
+        return build_guest(["probe.c", "attempt.c", "events.c"])
 
     def params(self) -> list[int]:
-        return []
+        return [int(self.events)]
 
     def input(self) -> bytes:
         return b"".join(step.pack() for step in self.steps)
@@ -100,8 +131,39 @@ def calls(slot: int, *arguments: int) -> Step:
 
 def results(guest: BareGuest) -> list[int | None]:
     """The result of each step, None if it has not come back."""
+    return [result if done == 1 else None for result, done in _ends(guest)]
+
+
+def faults(guest: BareGuest) -> list[int | None]:
+    """The vector of the exception that each step took, None if it took none."""
+    return [done - _ATTEMPT if done >= _ATTEMPT else None for _, done in _ends(guest)]
+
+
+def _ends(guest: BareGuest) -> list[tuple[int, int]]:
     data = guest.memory.read(guest.info.input, guest.info.input_size)
-    return [result if done else None for *_, result, done in _STEP.iter_unpack(data)]
+    return [(result, done) for *_, result, done in _STEP.iter_unpack(data)]
+
+
+@dataclass(frozen=True)
+class Event:
+    """struct event of events.h: an interrupt or NMI, and where the handler found that it came."""
+
+    vector: int
+    time: int
+    rip: int
+    rflags: int
+    rsp: int
+
+
+def events_taken(guest: BareGuest) -> int:
+    """How many events the guest has taken; also while it runs."""
+    return int(guest.info.result[1])
+
+
+def events(guest: BareGuest) -> list[Event]:
+    """All events in the order in which they were taken."""
+    data = guest.samples(events_taken(guest) * _EVENT.size)
+    return [Event(*words[:5]) for words in _EVENT.iter_unpack(data)]
 
 
 def run(guest: BareGuest, on_mark: Callable[[int], object] | None = None) -> list[Exit]:
