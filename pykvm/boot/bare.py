@@ -13,18 +13,16 @@ Whatever the guest cannot go on from is an exception: `GuestAssertionError` with
 """
 
 import ctypes
-import os
-import struct
 import threading
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
-from pykvm.boot import boot_info, elf
+from pykvm.boot import boot_info, elf, long_mode
 from pykvm.boot.boot_info import BootInfo
 from pykvm.boot.elf import ElfFile
 from pykvm.closing import Closing
 from pykvm.errors import PykvmError
-from pykvm.kvm import Io, Kvm, Stopped, find_leaf
+from pykvm.kvm import Io, Kvm, MpState, Stopped, Vcpu
 from pykvm.memory import layout
 from pykvm.memory.guest_memory import GuestMemory, MemorySlot, Region
 from pykvm.paging.entries import PAGE_SIZE, SIZE_2M, Access, X86Entry
@@ -46,27 +44,6 @@ _READ_EXECUTE: Final = Access.READ | Access.EXECUTE
 
 _SAMPLES_SIZE: Final = 4 * layout.MIB
 """Bytes for measurements, behind the frames' log."""
-
-# Control registers (SDM vol. 3A 2.5) and EFER (vol. 4, MSR 0xC0000080).
-_CR0_PE: Final = 1 << 0
-_CR0_ET: Final = 1 << 4
-_CR0_NE: Final = 1 << 5
-_CR0_WP: Final = 1 << 16
-_CR0_PG: Final = 1 << 31
-_CR4_PAE: Final = 1 << 5
-_CR4_SMEP: Final = 1 << 20
-_CR4_SMAP: Final = 1 << 21
-_EFER_LME: Final = 1 << 8
-_EFER_LMA: Final = 1 << 10
-_EFER_NXE: Final = 1 << 11
-
-# Descriptors (SDM vol. 3A 3.4.5): flat 64-bit code and data for ring 0, an available TSS.
-_CODE: Final = 0x00AF_9B00_0000_FFFF
-_DATA: Final = 0x00CF_9300_0000_FFFF
-_CODE_SELECTOR: Final = 0x08
-_DATA_SELECTOR: Final = 0x10
-_TSS_SELECTOR: Final = 0x18
-_TSS_LIMIT: Final = 0x67
 
 _VECTORS: Final = {
     0: "division error",
@@ -132,13 +109,22 @@ class BareGuest(Closing):
     """One virtual machine with one vCPU that runs one program.
 
     memory: bytes of RAM from GPA 0, at least `layout.RAM_SIZE`. name: of its memory file.
+    contexts: objects may be attached, where this KVM can (that takes CAP_SYS_ADMIN). irqchip:
+    interrupt controllers and a local APIC in the kernel, in which a halted vCPU waits.
 
     `info` is the page that guest and VMM share, live. `memory` is what the guest sees, `vm` and
     `vcpu` are the handles. Attach objects and add regions before the first `run`.
     """
 
     def __init__(
-        self, kvm: Kvm, program: Program, *, memory: int = layout.RAM_SIZE, name: str = "guest"
+        self,
+        kvm: Kvm,
+        program: Program,
+        *,
+        memory: int = layout.RAM_SIZE,
+        name: str = "guest",
+        contexts: bool = True,
+        irqchip: bool = False,
     ) -> None:
         image = program.image()
         # Memory, then the machine around it.
@@ -148,9 +134,13 @@ class BareGuest(Closing):
         self._slots = 0
         self._thread: threading.Thread | None = None
         self._outcome: int | BaseException | None = None
+        self._irqchip = irqchip
+        self._contexts = contexts and kvm.elisa_version() > 0
         try:
-            if kvm.elisa_version() and os.geteuid() == 0:
+            if self._contexts:
                 self.vm.enable_elisa_contexts()
+            if irqchip:
+                self.vm.create_irqchip()
             self.vm.set_identity_map_address(layout.IDENTITY_MAP_GPA)
             self.vm.set_tss_address(layout.KVM_TSS_GPA)
             for region in self.memory.regions:
@@ -162,29 +152,30 @@ class BareGuest(Closing):
                 X86Entry, TableAddresses(layout.PAGE_TABLES_GPA, layout.PAGE_TABLES_SIZE)
             )
             self._map_ram(image)
-            self._write_descriptors()
+            self.memory.write(layout.GDT_GPA, long_mode.descriptors())
             self._write_info(program)
 
             # The processor, in 64-bit mode at the image's first instruction.
             self.vcpu = self.vm.create_vcpu(0)
-            cpuid = kvm.supported_cpuid()
-            self.vcpu.set_cpuid(cpuid)
-            features = find_leaf(cpuid, 7)
-            self._set_mode(features.ebx if features else 0)
-            self.vcpu.set_regs(
-                rip=image.entry,
-                rsp=layout.STACK_TOP_GPA,
-                rdi=layout.BOOT_INFO_GPA,
-                # Interrupts on: nothing injects any, and Bochs keeps the host's own from a guest
-                # that has them off.
-                rflags=0x202,
-            )
+            self.start_vcpu(self.vcpu, image.entry, layout.STACK_TOP_GPA, layout.BOOT_INFO_GPA)
             self.vcpu.console(boot_info.CONSOLE_PORT)
         except BaseException:
             self.close()
             raise
 
     # ---- before it runs ---------------------------------------------------------------------
+
+    def start_vcpu(self, vcpu: Vcpu, entry: int, stack: int, argument: int) -> None:
+        """Let a vCPU begin at `entry` in 64-bit mode, with RSP and RDI; its own is set already."""
+        cpuid = long_mode.supported_features(
+            self.vm.kvm, contexts=self._contexts, irqchip=self._irqchip
+        )
+        vcpu.set_cpuid(cpuid)
+        long_mode.enter(vcpu, self._tables.root, cpuid)
+        # Interrupts on: Bochs keeps the host's own from a guest that has them off.
+        vcpu.set_regs(rip=entry, rsp=stack, rdi=argument, rflags=0x202)
+        if self._irqchip:  # all but the first would wait for the first to start them
+            vcpu.set_mp_state(MpState.RUNNABLE)
 
     def add_region(self, region: Region, access: Access = _READ_WRITE) -> None:
         """Give the guest more memory, at GVA = GPA; the guest closes the region."""
@@ -373,12 +364,6 @@ class BareGuest(Closing):
         self._tables.map(first, first, self.memory.size - first, _READ_WRITE, max_page=SIZE_2M)
         self._tables.store(self.memory.write)
 
-    def _write_descriptors(self) -> None:
-        base = layout.TSS_GPA
-        tss = _TSS_LIMIT | (base & 0xFFFFFF) << 16 | 0x89 << 40 | (base >> 24 & 0xFF) << 56
-        gdt = struct.pack("<5Q", 0, _CODE, _DATA, tss, base >> 32)
-        self.memory.write(layout.GDT_GPA, gdt)
-
     def _write_info(self, program: Program) -> None:
         # Live: fields of the structure are the guest's memory.
         view: Any = self.memory.view(layout.BOOT_INFO_GPA, ctypes.sizeof(BootInfo))
@@ -396,37 +381,6 @@ class BareGuest(Closing):
         data = getattr(program, "input", None)
         if data is not None:
             self.set_input(data())
-
-    def _set_mode(self, features: int) -> None:
-        """64-bit mode with paging (SDM vol. 3A 10.8.5), as if the guest had just arrived there.
-
-        features: EBX of CPUID leaf 7.
-        """
-        sregs = self.vcpu.get_sregs()
-        for name in ("cs", "ds", "es", "fs", "gs", "ss"):
-            segment = getattr(sregs, name)
-            code = name == "cs"
-            segment.base = 0
-            segment.limit = 0xFFFFFFFF
-            segment.selector = _CODE_SELECTOR if code else _DATA_SELECTOR
-            segment.type = 0xB if code else 0x3
-            segment.present = segment.s = segment.g = 1
-            segment.dpl = segment.avl = segment.unusable = 0
-            segment.l = int(code)
-            segment.db = int(not code)
-        task = sregs.tr
-        task.base, task.limit, task.selector = layout.TSS_GPA, _TSS_LIMIT, _TSS_SELECTOR
-        task.type, task.present, task.s, task.g, task.unusable = 0xB, 1, 0, 0, 0
-        sregs.gdt.base, sregs.gdt.limit = layout.GDT_GPA, 5 * 8 - 1
-        sregs.idt.base, sregs.idt.limit = layout.IDT_GPA, 0  # the guest's runtime sets its own
-        sregs.cr0 = _CR0_PE | _CR0_ET | _CR0_NE | _CR0_WP | _CR0_PG
-        sregs.cr3 = self._tables.root
-        # Supervisor attachments are for guests with SMEP and SMAP on.
-        sregs.cr4 = _CR4_PAE
-        sregs.cr4 |= _CR4_SMEP if features >> 7 & 1 else 0
-        sregs.cr4 |= _CR4_SMAP if features >> 20 & 1 else 0
-        sregs.efer = _EFER_LME | _EFER_LMA | _EFER_NXE
-        self.vcpu.set_sregs(sregs)
 
     # ---- reports ----------------------------------------------------------------------------
 

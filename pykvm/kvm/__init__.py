@@ -70,6 +70,7 @@ from pykvm.kvm.exits import (
     exit_name,
 )
 from pykvm.kvm.handle import Handle, Struct
+from pykvm.kvm.hidden_features import HIDDEN_FEATURES, HiddenFeature, without_hidden_features
 from pykvm.kvm.ioctls import IOCTLS
 from pykvm.kvm.irq import IrqchipRoute, MsiRoute
 from pykvm.kvm.msr import MsrRange
@@ -80,6 +81,7 @@ from pykvm.kvm.vcpu import NULL_HYPERCALL, CoalescedWrite, ExitCounts, PastExit,
 from pykvm.kvm.vm import MemorySlot, Vm
 
 __all__ = [
+    "HIDDEN_FEATURES",
     "IOCTLS",
     "NULL_HYPERCALL",
     "ApiVersionError",
@@ -99,6 +101,7 @@ __all__ = [
     "GuestException",
     "Handle",
     "HandleClosedError",
+    "HiddenFeature",
     "Hlt",
     "Hypercall",
     "HypercallNumberError",
@@ -150,4 +153,5 @@ __all__ = [
     "ffi",
     "find_leaf",
     "lib",
+    "without_hidden_features",
 ]

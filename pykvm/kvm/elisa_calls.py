@@ -69,6 +69,18 @@ class ElisaVmCalls(Handle):
         request.args = (lib.KVM_ELISA_CONTEXTS, contexts, pages, 0)
         self.ioctl("KVM_ENABLE_CAP", request)
 
+    def revoke_elisa_slot(self, vcpu_id: int, slot: int | None) -> None:
+        """Take a context away from a vCPU, which may be running; slot None: all of its contexts.
+
+        On return no instruction of the context runs on that vCPU any more. If it was inside, its
+        run() returns an `ElisaExit` with cause ``KVM_ELISA_EXIT_REVOKED``: it is in its default
+        context again, with the general registers but RSP cleared, at the place that the exit
+        names, and the caller decides where it goes on. Raises CapabilityMissingError; IoctlError
+        with EPERM, or ENOENT (no such vCPU, an empty slot).
+        """
+        request = ffi.new("struct kvm_elisa_revoke *", {"vcpu": vcpu_id, "slot": slot or 0})
+        self.ioctl("KVM_ELISA_REVOKE", request)
+
     def create_elisa_context(
         self,
         tables: bytes | bytearray | memoryview,

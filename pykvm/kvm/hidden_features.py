@@ -1,0 +1,98 @@
+"""Processor features that no VM with contexts may have, each with its reason: one list.
+
+The patched kernel refuses them (KVM_SET_CPUID2 fails with EINVAL once contexts are enabled), so
+whoever builds a guest's CPUID leaves them out with `without_hidden_features`. They write memory on
+the guest's behalf without the EPT's permissions in mind, change how addresses or accesses are
+checked, or move control, and nobody has checked them together with contexts.
+
+Source: kernel-patches/README.md; SDM vol. 2A, CPUID; vol. 1, 13.1 for state components.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Final
+
+from pykvm.kvm.cpuid import CpuidEntry
+
+__all__ = ["HIDDEN_FEATURES", "HiddenFeature", "without_hidden_features"]
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenFeature:
+    """One bit of a CPUID leaf. register: "eax", "ebx", "ecx" or "edx".
+
+    states: components of XSAVE state that make no sense without it: of XCR0 (user) and of
+    IA32_XSS (supervisor) alike.
+    """
+
+    name: str
+    function: int
+    index: int
+    register: str
+    bit: int
+    reason: str
+    states: tuple[int, ...] = ()
+
+    def is_in(self, entries: Iterable[CpuidEntry]) -> bool:
+        """Whether these leaves offer it."""
+        return any(
+            getattr(entry, self.register) >> self.bit & 1
+            for entry in entries
+            if (entry.function, entry.index) == (self.function, self.index)
+        )
+
+
+_WRITES = "the processor writes records to guest addresses, in whatever context it is"
+_STACKS = "the processor pushes return addresses of trusted code onto a stack of the guest's"
+_KEYS = "keys of the guest's own decide what trusted code may read and write"
+
+HIDDEN_FEATURES: Final = (
+    HiddenFeature("dtes64", 1, 0, "ecx", 2, _WRITES),
+    HiddenFeature("ds_cpl", 1, 0, "ecx", 4, _WRITES),
+    HiddenFeature("vmx", 1, 0, "ecx", 5, "a nested hypervisor would have EPTs of its own"),
+    HiddenFeature("smx", 1, 0, "ecx", 6, "GETSEC leaves the mode that contexts are built for"),
+    HiddenFeature("pdcm", 1, 0, "ecx", 15, "leads to PEBS: " + _WRITES),
+    HiddenFeature("ds", 1, 0, "edx", 21, "PEBS and BTS: " + _WRITES),
+    HiddenFeature("sgx", 7, 0, "ebx", 2, "enclaves are entered and left at addresses of their own"),
+    HiddenFeature(
+        "mpx", 7, 0, "ebx", 14, "branches read bounds tables of the guest's", states=(3, 4)
+    ),
+    HiddenFeature("intel_pt", 7, 0, "ebx", 25, "traces what trusted code does", states=(8,)),
+    HiddenFeature("pku", 7, 0, "ecx", 3, _KEYS, states=(9,)),
+    HiddenFeature("shstk", 7, 0, "ecx", 7, _STACKS, states=(11, 12)),
+    HiddenFeature("pks", 7, 0, "ecx", 31, _KEYS),
+    HiddenFeature("uintr", 7, 0, "edx", 5, "interrupts that KVM does not hold", states=(14,)),
+    HiddenFeature(
+        "ibt", 7, 0, "edx", 20, "trusted code has no ENDBR at its entries", states=(11, 12)
+    ),
+    HiddenFeature("lass", 7, 1, "eax", 6, "the upper half of addresses is refused by mode"),
+    HiddenFeature("fred", 7, 1, "eax", 17, "events go by MSRs, not by the checked tables"),
+    HiddenFeature("lkgs", 7, 1, "eax", 18, "comes with fred"),
+    HiddenFeature("lam", 7, 1, "eax", 26, "addresses with tags pass no check of canonical form"),
+)
+"""In the order of leaves and bits."""
+
+_XSAVE: Final = 0xD
+
+
+def without_hidden_features(entries: Iterable[CpuidEntry]) -> list[CpuidEntry]:
+    """The same leaves without `HIDDEN_FEATURES` and without their XSAVE state components."""
+    states = {state for feature in HIDDEN_FEATURES for state in feature.states}
+    mask = sum(1 << state for state in states)
+    result = []
+    for entry in entries:
+        if entry.function == _XSAVE and entry.index in states:
+            continue
+        changed = replace(entry)
+        for feature in HIDDEN_FEATURES:
+            if (entry.function, entry.index) == (feature.function, feature.index):
+                kept = getattr(changed, feature.register) & ~(1 << feature.bit)
+                setattr(changed, feature.register, kept)
+        if entry.function == _XSAVE and entry.index == 0:
+            changed.eax &= ~mask
+        if entry.function == _XSAVE and entry.index == 1:
+            changed.ecx &= ~mask
+        result.append(changed)
+    return result
