@@ -1,163 +1,48 @@
-"""The patch's two calls on the real kernel: every refusal leaves nothing behind, and whatever is
-closed in whatever order, everything is given back when nobody can use it any more."""
+"""Creating contexts and setting slots on the real kernel: every refusal leaves nothing behind."""
 
 import contextlib
 import ctypes
 import errno
-import gc
-import itertools
 import mmap
 import os
-import resource
-import signal
-import struct
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
-from pykvm.boot.bare import BareGuest, GuestTimeoutError
 from pykvm.boot.compiler import GUEST_SOURCES
 from pykvm.elisa.objects import SharedObject
-from pykvm.kvm import Context, IoctlError, Kvm, Vcpu, Vm, ffi, lib
-from pykvm.kvm.handle import Handle
+from pykvm.kvm import IoctlError, Kvm, Vm, lib
 from pykvm.memory.guest_memory import LockLimitError
+from tests.elisa.child import CAP_IPC_LOCK, CAP_SYS_ADMIN, in_child
+from tests.elisa.context_requests import (
+    EPTP,
+    LARGE,
+    LIST,
+    PAGE,
+    USER,
+    WB,
+    Machine,
+    Memory,
+    R,
+    Request,
+    W,
+    X,
+    branch,
+    chain,
+    good,
+    leaf,
+    set_slot,
+    table,
+)
 from tests.elisa.host_state import (
-    HostState,
     host_state,
     locked_kib,
     nothing_stays,
     pinned_pages,
-    quiet_kernel,
 )
-from tests.elisa.probe import WILD, Probe, Wild, attach, calls, give, prepare, results, run
 
 pytestmark = pytest.mark.elisa
-
-PAGE = 4096
-USER, LIST, EPTP = lib.KVM_ELISA_PAGE_USER, lib.KVM_ELISA_PAGE_LIST, lib.KVM_ELISA_PAGE_EPTP
-R, W, X = 1, 2, 4  # SDM vol. 3C, table 29-1 and 29-6: bits 0 to 2 of every EPT entry
-WB = 6 << 3  # memory type of a leaf
-LARGE = 1 << 7
-# struct kvm_elisa_create: nr_tables, nr_pages, tables, pages, flags, pad, gva, size,
-# reserved[2]
-CREATE = struct.Struct("<IIQQIIQQQQ")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quiet() -> Iterator[None]:
-    with quiet_kernel():
-        yield
-
-
-@pytest.fixture(scope="module")
-def kvm() -> Iterator[Kvm]:
-    with Kvm() as kvm:
-        yield kvm
-
-
-@dataclass(frozen=True)
-class Machine:
-    """A VM with one vCPU that never runs, and three pages of memory at `address`."""
-
-    vm: Vm
-    vcpu: Vcpu
-    address: int
-
-
-@pytest.fixture
-def machine(kvm: Kvm) -> Iterator[Machine]:
-    with Memory(3) as address, kvm.create_vm() as vm:
-        vm.enable_elisa_contexts()
-        yield Machine(vm, vm.create_vcpu(0), address)
-
-
-class Memory:
-    """Anonymous memory of this process; entered, its address."""
-
-    def __init__(self, pages: int) -> None:
-        self._map = mmap.mmap(-1, pages * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        first = ctypes.c_char.from_buffer(self._map)
-        self.address = ctypes.addressof(first)
-        del first
-
-    def __enter__(self) -> int:
-        return self.address
-
-    def __exit__(self, *_: object) -> None:
-        self._map.close()
-
-
-def table(**entries: int) -> bytes:
-    """One table: ``table(e0=..., e511=...)``."""
-    words = [0] * 512
-    for name, value in entries.items():
-        words[int(name[1:])] = value
-    return struct.pack("<512Q", *words)
-
-
-def branch(index: int, access: int = R | W | X) -> int:
-    return index << 12 | access
-
-
-def leaf(index: int = 0, access: int = R | W, kind: int = WB) -> int:
-    return index << 12 | access | kind
-
-
-def chain(*leaves: int) -> list[bytes]:
-    """Four tables, one behind the other; the last one with these entries."""
-    last = table(**{f"e{number}": entry for number, entry in enumerate(leaves)})
-    return [table(e0=branch(1)), table(e0=branch(2)), table(e0=branch(3)), last]
-
-
-@dataclass(frozen=True)
-class Request:
-    """KVM_ELISA_CREATE_CONTEXT, with everything that can be wrong in it.
-
-    pages: (addr, kind, ref). fields: of struct kvm_elisa_create, in place of the right ones.
-    """
-
-    tables: list[bytes]
-    pages: list[tuple[int, int, int]]
-    fields: dict[str, int] = field(default_factory=dict)
-
-    def send(self, vm: Vm) -> int:
-        """The descriptor, or -errno."""
-        tables = ffi.from_buffer(b"".join(self.tables))
-        pages = ffi.new("struct kvm_elisa_page[]", len(self.pages))
-        for slot, (addr, kind, ref) in enumerate(self.pages):
-            pages[slot].addr, pages[slot].kind, pages[slot].ref = addr, kind, ref
-        values = {
-            "nr_tables": len(self.tables),
-            "nr_pages": len(self.pages),
-            "tables": int(ffi.cast("uintptr_t", tables)),
-            "pages": int(ffi.cast("uintptr_t", pages)),
-            **{"flags": 0, "pad": 0, "gva": 1 << 40, "size": PAGE, "reserved0": 0, "reserved1": 0},
-            **self.fields,
-        }
-        request = ffi.from_buffer(CREATE.pack(*values.values()))
-        return call(vm, "KVM_ELISA_CREATE_CONTEXT", request)
-
-
-def call(handle: Handle, name: str, argument: Any) -> int:
-    try:
-        return handle.ioctl(name, argument)
-    except IoctlError as error:
-        return -(error.errno or 0)
-
-
-def set_slot(vcpu: Vcpu, slot: int, fd: int) -> int:
-    request = ffi.new("struct kvm_elisa_slot *")
-    request.slot, request.fd = slot, fd
-    return call(vcpu, "KVM_ELISA_SET_SLOT", request)
-
-
-def good(machine: Machine, *leaves: int) -> Request:
-    """A context of three user pages, the list page and the tables' entries."""
-    pages = [(machine.address + n * PAGE, USER, 0) for n in range(3)]
-    return Request(chain(*(leaves or (leaf(0), leaf(1, R | X), leaf(3)))), [*pages, (0, LIST, 0)])
 
 
 def test_a_good_context(machine: Machine) -> None:
@@ -359,44 +244,6 @@ def test_bad_slots(machine: Machine) -> None:
 
 # ---- permissions and limits, in a child process --------------------------------------------------
 
-CAP_IPC_LOCK, CAP_SYS_ADMIN = 14, 21
-
-
-def in_child(body: Callable[[], int], *, without: int | None = None, memlock: int = 0) -> int:
-    """What body() returns in a child process without a capability; no exception gets out of it."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if not child:
-        answer = -1000
-        try:
-            if memlock:
-                resource.setrlimit(resource.RLIMIT_MEMLOCK, (memlock, memlock))
-            if without is not None:
-                _drop(without)
-            answer = body()
-        finally:
-            os.write(writer, struct.pack("<q", answer))
-            os._exit(0)
-    os.close(writer)
-    try:
-        (answer,) = struct.unpack("<q", os.read(reader, 8))
-    finally:
-        os.close(reader)
-        os.waitpid(child, 0)
-    assert answer != -1000, "the child failed"
-    return int(answer)
-
-
-def _drop(capability: int) -> None:
-    # capget(2): struct __user_cap_header_struct version 3, then two of __user_cap_data_struct.
-    libc = ctypes.CDLL(None, use_errno=True)
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
-    data = (ctypes.c_uint32 * 6)()
-    assert libc.capget(header, data) == 0
-    data[0] &= ~(1 << capability)  # effective
-    data[1] &= ~(1 << capability)  # permitted
-    assert libc.capset(header, data) == 0
-
 
 def _own_machine(body: Callable[[Machine], int]) -> int:
     with Kvm() as kvm, Memory(3) as address, kvm.create_vm() as vm:
@@ -452,169 +299,3 @@ def test_a_vm_of_another_process(machine: Machine) -> None:
         assert in_child(lambda: good(machine).send(machine.vm)) == -errno.EIO
         assert in_child(lambda: set_slot(machine.vcpu, 2, fd)) == -errno.EIO
         os.close(fd)
-
-
-# ---- lifetime (invariant I9) ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("order", list(itertools.permutations(("context", "vcpu", "vm"))))
-def test_any_order_of_closing(kvm: Kvm, order: tuple[str, ...]) -> None:
-    """A context in a slot, and each of the three files, keep the VM; the last one gives it back."""
-    with Memory(3) as address, nothing_stays() as before:
-        vm = kvm.create_vm()
-        vm.enable_elisa_contexts()
-        vcpu = vm.create_vcpu(0)
-        context = Context(vm, good(Machine(vm, vcpu, address)).send(vm))
-        vcpu.set_elisa_slot(2, context)
-        handles: dict[str, Handle] = {"context": context, "vcpu": vcpu, "vm": vm}
-        for name in order:
-            assert pinned_pages() == before.pinned + 3
-            if name == "vm":
-                Handle.close(vm)  # Vm.close() would close the other two before
-            else:
-                handles[name].close()
-
-
-@pytest.mark.parametrize("installed", [True, False])
-def test_a_copied_descriptor_keeps_a_context(machine: Machine, installed: bool) -> None:
-    with nothing_stays() as before:
-        fd = good(machine).send(machine.vm)
-        copy = os.dup(fd)
-        if installed:
-            assert set_slot(machine.vcpu, 2, fd) == 0
-        os.close(fd)
-        assert pinned_pages() == before.pinned + 3
-        if installed:
-            assert set_slot(machine.vcpu, 2, -1) == 0
-        assert pinned_pages() == before.pinned + 3
-        os.close(copy)
-
-
-def test_a_child_closes_last(kvm: Kvm) -> None:
-    """What is charged to this process is given back to it, whoever drops the last reference."""
-    with nothing_stays() as before, Memory(3) as address:
-        with kvm.create_vm() as vm:
-            vm.enable_elisa_contexts()
-            fd = good(Machine(vm, vm.create_vcpu(0), address)).send(vm)
-            reader, writer = os.pipe()
-            child = os.fork()
-            if not child:
-                os.close(writer)
-                os.read(reader, 1)  # until the parent closes its end
-                os._exit(0)
-            os.close(reader)
-            os.close(fd)
-        assert pinned_pages() == before.pinned + 3
-        assert locked_kib() == before.locked + 12
-        os.close(writer)
-        os.waitpid(child, 0)
-
-
-def test_many_contexts(machine: Machine) -> None:
-    """Slots are replaced under the old contexts' feet; only the last ones count."""
-    with nothing_stays() as before:
-        for _ in range(40):
-            fd = good(machine).send(machine.vm)
-            for slot in (2, 3):
-                assert set_slot(machine.vcpu, slot, fd) == 0
-            os.close(fd)
-        assert pinned_pages() == before.pinned + 3
-        for slot in (2, 3):
-            assert set_slot(machine.vcpu, slot, -1) == 0
-
-
-def wild(name: str = "wild") -> SharedObject:
-    return SharedObject(name, WILD, shared=PAGE, window=PAGE, guests=2)
-
-
-def looping(guest: BareGuest, slot: int) -> None:
-    """Let the guest stop in the middle of a call that never returns."""
-    give(guest, calls(slot, Wild.LOOP))
-    guest.start()
-    with pytest.raises(GuestTimeoutError):
-        guest.wait(0.3)
-
-
-@pytest.fixture
-def nothing_stays_of_guests() -> Iterator[HostState]:
-    """As `nothing_stays`, around a test with guests: a `BareGuest` keeps its memory readable until
-    nobody refers to it."""
-    with nothing_stays() as before:
-        yield before
-        gc.collect()
-
-
-def test_memory_closed_under_a_vcpu_inside_the_object(
-    kvm: Kvm, nothing_stays_of_guests: HostState
-) -> None:
-    before = nothing_stays_of_guests
-    with BareGuest(kvm, Probe()) as guest:
-        prepare(guest)
-        with wild().open() as instance:
-            looping(guest, attach(guest, instance).slot)
-            assert instance.shared[0] == 1
-        # The object's memory is unmapped here; the guest goes on inside it, in the pinned pages.
-        guest.start()
-        with pytest.raises(GuestTimeoutError):
-            guest.wait(0.3)
-        assert pinned_pages() > before.pinned
-    assert pinned_pages() == before.pinned
-    still_works(kvm)
-
-
-@pytest.mark.usefixtures("nothing_stays_of_guests")
-def test_a_vcpu_closed_inside_the_object(kvm: Kvm) -> None:
-    """Another guest of the same object does not notice."""
-    with wild().open() as instance, BareGuest(kvm, Probe()) as second:
-        with BareGuest(kvm, Probe()) as first:
-            prepare(first)
-            looping(first, attach(first, instance).slot)
-            first.vcpu.close()
-        prepare(second)
-        give(second, calls(attach(second, instance, 1).slot, Wild.HELLO))
-        assert run(second) == []
-        assert results(second) == [1001]
-
-
-def still_works(kvm: Kvm) -> None:
-    with wild().open() as instance, BareGuest(kvm, Probe()) as guest:
-        prepare(guest)
-        give(guest, calls(attach(guest, instance).slot, Wild.HELLO))
-        assert run(guest) == []
-        assert results(guest) == [1000]
-
-
-def test_killed_inside_the_object(kvm: Kvm) -> None:
-    """SIGKILL while a vCPU runs in a sub context: the kernel cleans up alone."""
-    with nothing_stays() as before:
-        reader, writer = os.pipe()
-        child = os.fork()
-        if not child:
-            try:
-                _run_for_ever(writer)
-            finally:
-                os._exit(1)
-        os.close(writer)
-        try:
-            assert os.read(reader, 1) == b"!"
-            assert pinned_pages() > before.pinned
-        finally:
-            os.kill(child, signal.SIGKILL)
-            status = os.waitpid(child, 0)[1]
-            os.close(reader)
-        assert os.WTERMSIG(status) == signal.SIGKILL
-    still_works(kvm)
-
-
-def _run_for_ever(tell: int) -> None:
-    with Kvm() as kvm, wild().open() as instance, BareGuest(kvm, Probe()) as guest:
-        prepare(guest)
-        give(guest, calls(attach(guest, instance).slot, Wild.LOOP))
-
-        def watch() -> None:
-            while not instance.shared[0]:
-                pass
-            os.write(tell, b"!")
-
-        threading.Thread(target=watch, daemon=True).start()
-        run(guest)

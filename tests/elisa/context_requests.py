@@ -1,0 +1,129 @@
+"""The patch's calls made by hand, with everything that can be wrong in them."""
+
+import ctypes
+import mmap
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from pykvm.kvm import IoctlError, Kvm, Vcpu, Vm, ffi, lib
+from pykvm.kvm.handle import Handle
+
+PAGE = 4096
+USER, LIST, EPTP = lib.KVM_ELISA_PAGE_USER, lib.KVM_ELISA_PAGE_LIST, lib.KVM_ELISA_PAGE_EPTP
+R, W, X = 1, 2, 4  # SDM vol. 3C, table 29-1 and 29-6: bits 0 to 2 of every EPT entry
+WB = 6 << 3  # memory type of a leaf
+LARGE = 1 << 7
+# struct kvm_elisa_create: nr_tables, nr_pages, tables, pages, flags, pad, gva, size,
+# reserved[2]
+CREATE = struct.Struct("<IIQQIIQQQQ")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A VM with one vCPU that never runs, and three pages of memory at `address`."""
+
+    vm: Vm
+    vcpu: Vcpu
+    address: int
+
+
+class Memory:
+    """Anonymous memory of this process; entered, its address."""
+
+    def __init__(self, pages: int) -> None:
+        self._map = mmap.mmap(-1, pages * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        first = ctypes.c_char.from_buffer(self._map)
+        self.address = ctypes.addressof(first)
+        del first
+
+    def __enter__(self) -> int:
+        return self.address
+
+    def __exit__(self, *_: object) -> None:
+        self._map.close()
+
+
+@contextmanager
+def new_machine(kvm: Kvm, *, contexts: int = 0, pages: int = 0) -> Iterator[Machine]:
+    """contexts, pages: the limits of its VM."""
+    with Memory(3) as address, kvm.create_vm() as vm:
+        vm.enable_elisa_contexts(contexts=contexts, pages=pages)
+        yield Machine(vm, vm.create_vcpu(0), address)
+
+
+def table(**entries: int) -> bytes:
+    """One table: ``table(e0=..., e511=...)``."""
+    words = [0] * 512
+    for name, value in entries.items():
+        words[int(name[1:])] = value
+    return struct.pack("<512Q", *words)
+
+
+def branch(index: int, access: int = R | W | X) -> int:
+    return index << 12 | access
+
+
+def leaf(index: int = 0, access: int = R | W, kind: int = WB) -> int:
+    return index << 12 | access | kind
+
+
+def chain(*leaves: int) -> list[bytes]:
+    """Four tables, one behind the other; the last one with these entries."""
+    last = table(**{f"e{number}": entry for number, entry in enumerate(leaves)})
+    return [table(e0=branch(1)), table(e0=branch(2)), table(e0=branch(3)), last]
+
+
+@dataclass(frozen=True)
+class Request:
+    """KVM_ELISA_CREATE_CONTEXT, with everything that can be wrong in it.
+
+    pages: (addr, kind, ref). fields: of struct kvm_elisa_create, in place of the right ones.
+    """
+
+    tables: list[bytes]
+    pages: list[tuple[int, int, int]]
+    fields: dict[str, int] = field(default_factory=dict)
+
+    def send(self, vm: Vm) -> int:
+        """The descriptor, or -errno."""
+        tables = ffi.from_buffer(b"".join(self.tables))
+        pages = ffi.new("struct kvm_elisa_page[]", len(self.pages))
+        for slot, (addr, kind, ref) in enumerate(self.pages):
+            pages[slot].addr, pages[slot].kind, pages[slot].ref = addr, kind, ref
+        values = {
+            "nr_tables": len(self.tables),
+            "nr_pages": len(self.pages),
+            "tables": int(ffi.cast("uintptr_t", tables)),
+            "pages": int(ffi.cast("uintptr_t", pages)),
+            **{"flags": 0, "pad": 0, "gva": 1 << 40, "size": PAGE, "reserved0": 0, "reserved1": 0},
+            **self.fields,
+        }
+        request = ffi.from_buffer(CREATE.pack(*values.values()))
+        return call(vm, "KVM_ELISA_CREATE_CONTEXT", request)
+
+
+def call(handle: Handle, name: str, argument: Any) -> int:
+    try:
+        return handle.ioctl(name, argument)
+    except IoctlError as error:
+        return -(error.errno or 0)
+
+
+def set_slot(vcpu: Vcpu, slot: int, fd: int) -> int:
+    request = ffi.new("struct kvm_elisa_slot *")
+    request.slot, request.fd = slot, fd
+    return call(vcpu, "KVM_ELISA_SET_SLOT", request)
+
+
+def good(machine: Machine, *leaves: int) -> Request:
+    """A context of three user pages, the list page and the tables' entries."""
+    pages = [(machine.address + n * PAGE, USER, 0) for n in range(3)]
+    return Request(chain(*(leaves or (leaf(0), leaf(1, R | X), leaf(3)))), [*pages, (0, LIST, 0)])
+
+
+def revoke(vm: Vm, vcpu_id: int, slot: int) -> int:
+    request = ffi.new("struct kvm_elisa_revoke *", {"vcpu": vcpu_id, "slot": slot})
+    return call(vm, "KVM_ELISA_REVOKE", request)

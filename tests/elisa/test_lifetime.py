@@ -1,0 +1,184 @@
+"""I9: whatever is closed in whatever order, everything is given back when nobody can use it any
+more, and not before."""
+
+import gc
+import itertools
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from pykvm.boot.bare import BareGuest, GuestTimeoutError
+from pykvm.elisa.objects import SharedObject
+from pykvm.kvm import Context, Kvm
+from pykvm.kvm.handle import Handle
+from tests.elisa.context_requests import PAGE, Machine, Memory, good, set_slot
+from tests.elisa.host_state import HostState, locked_kib, nothing_stays, pinned_pages
+from tests.elisa.probe import WILD, Probe, Wild, attach, calls, give, prepare, results, run
+
+pytestmark = pytest.mark.elisa
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(("context", "vcpu", "vm"))))
+def test_any_order_of_closing(kvm: Kvm, order: tuple[str, ...]) -> None:
+    """A context in a slot, and each of the three files, keep the VM; the last one gives it back."""
+    with Memory(3) as address, nothing_stays() as before:
+        vm = kvm.create_vm()
+        vm.enable_elisa_contexts()
+        vcpu = vm.create_vcpu(0)
+        context = Context(vm, good(Machine(vm, vcpu, address)).send(vm))
+        vcpu.set_elisa_slot(2, context)
+        handles: dict[str, Handle] = {"context": context, "vcpu": vcpu, "vm": vm}
+        for name in order:
+            assert pinned_pages() == before.pinned + 3
+            if name == "vm":
+                Handle.close(vm)  # Vm.close() would close the other two before
+            else:
+                handles[name].close()
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_copied_descriptor_keeps_a_context(machine: Machine, installed: bool) -> None:
+    with nothing_stays() as before:
+        fd = good(machine).send(machine.vm)
+        copy = os.dup(fd)
+        if installed:
+            assert set_slot(machine.vcpu, 2, fd) == 0
+        os.close(fd)
+        assert pinned_pages() == before.pinned + 3
+        if installed:
+            assert set_slot(machine.vcpu, 2, -1) == 0
+        assert pinned_pages() == before.pinned + 3
+        os.close(copy)
+
+
+def test_a_child_closes_last(kvm: Kvm) -> None:
+    """What is charged to this process is given back to it, whoever drops the last reference."""
+    with nothing_stays() as before, Memory(3) as address:
+        with kvm.create_vm() as vm:
+            vm.enable_elisa_contexts()
+            fd = good(Machine(vm, vm.create_vcpu(0), address)).send(vm)
+            reader, writer = os.pipe()
+            child = os.fork()
+            if not child:
+                os.close(writer)
+                os.read(reader, 1)  # until the parent closes its end
+                os._exit(0)
+            os.close(reader)
+            os.close(fd)
+        assert pinned_pages() == before.pinned + 3
+        assert locked_kib() == before.locked + 12
+        os.close(writer)
+        os.waitpid(child, 0)
+
+
+def test_many_contexts(machine: Machine) -> None:
+    """Slots are replaced under the old contexts' feet; only the last ones count."""
+    with nothing_stays() as before:
+        for _ in range(40):
+            fd = good(machine).send(machine.vm)
+            for slot in (2, 3):
+                assert set_slot(machine.vcpu, slot, fd) == 0
+            os.close(fd)
+        assert pinned_pages() == before.pinned + 3
+        for slot in (2, 3):
+            assert set_slot(machine.vcpu, slot, -1) == 0
+
+
+def wild(name: str = "wild") -> SharedObject:
+    return SharedObject(name, WILD, shared=PAGE, window=PAGE, guests=2)
+
+
+def looping(guest: BareGuest, slot: int) -> None:
+    """Let the guest stop in the middle of a call that never returns."""
+    give(guest, calls(slot, Wild.LOOP))
+    guest.start()
+    with pytest.raises(GuestTimeoutError):
+        guest.wait(0.3)
+
+
+@pytest.fixture
+def nothing_stays_of_guests() -> Iterator[HostState]:
+    """As `nothing_stays`, around a test with guests: a `BareGuest` keeps its memory readable until
+    nobody refers to it."""
+    with nothing_stays() as before:
+        yield before
+        gc.collect()
+
+
+def test_memory_closed_under_a_vcpu_inside_the_object(
+    kvm: Kvm, nothing_stays_of_guests: HostState
+) -> None:
+    before = nothing_stays_of_guests
+    with BareGuest(kvm, Probe()) as guest:
+        prepare(guest)
+        with wild().open() as instance:
+            looping(guest, attach(guest, instance).slot)
+            assert instance.shared[0] == 1
+        # The object's memory is unmapped here; the guest goes on inside it, in the pinned pages.
+        guest.start()
+        with pytest.raises(GuestTimeoutError):
+            guest.wait(0.3)
+        assert pinned_pages() > before.pinned
+    assert pinned_pages() == before.pinned
+    still_works(kvm)
+
+
+@pytest.mark.usefixtures("nothing_stays_of_guests")
+def test_a_vcpu_closed_inside_the_object(kvm: Kvm) -> None:
+    """Another guest of the same object does not notice."""
+    with wild().open() as instance, BareGuest(kvm, Probe()) as second:
+        with BareGuest(kvm, Probe()) as first:
+            prepare(first)
+            looping(first, attach(first, instance).slot)
+            first.vcpu.close()
+        prepare(second)
+        give(second, calls(attach(second, instance, 1).slot, Wild.HELLO))
+        assert run(second) == []
+        assert results(second) == [1001]
+
+
+def still_works(kvm: Kvm) -> None:
+    with wild().open() as instance, BareGuest(kvm, Probe()) as guest:
+        prepare(guest)
+        give(guest, calls(attach(guest, instance).slot, Wild.HELLO))
+        assert run(guest) == []
+        assert results(guest) == [1000]
+
+
+def test_killed_inside_the_object(kvm: Kvm) -> None:
+    """SIGKILL while a vCPU runs in a sub context: the kernel cleans up alone."""
+    with nothing_stays() as before:
+        reader, writer = os.pipe()
+        child = os.fork()
+        if not child:
+            try:
+                _run_for_ever(writer)
+            finally:
+                os._exit(1)
+        os.close(writer)
+        try:
+            assert os.read(reader, 1) == b"!"
+            assert pinned_pages() > before.pinned
+        finally:
+            os.kill(child, signal.SIGKILL)
+            status = os.waitpid(child, 0)[1]
+            os.close(reader)
+        assert os.WTERMSIG(status) == signal.SIGKILL
+    still_works(kvm)
+
+
+def _run_for_ever(tell: int) -> None:
+    with Kvm() as kvm, wild().open() as instance, BareGuest(kvm, Probe()) as guest:
+        prepare(guest)
+        give(guest, calls(attach(guest, instance).slot, Wild.LOOP))
+
+        def watch() -> None:
+            while not instance.shared[0]:
+                pass
+            os.write(tell, b"!")
+
+        threading.Thread(target=watch, daemon=True).start()
+        run(guest)
