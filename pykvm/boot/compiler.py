@@ -60,8 +60,9 @@ GUEST_DEFINES: Final[dict[str, str | int]] = {
     "ELISA_RETURN_OFFSET": layout.RETURN_OFFSET,
 }
 """What bare-metal guests and their linker script know of the layout."""
-OBJECT_FLAGS: Final = ("-fPIE", "-fvisibility=hidden")
-"""Further options for shared objects, which run wherever the crossing base is."""
+OBJECT_FLAGS: Final = ("-fPIE", "-fvisibility=hidden", "-fno-jump-tables")
+"""Further options for shared objects, which run wherever the crossing base is, and hold no
+indirect branch that a guest could train."""
 
 
 class CompilerMissingError(PykvmError):

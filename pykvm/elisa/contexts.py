@@ -11,6 +11,11 @@ Invariants that hold by construction (the design of the mechanism numbers them):
   the whole private range absent but for its own pages, from which no walk reaches code.
 - I4: guest page tables are read-only in the EPT, their accessed and dirty bits are set, and nothing
   is writable and executable.
+- I8, second layer: what a guest can write (windows, and shared memory, which lies before them) is
+  made of user pages, also for callers in kernel mode. The processor's own reads of an IDT, GDT or
+  TSS count as supervisor accesses, and CR4.SMAP keeps those off user pages even with RFLAGS.AC
+  set (SDM vol. 3A 4.6.1); the object's own accesses run between STAC and CLAC (sub.S). The first
+  layer is KVM's: `ContextPlan.gva` and `size` tell it where no descriptor table may lie.
 
 What one attachment costs in pages is `ContextPlan.cost`.
 """
@@ -91,9 +96,12 @@ class ContextCost:
 
 @dataclass(frozen=True)
 class _Mapping:
+    """user: user pages, whoever the caller is."""
+
     offset: int
     page: Page
     access: Access
+    user: bool = False
 
 
 class ContextPlan:
@@ -101,6 +109,9 @@ class ContextPlan:
 
     Two steps, because the guest page table needs memory before its pages can be named: construct,
     provide `guest_table_bytes` of memory, then `place_guest_tables`.
+
+    gva, size: the range of GVAs that holds everything that the guest page table maps. levels: of
+    the guest's paging.
     """
 
     def __init__(
@@ -133,12 +144,19 @@ class ContextPlan:
             TableAddresses(self._tables_gpa, layout.PRIVATE_TABLES_SIZE),
             levels=levels,
         )
-        access = _GUEST_ACCESS | (Access.USER if user else Access.NONE)
         self._number = 0
+        self.levels = levels
+        mappings = list(mappings)
+        ends = [mapping.offset + mapping.page.count * PAGE_SIZE for mapping in mappings]
+        self.gva = crossing_gva + min(mapping.offset for mapping in mappings)
+        self.size = crossing_gva + max(ends) - self.gva
         for mapping in mappings:
             gpa = private_gpa + mapping.offset
             size = mapping.page.count * PAGE_SIZE
             large = mapping.offset >= layout.SHARED_OFFSET
+            access = _GUEST_ACCESS
+            if user or mapping.user:
+                access |= Access.USER
             self.guest.map(
                 crossing_gva + mapping.offset,
                 gpa,
@@ -248,7 +266,7 @@ def plan_sub(
                 UserPages(stack, layout.STACK_SIZE // PAGE_SIZE),
                 READ_WRITE,
             ),
-            _Mapping(layout.SHARED_OFFSET, memory, READ_WRITE),
+            _Mapping(layout.SHARED_OFFSET, memory, READ_WRITE, user=True),
         ],
         user=user,
         levels=levels,

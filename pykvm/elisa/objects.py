@@ -10,7 +10,7 @@ An object is declared once, opened once, and attached to any number of vCPUs, in
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -19,7 +19,8 @@ from typing import Final, Self
 from pykvm.closing import Closing
 from pykvm.elisa.attachment import Attachment
 from pykvm.elisa.contexts import READ, READ_EXECUTE, READ_WRITE, UserPages
-from pykvm.elisa.toolchain import SubImage, build_object, crossing_images
+from pykvm.elisa.protections import ALL, Protection
+from pykvm.elisa.toolchain import ImagePart, SubImage, build_object, crossing_images
 from pykvm.errors import PykvmError
 from pykvm.kvm import Vcpu, Vm
 from pykvm.memory import layout
@@ -56,7 +57,8 @@ class SharedObject:
     source: one C source file or several; they include "elisa_object.h" and define `elisa_serve`.
     shared: bytes of memory that only the object's code sees. window: bytes of each guest's window,
     which that guest's default context maps as well. Both are rounded up to whole pages. guests:
-    how many windows there are, 1 to 64.
+    how many windows there are, 1 to 64. without: protections to leave out, for measurements and
+    controls only.
 
     Raises ObjectSizeError.
     """
@@ -66,6 +68,7 @@ class SharedObject:
     shared: int = PAGE_SIZE
     window: int = PAGE_SIZE
     guests: int = 2
+    without: Collection[Protection] = ALL
 
     def __post_init__(self) -> None:
         if not 1 <= self.guests <= MAX_GUESTS:
@@ -118,37 +121,53 @@ class SharedObject:
 
         Raises what `pykvm.elisa.toolchain.build_object` raises, and MemoryTooSmallError.
         """
-        return ObjectInstance(self, build_object(self.sources))
+        return ObjectInstance(self, build_object(self.sources, without=frozenset(self.without)))
 
 
 @dataclass
 class _Image:
-    """An object's image in memory: one copy, mapped by all of its sub contexts."""
+    """An object's image in memory: one copy, mapped by all of its sub contexts, and both builds
+    of the sub entry page, of which a context maps one."""
 
     region: Region
-    parts: list[tuple[int, UserPages, Access]] = field(default_factory=list)
+    common: list[tuple[int, UserPages, Access]] = field(default_factory=list)
     gate_page: int = 0
-    sub_entry: bytes = b""
+    entries: dict[bool, bytes] = field(default_factory=dict)
+    entry_pages: dict[bool, UserPages] = field(default_factory=dict)
+    rest: tuple[ImagePart, ...] = ()
 
     @classmethod
-    def load(cls, name: str, image: SubImage) -> Self:
-        gate = crossing_images().gate_page
-        size = sum(len(part.data) for part in image.parts) + PAGE_SIZE
+    def load(cls, name: str, image: SubImage, gate: bytes) -> Self:
+        size = sum(len(part.data) for part in image.parts) + 2 * PAGE_SIZE
         with MemoryFile(f"{name} image", size) as file:
             region = Region(file, 0)
-        loaded = cls(region)
-        at = 0
-        for part in image.parts:
+        loaded = cls(region, rest=image.parts[1:])
+        address = region.host_address
+        loaded.gate_page = address
+        region.view(0, PAGE_SIZE)[:] = gate
+        for number, user in enumerate((False, True), 1):
+            loaded.entry_pages[user] = UserPages(address + number * PAGE_SIZE)
+        loaded.add_entry(False, image)
+        at = 3 * PAGE_SIZE
+        for part in loaded.rest:
             region.view(at, len(part.data))[:] = part.data
             access = READ_WRITE if part.writable else READ_EXECUTE if part.executable else READ
-            pages = UserPages(region.host_address + at, len(part.data) // PAGE_SIZE)
-            loaded.parts.append((part.offset, pages, access))
+            pages = UserPages(address + at, len(part.data) // PAGE_SIZE)
+            loaded.common.append((part.offset, pages, access))
             at += len(part.data)
-            if part.offset == layout.SUB_ENTRY_OFFSET:
-                loaded.sub_entry = part.data
-        region.view(at, PAGE_SIZE)[:] = gate
-        loaded.gate_page = region.host_address + at
         return loaded
+
+    def add_entry(self, user: bool, image: SubImage) -> None:
+        entry = image.parts[0]
+        if entry.offset != layout.SUB_ENTRY_OFFSET or image.parts[1:] != self.rest:
+            raise ValueError("images of one object differ in more than their sub entry page")
+        at = self.entry_pages[user].address - self.region.host_address
+        self.region.view(at, PAGE_SIZE)[:] = entry.data
+        self.entries[user] = entry.data
+
+    def parts(self, user: bool) -> list[tuple[int, UserPages, Access]]:
+        entry = (layout.SUB_ENTRY_OFFSET, self.entry_pages[user], READ_EXECUTE)
+        return [entry, *self.common]
 
 
 class ObjectInstance(Closing):
@@ -164,7 +183,8 @@ class ObjectInstance(Closing):
         self._attachments: dict[int, Attachment] = {}
         try:
             self.memory = Region(self._file, 0)
-            self._image = _Image.load(declaration.name, image)
+            gate = crossing_images(frozenset(declaration.without)).gate_page
+            self._image = _Image.load(declaration.name, image, gate)
         except BaseException:
             self._file.close()
             raise
@@ -176,8 +196,8 @@ class ObjectInstance(Closing):
 
     @property
     def sub_entry_page(self) -> bytes:
-        """The page of trusted code at which every call of the object begins."""
-        return self._image.sub_entry
+        """The page of trusted code at which every call from kernel mode begins."""
+        return self._image.entries[False]
 
     def window(self, guest: int) -> memoryview:
         """A guest's window, live. Raises GuestNumberError, ObjectSizeError (no windows)."""
@@ -218,19 +238,24 @@ class ObjectInstance(Closing):
         One vCPU for each guest number: a window has a single owner.
 
         Raises GuestNumberError, CrossingBaseError, SlotsFullError, LockLimitError, and errors of
-        the kernel; nothing stays behind then.
+        the kernel; nothing stays behind then. With user, what `build_object` raises.
         """
         self._check_guest(guest)
         if guest in self._attachments and self._attachments[guest].attached:
             raise GuestNumberError(
                 f"guest {guest} of {self.declaration.name} is attached already: detach it first"
             )
+        if user and user not in self._image.entries:
+            left_out = frozenset(self.declaration.without)
+            self._image.add_entry(
+                user, build_object(self.declaration.sources, user=True, without=left_out)
+            )
         env = self.declaration.env(crossing_gva + layout.SHARED_OFFSET, guest)
         attachment = Attachment.make(
             vm,
             vcpu,
             name=f"{self.declaration.name} {guest}",
-            image=self._image.parts,
+            image=self._image.parts(user),
             gate_page=self._image.gate_page,
             memory=UserPages(self.memory.host_address, self.memory.size // PAGE_SIZE),
             env=env,

@@ -6,7 +6,6 @@ with a class of its own for each cause, before anything reaches a guest.
 """
 
 import functools
-import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,15 @@ from typing import Final
 
 from pykvm.boot import compiler, elf
 from pykvm.boot.elf import ElfFile
+from pykvm.elisa import object_code
+from pykvm.elisa.object_code import (
+    VMFUNC,
+    ForbiddenInstructionError,
+    IndirectBranchError,
+    StrayBranchError,
+    find_vmfunc,
+)
+from pykvm.elisa.protections import ALL, Protection, Without, defines_without
 from pykvm.errors import PykvmError
 from pykvm.host import cache
 from pykvm.memory import layout
@@ -24,10 +32,13 @@ __all__ = [
     "VMFUNC",
     "AbsoluteAddressError",
     "CrossingImages",
+    "ForbiddenInstructionError",
     "ForeignVmfuncError",
     "ImagePart",
     "ImageTooLargeError",
+    "IndirectBranchError",
     "MissingEntryError",
+    "StrayBranchError",
     "SubImage",
     "UndefinedSymbolError",
     "WritableCodeError",
@@ -36,7 +47,6 @@ __all__ = [
 ]
 
 PAGE_SIZE: Final = 4096
-VMFUNC: Final = bytes.fromhex("0f01d4")
 _CROSSING: Final = compiler.GUEST_SOURCES / "crossing"
 _OFFSETS: Final = (
     "ENTRY_OFFSET",
@@ -122,8 +132,10 @@ class CrossingImages:
 
 
 @functools.cache  # the same for all objects of a process
-def crossing_images() -> CrossingImages:
+def crossing_images(without: Without = ALL) -> CrossingImages:
     """Assemble entry, gate and return page.
+
+    without: protections to leave out, for measurements and controls only.
 
     Raises:
         ForeignVmfuncError: entry or gate page do not end in their only VMFUNC.
@@ -133,7 +145,7 @@ def crossing_images() -> CrossingImages:
         "crossing",
         [_CROSSING / name for name in ("entry.S", "gate.S", "return.S")],
         _CROSSING / "pages.ld",
-        defines=_offsets(),
+        defines={**_offsets(), **defines_without(without)},
     )
     image = ElfFile.parse(path.read_bytes(), "crossing")
     entry, gate, back = (image.section(f".elisa.{n}").data for n in ("entry", "gate", "return"))
@@ -142,43 +154,55 @@ def crossing_images() -> CrossingImages:
         ("gate page", gate, [PAGE_SIZE - 3]),
         ("return page", back, []),
     ):
-        _check_vmfunc(name, page, official)
+        _check_vmfunc(name, [(0, page)], official)
     return CrossingImages(entry, gate, back, image.address_of("elisa_call"))
 
 
-def build_object(sources: Sequence[Path]) -> SubImage:
+def build_object(
+    sources: Sequence[Path], *, user: bool = False, without: Without = ALL
+) -> SubImage:
     """Compile an object's C (or assembly) sources and link them with the sub entry page.
 
-    Cached by content. Sources include "elisa_object.h" and define `elisa_serve`.
+    user: the sub entry page is the one for callers in user mode; nothing else differs. without:
+    protections to leave out, for measurements and controls only. Cached by content. Sources
+    include "elisa_object.h" and define `elisa_serve`.
 
     Raises:
         SourceMissingError, CompileError, LinkError, CompilerMissingError, CacheError.
         MissingEntryError, UndefinedSymbolError, AbsoluteAddressError, WritableCodeError,
         ForeignVmfuncError, ImageTooLargeError.
+        ForbiddenInstructionError, IndirectBranchError, StrayBranchError.
     """
+    sources = [source.resolve() for source in sources]  # the compiler runs elsewhere
     name = sources[0].name if sources else "object"
     inputs = [*sources, _CROSSING / "sub.S"]
     script = _CROSSING / "object.ld"
     offsets = _offsets()
+    macros = {**offsets, **defines_without(without), **({"ELISA_USER": 1} if user else {})}
+    checked = Protection.CODE_CHECK not in without
 
     def make(directory: Path) -> None:
         with tempfile.TemporaryDirectory(prefix="pykvm-object-") as scratch:
+            names = [*map(str, range(len(sources))), "sub-entry"]  # object.ld knows the last
             compiled = [
                 compiler.compile_source(
                     source,
-                    Path(scratch) / f"{index}.o",
+                    Path(scratch) / f"{file}.o",
                     flags=compiler.OBJECT_FLAGS,
-                    defines=offsets,
+                    defines=macros,
                 )
-                for index, source in enumerate(inputs)
+                for source, file in zip(inputs, names, strict=True)
             ]
             _check_compiled(inputs, [ElfFile.parse(file.read_bytes()) for file in compiled])
             linked = Path(scratch) / "image.elf"
             compiler.link(compiled, script, linked, symbols=offsets)
             _sub_image(ElfFile.parse(linked.read_bytes(), name), name)  # refuse before caching
+            if checked:
+                object_code.check_instructions(linked, name)
             (directory / "image.elf").write_bytes(linked.read_bytes())
 
-    key = compiler.content_key(inputs, script, compiler.OBJECT_FLAGS, offsets)
+    rules = Path(object_code.__file__) if checked else script  # what was refused by older ones
+    key = compiler.content_key([*inputs, rules], script, compiler.OBJECT_FLAGS, macros)
     path = cache.entry("object", key, make) / "image.elf"
     return _sub_image(ElfFile.parse(path.read_bytes(), name), name)
 
@@ -243,10 +267,8 @@ def _check_size(name: str, size: int) -> None:
         )
 
 
-def _check_vmfunc(name: str, data: bytes, official: Sequence[int]) -> None:
-    # The bytes cannot overlap themselves; re.finditer is C all the way, which the emulated host
-    # notices.
-    found = [match.start() for match in re.finditer(re.escape(VMFUNC), data)]
+def _check_vmfunc(name: str, parts: Sequence[tuple[int, bytes]], official: Sequence[int]) -> None:
+    found = find_vmfunc(parts)
     if found != list(official):
         wrong = sorted(set(found) ^ set(official))[0]
         raise ForeignVmfuncError(
@@ -268,10 +290,12 @@ def _sub_image(image: ElfFile, name: str) -> SubImage:
             raise ValueError(f"segment at {part.offset:#x}: object.ld has to align it to a page")
         if part.writable and part.executable:
             raise WritableCodeError(f"{name} has a writable and executable segment; separate them")
-        if executable:
-            entry = part.offset == layout.SUB_ENTRY_OFFSET
-            _check_vmfunc(name, data, [PAGE_SIZE - 3] if entry else [])
         parts.append(part)
+    _check_vmfunc(
+        name,
+        [(part.offset, part.data) for part in parts if part.executable],
+        [layout.SUB_ENTRY_OFFSET + PAGE_SIZE - len(VMFUNC)],
+    )
     end = max(part.offset + len(part.data) for part in parts)
     _check_size(name, end - layout.IMAGE_OFFSET)
     symbols = {

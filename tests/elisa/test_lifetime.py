@@ -12,6 +12,7 @@ import pytest
 
 from pykvm.boot.bare import BareGuest, GuestTimeoutError
 from pykvm.elisa.objects import SharedObject
+from pykvm.elisa.protections import Protection
 from pykvm.kvm import Context, Kvm
 from pykvm.kvm.handle import Handle
 from tests.elisa.context_requests import PAGE, Machine, Memory, good, set_slot
@@ -88,7 +89,9 @@ def test_many_contexts(machine: Machine) -> None:
 
 
 def wild(name: str = "wild") -> SharedObject:
-    return SharedObject(name, WILD, shared=PAGE, window=PAGE, guests=2)
+    return SharedObject(
+        name, WILD, shared=PAGE, window=PAGE, guests=2, without={Protection.CODE_CHECK}
+    )
 
 
 def looping(guest: BareGuest, slot: int) -> None:

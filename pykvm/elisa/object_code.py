@@ -1,0 +1,171 @@
+"""What an object's code may consist of, and the look at it before anything reaches a guest.
+
+Two checks, of different worth:
+
+- `find_vmfunc` looks for the bytes of VMFUNC (0F 01 D4) at every byte of what is mapped executable,
+  across the boundaries of pages and of parts that follow each other. It is complete: code in a sub
+  context cannot switch contexts, however it is entered, other than by the one VMFUNC of its
+  sub entry page.
+- `check_instructions` decodes the object's code from symbol to symbol. Every instruction has to be
+  one of those that C for general registers is made of; no branch may be indirect; and every direct
+  one has to lead to the start of an instruction of the same listing. So the listing is all that
+  ever runs, as long as returns go back to their calls. It is for mistakes (inline assembly,
+  a compiler option): an object's author is trusted, and a return address that a faulty object
+  overwrites leads anywhere. Most of what is refused here would leave to KVM, which serves nothing
+  outside the default context; the rest would depend on state that the guest chooses.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from pykvm.boot.compiler import CompilerMissingError
+from pykvm.errors import PykvmError
+
+__all__ = [
+    "VMFUNC",
+    "ForbiddenInstructionError",
+    "IndirectBranchError",
+    "StrayBranchError",
+    "check_instructions",
+    "find_vmfunc",
+]
+
+VMFUNC: Final = bytes.fromhex("0f01d4")
+
+_SIZE = "[bwlq]?"  # AT&T suffix
+_ALLOWED: Final = re.compile(
+    "|".join(
+        [
+            # Moves and arithmetic of general registers and memory.
+            r"mov" + _SIZE,
+            r"movabs" + _SIZE,
+            r"mov[sz][bwl][wlq]",
+            r"(?:lea|xchg|xadd|cmpxchg|bswap|movbe|push|pop)" + _SIZE,
+            r"cmpxchg(?:8|16)b",
+            r"(?:add|adc|sub|sbb|and|or|xor|cmp|test|not|neg|inc|dec|mul|imul|div|idiv)" + _SIZE,
+            r"(?:shl|sal|shr|sar|rol|ror|rcl|rcr|shld|shrd)" + _SIZE,
+            r"(?:bt|bts|btr|btc|bsf|bsr|tzcnt|lzcnt|popcnt|crc32)" + _SIZE,
+            r"cbtw|cwtl|cltq|cwtd|cltd|cqto",
+            r"cmov(?:n?[abglopsce]e?|n?z|np|ns|no)",
+            r"set(?:n?[abglopsce]e?|n?z|np|ns|no)",
+            # String instructions; the sub entry relies on the gate's CLD, and so may an object.
+            r"(?:movs|stos|lods|cmps|scas)[bwlq]?|cld",
+            # Control flow: operands are looked at below.
+            r"j[a-z]+|call|ret|leave|nop[wl]?",
+            # Order and hints; traps that end the object.
+            r"lfence|mfence|sfence|pause|prefetch\w+|endbr64|ud2|int3|clc|stc|cmc",
+        ]
+    )
+)
+_PREFIXES: Final = re.compile(r"(?:(?:lock|rep|repn?z|data16|cs|ds|rex(?:\.\w+)?) )*")
+# Registers that an object has no business with: control, debug, vector, x87, mask, bounds;
+# segment registers as operands, and memory by way of FS and GS.
+_FOREIGN: Final = re.compile(
+    r"%(?:cr|db|dr|xmm|ymm|zmm|mm|st|k|bnd|tr)\d*\b|%[c-g]s\b(?!:)|%ss\b|%[fg]s:"
+)
+_LINE: Final = re.compile(r"^ *([0-9a-f]+):\t(.+)$")
+_TARGET: Final = re.compile(r"^(?:0x)?([0-9a-f]+)(?: <|$)")
+
+
+class ForbiddenInstructionError(PykvmError):
+    """Object code with an instruction that does not belong there."""
+
+
+class IndirectBranchError(PykvmError):
+    """Object code that jumps to or calls an address in a register or in memory."""
+
+
+class StrayBranchError(PykvmError):
+    """Object code with a branch to something that is not one of its instructions."""
+
+
+class _Instruction(NamedTuple):
+    address: int
+    text: str  # with prefixes, as objdump writes it
+    mnemonic: str
+    operands: str
+    function: str
+
+
+def find_vmfunc(parts: Iterable[tuple[int, bytes]]) -> list[int]:
+    """Where the bytes 0F 01 D4 begin, at any byte of what is executable.
+
+    parts: offset and content of each executable part; a part that begins where another one ends
+    is searched as one with it.
+    """
+    runs: list[tuple[int, bytearray]] = []
+    for offset, data in sorted(parts):
+        if runs and runs[-1][0] + len(runs[-1][1]) == offset:
+            runs[-1][1].extend(data)
+        else:
+            runs.append((offset, bytearray(data)))
+    # The bytes cannot overlap themselves; re.finditer is C all the way, which the emulated host
+    # notices.
+    return [
+        offset + match.start()
+        for offset, data in runs
+        for match in re.finditer(re.escape(VMFUNC), data)
+    ]
+
+
+def check_instructions(image: Path, name: str, section: str = ".text") -> None:
+    """Decode a section of a linked object and refuse what does not belong there.
+
+    Raises:
+        ForbiddenInstructionError, IndirectBranchError, StrayBranchError.
+        CompilerMissingError: no objdump, which comes with the compiler.
+    """
+    listing = list(_decode(image, section))
+    starts = {instruction.address for instruction in listing}
+    for one in listing:
+        where = f"{one.function} of {name}"
+        if not _ALLOWED.fullmatch(one.mnemonic) or _FOREIGN.search(one.operands):
+            raise ForbiddenInstructionError(
+                f"{where} holds `{one.text}`: objects run with general registers, in the "
+                "guest's privilege level and flags; write it in plain C"
+            )
+        if not one.mnemonic.startswith("j") and one.mnemonic != "call":
+            continue
+        if one.operands.startswith("*"):
+            raise IndirectBranchError(
+                f"{where} holds `{one.text}`, which a guest could train to speculate anywhere: "
+                "call functions by name, choose between them with if or switch"
+            )
+        target = _TARGET.match(one.operands)
+        if not target or int(target[1], 16) not in starts:
+            raise StrayBranchError(
+                f"{where} holds `{one.text}`, which leads to no instruction of the object: "
+                "branch to labels of its own code"
+            )
+
+
+def _decode(image: Path, section: str) -> Iterator[_Instruction]:
+    objdump = shutil.which("objdump")
+    if objdump is None:
+        raise CompilerMissingError("no objdump on this machine; apt-get install binutils")
+    done = subprocess.run(
+        [objdump, "-d", "-w", "-z", "--no-show-raw-insn", "-j", section, str(image)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "LC_ALL": "C"},
+        check=True,
+    )
+    function = "code"
+    for line in done.stdout.splitlines():
+        if line.endswith(">:"):
+            function = line[line.index("<") + 1 : -2]
+            continue
+        found = _LINE.match(line)
+        if not found:
+            continue
+        text = re.sub(r"\s+", " ", found[2].split("#")[0]).strip()
+        bare = _PREFIXES.sub("", text, count=1)
+        mnemonic, _, operands = bare.partition(" ")
+        # A conditional branch with a hint prefix: `jne,pt`.
+        mnemonic = mnemonic.partition(",")[0]
+        yield _Instruction(int(found[1], 16), text, mnemonic, operands.strip(), function)
