@@ -16,6 +16,8 @@ Invariants that hold by construction (the design of the mechanism numbers them):
   TSS count as supervisor accesses, and CR4.SMAP keeps those off user pages even with RFLAGS.AC
   set (SDM vol. 3A 4.6.1); the object's own accesses run between STAC and CLAC (sub.S). The first
   layer is KVM's: `ContextPlan.gva` and `size` tell it where no descriptor table may lie.
+- T26: leaves are write-back, and the kernel sets "ignore PAT" in each, so that no PAT or CR3.PCD of
+  the guest's makes trusted memory anything else.
 
 What one attachment costs in pages is `ContextPlan.cost`.
 """
@@ -131,7 +133,6 @@ class ContextPlan:
         self.pages: list[Page] = []
         self.levels = levels
         mappings = list(mappings)
-        # The range of GVAs that the guest page table maps.
         self.gva = crossing_gva + min(mapping.offset for mapping in mappings)
         self.size = (
             crossing_gva
@@ -145,11 +146,6 @@ class ContextPlan:
             levels=levels,
         )
         self._number = 0
-        self.levels = levels
-        mappings = list(mappings)
-        ends = [mapping.offset + mapping.page.count * PAGE_SIZE for mapping in mappings]
-        self.gva = crossing_gva + min(mapping.offset for mapping in mappings)
-        self.size = crossing_gva + max(ends) - self.gva
         for mapping in mappings:
             gpa = private_gpa + mapping.offset
             size = mapping.page.count * PAGE_SIZE

@@ -167,6 +167,11 @@ class Entry(Word):
     def access_name(cls, access: Access) -> str:
         """Short form, such as r-x."""
 
+    @property
+    def leaf_flags(self) -> str:
+        """What `decode` adds for a leaf."""
+        return ""
+
     def target(self, level: int) -> int:
         """Address of the page that a leaf of this level maps."""
         return self.address & ~(page_size(level) - 1)
@@ -183,7 +188,8 @@ class Entry(Word):
         kind = self.memory_type_of(level)
         return (
             f"{self.target(level):#x} [{self.access_name(self.access)} "
-            f"{kind.name if kind is not None else '?'} {size_name(page_size(level))}]"
+            f"{kind.name if kind is not None else '?'} {size_name(page_size(level))}"
+            f"{self.leaf_flags}]"
         )
 
     def __str__(self) -> str:
@@ -221,7 +227,7 @@ class EptEntry(Entry):
     write = Field(1)
     execute = Field(2)  # in supervisor mode only, where mode-based execute control is on
     memory_type = Field(3, 5)  # leaves only; reserved in the others
-    ignore_pat = Field(6)  # leaves only
+    ignore_pat = Field(6)  # leaves only; the kernel sets it in contexts (kernel-patches/README.md)
     large = Field(7)  # levels 2 and 3: the entry is a leaf
     accessed = Field(8)  # used if the EPTP enables accessed and dirty flags
     dirty = Field(9)
@@ -254,6 +260,10 @@ class EptEntry(Entry):
 
     def is_leaf(self, level: int) -> bool:
         return level == 1 or (level <= 3 and self.large == 1)
+
+    @property
+    def leaf_flags(self) -> str:
+        return " IPAT" * self.ignore_pat
 
     @property
     def access(self) -> Access:

@@ -37,7 +37,7 @@ def gate_plan(base: int) -> ContextPlan:
     return plan_gate(0x7000_0000, base)
 
 
-def sub_plan(base: int) -> ContextPlan:
+def sub_plan(base: int, *, user: bool = False) -> ContextPlan:
     return plan_sub(
         [
             (layout.SUB_ENTRY_OFFSET, UserPages(0x1000), READ_EXECUTE),
@@ -47,6 +47,7 @@ def sub_plan(base: int) -> ContextPlan:
         0x9000,
         UserPages(0x100_0000, MEMORY_PAGES),
         base,
+        user=user,
     )
 
 
@@ -136,6 +137,34 @@ def test_i4_tables_are_read_only_and_nothing_writable_is_executable(plan: Contex
     for number in range(len(plan.guest)):
         for word in plan.guest.table(number):
             assert not word or word & 0x20, hex(word)
+
+
+@pytest.mark.parametrize("user", [False, True])
+@pytest.mark.parametrize("base", BASES)
+def test_i8_only_what_the_guest_can_write_is_a_user_page_of_a_supervisor(
+    base: int, user: bool
+) -> None:
+    """Windows and shared memory always, the rest of a sub context for callers in user mode."""
+    plan = sub_plan(base, user=user)
+    kinds = {
+        (span.start - base, span.size): bool(span.access & Access.USER)
+        for span in plan.guest.spans()
+    }
+    memory = (layout.SHARED_OFFSET, MEMORY_PAGES * PAGE_SIZE)
+    assert kinds.pop(memory) is True
+    assert set(kinds.values()) == {user}
+    assert sum(size for _, size in kinds) == (4 + 1 + 1 + 4) * PAGE_SIZE
+    gate = plan_gate(0x7000_0000, base, user=user)
+    assert {bool(span.access & Access.USER) for span in gate.guest.spans()} == {user}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_range_told_to_the_kernel_holds_all_that_is_mapped(base: int) -> None:
+    for plan in (gate_plan(base), sub_plan(base)):
+        spans = list(plan.guest.spans())
+        low = min(span.start for span in spans)
+        high = max(span.end for span in spans)
+        assert (plan.gva, plan.size) == (low, high - low)
 
 
 def test_the_list_is_writable_in_both_contexts_and_the_official_eptp_in_none() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from pykvm.boot import compiler
 from pykvm.elisa import toolchain
+from pykvm.elisa.protections import Protection
 from pykvm.elisa.toolchain import PAGE_SIZE, VMFUNC, SubImage, build_object
 from pykvm.memory import layout
 
@@ -123,6 +124,140 @@ def test_own_memory_functions(tmp_path: Path) -> None:
         + SERVE % "__builtin_memcpy((void *)env->shared, (void *)env->windows, a0); return 0;",
     )
     assert "memcpy" in image.symbols
+
+
+@pytest.mark.parametrize("name", ["objects/nop.c", "objects/counter.c", "switch/switch.c"])
+def test_only_the_sub_entry_differs_for_callers_in_user_mode(name: str) -> None:
+    kernel, user = (
+        build_object([compiler.GUEST_SOURCES / name], user=user) for user in (False, True)
+    )
+    assert kernel.parts[0].data != user.parts[0].data
+    assert kernel.parts[1:] == user.parts[1:]
+
+
+def test_what_the_two_sub_entries_do(tmp_path: Path) -> None:
+    """STAC and CLAC around the call, or AC cleared with POPFQ before it; nothing more."""
+    nop = compiler.GUEST_SOURCES / "objects" / "nop.c"
+    kernel, user = (
+        instructions(build_object([nop], user=user).parts[0].data, tmp_path / "sub")
+        for user in (False, True)
+    )
+    start, end = ["movq", "mov", "lea"], ["mov", *["xor"] * 8, "vmfunc"]
+    assert kernel == [*start, "stac", "lea", "jmp", "call", "pop", "clac", *end]
+    assert user == [*start, "pushf", "andl", "popf", "lea", "jmp", "call", "pop", *end]
+
+
+@pytest.mark.parametrize("protection", Protection)
+def test_builds_without_a_protection(tmp_path: Path, protection: Protection) -> None:
+    """Each leaves out some instructions and nothing else; the pages keep their form."""
+    cost = {
+        Protection.GATE_BARRIER: (1, 0, 0),
+        Protection.GATE_CHECK: (5, 0, 0),  # three of them on the way, clearing and int3 aside
+        Protection.SLOT_CLEARING: (0, 1, 1),
+        Protection.WINDOW_ACCESS: (0, 2, 0),
+        Protection.FLAG_CLEARING: (0, 0, 3),
+        Protection.REGISTER_CLEARING: (0, 6, 6),
+        Protection.CODE_CHECK: (0, 0, 0),
+    }[protection]
+    nop = compiler.GUEST_SOURCES / "objects" / "nop.c"
+    counts = []
+    for without in (frozenset[Protection](), frozenset({protection})):
+        pages = [toolchain.crossing_images(without).gate_page]
+        pages += [build_object([nop], user=u, without=without).parts[0].data for u in (False, True)]
+        assert all(page.endswith(VMFUNC) and page.count(VMFUNC) == 1 for page in pages)
+        counts.append([len(instructions(page, tmp_path / "page")) for page in pages])
+    whole, less = counts
+    # The compare, its branch and the reload go with the clearing behind the branch.
+    assert [a - b for a, b in zip(whole, less, strict=True)] == [
+        cost[0] - (protection is Protection.GATE_CHECK),
+        *cost[1:],
+    ]
+
+
+ASM = SERVE % '__asm__ volatile("%s"); return 0;'
+REFUSED = [
+    *("wrmsr", "rdmsr", "mov %cr0, %rax", "mov %rax, %cr3", "mov %rax, %db7"),
+    *("lgdt (%rdi)", "lidt (%rdi)", "lldt %ax", "ltr %ax", "sgdt (%rdi)", "invlpg (%rdi)"),
+    *("in %dx, %al", "out %al, %dx", "hlt", "cli", "sti", "std", "pushf; popf", "iretq"),
+    *("sysretq", "sysenter", "syscall", "int $0x80", "lretq", "ljmp *(%rdi)", "lcall *(%rdi)"),
+    *("vmcall", "vmlaunch", "vmread %rax, %rbx", "vmxoff", "invept (%rdi), %rax"),
+    *("stac", "clac", "swapgs", "wrfsbase %rax", "rdgsbase %rax", "mov %fs:0, %rax"),
+    *("mov %gs:(%rdi), %rax", "mov %ax, %ds", "push %fs", "xsave (%rdi)", "ldmxcsr (%rdi)"),
+    *("movaps %xmm0, %xmm1", "vzeroupper", "fninit", "emms", "cpuid", "rdtsc", "rdpmc"),
+    *("rdrand %rax", "monitor", "mwait", "wrpkru", "xgetbv", "xbegin 1f; 1:", "enclu", "int1"),
+    *(".byte 0x06", ".byte 0xd6", "senduipi %rax"),
+]
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_instructions_that_have_no_business_in_an_object(tmp_path: Path, text: str) -> None:
+    code = HEAD + ASM % text
+    with pytest.raises(
+        toolchain.ForbiddenInstructionError, match=r"elisa_serve of object\.c holds"
+    ):
+        build(tmp_path, code)
+    source = tmp_path / "object.c"
+    assert build_object([source], without=frozenset({Protection.CODE_CHECK}))  # the control
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("jmp *%rax", toolchain.IndirectBranchError),
+        ("call *%rax", toolchain.IndirectBranchError),
+        ("call *(%rdi)", toolchain.IndirectBranchError),
+        ("jmp . + 1", toolchain.StrayBranchError),
+        ("jne elisa_sub", toolchain.StrayBranchError),
+        ("call elisa_serve + 1", toolchain.StrayBranchError),
+    ],
+)
+def test_branches_that_lead_elsewhere(tmp_path: Path, text: str, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"elisa_serve of object\.c holds"):
+        build(tmp_path, HEAD + ASM % text)
+
+
+def test_what_c_compiles_to_is_not_refused(tmp_path: Path) -> None:
+    """A large switch has no table of jumps; atomics, divisions and string moves are plain code."""
+    cases = "\n".join(f"case {n}: return a1 * {n * n + 1} + a2 % {n + 3};" for n in range(40))
+    text = (
+        HEAD
+        + '#include "elisa_memory.h"\n'
+        + "static __attribute__((noinline)) uint64_t deep(uint64_t n)"
+        + "{ return n < 2 ? n : deep(n - 1) + deep(n - 2); }\n"
+        + SERVE
+        % (
+            f"switch (a0) {{ {cases} }}\n"
+            "uint64_t *word = (uint64_t *)env->shared, seen = 0;\n"
+            "__atomic_fetch_or(word, a1, __ATOMIC_SEQ_CST);\n"
+            "__atomic_compare_exchange_n(word, &seen, a2, 0, 5, 5);\n"
+            "memcpy((void *)env->shared, (void *)env->windows, a2 & 63);\n"
+            "return deep(a1 & 7) / (a2 | 1) + (uint64_t)((int64_t)a1 / 7) + __builtin_bswap64(a2)"
+            " + (uint64_t)__builtin_ctzll(a1 | 1) + (a1 < a2)"
+            " + (uint64_t)((unsigned __int128)a1 * a2 >> 64);"
+        )
+    )
+    assert build(tmp_path, text).symbols["elisa_serve"] >= layout.IMAGE_OFFSET
+
+
+def test_vmfunc_bytes_are_found_across_every_boundary() -> None:
+    find = toolchain.find_vmfunc
+    a, b = b"\xcc" * (PAGE_SIZE - 1) + b"\x0f", b"\x01\xd4" + b"\xcc" * (PAGE_SIZE - 2)
+    assert find([(0, a + b)]) == [PAGE_SIZE - 1]  # pages of one part
+    assert find([(PAGE_SIZE, b), (0, a)]) == [PAGE_SIZE - 1]  # parts that follow each other
+    assert find([(0, a), (2 * PAGE_SIZE, b)]) == []  # and parts that do not
+    assert find([(0, VMFUNC * 2), (0x5000, b"\x0f" + VMFUNC)]) == [0, 3, 0x5001]
+
+
+def test_the_sub_entry_page_is_nobody_elses(tmp_path: Path) -> None:
+    text = '__attribute__((section(".elisa.sub"), noinline)) uint64_t f(void) { return 1; }\n'
+    with pytest.raises(compiler.LinkError, match=r"\.elisa\.sub"):
+        build(tmp_path, HEAD + text + SERVE % "return f();")
+
+
+def test_a_vmfunc_split_by_a_page_boundary(tmp_path: Path) -> None:
+    text = ASM % r".balign 4096\n .skip 4095, 0x90\n .byte 0x0f, 0x01, 0xd4"
+    with pytest.raises(toolchain.ForeignVmfuncError, match=r"offset 0x1[0-9a-f]fff"):
+        build(tmp_path, HEAD + text)
 
 
 @pytest.mark.parametrize(

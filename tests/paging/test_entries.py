@@ -206,6 +206,7 @@ def test_absent() -> None:
     ("entry", "level", "text"),
     [
         (EptEntry.leaf(1, 0x7000, R | X), 1, "0x7000 [r-x WB 4K]"),
+        (EptEntry(EptEntry.leaf(1, 0x7000, R) | 0x40), 1, "0x7000 [r-- WB 4K IPAT]"),
         (EptEntry.leaf(2, 0x200000, R | W, MemoryType.UC), 2, "0x200000 [rw- UC 2M]"),
         (EptEntry.leaf(3, 0, X), 3, "0x0 [--x WB 1G]"),
         (EptEntry.table(0x3000), 4, "table 0x3000 [rwx]"),
