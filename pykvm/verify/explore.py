@@ -1,0 +1,167 @@
+"""All ways on from a state, until the page is left.
+
+Only ways that the page's own code decides are followed. An instruction may also be interrupted
+before or after it: a fault by CPL, SMAP, an alignment check or a segment's limit, a trap by TF or
+a breakpoint, an exit to KVM. Each of these is a stop (no descriptor table can be read in these
+contexts, I8) or goes on later with the same state, so it adds no other end.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Final
+
+import z3
+
+from pykvm.verify.decode import Page
+from pykvm.verify.semantics import Event, Step, step
+from pykvm.verify.state import Expression, Solver, State
+
+__all__ = ["STOPS", "End", "Finding", "Path", "Rule", "Symptom", "explore", "symbols_in"]
+
+_LONGEST_PATH: Final = 48  # instructions; a branch after as many ends the path as an entry
+
+
+class End(Enum):
+    """How a path ends, by intention of the page's code."""
+
+    OFFICIAL = "official sub entry"
+    DEFAULT = "default context"
+    REENTRY = "entry again"
+    BREAKPOINT = "int3"
+    INVALID = "invalid opcode"
+    FETCH = "fetch outside"
+    ACCESS = "access that faults"
+    EXIT = "VMFUNC exits"
+    CALL = "object's function"
+    BROKEN = "broken"
+
+
+STOPS: Final = frozenset({End.BREAKPOINT, End.INVALID, End.FETCH, End.ACCESS, End.EXIT})
+"""Ends at which the vCPU can do nothing more until the VMM has seen it."""
+
+
+class Symptom(Enum):
+    """What is wrong with a path."""
+
+    UNKNOWN = "an instruction that the model does not know"
+    STRAY = "a write to something else than the transient slot"
+    FORGED = "an EPTP that is not the official one becomes active"
+    ELSEWHERE = "the sub context is entered at another address"
+    OPEN = "the default context is reached with the slot filled"
+    FILLED = "a stop by intention leaves the slot filled"
+    REENTERED = "the gate is entered again with the slot filled"
+    LATE = "the sub context runs something before it clears the slot"
+    ENVIRONMENT = "the object's function is called in another environment"
+    LEAK = "something of the host's or the object's is left to the guest"
+    FENCE = "no fence between the check and the sub context"
+    BYTES = "the bytes of VMFUNC where they do not belong"
+    ENDLESS = "no end"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that falls short. entry: offset from the crossing base; example: values of
+    registers that lead there."""
+
+    symptom: Symptom
+    entry: int
+    note: str
+    example: str = ""
+
+    def __str__(self) -> str:
+        example = f" with {self.example}" if self.example else ""
+        return f"entry {self.entry:#x}: {self.symptom.value} ({self.note}){example}"
+
+
+@dataclass(frozen=True)
+class Path:
+    """A way through the page. target: where a path that ends as REENTRY or CALL goes on."""
+
+    state: State
+    end: End
+    target: Expression | None = None
+    symptom: Symptom | None = None
+    note: str = ""
+
+
+Rule = Callable[[State, Solver], list[Path]]
+"""What VMFUNC does in a context: all paths that it ends."""
+
+
+def explore(start: State, page: Page, solver: Solver, vmfunc: Rule) -> list[Path]:
+    """Every path from `start`."""
+    paths: list[Path] = []
+    waiting = [start]
+    while waiting:
+        state = waiting.pop()
+        if state.pc not in page:
+            paths.append(Path(state, End.FETCH))
+            continue
+        if len(state.trace) > 2 * _LONGEST_PATH:
+            paths.append(Path(state, End.BROKEN, symptom=Symptom.ENDLESS, note="no branch ends it"))
+            continue
+        instruction = page.at(state.pc)
+        at = state.pc - page.offset
+        code = page.code[at : at + instruction.length]
+        for one in step(state, instruction, code, solver):
+            if one.event is Event.NEXT:
+                waiting.append(one.state)
+            elif one.event is Event.VMFUNC:
+                paths += vmfunc(one.state, solver)
+            elif one.event in (Event.BRANCH, Event.CALL):
+                gone = _branch(one, page, solver)
+                if isinstance(gone, State):
+                    waiting.append(gone)
+                else:
+                    paths.append(gone)
+            else:
+                paths.append(_stopped(one))
+    return paths
+
+
+_EVENT_ENDS: Final = {
+    Event.TRAP: End.BREAKPOINT,
+    Event.INVALID: End.INVALID,
+    Event.FETCH: End.FETCH,
+    Event.ACCESS: End.ACCESS,
+}
+
+
+def _stopped(one: Step) -> Path:
+    if one.event in _EVENT_ENDS:
+        return Path(one.state, _EVENT_ENDS[one.event])
+    symptom = Symptom.STRAY if one.event is Event.STRAY else Symptom.UNKNOWN
+    return Path(one.state, End.BROKEN, symptom=symptom, note=one.note)
+
+
+def _branch(one: Step, page: Page, solver: Solver) -> State | Path:
+    relative = one.state.relative(one.target)
+    offset = solver.constant(one.state.conditions, relative)
+    if offset is None:
+        inside = z3.ULT(relative - page.offset, len(page.code))
+        if not solver.possible(one.state.conditions, inside):
+            return Path(one.state, End.FETCH)
+    elif offset not in page:
+        if one.event is Event.CALL:
+            return Path(one.state, End.CALL, one.target)
+        return Path(one.state, End.FETCH)
+    elif len(one.state.trace) < _LONGEST_PATH:
+        return replace(one.state, pc=offset)
+    return Path(one.state, End.REENTRY, one.target)
+
+
+def symbols_in(*expressions: Expression) -> list[Expression]:
+    """All symbols in these expressions, each once."""
+    found: dict[int, Expression] = {}
+    seen: set[int] = set()
+    waiting = [z3.simplify(expression) for expression in expressions]
+    while waiting:
+        one = waiting.pop()
+        if one.get_id() in seen:
+            continue
+        seen.add(one.get_id())
+        if z3.is_const(one) and one.decl().kind() == z3.Z3_OP_UNINTERPRETED:
+            found[one.get_id()] = one
+        waiting.extend(one.children())
+    return list(found.values())

@@ -1,0 +1,212 @@
+"""The gate page: invariant I2, for each byte at which a guest may enter.
+
+Shown for *every* content of the general registers, RAX and RCX included, although VMFUNC lets a
+guest in with EAX = 0 and ECX = the slot of a gate only. That is what makes an indirect jump within
+the page no case of its own: as long as the slot is zero, it is an entry like any other.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+import z3
+
+from pykvm.memory import layout
+from pykvm.paging.entries import PAGE_SIZE
+from pykvm.verify.decode import Page
+from pykvm.verify.explore import STOPS, End, Finding, Path, Symptom, explore, symbols_in
+from pykvm.verify.state import (
+    GENERAL,
+    MAPPED,
+    STATUS,
+    Expression,
+    Memory,
+    Region,
+    Solver,
+    State,
+    value,
+)
+
+__all__ = ["GATE_REGIONS", "OFFICIAL", "SLOT", "GateProof", "gate_memory", "prove_gate"]
+
+SLOT: Final = layout.GATE_LIST_OFFSET + 8
+"""Where the transient slot lies, relative to the crossing base."""
+
+OFFICIAL: Final = z3.BitVec("official", 64)
+"""The EPTP on the data page: any but zero."""
+
+GATE_REGIONS: Final = (
+    Region("code", layout.GATE_OFFSET, PAGE_SIZE, executable=True),
+    Region("list", layout.GATE_LIST_OFFSET, PAGE_SIZE, writable=True),
+    Region("data", layout.GATE_DATA_OFFSET, PAGE_SIZE),
+)
+"""All that a gate context maps (`pykvm.verify.roots` compares)."""
+
+_SLOTS: Final = 512
+# The gate itself puts these there; the sub context overwrites them before the guest sees them.
+_OVERWRITTEN: Final = frozenset({"rax", "rcx", "r8"})
+
+
+def gate_memory() -> Memory:
+    """As a guest finds it: the slot empty (I1), the official EPTP on its page."""
+    memory = Memory(GATE_REGIONS).with_word(SLOT, value(0))
+    return memory.with_word(layout.GATE_DATA_OFFSET, OFFICIAL)
+
+
+@dataclass
+class GateProof:
+    """What was found. paths: by offset of the entry within the page."""
+
+    findings: list[Finding] = field(default_factory=list)
+    paths: dict[int, list[Path]] = field(default_factory=dict)
+    questions: int = 0
+
+    @property
+    def holds(self) -> bool:
+        return not self.findings and len(self.paths) == PAGE_SIZE
+
+    @property
+    def steps(self) -> int:
+        """Instructions executed symbolically."""
+        return sum(len(path.state.trace) for paths in self.paths.values() for path in paths)
+
+    def classes(self) -> Counter[tuple[str, ...]]:
+        """How many entry offsets can end in what."""
+        return Counter(
+            tuple(end.value for end in End if any(path.end is end for path in paths))
+            for paths in self.paths.values()
+        )
+
+    def official(self) -> Path:
+        """The way of an honest call: from the first byte to the sub context."""
+        (found,) = [path for path in self.paths[0] if path.end is End.OFFICIAL]
+        return found
+
+
+def prove_gate(page: bytes) -> GateProof:
+    """Follow every path from every byte of the built gate page."""
+    code = Page(layout.GATE_OFFSET, page)
+    solver = Solver()
+    proof = GateProof()
+    start = State.arbitrary(layout.GATE_OFFSET, gate_memory()).assume(OFFICIAL != 0)
+    for at in range(len(page)):
+        entry = layout.GATE_OFFSET + at
+        paths = explore(replace(start, pc=entry), code, solver, _vmfunc)
+        proof.paths[at] = paths
+        for path in paths:
+            proof.findings += _judge(path, entry, solver)
+    if not any(path.end is End.OFFICIAL for path in proof.paths.get(0, [])):
+        note = "the first byte does not lead to the sub context"
+        proof.findings.append(Finding(Symptom.ELSEWHERE, layout.GATE_OFFSET, note))
+    proof.questions = solver.questions
+    return proof
+
+
+def _slot(state: State) -> Expression:
+    return state.memory.word(SLOT)
+
+
+def _vmfunc(state: State, solver: Solver) -> list[Path]:
+    """VMFUNC in a gate context (SDM vol. 3C 26.5.6). The list holds: 0 the default EPTP, or zero
+    while KVM has an event waiting; 1 the transient slot; from 2 on gates of this vCPU, or zero."""
+    function = z3.Extract(31, 0, state.registers["rax"])
+    slot = z3.Extract(31, 0, state.registers["rcx"])
+    switches = function == 0
+    paths = []
+
+    def way(
+        end: End, *conditions: Expression, symptom: Symptom | None = None, note: str = ""
+    ) -> bool:
+        if not solver.possible(state.conditions, *conditions):
+            return False
+        paths.append(Path(state.assume(*conditions), end, symptom=symptom, note=note))
+        return True
+
+    # Another function, or a number beyond the list: #UD or an exit.
+    way(End.EXIT, z3.Or(z3.Not(switches), z3.UGE(slot, _SLOTS)))
+    way(End.DEFAULT, switches, slot == 0)
+    transient = _slot(state)
+    way(End.EXIT, switches, slot == 1, transient == 0)
+    forged = z3.And(switches, slot == 1, transient != 0, transient != OFFICIAL)
+    way(End.BROKEN, forged, symptom=Symptom.FORGED, note="at a VMFUNC")
+    official = (switches, slot == 1, transient == OFFICIAL)
+    if state.pc == layout.SUB_ENTRY_OFFSET:
+        way(End.OFFICIAL, *official)
+    else:
+        note = f"at offset {state.pc:#x}"
+        way(End.BROKEN, *official, symptom=Symptom.ELSEWHERE, note=note)
+    # A gate of this list. Its only executable page lies at the same distance from a multiple of
+    # 2 MiB, so what follows this page is no code there either.
+    gates = (switches, z3.UGE(slot, 2), z3.ULT(slot, _SLOTS))
+    inside = layout.GATE_OFFSET <= state.pc < layout.GATE_OFFSET + PAGE_SIZE
+    way(End.REENTRY if inside else End.FETCH, *gates)
+    return paths
+
+
+def _judge(path: Path, entry: int, solver: Solver) -> list[Finding]:
+    """What is wrong with a path from this entry."""
+    state = path.state
+
+    def found(symptom: Symptom, note: str, *conditions: Expression) -> Finding:
+        return Finding(symptom, entry, note, _example(state, solver, *conditions))
+
+    where = f"after {len(state.trace)} instructions, the last at {state.trace[-1]:#x}"
+    if path.symptom is not None:
+        return [found(path.symptom, f"{path.note}; {where}" if path.note else where)]
+    findings = []
+    slot = _slot(state)
+    unwanted = {
+        End.DEFAULT: (Symptom.OPEN, slot != 0),
+        End.REENTRY: (Symptom.REENTERED, slot != 0),
+        # The vCPU stays where it is; what the gate itself put there may be left.
+        **dict.fromkeys(STOPS, (Symptom.FILLED, z3.And(slot != 0, slot != OFFICIAL))),
+    }
+    if path.end is End.CALL:
+        findings.append(found(Symptom.ELSEWHERE, f"a call; {where}"))
+    if path.end in unwanted:
+        symptom, condition = unwanted[path.end]
+        if solver.possible(state.conditions, condition):
+            findings.append(found(symptom, where, condition))
+    if path.end is End.OFFICIAL:
+        if not solver.certain(state.conditions, z3.Not(state.flags["df"])):
+            findings.append(found(Symptom.ENVIRONMENT, f"RFLAGS.DF may be set; {where}"))
+        if not state.fenced:
+            findings.append(found(Symptom.FENCE, where))
+    if path.end not in STOPS:
+        overwritten = _OVERWRITTEN if path.end is End.OFFICIAL else frozenset()
+        findings += [
+            found(Symptom.LEAK, f"{what}; {where}") for what in _leaks(state, solver, overwritten)
+        ]
+    return findings
+
+
+def _leaks(state: State, solver: Solver, overwritten: frozenset[str]) -> list[str]:
+    """Registers and flags that tell something of the list or of the data page."""
+    places = {name: state.registers[name] for name in GENERAL if name not in overwritten}
+    places |= {flag: state.flags[flag] for flag in STATUS}
+    leaks = [name for name, content in places.items() if _tells(state, solver, content)]
+    return [*leaks, "x87 status"] if state.opaque else leaks
+
+
+def _tells(state: State, solver: Solver, content: Expression) -> bool:
+    """Whether a place can differ between two runs that differ in secrets only."""
+    secrets = [one for one in symbols_in(content, *state.conditions) if _is_secret(str(one))]
+    if not any(_is_secret(str(one)) for one in symbols_in(content)):
+        return False
+    others = [z3.Const(f"other {one}", one.sort()) for one in secrets]
+    pairs = list(zip(secrets, others, strict=True))
+    there = [z3.substitute(condition, *pairs) for condition in state.conditions]
+    return solver.possible(state.conditions, *there, content != z3.substitute(content, *pairs))
+
+
+def _is_secret(name: str) -> bool:
+    return name == str(OFFICIAL) or name.startswith(f"{MAPPED}!")
+
+
+def _example(state: State, solver: Solver, *conditions: Expression) -> str:
+    """Values at the entry that lead along this path."""
+    model = solver.example(state.conditions, *conditions)
+    if model is None:
+        return ""
+    names = sorted(model.decls(), key=lambda one: str(one.name()))
+    return ", ".join(f"{one.name()}={model[one]}" for one in names[:8])

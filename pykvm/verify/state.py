@@ -1,0 +1,240 @@
+"""The symbolic state of a vCPU in a context: registers, flags, memory, and the path so far.
+
+Values are z3 bit vectors and booleans. Addresses are relative to the crossing base, which is
+itself a symbol: any multiple of 2 MiB.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import z3
+
+from pykvm.memory import layout
+
+__all__ = [
+    "BASE",
+    "FLAGS",
+    "GENERAL",
+    "MAPPED",
+    "SLOT_OFFSETS",
+    "STATUS",
+    "Expression",
+    "Load",
+    "Memory",
+    "Region",
+    "Solver",
+    "State",
+    "fresh",
+    "fresh_flag",
+    "truth",
+    "value",
+]
+
+Expression = Any
+"""A z3 bit vector or boolean; z3 has no types of its own."""
+
+GENERAL: Final = (
+    *("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"),
+    *("r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"),
+)
+"""By their number in instructions."""
+
+STATUS: Final = ("cf", "pf", "af", "zf", "sf", "of")
+FLAGS: Final = (*STATUS, "df", "ac")
+
+MAPPED: Final = "memory"
+"""How the names of symbols begin that stand for what memory held; `fresh` numbers them."""
+
+_BLOCK: Final = z3.BitVec("block", 43)
+BASE: Final = z3.Concat(_BLOCK, z3.BitVecVal(0, 21))
+"""The crossing base."""
+
+_numbers = itertools.count()
+
+
+def value(number: int, bits: int = 64) -> Expression:
+    """A constant."""
+    return z3.BitVecVal(number, bits)
+
+
+def truth(flag: bool) -> Expression:
+    return z3.BoolVal(flag)
+
+
+def fresh(name: str, bits: int = 64) -> Expression:
+    """A symbol that nothing is known about."""
+    return z3.BitVec(f"{name}!{next(_numbers)}", bits)
+
+
+def fresh_flag(name: str) -> Expression:
+    return z3.Bool(f"{name}!{next(_numbers)}")
+
+
+@dataclass(frozen=True)
+class Region:
+    """Whole pages of a context. offset: relative to the crossing base; size: bytes."""
+
+    name: str
+    offset: int
+    size: int
+    writable: bool = False
+    executable: bool = False
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.size
+
+    def holds(self, offset: int, size: int) -> bool:
+        """Whether all of these bytes lie in the region."""
+        return self.offset <= offset and offset + size <= self.end
+
+
+@dataclass(frozen=True)
+class Load:
+    """A read of memory whose content the model leaves open: `symbol` stands for it."""
+
+    symbol: Expression
+    address: Expression
+    size: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a context maps, and the bytes of it that the model follows.
+
+    regions: everything that is mapped; guarded: bytes that alone may be written of the region
+    `list` (the transient slot). known: byte by offset. Other bytes of a region hold anything,
+    something else at each read.
+    """
+
+    regions: tuple[Region, ...]
+    known: Mapping[int, Expression] = field(default_factory=dict)
+
+    def region(self, offset: int, size: int) -> Region | None:
+        """The region that holds all of these bytes; None if one of them is not mapped."""
+        for region in self.regions:
+            if region.holds(offset, size):
+                return region
+        # Regions that follow each other: an access may straddle them.
+        parts = [r for r in self.regions if r.offset < offset + size and offset < r.end]
+        if sum(min(r.end, offset + size) - max(r.offset, offset) for r in parts) == size:
+            first = parts[0]
+            return replace(first, writable=all(r.writable for r in parts), name="several")
+        return None
+
+    def word(self, offset: int) -> Expression:
+        """Eight bytes that the model follows."""
+        return z3.simplify(z3.Concat([self.known[offset + at] for at in reversed(range(8))]))
+
+    def with_bytes(self, offset: int, content: Expression) -> Memory:
+        """The same after a write."""
+        known = dict(self.known)
+        for at in range(content.size() // 8):
+            known[offset + at] = z3.simplify(z3.Extract(8 * at + 7, 8 * at, content))
+        return replace(self, known=known)
+
+    def with_word(self, offset: int, content: Expression) -> Memory:
+        return self.with_bytes(offset, content)
+
+
+SLOT_OFFSETS: Final = {
+    layout.GATE_LIST_OFFSET: layout.GATE_LIST_OFFSET + 8,
+    layout.LIST_OFFSET: layout.LIST_OFFSET + 8,
+}
+"""Where the transient slot lies, by the offset of the list page: in a gate, in a sub context."""
+
+
+@dataclass(frozen=True)
+class State:
+    """A vCPU between two instructions.
+
+    registers, flags: by name; `others` holds the bits of RFLAGS that `flags` does not.
+    conditions: what holds on this path. trace: offsets of the instructions so far. opaque: what
+    the model does not follow (x87) has been changed by memory's content.
+    """
+
+    pc: int
+    registers: Mapping[str, Expression]
+    flags: Mapping[str, Expression]
+    others: Expression
+    memory: Memory
+    conditions: tuple[Expression, ...] = ()
+    trace: tuple[int, ...] = ()
+    loads: tuple[Load, ...] = ()
+    fenced: bool = False
+    opaque: bool = False
+
+    @classmethod
+    def arbitrary(cls, pc: int, memory: Memory) -> State:
+        """Any registers and any flags; the names of the symbols are those of the registers."""
+        return cls(
+            pc,
+            {name: z3.BitVec(name, 64) for name in GENERAL},
+            {name: z3.Bool(name) for name in FLAGS},
+            z3.BitVec("rflags", 64),
+            memory,
+        )
+
+    def set_register(self, name: str, content: Expression) -> State:
+        return replace(self, registers={**self.registers, name: z3.simplify(content)})
+
+    def set_flags(self, **flags: Expression) -> State:
+        return replace(self, flags={**self.flags, **flags})
+
+    def assume(self, *conditions: Expression) -> State:
+        return replace(self, conditions=(*self.conditions, *conditions))
+
+    def relative(self, address: Expression) -> Expression:
+        """An address, from the crossing base on."""
+        return z3.simplify(address - BASE)
+
+
+class Solver:
+    """Questions about what can be on a path. Counts them; an answer of `unknown` is an error."""
+
+    def __init__(self) -> None:
+        self.questions = 0
+        self._solver = z3.Solver()
+        self._solver.set("timeout", 60_000)
+        self._solver.set("random_seed", 0)
+
+    def possible(self, conditions: Iterable[Expression], *more: Expression) -> bool:
+        """Whether all of these can hold at once."""
+        return self.example(conditions, *more) is not None
+
+    def certain(self, conditions: Iterable[Expression], claim: Expression) -> bool:
+        """Whether the claim holds whenever the conditions do."""
+        claim = z3.simplify(claim)
+        if z3.is_true(claim):
+            return True
+        return not self.possible(conditions, z3.Not(claim))
+
+    def example(self, conditions: Iterable[Expression], *more: Expression) -> Expression | None:
+        """A model in which all of these hold, or None."""
+        self.questions += 1
+        self._solver.push()
+        try:
+            self._solver.add(*conditions, *more)
+            answer = self._solver.check()
+            if answer == z3.unknown:
+                raise TimeoutError(f"z3 does not know: {self._solver.reason_unknown()}")
+            return self._solver.model() if answer == z3.sat else None
+        finally:
+            self._solver.pop()
+
+    def constant(self, conditions: tuple[Expression, ...], content: Expression) -> int | None:
+        """The one signed value that `content` has on this path, or None if there are several."""
+        content = z3.simplify(content)
+        if z3.is_bv_value(content):
+            return int(content.as_signed_long())
+        model = self.example(conditions)
+        if model is None:
+            return None
+        guess = model.eval(content, model_completion=True)
+        if self.certain(conditions, content == guess):
+            return int(guess.as_signed_long())
+        return None
