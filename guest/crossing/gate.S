@@ -45,10 +45,11 @@
 elisa_gate_page:
 	.set	data, elisa_gate_page + ELISA_GATE_DATA_OFFSET - ELISA_GATE_OFFSET
 	.set	transient, elisa_gate_page + ELISA_GATE_LIST_OFFSET - ELISA_GATE_OFFSET + 8
+	.set	near, elisa_gate_page - 0x18	# so that the bytes of `official - near` read no memory
 
 	/* The last VMFUNC has to end the page; a direct jump there would hold zero bytes. */
-	lea	elisa_gate_page(%rip), %r8	# 2 MiB aligned area: ends in 0x1000
-	mov	$(ELISA_GATE_OFFSET + official - elisa_gate_page), %r8w	# so its low word is a constant
+	lea	near(%rip), %r8			# 2 MiB aligned area: ends in 0x0fe8
+	add	$(official - near), %r8w	# no carry; a mov's constant would be a load from (%rdi)
 	jmp	*%r8				# to official
 
 #ifndef ELISA_NO_GATE_CHECK
