@@ -205,25 +205,29 @@ class _Execution:
         state, content = self._read(state, 0)
         bits = content.size()
         count = self.raw.immediate(1) & (63 if bits == 64 else 31)
-        if not count or count >= bits:
-            raise UnknownInstruction("a shift by nothing or by everything")
-        amount = value(count, bits)
+        if not count:
+            raise UnknownInstruction("a shift by nothing")
+        amount = value(min(count, bits), bits)
         top, second = bits - 1, bits - 2
         match self.name:
             case "ROL" | "ROR":
                 rotate = z3.RotateLeft if self.name == "ROL" else z3.RotateRight
-                result = z3.simplify(rotate(content, count))
-                carry_bit = 0 if self.name == "ROL" else top
-                flags = {"cf": z3.Extract(carry_bit, carry_bit, result) == 1}
+                result = z3.simplify(rotate(content, count % bits))
+                last = 0 if self.name == "ROL" else top
+                flags = {"cf": z3.Extract(last, last, result) == 1}
             case "SHL" | "SAL":
-                result = z3.simplify(content << amount)
-                _, flags = arithmetic.logic(result)
-                flags["cf"] = z3.Extract(bits - count, bits - count, content) == 1
+                result, flags = arithmetic.logic(content << amount)
+                last = bits - count
+            case "SHR":
+                result, flags = arithmetic.logic(z3.LShR(content, amount))
+                last = count - 1
             case _:
-                shifted = z3.LShR(content, amount) if self.name == "SHR" else content >> amount
-                result = z3.simplify(shifted)
-                _, flags = arithmetic.logic(result)
-                flags["cf"] = z3.Extract(count - 1, count - 1, content) == 1
+                result, flags = arithmetic.logic(content >> amount)
+                last = count - 1
+        if self.name not in ("ROL", "ROR"):
+            inside = 0 <= last <= top
+            carry = z3.Extract(last, last, content) == 1 if inside else arithmetic.undefined()
+            flags["cf"] = carry
         overflow = {
             "ROR": z3.Extract(top, top, result) != z3.Extract(second, second, result),
             "SHR": z3.Extract(top, top, content) == 1,
