@@ -24,7 +24,7 @@ help:
 	@echo "make demo    send real packets between two guests: VMFUNC beside VMCALL and direct"
 	@echo "make test    run every test, on this host and on the emulated Intel host"
 	@echo "make lint    check style and types"
-	@echo "make bench   measure the crossing and the switch"
+	@echo "make bench   measure the crossing, the switch and interrupts"
 	@echo "make clean   remove everything that was built in this directory"
 
 setup: $(VENV)/.extensions
@@ -89,6 +89,7 @@ lint: setup
 bench: setup
 	$(VENV)/bin/pykvm bench crossing --json build/bench/crossing.json
 	$(VENV)/bin/pykvm bench switch --json build/bench/switch.json
+	$(VENV)/bin/pykvm bench interrupts --json build/bench/interrupts.json
 
 clean:
 	rm -rf build $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

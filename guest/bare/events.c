@@ -48,14 +48,13 @@ void event_record(const uint64_t *frame, uint64_t time)
 {
 	uint64_t number = __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED);
 
-	if (number < events_room)
-		events[number] = (struct event){
-			.vector = frame[0],
-			.time = time,
-			.rip = frame[1],
-			.rflags = frame[3],
-			.rsp = frame[4],
-		};
+	events[number % events_room] = (struct event){
+		.vector = frame[0],
+		.time = time,
+		.rip = frame[1],
+		.rflags = frame[3],
+		.rsp = frame[4],
+	};
 	boot_info->result[1] = number + 1;
 	if (frame[0] != NMI_VECTOR && frame[0] != SPURIOUS_VECTOR)
 		write_msr(MSR_X2APIC_EOI, 0);

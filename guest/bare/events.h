@@ -30,12 +30,12 @@ struct event {
 };
 
 /*
- * Take interrupts from now on: all vectors from 32 up and the NMI are recorded in `log`, which has
- * room for `room` events, and acknowledged. The VMM has given the vCPU a local APIC.
+ * Take interrupts from now on: all vectors from 32 up and the NMI are recorded in `log`, a ring of
+ * `room` events, and acknowledged. The VMM has given the vCPU a local APIC.
  */
 void events_open(struct event *log, uint64_t room);
 
-/* Events so far; more than `room` of them are counted, too. */
+/* Events so far. */
 uint64_t events_taken(void);
 
 /* Let the timer raise `vector` when the time stamp counter reaches `deadline`. */

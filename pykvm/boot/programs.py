@@ -18,6 +18,8 @@ __all__ = [
     "BurstProgram",
     "CrossingProgram",
     "ExchangeProgram",
+    "InterruptProgram",
+    "InterruptSample",
     "LogError",
     "Phase",
     "ReceivedFrame",
@@ -25,6 +27,7 @@ __all__ = [
     "SwitchPath",
     "Way",
     "frame_records",
+    "interrupt_samples",
     "received_frames",
     "send_samples",
     "way_samples",
@@ -39,6 +42,7 @@ IDLE_LIMIT: Final = 50_000_000
 _RECORD: Final = struct.Struct("<II")
 _SAMPLE: Final = struct.Struct("<QII")
 _PHASE: Final = struct.Struct("<IIII")
+_INTERRUPT: Final = struct.Struct("<6Q")
 
 
 class LogError(ValueError):
@@ -149,6 +153,43 @@ class BurstProgram:
 
 
 @dataclass(frozen=True)
+class InterruptProgram:
+    """interrupts.c: `count` interrupts for each amount of work, called directly and in an object.
+
+    left: amounts of work left at the timer's deadline, in ticks. lead: ticks from arming the timer
+    to the deadline. Marks 2n and 2n + 1 around part n; amount i has parts 2i (direct) and 2i + 1.
+    """
+
+    count: int
+    left: Sequence[int]
+    lead: int
+
+    def image(self) -> ElfFile:
+        return build_guest(["interrupts.c", "events.c"], objects=["work.c"])
+
+    def params(self) -> list[int]:
+        return [self.count, self.lead]
+
+    def input(self) -> bytes:
+        return struct.pack(f"<{len(self.left)}Q", *self.left)
+
+
+@dataclass(frozen=True)
+class InterruptSample:
+    """One interrupt, in ticks of the guest's time stamp counter.
+
+    deadline: of the timer. begun: before the call. expected: when the call would be over if nothing
+    interrupted it. handler: in the handler's first instructions. rip: where the interrupt came.
+    """
+
+    deadline: int
+    begun: int
+    expected: int
+    handler: int
+    rip: int
+
+
+@dataclass(frozen=True)
 class ReceivedFrame:
     """A frame as it arrived, and the port that it came from."""
 
@@ -195,6 +236,16 @@ def received_frames(log: bytes | memoryview) -> Iterator[ReceivedFrame]:
 def send_samples(samples: bytes | memoryview, count: int) -> list[SendSample]:
     """The first `count` samples that exchange.c or burst.c left."""
     return [SendSample(*_SAMPLE.unpack_from(samples, i * _SAMPLE.size)) for i in range(count)]
+
+
+def interrupt_samples(
+    samples: bytes | memoryview, program: InterruptProgram
+) -> list[list[InterruptSample]]:
+    """What interrupts.c left: the samples of each part."""
+    parts = 2 * len(program.left)
+    records = _INTERRUPT.iter_unpack(samples[: parts * program.count * _INTERRUPT.size])
+    each = [InterruptSample(*record[:5]) for record in records]
+    return [each[n * program.count : (n + 1) * program.count] for n in range(parts)]
 
 
 def way_samples(samples: bytes | memoryview, program: CrossingProgram) -> dict[Way, list[int]]:

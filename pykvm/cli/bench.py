@@ -1,4 +1,4 @@
-"""Measure the crossing or the switch, keep raw samples, draw a chart."""
+"""Measure the crossing, the switch or interrupts, keep raw samples, draw a chart."""
 
 import argparse
 from pathlib import Path
@@ -40,6 +40,19 @@ def add_parser(subparsers: Any) -> None:
     )
     switch.add_argument("--repeats", type=int, default=8, metavar="N", help="bursts (default 8)")
     switch.set_defaults(run=run_switch)
+
+    interrupts = kinds.add_parser("interrupts", help="what an interrupt inside an object waits for")
+    _add_json(interrupts, "interrupts")
+    interrupts.add_argument(
+        "--count", type=int, default=50, metavar="N", help="of each kind (default 50)"
+    )
+    interrupts.add_argument(
+        "--left",
+        type=_numbers,
+        metavar="LIST",
+        help="ticks of work left when it comes (default 0,1000,10000,100000)",
+    )
+    interrupts.set_defaults(run=run_interrupts)
 
 
 def _add_json(parser: argparse.ArgumentParser, kind: str) -> None:
@@ -137,6 +150,34 @@ def run_switch(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_interrupts(options: argparse.Namespace) -> int:
+    """`pykvm bench interrupts`."""
+    from pykvm.measure.interrupts import LEFT  # noqa: PLC0415
+
+    left = options.left or LEFT
+    _require("--count", [options.count], 1, 1000)
+    _require("--left", left, 0, 100_000_000)
+
+    def measure() -> dict[str, Any]:
+        from pykvm.kvm import Kvm  # noqa: PLC0415
+        from pykvm.measure.interrupts import measure_interrupts  # noqa: PLC0415
+
+        with Kvm() as kvm:
+            points = measure_interrupts(kvm, options.count, ticks_scale(kvm), left)
+        return {**_head(), "count": options.count, "points": [one.as_dict() for one in points]}
+
+    arguments = ["bench", "interrupts", "--count", str(options.count)]
+    arguments += ["--left", ",".join(map(str, left))]
+    record = on_suitable_host(measure, arguments, files={}, out=options.json)
+    if not is_emulated():
+        from pykvm.measure.charts import draw_interrupts  # noqa: PLC0415  (slow to import)
+
+        drawn = draw_interrupts(record, options.json.with_suffix(""))
+        _print_latencies(record)
+        _kept(options.json, drawn)
+    return 0
+
+
 def _require(option: str, numbers: list[int] | tuple[int, ...], low: int, high: int) -> None:
     for number in numbers:
         if not low <= number <= high:
@@ -162,6 +203,20 @@ def _print_points(record: dict[str, Any]) -> None:
     for guests, size, burst in dict.fromkeys(key[:3] for key in costs):
         cells = "".join(f"{costs[guests, size, burst, name]:10.1f}" for name in _PATHS)
         print(f"{guests:>6} {size:>6} {burst:>6}{cells}")
+
+
+def _print_latencies(record: dict[str, Any]) -> None:
+    """A line for each amount of work: the latency by both ways, and what is behind the work."""
+    points = {(point["left"], point["way"]): point for point in record["points"]}
+    print(f"{record['unit']} from the deadline to the handler, median")
+    print(f"{'left':>10} {'default':>10} {'object':>10} {'behind':>10}  taken at the return")
+    for left in dict.fromkeys(left for left, _ in points):
+        default, inside = points[left, "default"], points[left, "object"]
+        behind = f"{inside['behind']['median']:10.0f}" if inside["behind"] else " " * 10
+        print(
+            f"{left:>10} {default['median']:10.0f} {inside['median']:10.0f} {behind}"
+            f"  {inside['at_return']} of {len(inside['samples'])}"
+        )
 
 
 def _kept(json: Path, drawn: list[Path]) -> None:

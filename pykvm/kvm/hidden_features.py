@@ -46,6 +46,8 @@ class HiddenFeature:
 
 _WRITES = "the processor writes records to guest addresses, in whatever context it is"
 _STACKS = "the processor pushes return addresses of trusted code onto a stack of the guest's"
+_STALE = "CR3 could change without a flush, so that what it names is not what is walked"
+_ABORTS = "nothing says which EPT is active behind the abort of a transaction"
 _KEYS = "keys of the guest's own decide what trusted code may read and write"
 
 HIDDEN_FEATURES: Final = (
@@ -54,8 +56,12 @@ HIDDEN_FEATURES: Final = (
     HiddenFeature("vmx", 1, 0, "ecx", 5, "a nested hypervisor would have EPTs of its own"),
     HiddenFeature("smx", 1, 0, "ecx", 6, "GETSEC leaves the mode that contexts are built for"),
     HiddenFeature("pdcm", 1, 0, "ecx", 15, "leads to PEBS: " + _WRITES),
+    HiddenFeature("pcid", 1, 0, "ecx", 17, _STALE),
     HiddenFeature("ds", 1, 0, "edx", 21, "PEBS and BTS: " + _WRITES),
     HiddenFeature("sgx", 7, 0, "ebx", 2, "enclaves are entered and left at addresses of their own"),
+    HiddenFeature("hle", 7, 0, "ebx", 4, _ABORTS),
+    HiddenFeature("invpcid", 7, 0, "ebx", 10, "comes with pcid"),
+    HiddenFeature("rtm", 7, 0, "ebx", 11, _ABORTS),
     HiddenFeature(
         "mpx", 7, 0, "ebx", 14, "branches read bounds tables of the guest's", states=(3, 4)
     ),

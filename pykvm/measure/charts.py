@@ -6,7 +6,7 @@ from typing import Any
 
 from pykvm.errors import PykvmError
 
-__all__ = ["ChartError", "draw_crossing", "draw_demo", "draw_switch"]
+__all__ = ["ChartError", "draw_crossing", "draw_demo", "draw_interrupts", "draw_switch"]
 
 _COLOURS = {
     "vmfunc": "#1b7f5c",
@@ -108,6 +108,32 @@ def draw_crossing(record: dict[str, Any], stem: Path) -> list[Path]:
     names = ["vmfunc", "vmcall_kernel", "vmcall_user", "direct"]
     figure, axes = _pyplot().subplots(figsize=(7.2, 2.6))
     _bars(axes, names, [record[name]["cost"] for name in names], "One empty call", record["unit"])
+    figure.text(0.01, -0.05, _source(record), fontsize=7, color="#555555")
+    return _save(figure, stem)
+
+
+def draw_interrupts(record: dict[str, Any], stem: Path) -> list[Path]:
+    """Latency of an interrupt against the work left when it comes; returns the files written."""
+    figure, axes = _pyplot().subplots(figsize=(7.2, 3.4))
+    for way, name, label in (
+        ("object", "vmfunc", "inside an object: taken at the return"),
+        ("default", "direct", "in the default context"),
+    ):
+        points = sorted((p["left"], p["median"]) for p in record["points"] if p["way"] == way)
+        axes.plot(
+            [left for left, _ in points],
+            [median for _, median in points],
+            marker="o",
+            markersize=3,
+            color=_COLOURS[name],
+            label=label,
+        )
+    axes.set_xscale("symlog", linthresh=1000)
+    axes.set_yscale("log")
+    axes.set_title("Interrupt latency, median")
+    axes.set_xlabel("ticks of work left when the interrupt comes")
+    axes.set_ylabel(record["unit"])
+    axes.legend(frameon=False)
     figure.text(0.01, -0.05, _source(record), fontsize=7, color="#555555")
     return _save(figure, stem)
 

@@ -8,7 +8,10 @@ from pykvm.kvm import Stats, Vcpu
 __all__ = ["ExitCounter", "Exits"]
 
 # An external interrupt leaves the guest for the host's own sake (its timer, above all).
-_COUNTED: Final = ("exits", "irq_exits", "io_exits", "hypercalls", "halt_exits", "mmio_exits")
+_COUNTED: Final = (
+    *("exits", "irq_exits", "io_exits", "hypercalls", "halt_exits", "mmio_exits"),
+    *("elisa_held", "elisa_returns"),
+)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,13 @@
 """Everything that measurements compile, in one place, to be built before it is needed."""
 
 from pykvm.boot.compiler import GUEST_SOURCES
-from pykvm.boot.programs import BurstProgram, CrossingProgram, ExchangeProgram, SwitchPath
+from pykvm.boot.programs import (
+    BurstProgram,
+    CrossingProgram,
+    ExchangeProgram,
+    InterruptProgram,
+    SwitchPath,
+)
 from pykvm.elisa.toolchain import build_object, crossing_images
 
 __all__ = ["build_images"]
@@ -13,10 +19,11 @@ def build_images() -> None:
     Raises what `pykvm.elisa.toolchain.build_object` raises.
     """
     crossing_images()
-    for source in ("objects/nop.c", "objects/counter.c", "switch/switch.c"):
+    for source in ("objects/nop.c", "objects/counter.c", "objects/work.c", "switch/switch.c"):
         build_object([GUEST_SOURCES / source])
     for program in (
         CrossingProgram(1, []),
+        InterruptProgram(1, [], 0),
         ExchangeProgram(SwitchPath.VMFUNC, 0),
         BurstProgram(SwitchPath.VMFUNC, b"", b"", []),
     ):

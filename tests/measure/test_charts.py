@@ -44,10 +44,18 @@ SWITCH = record(
         for burst in (1, 32)
     ]
 )
+INTERRUPTS = record(
+    points=[
+        {"way": way, "left": left, "median": 900 + (left if way == "object" else 0)}
+        for way in ("default", "object")
+        for left in (0, 1000, 100_000)
+    ]
+)
 DRAWN = {
     "crossing": (charts.draw_crossing, CROSSING),
     "demo": (charts.draw_demo, DEMO),
     "switch": (charts.draw_switch, SWITCH),
+    "interrupts": (charts.draw_interrupts, INTERRUPTS),
 }
 
 
@@ -108,6 +116,7 @@ def texts(monkeypatch: pytest.MonkeyPatch, kind: str, stem: Path) -> str:
         ("crossing", ["36", "1,055  (29.3x)", "2,939  (81.6x)", "VMFUNC", "instructions"]),
         ("crossing", ["Counted on the emulated host (A Processor <with> & signs)", "not time"]),
         ("demo", ["130", "1,300  (10.0x)", "ns", "Measured on A Processor"]),
+        ("interrupts", ["taken at the return", "in the default context", "instructions"]),
         ("switch", ["64 bytes", "1514 bytes", "32", "2 guests", "instructions per packet"]),
     ],
 )
