@@ -45,10 +45,10 @@
 elisa_gate_page:
 	.set	data, elisa_gate_page + ELISA_GATE_DATA_OFFSET - ELISA_GATE_OFFSET
 	.set	transient, elisa_gate_page + ELISA_GATE_LIST_OFFSET - ELISA_GATE_OFFSET + 8
-	.set	near, elisa_gate_page - 0x18	# so that the bytes of `official - near` read no memory
+	.set	near, elisa_gate_page - 8	# so that the bytes of `official - near` read no memory
 
 	/* The last VMFUNC has to end the page; a direct jump there would hold zero bytes. */
-	lea	near(%rip), %r8			# 2 MiB aligned area: ends in 0x0fe8
+	lea	near(%rip), %r8			# 2 MiB aligned area: ends in 0x0ff8
 	add	$(official - near), %r8w	# no carry; a mov's constant would be a load from (%rdi)
 	jmp	*%r8				# to official
 
