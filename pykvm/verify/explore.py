@@ -28,7 +28,7 @@ class End(Enum):
     OFFICIAL = "official sub entry"
     DEFAULT = "default context"
     REENTRY = "entry again"
-    BREAKPOINT = "int3"
+    BREAKPOINT = "trap"
     INVALID = "invalid opcode"
     FETCH = "fetch outside"
     ACCESS = "access that faults"

@@ -167,7 +167,7 @@ def load(state: State, solver: Solver, address: Expression, bits: int) -> tuple[
     relative = state.relative(address)
     offset = solver.constant(state.conditions, relative)
     symbol = fresh(MAPPED, bits)
-    read_from = Load(symbol, address, size)
+    read_from = Load(symbol, address, size, len(state.trace))
     if offset is None:
         touched = [_touches(relative, size, region) for region in state.memory.regions]
         if not solver.possible(state.conditions, z3.Or(touched)):

@@ -51,7 +51,7 @@ class Event(Enum):
     """How an instruction ends, other than by going on with the next one."""
 
     NEXT = auto()
-    TRAP = auto()  # INT3: an exception by intention
+    TRAP = auto()  # INT3, INT1: an exception by intention
     INVALID = auto()  # an opcode that raises #UD
     FETCH = auto()  # the instruction does not end in this page
     ACCESS = auto()  # an access to memory that cannot succeed
@@ -464,6 +464,7 @@ _HANDLERS: Final[dict[str, Callable[[_Execution, State], list[Step]]]] = {
     "CMC": lambda _, state: [Step(state.set_flags(cf=z3.Not(state.flags["cf"])))],
     "LFENCE": lambda _, state: [Step(replace(state, fenced=True))],
     "MFENCE": lambda _, state: [Step(state)],
+    "INT1": lambda _, state: [Step(state, Event.TRAP)],
     "INT3": lambda _, state: [Step(state, Event.TRAP)],
     "VMFUNC": lambda _, state: [Step(state, Event.VMFUNC)],
     "UD0": lambda _, state: [Step(state, Event.INVALID)],

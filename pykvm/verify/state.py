@@ -95,11 +95,13 @@ class Region:
 
 @dataclass(frozen=True)
 class Load:
-    """A read of memory whose content the model leaves open: `symbol` stands for it."""
+    """A read of memory whose content the model leaves open: `symbol` stands for it. number: of
+    the instruction on its path, from 1."""
 
     symbol: Expression
     address: Expression
     size: int
+    number: int
 
 
 @dataclass(frozen=True)

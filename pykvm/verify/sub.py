@@ -1,0 +1,232 @@
+"""The sub entry page: from its first byte to the object's function, and from there to the guest.
+
+`prove_gate` shows that no other byte is ever entered from outside, and that RFLAGS.DF is clear
+then. In between runs the object's code, which is trusted: it keeps the ABI (callee-saved registers,
+the caller's frame, DF), touches neither the EPTP list nor RFLAGS.AC, and returns.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+import z3
+
+from pykvm.elisa.toolchain import SubImage
+from pykvm.memory import layout
+from pykvm.paging.entries import PAGE_SIZE
+from pykvm.verify.decode import Page
+from pykvm.verify.explore import End, Finding, Path, Symptom, explore, symbols_in
+from pykvm.verify.semantics import Event, step
+from pykvm.verify.state import (
+    BASE,
+    STATUS,
+    Expression,
+    Memory,
+    Region,
+    Solver,
+    State,
+    fresh,
+    fresh_flag,
+    truth,
+    value,
+)
+
+__all__ = ["SLOT", "SubProof", "prove_sub", "sub_regions"]
+
+SLOT: Final = layout.LIST_OFFSET + 8
+"""Where the transient slot lies in a sub context, relative to the crossing base."""
+
+_KEPT: Final = ("rbx", "rbp", "rsp", "r12", "r13", "r14", "r15")  # AMD64 ABI 3.2.1
+_CHANGED: Final = ("rax", "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "r11")
+_CLEARED: Final = tuple(name for name in _CHANGED if name != "rdx")  # rdx holds the result
+_OBJECT: Final = "object"
+
+
+def sub_regions(image: SubImage) -> tuple[Region, ...]:
+    """What the start and the end of a call may touch; the object's shared memory is left out, as
+    nothing there is any of their business."""
+    parts = [
+        Region(
+            f"image {part.offset:#x}", part.offset, len(part.data), part.writable, part.executable
+        )
+        for part in image.parts
+    ]
+    return (
+        *parts,
+        Region("list", layout.LIST_OFFSET, PAGE_SIZE, writable=True),
+        Region("environment", layout.ENV_OFFSET, PAGE_SIZE),
+        Region("stack", layout.STACK_OFFSET, layout.STACK_SIZE, writable=True),
+    )
+
+
+@dataclass
+class SubProof:
+    """What was found, and the ways that were followed."""
+
+    findings: list[Finding] = field(default_factory=list)
+    calls: list[Path] = field(default_factory=list)
+    returns: list[Path] = field(default_factory=list)
+    questions: int = 0
+
+    @property
+    def holds(self) -> bool:
+        return not self.findings and bool(self.calls) and bool(self.returns)
+
+    @property
+    def steps(self) -> int:
+        """Instructions executed symbolically."""
+        return sum(len(path.state.trace) for path in (*self.calls, *self.returns))
+
+
+def prove_sub(image: SubImage, *, user: bool = False) -> SubProof:
+    """Follow a call through the sub entry page of a built object.
+
+    user: built for callers in user mode, where RFLAGS.AC has to be clear while the object runs;
+    for callers in kernel mode it has to be set, or SMAP would keep the object off its windows.
+    """
+    (part,) = (part for part in image.parts if part.offset == layout.SUB_ENTRY_OFFSET)
+    page = Page(layout.SUB_ENTRY_OFFSET, part.data)
+    solver = Solver()
+    proof = SubProof()
+    memory = Memory(sub_regions(image)).with_word(SLOT, z3.BitVec("slot", 64))
+    start = State.arbitrary(layout.SUB_ENTRY_OFFSET, memory).set_flags(df=truth(False))
+    judge = _Judge(proof, solver, image, user)
+    judge.first(start, page)
+    proof.calls = explore(start, page, solver, _vmfunc)
+    for path in proof.calls:
+        judge.call(path)
+        if path.end is End.CALL:
+            back = explore(_after_object(path.state, solver), page, solver, _vmfunc)
+            proof.returns += back
+            for one in back:
+                judge.back(one)
+    proof.questions = solver.questions
+    return proof
+
+
+def _vmfunc(state: State, solver: Solver) -> list[Path]:
+    """The last VMFUNC has to be the only one, and to lead to the default context."""
+    registers = state.registers
+    intended = z3.And(
+        z3.Extract(31, 0, registers["rax"]) == 0, z3.Extract(31, 0, registers["rcx"]) == 0
+    )
+    if not solver.certain(state.conditions, intended):
+        note = "VMFUNC with EAX or ECX that may not be 0"
+        return [Path(state, End.BROKEN, symptom=Symptom.OPEN, note=note)]
+    return [Path(state, End.DEFAULT)]
+
+
+def _after_object(state: State, solver: Solver) -> State:
+    """The state when the object's function has returned by its ABI."""
+    registers = dict(state.registers)
+    for name in _CHANGED:
+        registers[name] = fresh(_OBJECT)
+    registers["rsp"] = z3.simplify(registers["rsp"] + value(8))
+    top = solver.constant(state.conditions, state.relative(registers["rsp"]))
+    stack = range(layout.STACK_OFFSET, layout.STACK_OFFSET + layout.STACK_SIZE)
+    # What lies below the caller's frame is the object's.
+    known = {
+        at: byte
+        for at, byte in state.memory.known.items()
+        if at not in stack or (top is not None and at >= top)
+    }
+    flags = {**state.flags, **{flag: fresh_flag(_OBJECT) for flag in STATUS}, "df": truth(False)}
+    return replace(
+        state,
+        registers=registers,
+        flags=flags,
+        memory=replace(state.memory, known=known),
+        trace=(),
+    )
+
+
+class _Judge:
+    def __init__(self, proof: SubProof, solver: Solver, image: SubImage, user: bool) -> None:
+        self.proof = proof
+        self.solver = solver
+        self.image = image
+        self.user = user
+
+    def found(self, symptom: Symptom, note: str) -> None:
+        self.proof.findings.append(Finding(symptom, layout.SUB_ENTRY_OFFSET, note))
+
+    def require(self, state: State, claim: Expression, symptom: Symptom, note: str) -> None:
+        if not self.solver.certain(state.conditions, claim):
+            self.found(symptom, note)
+
+    def first(self, start: State, page: Page) -> None:
+        """Invariant I1: the first instruction closes the way in, and does nothing else first."""
+        instruction = page.at(start.pc)
+        steps = step(start, instruction, page.code[: instruction.length], self.solver)
+        closed = [
+            one.event is Event.NEXT
+            and self.solver.certain(one.state.conditions, one.state.memory.word(SLOT) == 0)
+            for one in steps
+        ]
+        if not closed or not all(closed):
+            self.found(Symptom.LATE, f"first comes {instruction.text}")
+
+    def ended(self, path: Path, intended: End) -> bool:
+        if path.symptom is not None:
+            self.found(path.symptom, path.note)
+        elif path.end is not intended:
+            last = path.state.trace[-1] if path.state.trace else path.state.pc
+            self.found(Symptom.ENVIRONMENT, f"{path.end.value} at {last:#x}")
+        return path.symptom is None and path.end is intended
+
+    def call(self, path: Path) -> None:
+        """The environment of the object's function."""
+        if not self.ended(path, End.CALL):
+            return
+        state = path.state
+        registers, flags = state.registers, state.flags
+        pointer = state.relative(registers["rsp"])
+        function = self.image.symbols["elisa_serve"]
+        return_address = state.memory.known.get(
+            self.solver.constant(state.conditions, pointer) or -1
+        )
+        claims = [
+            (state.memory.word(SLOT) == 0, "the slot is not zero"),
+            (state.relative(path.target) == function, "another function is called"),
+            (
+                z3.And(*(registers[n] == z3.BitVec(n, 64) for n in ("rdi", "rsi", "rdx"))),
+                "an argument is not the guest's",
+            ),
+            (registers["rcx"] == BASE + value(layout.ENV_OFFSET), "rcx is not the environment"),
+            (z3.URem(pointer, value(16)) == 8, "the stack is not aligned as the ABI asks"),
+            (
+                z3.And(
+                    z3.UGT(pointer, layout.STACK_OFFSET + layout.STACK_SIZE // 2),
+                    z3.ULT(pointer, layout.STACK_OFFSET + layout.STACK_SIZE),
+                ),
+                "the stack is not the context's own",
+            ),
+            (truth(return_address is not None), "there is no return address"),
+            (z3.Not(flags["df"]), "RFLAGS.DF may be set"),
+            (
+                z3.Not(flags["ac"]) if self.user else flags["ac"],
+                "RFLAGS.AC may be " + ("set" if self.user else "clear"),
+            ),
+        ]
+        for claim, note in claims:
+            self.require(state, claim, Symptom.ENVIRONMENT, f"at the call: {note}")
+
+    def back(self, path: Path) -> None:
+        """What the guest finds."""
+        if not self.ended(path, End.DEFAULT):
+            return
+        state = path.state
+        if state.pc != layout.RETURN_OFFSET:
+            self.found(Symptom.ELSEWHERE, f"the return goes on at {state.pc:#x}")
+        self.require(state, state.memory.word(SLOT) == 0, Symptom.OPEN, "on the return")
+        for name in _CLEARED:
+            self.require(state, state.registers[name] == 0, Symptom.LEAK, f"{name} is not cleared")
+        for name in _KEPT:
+            same = state.registers[name] == z3.BitVec(name, 64)
+            self.require(state, same, Symptom.ENVIRONMENT, f"{name} does not come back")
+        for flag in STATUS:
+            names = [str(one) for one in symbols_in(state.flags[flag])]
+            if any(name.startswith(f"{_OBJECT}!") for name in names):
+                self.found(Symptom.LEAK, f"{flag} is as the object left it")
+        for flag in ("df", "ac"):
+            clear = z3.Not(state.flags[flag])
+            self.require(state, clear, Symptom.ENVIRONMENT, f"{flag} may be set on the return")
