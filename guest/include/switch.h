@@ -42,7 +42,7 @@
 
 #define SWITCH_WINDOW_MAGIC 0x57495645u /* "EVIW" */
 #define SWITCH_SHARED_MAGIC 0x53495645u /* "EVIS" */
-#define SWITCH_VERSION 1
+#define SWITCH_VERSION 2
 
 /* ------------------------------------------------------------------ windows */
 
@@ -103,11 +103,16 @@ static inline uint64_t switch_window_size(uint32_t ports, uint32_t tx_slots, uin
 /* ------------------------------------------------------------ shared memory */
 
 /*
- * Of one port, written only by that port's own calls. All of them grow from the switch's creation
- * on. When no call is under way:
+ * Of one port, written only by that port's own calls, and by the host when the port's vCPU can
+ * never run again. All of them grow from the switch's creation on. When no call is under way:
  *   frames = unicast + broadcast + multicast + unknown
  *            + too_short + too_long + same_port + no_receiver + spoofed
- *   copies = delivered + full + bad_tail, summed over the lanes from this port
+ *   copies = delivered + full + bad_tail, summed over the lanes from this port, + lost
+ *
+ * A call that is cut short by its vCPU's end leaves the first two sums open; the host closes them
+ * (pykvm/switch/admin.c, switch_port_left). Of the frames of that call, those that a counter names
+ * were dealt with, those in `lost` were on their way to a lane and can never be seen there, and the
+ * rest was never looked at. Only `bytes`, here and of lanes, can then be off by one run of frames.
  */
 struct switch_port {
 	_Alignas(64) uint64_t sequence; /* odd while a call is inside the switch */
@@ -125,6 +130,8 @@ struct switch_port {
 	uint64_t no_receiver; /* no other port is enabled, or the learned one no longer is */
 	uint64_t spoofed;     /* the source is pinned to another port */
 	uint64_t waited;      /* calls that SWITCH_WAIT ended early */
+	uint64_t cut;         /* calls that never ended because their vCPU did */
+	uint64_t lost;        /* copies that such calls had asked for and not published */
 	uint64_t not_learned; /* sources for which this port had no room left in the table */
 	/* Calls refused as a whole */
 	uint64_t foreign_port; /* the guest named a port that is not its own */
@@ -132,13 +139,19 @@ struct switch_port {
 	uint64_t port_down;    /* the port is not enabled */
 };
 
-/* Of one source and one destination, written only by the source port's calls. */
+/*
+ * Of one source and one destination, written only by the source port's calls. One store both
+ * publishes frames and counts them, so that a call which stops between any two instructions
+ * leaves no frame that was delivered and not counted, or the other way round.
+ */
 struct switch_lane {
-	_Alignas(64) uint64_t head; /* authoritative; the window's copy can be forged by the guest */
-	uint64_t delivered;
+	/* Frames that were ever put in; less `start`, the authoritative head: the window's copy can
+	 * be forged by the guest. */
+	_Alignas(64) uint64_t delivered;
 	uint64_t bytes;    /* delivered */
 	uint64_t full;     /* dropped: the receiver has not made room */
 	uint64_t bad_tail; /* dropped: the receiver's tail is no position of this lane */
+	uint64_t start;    /* `delivered` when the receiver's window was emptied, by the host */
 };
 
 /*

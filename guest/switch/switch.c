@@ -11,7 +11,8 @@
  *    bytes behind the header decide nothing, so it does not matter when they are read.
  *  - Nobody waits for anybody. Every lane and every counter has one writer, the source port's
  *    call; table entries are replaced in one compare-and-swap that may fail. A call that stops
- *    for ever in the middle leaves frames unpublished and nothing else unfinished.
+ *    for ever in the middle leaves frames unpublished, and its own counters open: what is asked
+ *    for is counted first, then what became of it, so that the difference was lost with the call.
  *  - A call is bounded: SWITCH_MAX_BURST frames, at most SWITCH_MAX_PORTS - 1 copies of each.
  */
 
@@ -24,6 +25,9 @@
 #include "elisa_memory.h"
 #include "elisa_object.h"
 #include "switch.h"
+
+/* For the order of stores that this vCPU may stop between; processors keep it by themselves. */
+#define COMPILER_BARRIER() __atomic_signal_fence(__ATOMIC_SEQ_CST)
 
 #define LIKELY(condition) __builtin_expect(!!(condition), 1)
 #define UNLIKELY(condition) __builtin_expect(!!(condition), 0)
@@ -192,9 +196,10 @@ struct open_lane {
 	struct switch_lane *lane;
 	struct switch_lane_control *control;
 	uint8_t *slots;
-	uint32_t head;
-	uint32_t room;  /* frames that can be delivered */
-	bool bad_tail;  /* no room because the receiver's tail makes no sense */
+	uint64_t delivered; /* before */
+	uint32_t head;      /* position of the next frame */
+	uint32_t room;      /* frames that can be delivered */
+	bool bad_tail;      /* no room because the receiver's tail makes no sense */
 };
 
 static inline struct open_lane open_lane(const struct call *call, uint32_t destination)
@@ -209,7 +214,8 @@ static inline struct open_lane open_lane(const struct call *call, uint32_t desti
 	};
 	uint32_t used;
 
-	open.head = (uint32_t)open.lane->head;
+	open.delivered = open.lane->delivered;
+	open.head = (uint32_t)(open.delivered - open.lane->start);
 	/* Acquire: the receiver has read the slots that it gives back before we overwrite them. */
 	used = open.head - LOAD_ACQUIRE(open.control->tail);
 	open.bad_tail = used > shared->lane_slots;
@@ -219,20 +225,22 @@ static inline struct open_lane open_lane(const struct call *call, uint32_t desti
 
 /*
  * Publish what was put into the lane. The order matters to a receiver that looks at any moment and
- * when this vCPU stops at any instruction: frame and length, our own head, then the receiver's.
+ * when this vCPU stops at any instruction: frame and length, our own count, then the receiver's
+ * head, which the host repeats if it was not reached.
  */
 static inline void close_lane(const struct open_lane *open, uint32_t frames, uint64_t bytes)
 {
 	struct switch_lane *lane = open->lane;
 
-	STORE_RELEASE(lane->head, open->head);
-	STORE_RELEASE(open->control->head, open->head);
-	lane->delivered += frames;
 	lane->bytes += bytes;
+	STORE_RELEASE(lane->delivered, open->delivered + frames);
+	STORE_RELEASE(open->control->head, open->head + frames);
 }
 
+/* The copy has been counted before, under `copies`. */
 static inline void count_refused(const struct open_lane *open)
 {
+	COMPILER_BARRIER();
 	*(open->bad_tail ? &open->lane->bad_tail : &open->lane->full) += 1;
 }
 
@@ -302,7 +310,6 @@ static __attribute__((noinline)) void flood(const struct call *call, const uint8
 			continue;
 		}
 		put_frame((struct switch_slot *)(open.slots + slot), frame, header, length);
-		open.head++;
 		close_lane(&open, 1, length);
 	}
 }
@@ -362,10 +369,10 @@ static uint32_t send(const struct call *call, uint32_t first, uint32_t count, bo
 				port->waited++;
 				break;
 			}
-			count_refused(&open);
-			*kind += 1;
 			port->copies++;
+			*kind += 1;
 			port->bytes += length;
+			count_refused(&open);
 			done++;
 			continue;
 		}
@@ -400,11 +407,10 @@ static uint32_t send(const struct call *call, uint32_t first, uint32_t count, bo
 				break;
 		}
 		frames = (uint32_t)((uint64_t)(frame - start) / SWITCH_SLOT_BYTES);
-		open.head += frames;
-		close_lane(&open, frames, bytes);
-		*kind += frames;
 		port->copies += frames;
+		*kind += frames;
 		port->bytes += bytes;
+		close_lane(&open, frames, bytes);
 		done += frames;
 	}
 	port->frames += done;

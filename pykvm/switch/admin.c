@@ -50,11 +50,42 @@ void switch_disable_port(struct switch_shared *shared, uint32_t port)
 	sweep(shared, is_behind, port);
 }
 
-void switch_port_left(struct switch_shared *shared, uint32_t port)
+/*
+ * Close the sums of a call that was cut short, and publish what it had delivered. A call counts a
+ * frame's kind, then the copies that it asks for, then what becomes of each, so what is missing
+ * at the end of this line was lost with it.
+ */
+static void settle(struct switch_shared *shared, uint8_t *windows, uint64_t window_size,
+		   uint32_t source)
+{
+	struct switch_port *port = &shared->port[source];
+	uint64_t published = 0;
+
+	for (uint32_t to = 0; to < shared->ports; to++) {
+		struct switch_window *window = (struct switch_window *)(windows + to * window_size);
+		const struct switch_lane *lane = &shared->lane[source][to];
+
+		published += lane->delivered + lane->full + lane->bad_tail;
+		if (to != source && shared->enabled >> to & 1)
+			STORE_RELEASE(window->lane[source].head,
+				      (uint32_t)(lane->delivered - lane->start));
+	}
+	port->lost = port->copies - published;
+	port->frames = port->unicast + port->broadcast + port->multicast + port->unknown +
+		       port->too_short + port->too_long + port->same_port + port->no_receiver +
+		       port->spoofed;
+	port->cut++;
+}
+
+void switch_port_left(struct switch_shared *shared, uint8_t *windows, uint64_t window_size,
+		      uint32_t port)
 {
 	uint64_t sequence = READ_ONCE(shared->port[port].sequence);
 
-	STORE_RELEASE(shared->port[port].sequence, sequence + (sequence & 1));
+	if (sequence & 1) {
+		settle(shared, windows, window_size, port);
+		STORE_RELEASE(shared->port[port].sequence, sequence + 1);
+	}
 }
 
 uint64_t switch_port_inside(const struct switch_shared *shared, uint32_t port)
@@ -69,7 +100,7 @@ void switch_enable_port(struct switch_shared *shared, uint8_t *windows, uint64_t
 {
 	struct switch_window *window = (struct switch_window *)(windows + port * window_size);
 
-	switch_port_left(shared, port);
+	switch_port_left(shared, windows, window_size, port);
 	sweep(shared, is_behind, port); /* what its last calls learned after the port was disabled */
 	memset(window, 0, window_size);
 	window->info = (struct switch_window_info){
@@ -83,13 +114,9 @@ void switch_enable_port(struct switch_shared *shared, uint8_t *windows, uint64_t
 		.lanes_offset = switch_lane_offset(shared->tx_slots, shared->lane_slots, 0),
 		.lane_bytes = (uint64_t)shared->lane_slots * SWITCH_SLOT_BYTES,
 	};
-	/*
-	 * Lanes from this port go on where they are: their receivers are running. Only what an
-	 * interrupted call had copied and not published could lie between the two heads; it
-	 * becomes visible with the next frame, complete, in order.
-	 */
+	/* Lanes from this port go on where they are: their receivers are running. */
 	for (uint32_t source = 0; source < shared->ports; source++)
-		shared->lane[source][port].head = 0;
+		shared->lane[source][port].start = shared->lane[source][port].delivered;
 	__atomic_fetch_or(&shared->enabled, 1ULL << port, __ATOMIC_SEQ_CST);
 }
 

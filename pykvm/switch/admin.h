@@ -13,8 +13,12 @@ void switch_initialise(struct switch_shared *shared, uint32_t ports, uint32_t tx
 
 /* Clear the port's bit and forget what was learned behind it. Calls already inside go on. */
 void switch_disable_port(struct switch_shared *shared, uint32_t port);
-/* The port's vCPU no longer exists, so that no call of it is inside, whatever it left behind. */
-void switch_port_left(struct switch_shared *shared, uint32_t port);
+/*
+ * The port's vCPU can never run again. If it ended inside the switch: frames that its call had
+ * delivered are made visible, and its counters add up again.
+ */
+void switch_port_left(struct switch_shared *shared, uint8_t *windows, uint64_t window_size,
+		      uint32_t port);
 /* 0 when no call of the port is inside, else a number that changes when this call ends. */
 uint64_t switch_port_inside(const struct switch_shared *shared, uint32_t port);
 /*

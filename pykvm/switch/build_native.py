@@ -51,9 +51,9 @@ struct switch_window {
     uint32_t tx_length[...]; struct switch_lane_control lane[...]; ...; };
 struct switch_port {
     uint64_t sequence, calls, frames, bytes, unicast, broadcast, multicast, unknown, copies,
-        too_short, too_long, same_port, no_receiver, spoofed, waited, not_learned,
-        foreign_port, bad_request, port_down; ...; };
-struct switch_lane { uint64_t head, delivered, bytes, full, bad_tail; ...; };
+        too_short, too_long, same_port, no_receiver, spoofed, waited, cut, lost,
+        not_learned, foreign_port, bad_request, port_down; ...; };
+struct switch_lane { uint64_t delivered, bytes, full, bad_tail, start; ...; };
 struct switch_shared {
     uint32_t magic, version, ports, tx_slots, lane_slots, frame_limit, max_age;
     uint64_t hash_seed, enabled, epoch;

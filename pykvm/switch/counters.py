@@ -2,8 +2,9 @@
 
 Each counter has one writer, the calls of one port, and is read without stopping anybody: a
 snapshot taken while frames flow can show a frame in one counter and not yet in another. When no
-call is under way the sums hold that `SwitchCounters.check` states, and calls that were killed in
-the middle are missing from both sides of them.
+call is under way the sums hold that `SwitchCounters.check` states, and they hold again for a port
+whose vCPU was killed in the middle of a call once ``Switch.disable(port, vcpu_gone=True)`` has
+counted what was lost with it.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ class PortCounters:
     no_receiver: int
     spoofed: int
     waited: int
+    cut: int
+    lost: int
     not_learned: int
     foreign_port: int
     bad_request: int
@@ -108,11 +111,13 @@ class SwitchCounters:
             if port.frames != accounted:
                 wrong.append(f"port {number}: {port.frames} frames, {accounted} accounted for")
             lanes = self.sent_by(number)
-            if port.copies != lanes.delivered + lanes.dropped:
+            if port.copies != lanes.delivered + lanes.dropped + port.lost:
                 wrong.append(
-                    f"port {number}: {port.copies} copies, {lanes.delivered} delivered "
-                    f"and {lanes.dropped} dropped"
+                    f"port {number}: {port.copies} copies, {lanes.delivered} delivered, "
+                    f"{lanes.dropped} dropped and {port.lost} lost"
                 )
+            if port.lost > port.cut * lib.SWITCH_MAX_BURST:
+                wrong.append(f"port {number}: {port.lost} copies lost in {port.cut} cut calls")
         return wrong
 
 

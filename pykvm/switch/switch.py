@@ -146,13 +146,14 @@ class Switch:
         """Let `port` neither send nor receive, and forget the addresses learned behind it.
 
         A call of another port that is under way may still deliver its burst. Say `vcpu_gone` once
-        the port's vCPU can never run again: if it was killed inside the switch, nobody waits for
-        it any more. Disabling a disabled port does nothing.
+        the port's vCPU can never run again: if it was killed inside the switch, frames that it
+        had delivered are shown to their receivers, its counters are made to add up, and nobody
+        waits for it any more. Disabling a disabled port does nothing.
         """
         self._check_port(port)
         lib.switch_disable_port(self._shared, port)
         if vcpu_gone:
-            lib.switch_port_left(self._shared, port)
+            lib.switch_port_left(self._shared, self._windows, self.config.window_size, port)
 
     def _wait_for_calls(self, port: int, timeout: float) -> None:
         """Until each call of another port that is inside now has ended."""

@@ -119,7 +119,7 @@ def test_positions_wrap_at_two_to_the_32() -> None:
     rig = small_rig()
     near_the_end = (1 << 32) - 2
     shared = ffi.cast("struct switch_shared *", rig.switch.address)
-    shared.lane[0][1].head = near_the_end
+    shared.lane[0][1].start = shared.lane[0][1].delivered - near_the_end & (1 << 64) - 1
     window_of(rig.ports[1]).lane[0].head = near_the_end  # type: ignore[attr-defined]
     window_of(rig.ports[1]).lane[0].tail = near_the_end  # type: ignore[attr-defined]
     for start in range(0, 12, 4):
