@@ -8,7 +8,8 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 # What the build and the emulated host need on Debian 12.
 PACKAGES := python3 python3-venv python3-dev gcc libc6-dev make patch tar xz-utils git \
 	linux-headers-cloud-amd64 linux-source-6.1 libelf-dev kmod \
-	bochs bochsbios vgabios xorriso lz4 e2fsprogs util-linux
+	bochs bochsbios vgabios xorriso lz4 e2fsprogs util-linux \
+	clang-14 libclang-rt-14-dev llvm-14
 
 # On a bare-metal Debian the modules are built for the running kernel too.
 RUNNING := linux-headers-$(shell uname -r)
@@ -17,13 +18,14 @@ SOURCES := setup.py $(wildcard pykvm/*/build_*.py pykvm/*/*.[ch] pykvm/kvm/ioctl
 	guest/*/*.[ch])
 SOURCES := $(filter-out pykvm/kvm/_kvm.c pykvm/switch/_native.c,$(SOURCES))
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint bench fuzz clean
 
 help:
 	@echo "make setup   install what is missing (Debian packages, $(VENV), C extensions)"
 	@echo "make demo    send real packets between two guests: VMFUNC beside VMCALL and direct"
 	@echo "make test    run every test, on this host and on the emulated Intel host"
 	@echo "make lint    check style and types"
+	@echo "make fuzz    let guests write anything into their windows at any moment, for FUZZ_SECONDS=60"
 	@echo "make bench   measure the crossing, the switch and interrupts"
 	@echo "make clean   remove everything that was built in this directory"
 
@@ -80,6 +82,10 @@ test: setup
 	$(VENV)/bin/pykvm testbed -- env PYKVM_REQUIRE=elisa,kvm \
 		python -m pytest -m "elisa or kvm" $(INSIDE) || status=1; \
 	exit $$status
+
+FUZZ_SECONDS := 60
+fuzz: setup
+	$(VENV)/bin/python -m tests.switch.fuzz --seconds $(FUZZ_SECONDS)
 
 lint: setup
 	$(VENV)/bin/ruff check

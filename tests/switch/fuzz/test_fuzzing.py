@@ -1,0 +1,108 @@
+"""The fuzzer finds what is wrong, and nothing is wrong with the switch as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.switch.fuzz.fuzzer import FINDINGS, Fuzzer, missing_tools, read_corpus
+
+pytestmark = pytest.mark.unit
+
+SECONDS = 30
+"""For each fault; most are found in the first."""
+
+FAULTS = {
+    "a frame longer than the limit": (
+        "if (length - SWITCH_MIN_FRAME > spread) {",
+        "if (length < SWITCH_MIN_FRAME) {",
+    ),
+    "a longer frame in the middle of a run": (
+        "if (UNLIKELY(length - SWITCH_MIN_FRAME > spread))",
+        "if (length < SWITCH_MIN_FRAME)",
+    ),
+    "the length read again after it was checked": (
+        "length &= SWITCH_SLOT_BYTES - 1; /* also when the branch above is mispredicted */",
+        "length = READ_ONCE(*lengths) & (SWITCH_SLOT_BYTES - 1);",
+    ),
+    "the header read again when it is copied": (
+        "\t((word *)to)[0] = header.low;\n\t((word *)to)[1]",
+        "\t((word *)to)[0] = ((const volatile word *)from)[0];\n\t((word *)to)[1]",
+    ),
+    "only the first frame of a run looked up": (
+        "if (UNLIKELY(header.low != run.low ||",
+        "if (0 && UNLIKELY(header.low != run.low ||",
+    ),
+    "a receiver's tail believed": (
+        "open.bad_tail = used > shared->lane_slots;",
+        "open.bad_tail = false;",
+    ),
+    "a transmit slot that does not exist": (
+        "uint32_t index = (first + done) & (shared->tx_slots - 1);",
+        "uint32_t index = first + done;",
+    ),
+    "a lane slot that does not exist": (
+        "uint64_t slot = (uint64_t)(open.head & slot_mask) * SWITCH_SLOT_BYTES;",
+        "uint64_t slot = (uint64_t)open.head * SWITCH_SLOT_BYTES;",
+    ),
+    "a run across the end of the transmit slots": (
+        "smaller(shared->lane_slots - at, shared->tx_slots - index)",
+        "shared->lane_slots - at",
+    ),
+    "more frames than there are slots": (
+        "a2 > SWITCH_MAX_BURST || a2 > shared->tx_slots",
+        "a2 > SWITCH_MAX_BURST",
+    ),
+    "a frame to a port that is not enabled": (
+        "if (found == FLOOD ? !others : !(others >> found & 1)) {",
+        "if (found == FLOOD && !others) {",
+    ),
+    "a frame back to its sender": (
+        "uint64_t others = call->enabled & ~(1ULL << call->id);\n\tuint32_t slot_mask",
+        "uint64_t others = call->enabled;\n\tuint32_t slot_mask",
+    ),
+    "another port's address taken": (
+        "return entry_port(entry) == call->id;",
+        "return true;",
+    ),
+    "frames published before they are counted": (
+        "\t\tport->copies += frames;\n",
+        "\t\tclose_lane(&open, frames, bytes);\n\t\tport->copies += frames;\n",
+    ),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tools() -> None:
+    if missing := missing_tools():
+        pytest.skip(missing)
+
+
+@pytest.fixture(scope="module")
+def fuzzer(tmp_path_factory: pytest.TempPathFactory) -> Fuzzer:
+    return Fuzzer(tmp_path_factory.mktemp("fuzzer"))
+
+
+def test_nothing_that_was_found_is_wrong_again(fuzzer: Fuzzer, tmp_path: Path) -> None:
+    findings = read_corpus(FINDINGS)
+    outcome = fuzzer.run(0, corpus=tmp_path / "findings", inputs=findings)
+    assert outcome.finding == "", outcome.output
+    assert outcome.executions >= len(findings)
+
+
+def test_the_seed_corpus_reaches_all_of_the_switch(fuzzer: Fuzzer, tmp_path: Path) -> None:
+    """And breaks nothing, with every load and store looked at."""
+    seeds = read_corpus()
+    outcome = fuzzer.run(0, corpus=tmp_path / "seeds", inputs=seeds)
+    assert outcome.finding == "", outcome.output
+    assert outcome.executions >= len(seeds)
+    reached = fuzzer.coverage(seeds)
+    assert (reached.lines, reached.branches) == (100, 100)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found(name: str, tmp_path: Path) -> None:
+    outcome = Fuzzer(tmp_path, FAULTS[name]).run(SECONDS, inputs=read_corpus())
+    assert outcome.finding, f"not found in {outcome.executions} executions"
+    print(f"{name}: {outcome.executions} executions, {outcome.finding}")
