@@ -4,7 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from pykvm.cli.testbed import add_also
 from pykvm.host import kernel, modules
+from pykvm.host.kernel_series import SERIES, newest_kernel
 
 __all__ = ["add_parser", "run"]
 
@@ -15,12 +17,17 @@ def add_parser(subparsers: Any) -> None:
     actions = parser.add_subparsers(metavar="ACTION", required=True)
 
     build = actions.add_parser("build", help="build the modules and print where they are")
-    build.add_argument(
+    which = build.add_mutually_exclusive_group()
+    which.add_argument(
         "--kernel", metavar="RELEASE", help="as uname -r says it; default: the running kernel"
+    )
+    which.add_argument(
+        "--series", choices=SERIES, help="the kernel that pykvm testbed runs for this series"
     )
     build.add_argument(
         "--unpatched", action="store_true", help="build the distribution's modules, to compare"
     )
+    add_also(build)
     build.set_defaults(run=run, action=_build)
 
     load = actions.add_parser("load", help="put the patched modules in place of the loaded ones")
@@ -46,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _build(args: argparse.Namespace) -> None:
-    print(kernel.build(args.kernel, patched=not args.unpatched))
+    release = newest_kernel(args.series).release if args.series else args.kernel
+    print(kernel.build(release, patched=not args.unpatched, also=args.also))
 
 
 def _load(args: argparse.Namespace) -> None:
@@ -62,6 +70,8 @@ def _restore(args: argparse.Namespace) -> None:
 def _status(_: argparse.Namespace) -> None:
     status = modules.status()
     print(f"KVM: {status.state}")
+    if status.test_build:
+        print(f"built with further patches, for tests only: {status.test_build}")
     if status.elisa:
         print(f"ELISA interface: version {status.elisa}")
     for name, version in status.srcversion.items():

@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 from pykvm.errors import PykvmError
+from pykvm.host.kernel_series import DEFAULT_SERIES, SERIES
 from pykvm.testbed import Testbed, session
 
 __all__ = ["add_parser", "run"]
@@ -20,6 +21,7 @@ _EPILOG = """\
 examples:
   pykvm testbed -- uname -r
   pykvm testbed -- python3 -m pytest -m elisa tests
+  pykvm testbed --series 6.12 -- uname -r
   pykvm testbed --stock -- ls -l /dev/kvm
   pykvm testbed --bring notes.txt -- sh -c 'dmesg > notes.txt'
   pykvm testbed                         (a shell)
@@ -37,6 +39,12 @@ def add_parser(subparsers: Any) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument(
+        "--series",
+        choices=SERIES,
+        default=DEFAULT_SERIES,
+        help=f"of the host's kernel, the newest one of which runs (default: {DEFAULT_SERIES})",
+    )
     kvm = parser.add_mutually_exclusive_group()
     kvm.add_argument(
         "--modules",
@@ -46,6 +54,7 @@ def add_parser(subparsers: Any) -> None:
     )
     kvm.add_argument("--stock", action="store_true", help="load the distribution's KVM")
     kvm.add_argument("--no-kvm", action="store_true", help="load no KVM at all")
+    add_also(parser)
     parser.add_argument(
         "--timeout", type=_seconds, metavar="S", help="end after S seconds, with exit status 124"
     )
@@ -73,18 +82,34 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
+def add_also(parser: argparse.ArgumentParser) -> None:
+    """Add `--also PATCH`, a list of paths in `options.also`."""
+    parser.add_argument(
+        "--also",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="PATCH",
+        help="build the patched modules with PATCH on top, for tests only: what comes out calls "
+        "itself a test build (may be given several times)",
+    )
+
+
 def run(options: argparse.Namespace) -> int:
     """Do what the command line says; return the command's exit status."""
     signal.signal(signal.SIGTERM, _exit_on_signal)
     signal.signal(signal.SIGHUP, _exit_on_signal)
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     kvm = "stock" if options.stock else "none" if options.no_kvm else "payload"
-    testbed = Testbed()
+    if options.also and (options.modules or kvm != "payload"):
+        raise PykvmError("--also goes with the patched modules: leave out --modules and --stock")
+    testbed = Testbed(series=options.series)
     if options.dry_run:
-        print("\n".join(testbed.plan(command or _SHELL, kvm=kvm, modules=options.modules)))
+        plan = testbed.plan(command or _SHELL, kvm=kvm, modules=options.modules, also=options.also)
+        print("\n".join(plan))
         return 0
     if options.prepare:
-        testbed.prepare()
+        testbed.prepare(kvm, options.modules, options.also)
         return 0
     directory = Path.cwd()
     script = not command and not sys.stdin.isatty()  # pykvm testbed < script
@@ -92,6 +117,7 @@ def run(options: argparse.Namespace) -> int:
         outcome = testbed.run(
             command or (["bash", "-s"] if script else _SHELL),
             modules=options.modules,
+            also=options.also,
             kvm=kvm,
             timeout=options.timeout,
             environment=_environment(options.env),

@@ -168,11 +168,12 @@ def _kvm() -> Check:
     status = modules.status()
     version = f", ELISA version {status.elisa}" if status.elisa else ""
     sources = "".join(f", {name} {hash}" for name, hash in status.srcversion.items() if hash)
-    found = f"{status.state}{version}{sources}"
+    further = f" ({status.test_build})" if status.test_build else ""
+    found = f"{status.state}{further}{version}{sources}"
     step = "pykvm kernel build && sudo .venv/bin/pykvm kernel load"
     if status.state == "built in" or not read_processor().has_vmx:
         step = _USE_TESTBED
-    return Check(HOST, "patched KVM", status.elisa > 0, found, step)
+    return Check(HOST, "patched KVM", status.state == "patched", found, step)
 
 
 def _privilege() -> Check:

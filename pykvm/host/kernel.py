@@ -9,24 +9,28 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
 from pykvm.errors import PykvmError
 from pykvm.host import cache
 from pykvm.host.kernel_packages import (
-    SRC,
     Headers,
     Source,
     find_headers,
     find_source,
     makefile_version,
     require_match,
+    running_release,
 )
+from pykvm.host.kernel_series import place
 
 __all__ = [
     "MODULES",
+    "TEST_BUILD",
     "CompileFailed",
+    "FurtherPatchFailed",
     "PatchFailed",
     "PatchMissing",
     "ToolMissing",
@@ -65,6 +69,11 @@ include $(kvm_tree)/arch/x86/kvm/Makefile
 srctree := $(headers_srctree)
 """
 
+# How the version of a module starts that was built with further patches; the distribution's and
+# the patched ones have no version. With it, the sources of both and so the source versions differ.
+TEST_BUILD = "test build: "
+_MAIN_SOURCES = ("virt/kvm/kvm_main.c", "arch/x86/kvm/vmx/vmx.c")
+
 # No kvm-amd; no debug information, which would be ten times the code; a source version, by which
 # a loaded module can be told from another.
 _MAKE_VARIABLES = (
@@ -83,6 +92,10 @@ class PatchFailed(PykvmError):
     """The patch does not apply to the distribution's source."""
 
 
+class FurtherPatchFailed(PykvmError):
+    """A patch for a test build cannot be read, or does not apply on top of the others."""
+
+
 class ToolMissing(PykvmError):
     """A program that the build needs is not installed."""
 
@@ -95,7 +108,8 @@ def build(
     release: str | None = None,
     *,
     patched: bool = True,
-    src: Path = SRC,
+    also: Sequence[Path] = (),
+    src: Path | None = None,
     patches: Path | None = None,
 ) -> Path:
     """Build `kvm.ko` and `kvm-intel.ko` for a kernel; return the directory that holds them.
@@ -103,22 +117,30 @@ def build(
     Args:
         release: As `uname -r` says it; by default the running kernel's.
         patched: Without, the distribution's own modules come out, built by the same recipe.
-        src: Where the distribution's headers and source are.
+        also: Patches to apply on top, for a test build; its modules carry a version that says so.
+        src: Where the distribution's headers and source are; by default where they are installed,
+            else they are fetched if apt has them.
         patches: Where the patches are; by default `kernel-patches` of this checkout.
 
     Raises:
         HeadersMissing, SourceMissing, VersionMismatch: see `pykvm.host.kernel_packages`.
-        PatchMissing, PatchFailed, ToolMissing, CompileFailed: as their names say.
+        PatchMissing, PatchFailed, FurtherPatchFailed, ToolMissing, CompileFailed: as their names
+            say.
+        PackageError: the packages cannot be fetched.
     """
+    release = release or running_release()
+    src = src or place(release)
     headers = find_headers(release, src)
-    patch = find_patch(headers.series, patches) if patched else None
+    series = [find_patch(headers.series, patches)] if patched else []
+    further = [_readable(patch) for patch in also]
     source = find_source(headers.series, src)
     _require_tools(headers)
-    tree = _unpack(source, patch)
+    tree = _unpack(source, [*series, *further])
     require_match(headers, source, makefile_version(tree / "Makefile"))
     key = cache.key(
         tree.name,
-        patch or "",
+        *series,
+        *(item for patch in further for item in (patch.name, patch)),
         headers.release,
         headers.package,
         headers.path / ".config",
@@ -126,7 +148,7 @@ def build(
         _KBUILD,
         *_MAKE_VARIABLES,
     )
-    return cache.entry("modules", key, lambda out: _build_into(out, tree, headers, patch))
+    return cache.entry("modules", key, lambda out: _build_into(out, tree, headers, series, further))
 
 
 def patches_directory() -> Path:
@@ -159,7 +181,7 @@ def _require_tools(headers: Headers) -> None:
         "tar": "tar",
         "xz": "xz-utils",
         "patch": "patch",
-        headers.compiler: headers.compiler,
+        headers.compiler: re.sub(r"^.*-(?=gcc)", "", headers.compiler),
     }
     missing = {tool: package for tool, package in packages.items() if not shutil.which(tool)}
     if missing:
@@ -169,9 +191,20 @@ def _require_tools(headers: Headers) -> None:
         )
 
 
-def _unpack(source: Source, patch: Path | None) -> Path:
+def _readable(patch: Path) -> Path:
+    try:
+        patch.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise FurtherPatchFailed(
+            f"cannot read the patch {patch} ({reason}); name a file with --also"
+        ) from error
+    return patch
+
+
+def _unpack(source: Source, patches: list[Path]) -> Path:
     """KVM's part of the source, as a cache entry; reading the whole archive takes seconds."""
-    members = sorted({*_UNPACKED, *_changed_files(patch)})
+    members = sorted({*_UNPACKED, *_changed_files(patches)})
     stat = source.tarball.stat()
     key = cache.key(source.package, stat.st_size, stat.st_mtime_ns, *members)
 
@@ -182,8 +215,8 @@ def _unpack(source: Source, patch: Path | None) -> Path:
         log = cache.log_path("kernel-unpack")
         log.write_text("")
         if _run(command, out, log) != 0:
-            if patch is not None and "Not found in archive" in log.read_text():
-                raise _does_not_apply(patch, log)
+            if patches and "Not found in archive" in log.read_text():
+                raise _does_not_apply(patches[0], log)
             raise CompileFailed(
                 f"cannot unpack {source.tarball}, see {log}; "
                 f"type: apt-get install --reinstall linux-source-{source.series}"
@@ -192,24 +225,38 @@ def _unpack(source: Source, patch: Path | None) -> Path:
     return cache.entry("linux-source", key, unpack)
 
 
-def _changed_files(patch: Path | None) -> set[str]:
-    """Files of the original tree that the patch changes and `_UNPACKED` does not cover."""
-    if patch is None:
-        return set()
-    changed = re.findall(r"^--- a/(\S+)", patch.read_text(), re.MULTILINE)
+def _changed_files(patches: list[Path]) -> set[str]:
+    """Files of the original tree that `patches` change and `_UNPACKED` does not cover."""
+    changed: set[str] = set()
+    made: set[str] = set()
+    for patch in patches:
+        text = patch.read_text()
+        changed.update(re.findall(r"^--- a/(\S+)", text, re.MULTILINE))
+        made.update(re.findall(r"^--- /dev/null\n\+\+\+ b/(\S+)", text, re.MULTILINE))
     patterns = [*_UNPACKED, *(f"{name}/*" for name in _UNPACKED)]
     # tar fails on a name that an earlier pattern has already used up.
-    return {path for path in changed if not any(fnmatch(path, one) for one in patterns)}
+    return {path for path in changed - made if not any(fnmatch(path, one) for one in patterns)}
 
 
-def _build_into(out: Path, tree: Path, headers: Headers, patch: Path | None) -> None:
+def _build_into(
+    out: Path, tree: Path, headers: Headers, series: list[Path], further: list[Path]
+) -> None:
     log = cache.log_path(f"kernel-build-{headers.release}")
     log.write_text("")
     # Inside `out`, so that the cache removes it whatever happens to this process.
     work = out / "tree"
     shutil.copytree(tree, work)
-    if patch is not None:
-        _apply(patch, work, log)
+    for patch in series:
+        if not _applies(patch, work, log):
+            raise _does_not_apply(patch, log)
+    for patch in further:
+        if not _applies(patch, work, log):
+            raise FurtherPatchFailed(
+                f"{patch} does not apply on top of the patch of Linux {headers.series}"
+                f"{_first_reject(log)}; read {log}, and make it against that patch"
+            )
+    if further:
+        _mark_as_test_build(work, further)
     kvm = work / "arch/x86/kvm"
     (kvm / "Kbuild").write_text(_KBUILD)
     (work / "include/uapi").mkdir(parents=True, exist_ok=True)
@@ -226,10 +273,17 @@ def _build_into(out: Path, tree: Path, headers: Headers, patch: Path | None) -> 
     shutil.copy2(log, out / "build.log")
 
 
-def _apply(patch: Path, work: Path, log: Path) -> None:
+def _applies(patch: Path, work: Path, log: Path) -> bool:
     command = ["patch", "-p1", "--batch", "--forward", "-i", str(patch.resolve())]
-    if _run(command, work, log) != 0:
-        raise _does_not_apply(patch, log)
+    return _run(command, work, log) == 0
+
+
+def _mark_as_test_build(work: Path, patches: list[Path]) -> None:
+    names = ", ".join(f"{patch.name} {cache.key(patch)[:8]}" for patch in patches)
+    text = (TEST_BUILD + names).replace("\\", "").replace('"', "")
+    for source in _MAIN_SOURCES:
+        with (work / source).open("a") as file:
+            file.write(f'\nMODULE_VERSION("{text}");\n')
 
 
 def _does_not_apply(patch: Path, log: Path) -> PatchFailed:
@@ -242,6 +296,16 @@ def _does_not_apply(patch: Path, log: Path) -> PatchFailed:
 def _first_error(log: Path) -> str:
     found = re.search(r"\b(?:fatal )?error: (.+)", log.read_text(errors="replace"))
     return f" ({found[1]})" if found else ""
+
+
+def _first_reject(log: Path) -> str:
+    file = ""
+    for line in log.read_text(errors="replace").splitlines():
+        if named := re.match(r"patching file (\S+)|can't find file to patch", line):
+            file = named[1] or ""
+        elif failed := re.match(r"Hunk #\d+ FAILED at \d+", line):
+            return f" ({file}: {failed[0]})"
+    return ""
 
 
 def _run(command: list[str], directory: Path, log: Path) -> int:

@@ -14,11 +14,13 @@ from pathlib import Path
 from pykvm.errors import PykvmError
 
 __all__ = [
+    "SRC",
     "Headers",
     "HeadersMissing",
     "Source",
     "SourceMissing",
     "VersionMismatch",
+    "by_number",
     "find_headers",
     "find_source",
     "installed_headers",
@@ -51,7 +53,8 @@ class Headers:
         path: The build directory for `make -C`.
         version: The upstream version, `6.1.192`.
         package: Version of the Debian package, `6.1.192-2`; empty where there is none.
-        compiler: The compiler that the distribution built the kernel with, `gcc-12`.
+        compiler: The compiler that the distribution built the kernel with, `gcc-12`; newer
+            kernels name it with its target, `x86_64-linux-gnu-gcc-12`.
     """
 
     release: str
@@ -87,7 +90,7 @@ def installed_headers(src: Path = SRC) -> list[str]:
         for path in src.glob("linux-headers-*")
         if (path / ".config").is_file() and (path / "Module.symvers").is_file()
     ]
-    return sorted(releases, key=_by_number)
+    return sorted(releases, key=by_number)
 
 
 def find_headers(release: str | None = None, src: Path = SRC) -> Headers:
@@ -145,8 +148,13 @@ def require_match(headers: Headers, source: Source, source_version: str) -> None
         f"headers of {headers.release} are version {headers.package or headers.version}, "
         f"linux-source-{source.series} is {source.package or source_version}; "
         f"type: apt-get update && apt-get install linux-source-{source.series} "
-        f"linux-headers-{_flavour(headers.release)}, and boot that kernel if it runs here"
+        f"{_newest_headers(headers.release)}, and boot that kernel if it runs here"
     )
+
+
+def by_number(release: str) -> list[tuple[int, str]]:
+    """A key to sort releases by: `6.1.0-9` before `6.1.0-10`."""
+    return [(int(number or 0), text) for number, text in re.findall(r"(\d*)(\D*)", release)]
 
 
 def _package_version(package: str, src: Path) -> str:
@@ -166,20 +174,19 @@ def _package_version(package: str, src: Path) -> str:
     return version if status == "installed" else ""
 
 
-def _by_number(release: str) -> list[tuple[int, str]]:
-    return [(int(number or 0), text) for number, text in re.findall(r"(\d*)(\D*)", release)]
-
-
-def _flavour(release: str) -> str:
-    # 6.1.0-56-cloud-amd64 comes from the package that always depends on the newest: cloud-amd64.
-    return re.sub(r"^[\d.]+-\d+-", "", release)
+def _newest_headers(release: str) -> str:
+    """The package that always depends on the newest headers of this kind of kernel."""
+    if backported := re.match(r"(\d+\.\d+)\.\d+\+\w+-", release):
+        # A series besides the distribution's own.
+        return f"linux-headers-{backported[1]}-{release[backported.end() :]}"
+    return "linux-headers-" + re.sub(r"^[\d.]+-\d+-", "", release)
 
 
 def _top_makefile(headers: Path) -> Path:
     # Debian's is one line that includes the Makefile of the part that all flavours share.
     text = (headers / "Makefile").read_text()
     if included := re.search(r"^include (\S+)$", text, re.MULTILINE):
-        return Path(included[1])
+        return headers / included[1]
     return headers / "Makefile"
 
 

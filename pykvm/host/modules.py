@@ -73,25 +73,31 @@ class Status:
     """Which KVM the running kernel has.
 
     Attributes:
-        state: "patched" (it offers ELISA), "stock" (the distribution's), "other" (neither: also
-            the patched modules on a processor without EPTP switching), "built in" or "absent".
+        state: "patched" (it offers ELISA), "test build" (with further patches, which may take its
+            defences away), "stock" (the distribution's), "other" (none of these: also the patched
+            modules on a processor without EPTP switching), "built in" or "absent".
         elisa: Version of the ELISA interface; 0 without it.
         srcversion: What each loaded module's source hashes to; empty where its build did not
             record one, as Debian's does not.
         users: Processes that hold `/dev/kvm`, a VM or a vCPU open, as `name (pid)`.
+        test_build: The further patches of a test build, by name and content; else empty.
     """
 
     state: str
     elisa: int
     srcversion: dict[str, str]
     users: list[str]
+    test_build: str = ""
 
 
 def status() -> Status:
     """Look at the running kernel's KVM; changes nothing."""
     loaded = {name: _srcversion(name) for name in _LOADED_NAMES if _is_loaded(name)}
     version = elisa_version()
-    if version:
+    further = _further_patches()
+    if further:
+        state = "test build"
+    elif version:
         state = "patched"
     elif _is_built_in():
         state = "built in"
@@ -99,7 +105,7 @@ def status() -> Status:
         state = "absent"
     else:
         state = "stock" if loaded["kvm"] == _modinfo("srcversion", "kvm") else "other"
-    return Status(state, version, loaded, describe_users())
+    return Status(state, version, loaded, describe_users(), further)
 
 
 def elisa_version() -> int:
@@ -338,6 +344,12 @@ def _is_built_in() -> bool:
 
 def _srcversion(name: str) -> str:
     return _read(_SYS_MODULE / name / "srcversion")
+
+
+def _further_patches() -> str:
+    versions = (_read(_SYS_MODULE / name / "version") for name in _LOADED_NAMES)
+    marked = [version for version in versions if version.startswith(kernel.TEST_BUILD)]
+    return marked[0].removeprefix(kernel.TEST_BUILD) if marked else ""
 
 
 def _read(path: Path) -> str:

@@ -10,7 +10,7 @@
 
 import os
 
-from pykvm.testbed.kernel_image import KernelImageError, kernel_version
+from pykvm.testbed.kernel_image import KernelImageError
 from pykvm.testbed.session import CommandTimeoutError, HostDiedError, Outcome, Testbed
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "Outcome",
     "Testbed",
     "inside",
-    "kernel_version",
 ]
 
 

@@ -1,24 +1,21 @@
-"""The distribution's kernel for the emulated host: which one, and its uncompressed image.
+"""The distribution's kernel for the emulated host, unpacked, and its uncompressed image.
 
-The kernel is the one whose headers the machine has installed, because modules for it are built
-against them. It is fetched and unpacked into the cache, not installed.
+It is fetched and unpacked into the cache, not installed.
 """
 
 import gzip
 import lzma
-import re
 import struct
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from pykvm.errors import PykvmError
-from pykvm.host import cache
-from pykvm.testbed import packages, rootfs
+from pykvm.host import cache, debian_packages
+from pykvm.host.kernel_series import HostKernel
+from pykvm.testbed import rootfs
 
-__all__ = ["FlatKernel", "KernelImageError", "flatten", "kernel_version", "unpacked"]
-
-_HEADERS = re.compile(r"linux-headers-(?P<version>6\.1\.\S+-cloud-amd64)$")
+__all__ = ["FlatKernel", "KernelImageError", "flatten", "unpacked"]
 
 # Offsets in a bzImage (Linux Documentation/x86/boot.rst).
 _SETUP_SECTORS = 0x1F1
@@ -51,49 +48,50 @@ class FlatKernel:
     entry: int
 
 
-def kernel_version() -> str:
-    """The release of the kernel inside the testbed, as `uname -r` prints it there.
+def unpacked(kernel: HostKernel) -> Path:
+    """The unpacked image package of `kernel`: its `boot/` and `lib/modules/`.
 
-    It is the newest one of the 6.1 series whose headers are installed.
-
-    Raises:
-        KernelImageError: no such headers are installed.
-    """
-    query = ["dpkg-query", "-W", "-f", "${db:Status-Status} ${Package}\n", "linux-headers-*"]
-    result = subprocess.run(query, capture_output=True, text=True, check=False)
-    found = []
-    for line in result.stdout.splitlines():
-        status, _, name = line.partition(" ")
-        if status == "installed" and (match := _HEADERS.match(name)):
-            found.append(match["version"])
-    if not found:
-        raise KernelImageError(
-            "no headers of a 6.1 cloud kernel are installed; "
-            "run: apt-get install linux-headers-cloud-amd64"
-        )
-    return max(found, key=lambda version: [int(part) for part in re.findall(r"\d+", version)])
-
-
-def unpacked(version: str) -> Path:
-    """The unpacked image package of kernel `version`: its `boot/` and `lib/modules/`.
+    Compressed modules are uncompressed, which costs a second here and many inside.
 
     Raises:
-        KernelImageError: the headers of `version` are not installed.
         PackageError: the image package cannot be fetched.
+        KernelImageError: xz is missing, or fails.
     """
-    revision = packages.installed_version(f"linux-headers-{version}")
-    if revision is None:
-        raise KernelImageError(
-            f"the headers of {version} are missing; run: apt-get install linux-headers-{version}"
-        )
 
     def build(directory: Path) -> None:
-        package = packages.exact(f"linux-image-{version}", revision)
-        (archive,) = packages.fetch([package])
-        packages.unpack(archive, directory)
-        rootfs.run_depmod(directory, version)
+        package = _image_package(kernel)
+        (archive,) = debian_packages.fetch([package])
+        debian_packages.unpack(archive, directory)
+        _uncompress_modules(directory)
+        rootfs.run_depmod(directory, kernel.release)
 
-    return cache.entry("testbed-kernel", cache.key(version, revision), build)
+    key = cache.key(kernel.release, kernel.package, "plain modules")
+    return cache.entry("testbed-kernel", key, build)
+
+
+def _image_package(kernel: HostKernel) -> debian_packages.Package:
+    name = f"linux-image-{kernel.release}"
+    try:
+        return debian_packages.exact(name, kernel.package)
+    except debian_packages.PackageError as error:
+        try:  # the same kernel; Debian signs it a little later
+            return debian_packages.exact(f"{name}-unsigned", kernel.package)
+        except debian_packages.PackageError:
+            raise error from None
+
+
+def _uncompress_modules(directory: Path) -> None:
+    modules = [str(path) for path in directory.glob("lib/modules/**/*.ko.xz")]
+    if not modules:
+        return
+    try:
+        done = subprocess.run(
+            ["xz", "-d", "-T0", *modules], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError as error:
+        raise KernelImageError("xz is missing; run: apt-get install xz-utils") from error
+    if done.returncode:
+        raise KernelImageError(f"xz cannot unpack the kernel's modules: {done.stderr.strip()!r}")
 
 
 def flatten(bzimage: bytes) -> FlatKernel:

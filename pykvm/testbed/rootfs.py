@@ -17,8 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pykvm.errors import PykvmError
-from pykvm.host import cache
-from pykvm.testbed import packages
+from pykvm.host import cache, debian_packages
 
 __all__ = [
     "PYTHON_PACKAGES",
@@ -88,7 +87,7 @@ def fingerprint() -> str:
         PackageError: apt cannot resolve the packages.
         RootfsError: a Python package is missing.
     """
-    debian = [package.file for package in packages.closure(_DEBIAN_PACKAGES)]
+    debian = [package.file for package in debian_packages.closure(_DEBIAN_PACKAGES)]
     python = [f"{dist.name} {dist.version}" for dist in _distributions()]
     return cache.key(Path(__file__), *debian, *python)
 
@@ -158,8 +157,8 @@ def _populate(tree: Path, kernel: Path, version: str) -> None:
     for name in _MERGED_USR:
         (tree / "usr" / name).mkdir(parents=True)
         (tree / name).symlink_to(f"usr/{name}")
-    for archive in packages.fetch(packages.closure(_DEBIAN_PACKAGES)):
-        packages.unpack(archive, tree)
+    for archive in debian_packages.fetch(debian_packages.closure(_DEBIAN_PACKAGES)):
+        debian_packages.unpack(archive, tree)
     for name in _UNWANTED:
         unwanted = tree / name
         if unwanted.is_dir():

@@ -15,8 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pykvm.errors import PykvmError
-from pykvm.host import cache
-from pykvm.testbed import bochs, boot_disk, instances, kernel_image, packages, payload, rootfs
+from pykvm.host import cache, debian_packages
+from pykvm.host.kernel_series import HostKernel
+from pykvm.testbed import bochs, boot_disk, instances, kernel_image, payload, rootfs
 from pykvm.testbed.bochs import Emulator
 
 __all__ = [
@@ -45,7 +46,7 @@ _INITRAMFS_MODULES = ["ata_piix", "sd_mod"]
 _OUT_DISK_SIZE = 256 * 16 * 63 * 512  # 126 MiB, sparse
 _BOOT_TIMEOUT = 600.0  # seconds
 _SUSPEND_TIMEOUT = 120.0
-_KEPT_STATES = 3  # of a kind, and any that was used this short a time ago
+_KEPT_STATES = 6  # of a kind, and any that was used this short a time ago
 _KEPT_SECONDS = 3600.0
 _INSIDE = Path(__file__).with_name("inside")
 
@@ -54,22 +55,21 @@ class BootError(PykvmError):
     """The emulated host did not boot or could not be suspended."""
 
 
-def host_key(version: str) -> str:
-    """The cache key of the booted host with kernel `version`.
+def host_key(kernel: HostKernel) -> str:
+    """The cache key of the booted host with `kernel`.
 
     Raises:
-        PackageError, RootfsError, KernelImageError: see there.
+        PackageError, RootfsError: see there.
     """
     sources = [_INSIDE / "agent.py", _INSIDE / "init.sh"]
     here = Path(__file__)
     sources += [here.with_name(n) for n in ("boot_disk.py", "boot_sector.S", "suspend_button.py")]
-    revision = packages.installed_version(f"linux-headers-{version}") or ""
-    emulator = [packages.installed_version(n) or "" for n in ("bochs", "bochsbios", "vgabios")]
+    emulator = ("bochs", "bochsbios", "vgabios")
     return cache.key(
-        version,
-        revision,
+        kernel.release,
+        kernel.package,
         rootfs.fingerprint(),
-        *emulator,
+        *(debian_packages.installed_version(name) or "" for name in emulator),
         _COMMAND_LINE,
         " ".join(_INITRAMFS_MODULES),
         bochs.configuration(),
@@ -77,7 +77,7 @@ def host_key(version: str) -> str:
     )
 
 
-def booted_host(version: str, progress: Progress) -> Path:
+def booted_host(kernel: HostKernel, progress: Progress) -> Path:
     """The cache entry of the booted host, made first if need be (a minute or two).
 
     It holds `boot.img`, `root.img` and the directory `state`.
@@ -89,21 +89,21 @@ def booted_host(version: str, progress: Progress) -> Path:
 
     def build(directory: Path) -> None:
         bochs.require_tools()
-        progress(f"fetching Linux {version}")
-        kernel = kernel_image.unpacked(version)
-        root = _root_image(kernel, version, progress)
+        progress(f"fetching Linux {kernel.release}")
+        image = kernel_image.unpacked(kernel)
+        root = _root_image(image, kernel.release, progress)
         (directory / "root.img").hardlink_to(root)
         progress("making the boot disk")
-        _make_boot_disk(directory / "boot.img", kernel, version)
-        progress("booting the emulated host")
+        _make_boot_disk(directory / "boot.img", image, kernel.release)
+        progress(f"booting the emulated host, Linux {kernel.series}")
         with tempfile.NamedTemporaryFile() as blank:
             blank.truncate(1 << 20)
             _reach_and_suspend(directory, Path(blank.name), None, progress)
 
-    return _used(cache.entry("testbed-host", host_key(version), build))
+    return _used(cache.entry("testbed-host", host_key(kernel), build))
 
 
-def host_with_kvm(version: str, modules: Path | None, progress: Progress) -> Path:
+def host_with_kvm(kernel: HostKernel, modules: Path | None, progress: Progress) -> Path:
     """The cache entry of the booted host with KVM loaded, from the booted host if need be.
 
     Loading the modules takes a few seconds inside, for their many symbols; so it is done once
@@ -115,7 +115,7 @@ def host_with_kvm(version: str, modules: Path | None, progress: Progress) -> Pat
         And what `booted_host` raises.
     """
     files = [] if modules is None else payload.module_files(modules)
-    host = booted_host(version, progress)
+    host = booted_host(kernel, progress)
     sources = [_INSIDE / "job.py"]
 
     def build(directory: Path) -> None:
@@ -151,20 +151,20 @@ def lay_out(instance: Path, host: Path, payload: Path) -> None:
         file.truncate(_OUT_DISK_SIZE)
 
 
-def _root_image(kernel: Path, version: str, progress: Progress) -> Path:
+def _root_image(image: Path, release: str, progress: Progress) -> Path:
     def build(directory: Path) -> None:
         progress("making the root file system")
-        rootfs.build_image(directory / "root.img", kernel, version)
+        rootfs.build_image(directory / "root.img", image, release)
 
-    key = cache.key(kernel.name, rootfs.fingerprint())
+    key = cache.key(image.name, rootfs.fingerprint())
     return _used(cache.entry("testbed-root", key, build)) / "root.img"
 
 
-def _make_boot_disk(path: Path, kernel: Path, version: str) -> None:
-    modules = kernel / "lib/modules" / version
+def _make_boot_disk(path: Path, image: Path, release: str) -> None:
+    modules = image / "lib/modules" / release
     with tempfile.TemporaryDirectory() as directory:
-        (busybox,) = packages.fetch(packages.closure(["busybox-static"])[:1])
-        packages.unpack(busybox, Path(directory))
+        (busybox,) = debian_packages.fetch(debian_packages.closure(["busybox-static"])[:1])
+        debian_packages.unpack(busybox, Path(directory))
         program = next(Path(directory).glob("**/bin/busybox")).read_bytes()
     files: list[tuple[str, bytes | None, int]] = [("modules", None, 0o755)]
     for index, module in enumerate(rootfs.modules_in_order(modules, _INITRAMFS_MODULES)):
@@ -172,7 +172,7 @@ def _make_boot_disk(path: Path, kernel: Path, version: str) -> None:
     files.append(("busybox", program, 0o755))
     files.append(("agent.py", (_INSIDE / "agent.py").read_bytes(), 0o644))
     files.append(("init", (_INSIDE / "init.sh").read_bytes(), 0o755))
-    flat = kernel_image.flatten((kernel / "boot" / f"vmlinuz-{version}").read_bytes())
+    flat = kernel_image.flatten((image / "boot" / f"vmlinuz-{release}").read_bytes())
     boot_disk.write(path, flat, boot_disk.cpio(files), _COMMAND_LINE, bochs.MEMORY)
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from pykvm.errors import PykvmError
 from pykvm.host import cache
 from pykvm.host.fingerprint import commit
-from pykvm.testbed import instances, kernel_image, payload, saved_state
+from pykvm.host.kernel_series import DEFAULT_SERIES, newest_kernel
+from pykvm.testbed import instances, payload, saved_state
 from pykvm.testbed.bochs import Emulator, emulator_command
 
 __all__ = ["CommandTimeoutError", "HostDiedError", "Outcome", "Testbed"]
@@ -65,17 +66,27 @@ class Testbed:
     __test__ = False
 
     def __init__(
-        self, checkout: Path | None = None, progress: Callable[[str], None] | None = None
+        self,
+        checkout: Path | None = None,
+        progress: Callable[[str], None] | None = None,
+        *,
+        series: str = DEFAULT_SERIES,
     ) -> None:
         """For the checkout at `checkout` (default: the one pykvm was imported from).
 
         `progress` is told what is being waited for, when it takes long (default: standard error).
+        `series` is one of `pykvm.host.kernel_series.SERIES`; of it, the newest kernel runs.
+
+        Raises:
+            SeriesUnknown, KernelMissing: see `pykvm.host.kernel_series.newest_kernel`.
         """
         self.checkout = (checkout or Path(__file__).parents[2]).resolve()
         self._progress = progress or _Narrator()
-        self.version = kernel_image.kernel_version()
+        self.kernel = newest_kernel(series)
 
-    def prepare(self, kvm: str = "payload", modules: Path | None = None) -> Path:
+    def prepare(
+        self, kvm: str = "payload", modules: Path | None = None, also: Sequence[Path] = ()
+    ) -> Path:
         """Make sure that the booted host with its KVM is in the cache; return its entry.
 
         The arguments are those of `run`.
@@ -84,11 +95,11 @@ class Testbed:
             PykvmError: it cannot be made; the message says why.
         """
         if kvm == "none":
-            return saved_state.booted_host(self.version, self._progress)
+            return saved_state.booted_host(self.kernel, self._progress)
         if kvm == "payload" and modules is None:
-            modules = _patched_modules(self.version, self._progress)
+            modules = self._built_modules(also)
         return saved_state.host_with_kvm(
-            self.version, modules if kvm == "payload" else None, self._progress
+            self.kernel, modules if kvm == "payload" else None, self._progress
         )
 
     def run(
@@ -96,6 +107,7 @@ class Testbed:
         command: Sequence[str],
         *,
         modules: Path | None = None,
+        also: Sequence[Path] = (),
         kvm: str = "payload",
         timeout: float | None = None,
         environment: Mapping[str, str] | None = None,
@@ -114,6 +126,8 @@ class Testbed:
         Args:
             modules: directory with kvm.ko and kvm-intel.ko to load; by default the patched ones,
                 built if need be.
+            also: patches to build them with besides the series' own, for tests that take a
+                defence away.
             kvm: "payload" to load `modules`, "stock" for the distribution's, "none" for no KVM.
             timeout: seconds for the command, resuming not included.
             environment: variables to set.
@@ -142,7 +156,7 @@ class Testbed:
             now=int(time.time()),
         )
         if kvm == "payload" and modules is None:
-            modules = _patched_modules(self.version, self._progress)
+            modules = self._built_modules(also)
         host = self.prepare(kvm, modules)
         with instances.directory() as instance:
             image = instance / "files.iso"
@@ -163,21 +177,33 @@ class Testbed:
         return outcome
 
     def plan(
-        self, command: Sequence[str], *, kvm: str = "payload", modules: Path | None = None
+        self,
+        command: Sequence[str],
+        *,
+        kvm: str = "payload",
+        modules: Path | None = None,
+        also: Sequence[Path] = (),
     ) -> list[str]:
         """What `run` would do, a line each."""
-        key = saved_state.host_key(self.version)
+        key = saved_state.host_key(self.kernel)
         cached = (cache.root() / "testbed-host" / key).is_dir()
-        loaded = {"payload": str(modules or "the patched KVM"), "stock": "the distribution's KVM"}
+        patched = "the patched KVM" + "".join(f" with {patch}" for patch in also)
+        loaded = {"payload": str(modules or patched), "stock": "the distribution's KVM"}
         files = len(payload.checkout_files(self.checkout))
         return [
-            f"kernel:   Linux {self.version}",
+            f"kernel:   Linux {self.kernel.release} (series {self.kernel.series})",
             f"host:     {key}, {'in the cache' if cached else 'to be booted first'}",
             f"emulator: {' '.join(emulator_command(Path('STATE')))}",
             f"modules:  {loaded.get(kvm, 'no KVM')}",
             f"checkout: {self.checkout}, {files} files",
             f"command:  {shlex.join(command)}",
         ]
+
+    def _built_modules(self, also: Sequence[Path]) -> Path:
+        # Imported late: with stock or other modules nothing of it is needed.
+        from pykvm.host import kernel  # noqa: PLC0415
+
+        return kernel.build(self.kernel.release, also=also)
 
     def _inside_checkout(self, name: str) -> str:
         path = (self.checkout / name).resolve()
@@ -304,13 +330,6 @@ class _Narrator:
         now = time.monotonic()
         self._start = self._start or now
         print(f"pykvm testbed: [{now - self._start:5.1f} s] {message}", file=sys.stderr, flush=True)
-
-
-def _patched_modules(version: str, progress: Callable[[str], None]) -> Path:
-    # Imported late: with stock or other modules nothing of it is needed.
-    from pykvm.host import kernel  # noqa: PLC0415
-
-    return kernel.build(version)
 
 
 @contextmanager

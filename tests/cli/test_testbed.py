@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pykvm.testbed import KernelImageError, kernel_version
+from pykvm.host.kernel_series import SERIES, KernelMissing, newest_kernel
 
 pytestmark = pytest.mark.unit
 
@@ -31,20 +31,58 @@ def _pykvm(*arguments: str, path: str | None = None) -> subprocess.CompletedProc
 
 def _need_headers() -> None:
     try:
-        kernel_version()
-    except KernelImageError as error:
+        newest_kernel()
+    except KernelMissing as error:
         pytest.skip(str(error))
+
+
+def _plan(*arguments: str) -> dict[str, str]:
+    done = _pykvm("--dry-run", *arguments)
+    assert done.returncode == 0, done.stderr
+    pairs = (line.split(":", 1) for line in done.stdout.splitlines())
+    return {name: value.strip() for name, value in pairs}
 
 
 def test_dry_run_says_what_would_be_done() -> None:
     _need_headers()
-    done = _pykvm("--dry-run", "--stock", "--", "echo", "a b")
-    assert done.returncode == 0, done.stderr
-    lines = dict(line.split(":", 1) for line in done.stdout.splitlines())
-    assert lines["kernel"].strip() == f"Linux {kernel_version()}"
+    lines = _plan("--stock", "--", "echo", "a b")
+    assert lines["kernel"] == f"Linux {newest_kernel().release} (series 6.1)"
     assert "bochs-bin" in lines["emulator"]
-    assert lines["modules"].strip() == "the distribution's KVM"
-    assert lines["command"].strip() == "echo 'a b'"
+    assert lines["modules"] == "the distribution's KVM"
+    assert lines["command"] == "echo 'a b'"
+
+
+def test_each_series_is_a_host_of_its_own() -> None:
+    _need_headers()
+    plans = {series: _plan("--series", series, "--", "true") for series in SERIES}
+    for series, plan in plans.items():
+        assert plan["kernel"].startswith(f"Linux {series}.")
+        assert plan["kernel"].endswith(f"(series {series})")
+    keys = {plan["host"].split(",")[0] for plan in plans.values()}
+    assert len(keys) == len(SERIES)
+
+
+def test_unknown_series_is_refused() -> None:
+    done = _pykvm("--series", "5.10", "--", "true")
+    assert done.returncode == 2
+    assert "'6.1', '6.12'" in done.stderr
+
+
+def test_further_patches_are_for_the_patched_modules(tmp_path: Path) -> None:
+    _need_headers()
+    lines = _plan("--also", "a.patch", "--also", "b.patch", "--", "true")
+    assert lines["modules"] == "the patched KVM with a.patch with b.patch"
+    for other in (["--stock"], ["--no-kvm"], ["--modules", str(tmp_path)]):
+        done = _pykvm("--also", "a.patch", *other, "--", "true")
+        assert done.returncode == 1
+        assert "--also goes with the patched modules" in done.stderr
+
+
+def test_further_patch_that_is_not_there() -> None:
+    _need_headers()
+    done = _pykvm("--also", "/no/such.patch", "--", "true")
+    assert done.returncode == 1
+    assert "cannot read the patch /no/such.patch (No such file or directory)" in done.stderr
 
 
 def test_options_after_the_command_are_the_commands() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pykvm.testbed import CommandTimeoutError, HostDiedError, Outcome, Testbed, kernel_version
+from pykvm.testbed import CommandTimeoutError, HostDiedError, Outcome, Testbed
 
 pytestmark = pytest.mark.testbed
 
@@ -40,7 +40,7 @@ def test_command_sees_the_checkout_and_its_status_comes_back(testbed: Testbed) -
     outcome = _shell(testbed, "pwd; uname -r; cat pyproject.toml; cat; echo bad >&2; exit 7")
     lines = outcome.stdout.decode().splitlines()
     assert outcome.status == 7
-    assert lines[:2] == [str(_CHECKOUT), kernel_version()]
+    assert lines[:2] == [str(_CHECKOUT), testbed.kernel.release]
     assert "\n".join(lines[2:]) + "\n" == (_CHECKOUT / "pyproject.toml").read_text()
     assert outcome.stderr == b"bad\n"
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pykvm.testbed.packages import Package
+from pykvm.host.debian_packages import Package
 
 pytestmark = pytest.mark.unit
 

@@ -18,7 +18,16 @@ from pathlib import Path
 from pykvm.errors import PykvmError
 from pykvm.host import cache
 
-__all__ = ["Package", "PackageError", "closure", "exact", "fetch", "installed_version", "unpack"]
+__all__ = [
+    "Package",
+    "PackageError",
+    "closure",
+    "exact",
+    "fetch",
+    "installed_version",
+    "lists_fingerprint",
+    "unpack",
+]
 
 _APT_LISTS = Path("/var/lib/apt/lists")
 _URI_LINE = re.compile(r"^'(?P<uri>[^']+)' (?P<file>\S+) (?P<size>\d+)")
@@ -63,7 +72,7 @@ def closure(names: Iterable[str]) -> list[Package]:
         rows = [(package.file, package.size) for package in found]
         (directory / "packages.json").write_text(json.dumps(rows, indent=1))
 
-    key = cache.key("closure", *wanted, _lists_fingerprint())
+    key = cache.key("closure", *wanted, lists_fingerprint())
     kept = cache.entry("testbed-packages", key, resolve) / "packages.json"
     return [Package(file, size) for file, size in json.loads(kept.read_text())]
 
@@ -128,6 +137,15 @@ def installed_version(name: str) -> str | None:
     return version if result.returncode == 0 and status == "installed" else None
 
 
+def lists_fingerprint() -> str:
+    """What changes whenever the machine's package lists do."""
+    digest = hashlib.sha256()
+    for file in sorted(_APT_LISTS.glob("*_*")):
+        status = file.stat()
+        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
 def _print_uris(arguments: list[str]) -> list[Package]:
     # apt leaves out what its archive directory holds already: give it an empty one.
     with tempfile.TemporaryDirectory() as empty:
@@ -157,14 +175,6 @@ def _apt(arguments: list[str], cwd: Path | None = None) -> subprocess.CompletedP
 def _complete(store: Path, package: Package) -> bool:
     file = store / package.file
     return file.is_file() and file.stat().st_size == package.size
-
-
-def _lists_fingerprint() -> str:
-    digest = hashlib.sha256()
-    for file in sorted(_APT_LISTS.glob("*_*")):
-        status = file.stat()
-        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
 
 
 def _last_line(text: str) -> str:
