@@ -18,13 +18,14 @@ SOURCES := setup.py $(wildcard pykvm/*/build_*.py pykvm/*/*.[ch] pykvm/kvm/ioctl
 	guest/*/*.[ch])
 SOURCES := $(filter-out pykvm/kvm/_kvm.c pykvm/switch/_native.c,$(SOURCES))
 
-.PHONY: help setup demo test lint bench fuzz clean
+.PHONY: help setup demo test selftests lint bench fuzz clean
 
 help:
 	@echo "make setup   install what is missing (Debian packages, $(VENV), C extensions)"
 	@echo "make demo    send real packets between two guests: VMFUNC beside VMCALL and direct"
 	@echo "make test    run every test, on this host and on the emulated Intel host"
 	@echo "make lint    check style and types"
+	@echo "make selftests  compare KVM's own selftests, unpatched and patched, on SERIES=6.1"
 	@echo "make fuzz    let guests write anything into their windows at any moment, for FUZZ_SECONDS=60"
 	@echo "make bench   measure the crossing, the switch and interrupts"
 	@echo "make clean   remove everything that was built in this directory"
@@ -82,6 +83,11 @@ test: setup
 	$(VENV)/bin/pykvm testbed -- env PYKVM_REQUIRE=elisa,kvm \
 		python -m pytest -m "elisa or kvm" $(INSIDE) || status=1; \
 	exit $$status
+
+# One processor each for the unpatched and for the patched host. SELFTESTS may hold --all, or names.
+SERIES := 6.1
+selftests: setup
+	$(VENV)/bin/pykvm kernel selftests --series $(SERIES) $(SELFTESTS)
 
 FUZZ_SECONDS := 60
 fuzz: setup

@@ -1,9 +1,10 @@
-"""Build the patched KVM modules; switch between them and the distribution's."""
+"""Build the patched KVM modules, compare them, switch between them and the distribution's."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
+from pykvm.cli import selftests
 from pykvm.cli.testbed import add_also
 from pykvm.host import kernel, modules
 from pykvm.host.kernel_series import SERIES, newest_kernel
@@ -44,6 +45,8 @@ def add_parser(subparsers: Any) -> None:
 
     restore = actions.add_parser("restore", help="put the distribution's modules back")
     restore.set_defaults(run=run, action=_restore)
+
+    selftests.add_action(actions)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,0 +1,103 @@
+"""Compare KVM's own selftests on the emulated host, with unpatched and with patched modules."""
+
+import argparse
+import time
+from collections import Counter
+from typing import Any
+
+from pykvm.host.kernel_series import DEFAULT_SERIES, SERIES
+from pykvm.testbed import selftests
+
+__all__ = ["add_action", "run"]
+
+_DESCRIPTION = """\
+Run KVM's own selftests (tools/testing/selftests/kvm of the kernel's source) on the emulated Intel
+host, once with the unpatched and once with the patched modules, and print a line for each: its
+name, how it ended on both sides, and whether that is the same. The unpatched modules are built
+from the same source by the same recipe, so that the patch is the only difference. The exit
+status is 1 if anything differs, or if nothing could be compared.
+"""
+
+
+def add_action(actions: Any) -> None:
+    """Add `pykvm kernel selftests` to the actions of `pykvm kernel`."""
+    parser = actions.add_parser(
+        "selftests",
+        help="run KVM's selftests unpatched and patched, and compare",
+        description=_DESCRIPTION,
+    )
+    parser.add_argument("--series", choices=SERIES, default=DEFAULT_SERIES)
+    parser.add_argument("--all", action="store_true", help="run the slow ones too")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=selftests.LIMIT,
+        metavar="S",
+        help="seconds of the emulated clock for each, 45 million instructions in one "
+        f"(default: {selftests.LIMIT:g})",
+    )
+    parser.add_argument(
+        "--distribution",
+        action="store_true",
+        help="compare with the distribution's own modules instead of unpatched ones",
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="name the selftests and say which are left out"
+    )
+    parser.add_argument(
+        "tests",
+        nargs="*",
+        metavar="TEST",
+        help="name or shell pattern (default: all but those that --list says are left out)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what the command line says; return the exit status."""
+    start = time.monotonic()
+    suite = selftests.Selftests(options.series)
+    if options.list:
+        for name in suite.names:
+            print(f"{name:50} {_why_left_out(name, slow=False)}".rstrip())
+        return 0
+    names = selftests.choose(suite.names, options.tests, slow=options.all)
+    left_out = [] if options.tests else [name for name in suite.names if name not in names]
+    print(
+        f"KVM selftests of Linux {suite.release}, {len(names)} of {len(suite.names)}; "
+        f"stock: {'the distribution' if options.distribution else 'the same source unpatched'}",
+        flush=True,
+    )
+    done = suite.compare(
+        names, limit=options.limit, distribution=options.distribution, report=_print_one
+    )
+    for name in left_out:
+        print(f"{name:50} left out: {_why_left_out(name, options.all)}")
+    different = [each.name for each in done if not each.same]
+    open_ = [each.name for each in done if each.same and not each.conclusive]
+    counts = Counter(each.patched.verdict for each in done if each.same and each.conclusive)
+    print(
+        f"{len(done) - len(different) - len(open_)} the same "
+        f"({', '.join(f'{number} {verdict}' for verdict, number in sorted(counts.items()))}), "
+        f"{len(open_)} ended early on both sides, {len(left_out)} left out, "
+        f"{len(different)} DIFFERENT; {time.monotonic() - start:.0f} s"
+    )
+    # Nothing compared is no comparison.
+    return 1 if different or len(open_) == len(done) else 0
+
+
+def _why_left_out(name: str, slow: bool) -> str:
+    if name in selftests.EXCLUDED:
+        return selftests.EXCLUDED[name]
+    return "" if slow else selftests.SLOW.get(name, "")
+
+
+def _print_one(each: selftests.Comparison) -> None:
+    outcome = "DIFFERENT" if not each.same else "same" if each.conclusive else "not compared"
+    print(
+        f"{each.name:50} {each.stock.verdict:10} {each.patched.verdict:10} {outcome}",
+        flush=True,
+    )
+    if not each.same:
+        for line in each.differences():
+            print(f"    {line}")

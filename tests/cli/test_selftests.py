@@ -1,0 +1,87 @@
+"""`pykvm kernel selftests`: what it prints, and its exit status; no emulator is started."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from pykvm.cli.main import main
+from pykvm.testbed import selftests
+from pykvm.testbed.selftests import Comparison, Result
+
+pytestmark = pytest.mark.unit
+
+
+class _Made:
+    """A suite of two selftests and one that is left out; each ends as `ends` says."""
+
+    ends: tuple[Result, Result] = (Result(0), Result(0))
+
+    def __init__(self, series: str) -> None:
+        self.release = f"{series}.0-made"
+        self.names = ["a_test", "b_test", "hardware_disable_test"]
+
+    def compare(
+        self,
+        names: Sequence[str],
+        *,
+        limit: float,
+        distribution: bool,
+        report: Callable[[Comparison], None],
+    ) -> list[Comparison]:
+        assert limit > 0
+        assert not distribution
+        done = [Comparison(name, *self.ends) for name in names]
+        for each in done:
+            report(each)
+        return done
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> type[_Made]:
+    monkeypatch.setattr(selftests, "Selftests", _Made)
+    monkeypatch.setattr(_Made, "ends", _Made.ends)
+    return _Made
+
+
+def test_same(made: type[_Made], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["kernel", "selftests", "--series", "6.12"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("KVM selftests of Linux 6.12.0-made, 2 of 3; stock: the same source")
+    assert lines[1].split() == ["a_test", "pass", "pass", "same"]
+    assert lines[3].startswith("hardware_disable_test")
+    assert "left out: stops 512 VMs" in lines[3]
+    assert lines[-1].startswith("2 the same (2 pass), 0 ended early on both sides, 1 left out, 0 ")
+
+
+def test_different(
+    made: type[_Made], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(made, "ends", (Result(0, output="ok"), Result(254, output="bad")))
+    assert main(["kernel", "selftests", "a_test"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["a_test", "pass", "fail", "254", "DIFFERENT"]
+    assert "    ended with: pass, patched: fail 254" in lines
+    assert "    +bad" in lines
+    assert "1 DIFFERENT" in lines[-1]
+
+
+def test_early_end_on_both_sides_is_no_sameness(
+    made: type[_Made], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(made, "ends", (Result(None), Result(None)))
+    assert main(["kernel", "selftests"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].endswith("not compared")
+    assert lines[-1].startswith("0 the same (), 2 ended early on both sides")
+
+
+def test_list(made: type[_Made], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["kernel", "selftests", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "a_test"
+    assert lines[2].startswith("hardware_disable_test  ")
+
+
+def test_unknown_name(made: type[_Made], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["kernel", "selftests", "c_test"]) == 1
+    assert "pykvm: no selftest is called c_test" in capsys.readouterr().err
