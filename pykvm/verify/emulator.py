@@ -1,8 +1,8 @@
 """The crossing's pages in an emulator that shares nothing with the symbolic execution: Unicorn,
 QEMU's translator as a library.
 
-It has no VMFUNC: to it those bytes are an invalid opcode, at which `Emulator` stops and looks what
-the processor would have done.
+It has no VMFUNC and no INT1: to it those bytes are an invalid opcode, at which `Emulator` stops and
+looks what they are.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -25,6 +25,8 @@ STATUS_BITS: Final = {
 }
 """Bits of RFLAGS by the name that the symbolic state gives them."""
 
+_INT1: Final = b"\xf1"
+_NOWHERE: Final = (1 << 64) - 1  # an address that no run gets to
 _MOST: Final = 64  # instructions of one run
 _PROTECTION: Final = {
     (False, False): unicorn.UC_PROT_READ,
@@ -64,6 +66,8 @@ class Emulator:
         self.base = base
         self.regions = {region.name: region for region in regions}
         self._machine = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
+        # One that has SMAP, and so STAC and CLAC.
+        self._machine.ctl_set_cpu_model(x86_const.UC_CPU_X86_SKYLAKE_CLIENT)
         # Linear addresses as they are: without paging they would be cut to physical ones.
         self._machine.ctl_set_tlb_mode(unicorn.UC_TLB_VIRTUAL)
         for region in self.regions.values():
@@ -120,7 +124,7 @@ class Emulator:
         for name, content in registers.items():
             self.set(name, content)
         try:
-            self._machine.emu_start(self.address(offset), 0, count=_MOST)
+            self._machine.emu_start(self.address(offset), _NOWHERE, count=_MOST)
         except unicorn.UcError:
             if run.stop == Stop.RUNNING:
                 raise
@@ -145,11 +149,16 @@ class Emulator:
             self._watch(offset)
 
     def _on_interrupt(self, _machine: Any, number: int, _data: Any) -> None:
-        self._stop(Stop.BREAKPOINT if number in (1, 3) else f"exception {number}")
+        self._stop(Stop.BREAKPOINT if number == 3 else f"exception {number}")
 
     def _on_invalid(self, _machine: Any, _data: Any) -> bool:
         at = self.get("rip") - self.base
-        self._stop(Stop.VMFUNC if self.read(at, len(VMFUNC)) == VMFUNC else Stop.INVALID)
+        if self.read(at, len(VMFUNC)) == VMFUNC:
+            self._stop(Stop.VMFUNC)
+        elif self.read(at, 1) == _INT1:
+            self._stop(Stop.BREAKPOINT)
+        else:
+            self._stop(Stop.INVALID)
         return False
 
     def _on_memory(self, _machine: Any, kind: int, *_rest: Any) -> bool:
