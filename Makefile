@@ -18,7 +18,7 @@ SOURCES := setup.py $(wildcard pykvm/*/build_*.py pykvm/*/*.[ch] pykvm/kvm/ioctl
 	guest/*/*.[ch])
 SOURCES := $(filter-out pykvm/kvm/_kvm.c pykvm/switch/_native.c,$(SOURCES))
 
-.PHONY: help setup demo test selftests lint bench fuzz clean
+.PHONY: help verify-gate setup demo test selftests lint bench fuzz clean
 
 help:
 	@echo "make setup   install what is missing (Debian packages, $(VENV), C extensions)"
@@ -28,6 +28,7 @@ help:
 	@echo "make selftests  compare KVM's own selftests, unpatched and patched, on SERIES=6.1"
 	@echo "make fuzz    let guests write anything into their windows at any moment, for FUZZ_SECONDS=60"
 	@echo "make bench   measure the crossing, the switch and interrupts"
+	@echo "make verify-gate  show that the gate is safe to enter at any byte"
 	@echo "make clean   remove everything that was built in this directory"
 
 setup: $(VENV)/.extensions
@@ -102,6 +103,9 @@ bench: setup
 	$(VENV)/bin/pykvm bench crossing --json build/bench/crossing.json
 	$(VENV)/bin/pykvm bench switch --json build/bench/switch.json
 	$(VENV)/bin/pykvm bench interrupts --json build/bench/interrupts.json
+
+verify-gate: setup
+	$(VENV)/bin/pykvm verify-gate
 
 clean:
 	rm -rf build $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -16,7 +16,7 @@ from pykvm.errors import PykvmError
 __all__ = ["main"]
 
 # One module of this package each; the first line of its docstring is what --help says.
-SUBCOMMANDS = ("doctor", "demo", "bench", "kernel", "testbed")
+SUBCOMMANDS = ("doctor", "demo", "bench", "kernel", "testbed", "verify-gate")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,11 +51,12 @@ def _parser(chosen: str) -> argparse.ArgumentParser:
     )
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for name in SUBCOMMANDS:
-        source = Path(__file__).with_name(f"{name}.py")
+        module = name.replace("-", "_")
+        source = Path(__file__).with_name(f"{module}.py")
         if not source.is_file():
             continue
         if name == chosen:
-            importlib.import_module(f"pykvm.cli.{name}").add_parser(subparsers)
+            importlib.import_module(f"pykvm.cli.{module}").add_parser(subparsers)
         else:
             subparsers.add_parser(name, help=_first_line(source))
     return parser

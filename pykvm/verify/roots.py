@@ -1,0 +1,147 @@
+"""What the processor can reach in a context, whatever CR3 names: invariant I3, by enumeration.
+
+Also shows that a gate context maps what the model of the gate page says and nothing else, and that
+no entry of a context's guest page table is global: such a translation would outlive a change of
+CR3 (SDM vol. 3A 4.10.2.4). That CR3 is what is walked takes CR4.PCIDE = 0, which KVM sees to.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from typing import Final
+
+from pykvm.elisa.contexts import (
+    READ,
+    READ_EXECUTE,
+    READ_WRITE,
+    ContextPlan,
+    UserPages,
+    plan_gate,
+    plan_sub,
+)
+from pykvm.memory import layout
+from pykvm.paging.entries import PAGE_SIZE, Access
+from pykvm.paging.reach import Reach, reachable_from
+from pykvm.verify.gate import GATE_REGIONS
+
+__all__ = ["BASES", "RootsProof", "check_roots"]
+
+BASES: Final = (layout.CROSSING_GVA, layout.CROSSING_MIN_GVA, 0xFFFF_C900_0020_0000)
+"""Crossing bases that are tried; with five levels of paging too."""
+
+_CODE: Final = 0x7000_0000
+_TABLES: Final = 0x70_0000_0000
+_GLOBAL: Final = 1 << 8
+_MEMORY_PAGES: Final = 600  # more than 2 MiB, and a rest
+# EPTPs have bit 0 clear (a memory type of 0 or 6), so to paging they are not present.
+_EPTP: Final = 0x1234_501E
+
+
+@dataclass
+class RootsProof:
+    """walks: values of CR3 tried; pages: GPAs of sub contexts looked up in the gate."""
+
+    findings: list[str] = field(default_factory=list)
+    walks: int = 0
+    pages: int = 0
+
+    @property
+    def holds(self) -> bool:
+        return self.walks > 0 and self.pages > 0 and not self.findings
+
+
+def check_roots(gate_page: bytes) -> RootsProof:
+    """Enumerate for each kind of attachment: crossing base, levels of paging, privilege."""
+    proof = RootsProof()
+    for base in BASES:
+        for levels in (4, 5):
+            for user in (False, True):
+                _check(proof, gate_page, base, levels, user)
+    return proof
+
+
+def _check(proof: RootsProof, gate_page: bytes, base: int, levels: int, user: bool) -> None:
+    name = f"base {base:#x}, {levels} levels, {'user' if user else 'kernel'} mode"
+    gate = plan_gate(_CODE, base, user=user, levels=levels)
+    words = _placed(gate, gate_page)
+    sub = plan_sub(
+        [
+            (layout.SUB_ENTRY_OFFSET, UserPages(0x1000), READ_EXECUTE),
+            (layout.IMAGE_OFFSET, UserPages(0x2000, 3), READ_EXECUTE),
+        ],
+        0x8000,
+        0x9000,
+        UserPages(0x100_0000, _MEMORY_PAGES),
+        base,
+        user=user,
+        levels=levels,
+    )
+    _placed(sub, b"")
+
+    def reach(cr3: int) -> list[Reach]:
+        proof.walks += 1
+        return reachable_from(cr3, gate.ept, words.__getitem__, levels=levels)
+
+    # From anywhere outside the private range, and from the root itself: what the model maps.
+    root = layout.GATE_PRIVATE_GPA + layout.PRIVATE_TABLES_OFFSET
+    modelled = sorted(
+        ((base + one.offset) % (1 << 64), one.size, _access(one.writable, one.executable))
+        for one in GATE_REGIONS
+    )
+    for cr3 in (0, 0x1000, layout.PRIVATE_GPA_FIRST - PAGE_SIZE, layout.PRIVATE_GPA_END, root):
+        found = sorted((one.gva, one.size, one.access) for one in reach(cr3))
+        if found != modelled:
+            proof.findings.append(f"{name}: CR3 {cr3:#x} reaches {found}")
+    # From the gate's own pages: no code.
+    private = gate.ept.spans(
+        layout.PRIVATE_GPA_FIRST, layout.PRIVATE_GPA_END - layout.PRIVATE_GPA_FIRST
+    )
+    for span in private:
+        for cr3 in range(span.start, span.end, PAGE_SIZE):
+            code = [one for one in reach(cr3) if one.access & Access.EXECUTE]
+            if cr3 != root and code:
+                proof.findings.append(f"{name}: CR3 {cr3:#x} reaches code: {code[0]}")
+    _check_absent(proof, name, gate, sub)
+    for plan in (gate, sub):
+        for number in range(len(plan.guest)):
+            if any(word & _GLOBAL and word & 1 for word in plan.guest.table(number)):
+                proof.findings.append(f"{name}: guest table {number} has a global entry")
+
+
+def _check_absent(proof: RootsProof, name: str, gate: ContextPlan, sub: ContextPlan) -> None:
+    """What the sub context maps to anything but its root is absent in the gate."""
+    root = sub.ept.walk(0).page
+    for span in sub.ept.spans():
+        if root is not None and span.target == root * PAGE_SIZE and span.repeats:
+            continue
+        for gpa in range(span.start, span.end, PAGE_SIZE):
+            if sub.ept.walk(gpa).page == root:
+                continue
+            proof.pages += 1
+            if gate.ept.walk(gpa).mapped:
+                proof.findings.append(f"{name}: the gate maps GPA {gpa:#x} of the sub context")
+
+
+def _access(writable: bool, executable: bool) -> Access:
+    return READ_EXECUTE if executable else READ_WRITE if writable else READ
+
+
+def _placed(plan: ContextPlan, code: bytes) -> dict[int, array[int]]:
+    """Complete a plan; what its pages hold, by page number times 4096. The EPTP list is full, but
+    for the transient slot."""
+    tables = memoryview(bytearray(plan.guest_table_bytes))
+    plan.place_guest_tables(tables, _TABLES)
+    eptps = array("Q", [_EPTP] * 512)
+    eptps[1] = 0
+    words: dict[int, array[int]] = {}
+    number = 0
+    for page in plan.pages:
+        for at in range(0, page.count * PAGE_SIZE, PAGE_SIZE):
+            words[number * PAGE_SIZE] = eptps
+            if isinstance(page, UserPages) and page.address == _TABLES:
+                words[number * PAGE_SIZE] = array("Q", bytes(tables[at : at + PAGE_SIZE]))
+            elif isinstance(page, UserPages) and page.address == _CODE:
+                words[number * PAGE_SIZE] = array("Q", code)
+            number += 1
+    return words
