@@ -5,11 +5,16 @@
  * param[0]  calls
  * result[0] last value of the counter
  */
+#include "events.h"
 #include "runtime.h"
 
 enum { RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8, R9, R10, R11, R12, R13, R14, R15, FLAGS, WORDS };
 
 #define DIRECTION_FLAG 0x400ull
+#define NESTED_TASK_FLAG 0x4000ull
+#define ALIGNMENT_FLAG 0x40000ull
+#define MSR_FS_BASE 0xc0000100
+#define MSR_GS_BASE 0xc0000101
 #define AMOUNT 5
 
 /* Addressed absolutely, so that no register is needed to load and store the others. */
@@ -33,7 +38,8 @@ __asm__(".text\n"
 	"mov	%rsp, registers_out+32\n\t"
 	"pushf\n\t"
 	"popq	registers_out+128\n\t"
-	"cld\n\t"
+	"pushq	$0x202\n\t"
+	"popf\n\t"
 	"mov	registers_rsp, %rsp\n\t"
 	"pop	%r15\n\tpop	%r14\n\tpop	%r13\n\tpop	%r12\n\tpop	%rbp\n\tpop	%rbx\n\t"
 	"ret\n");
@@ -51,14 +57,21 @@ uint32_t guest_main(void)
 			registers_in[i] = 0x0123456789abcdefull * (uint64_t)(i + 1) * call;
 		registers_in[RDI] = AMOUNT;
 		registers_in[RCX] = attachment->gate_slot;
-		registers_in[FLAGS] = 2 | DIRECTION_FLAG;
+		/* Interrupts stay on. AC in kernel mode: SMAP does not hold for this caller. */
+		registers_in[FLAGS] = 0x202 | DIRECTION_FLAG | NESTED_TASK_FLAG |
+				      (call & 1 ? ALIGNMENT_FLAG : 0);
+		write_msr(MSR_FS_BASE, 0x0000123456789abdull + call);
+		write_msr(MSR_GS_BASE, 0xffff923456789abdull + call);
 		registers_call();
 		last = registers_out[RAX];
 		ASSERT(last >= AMOUNT * call);
 		ASSERT_EQUAL(*(volatile uint64_t *)attachment->window, last);
 		ASSERT_EQUAL(registers_out[RDX], last); /* how the result crosses */
 		ASSERT_EQUAL(registers_out[RSP], registers_rsp);
-		ASSERT_EQUAL(registers_out[FLAGS] & DIRECTION_FLAG, 0);
+		ASSERT_EQUAL(registers_out[FLAGS] & (DIRECTION_FLAG | ALIGNMENT_FLAG), 0);
+		ASSERT_EQUAL(registers_out[FLAGS] & NESTED_TASK_FLAG, NESTED_TASK_FLAG);
+		ASSERT_EQUAL(read_msr(MSR_FS_BASE), 0x0000123456789abdull + call);
+		ASSERT_EQUAL(read_msr(MSR_GS_BASE), 0xffff923456789abdull + call);
 		for (uint32_t i = 0; i < sizeof(cleared); i++)
 			ASSERT_EQUAL(registers_out[cleared[i]], 0);
 		for (uint32_t i = 0; i < sizeof(kept); i++)

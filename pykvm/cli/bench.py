@@ -1,4 +1,4 @@
-"""Measure the crossing, the switch or interrupts, keep raw samples, draw a chart."""
+"""Measure the crossing, its protections, the switch or interrupts; keep raw samples, draw."""
 
 import argparse
 from pathlib import Path
@@ -23,6 +23,13 @@ def add_parser(subparsers: Any) -> None:
     _add_json(crossing, "crossing")
     crossing.add_argument("--calls", type=int, default=1000, metavar="N", help="default 1000")
     crossing.set_defaults(run=run_crossing)
+
+    protections = kinds.add_parser(
+        "protections", help="one empty call with all protections, and without each"
+    )
+    _add_json(protections, "protections")
+    protections.add_argument("--calls", type=int, default=200, metavar="N", help="default 200")
+    protections.set_defaults(run=run_protections)
 
     switch = kinds.add_parser("switch", help="a packet through the switch, by each path")
     _add_json(switch, "switch")
@@ -96,6 +103,36 @@ def run_crossing(options: argparse.Namespace) -> int:
             print(
                 f"{name:14} {way['cost']:8.0f} {record['unit']}  "
                 f"{way['vm_exits']:.3f} VM exits  {way['vmfuncs']} VMFUNCs"
+            )
+        _kept(options.json, drawn)
+    return 0
+
+
+def run_protections(options: argparse.Namespace) -> int:
+    """`pykvm bench protections`."""
+    _require("--calls", [options.calls], 1, 100_000)
+
+    def measure() -> dict[str, Any]:
+        from pykvm.kvm import Kvm  # noqa: PLC0415
+        from pykvm.measure.protections import measure_protections  # noqa: PLC0415
+
+        with Kvm() as kvm:
+            measured = measure_protections(kvm, options.calls, ticks_scale(kvm))
+        return {**_head(), "calls": options.calls, **measured.as_dict()}
+
+    arguments = ["bench", "protections", "--calls", str(options.calls)]
+    record = on_suitable_host(measure, arguments, files={}, out=options.json)
+    if not is_emulated():
+        from pykvm.measure.charts import draw_protections  # noqa: PLC0415  (slow to import)
+
+        drawn = draw_protections(record, options.json.with_suffix(""))
+        unit = record["unit"]
+        for mode in ("kernel", "user"):
+            print(f"{record[mode]['cost']:8.0f} {unit} for a call from {mode} mode")
+        for one in record["protections"]:
+            print(
+                f"{one['cost']:8.0f} of them for {one['what']}, {one['mode']} mode"
+                f" ({one['ratio']:.2f}x){'' if one['optional'] else ', not optional'}"
             )
         _kept(options.json, drawn)
     return 0

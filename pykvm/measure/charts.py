@@ -6,7 +6,14 @@ from typing import Any
 
 from pykvm.errors import PykvmError
 
-__all__ = ["ChartError", "draw_crossing", "draw_demo", "draw_interrupts", "draw_switch"]
+__all__ = [
+    "ChartError",
+    "draw_crossing",
+    "draw_demo",
+    "draw_interrupts",
+    "draw_protections",
+    "draw_switch",
+]
 
 _COLOURS = {
     "vmfunc": "#1b7f5c",
@@ -134,6 +141,25 @@ def draw_interrupts(record: dict[str, Any], stem: Path) -> list[Path]:
     axes.set_xlabel("ticks of work left when the interrupt comes")
     axes.set_ylabel(record["unit"])
     axes.legend(frameon=False)
+    figure.text(0.01, -0.05, _source(record), fontsize=7, color="#555555")
+    return _save(figure, stem)
+
+
+def draw_protections(record: dict[str, Any], stem: Path) -> list[Path]:
+    """What each protection adds to one empty call; returns the files written."""
+    figure, axes = _pyplot().subplots(figsize=(7.2, 2.8))
+    points = record["protections"]
+    values = [point["cost"] for point in points]
+    colours = ["#1b7f5c" if point["optional"] else "#8a8f98" for point in points]
+    axes.barh([point["what"] for point in points], values, color=colours, height=0.6)
+    axes.invert_yaxis()
+    axes.set_title(
+        f"Part of one empty call: {record['kernel']['cost']:.0f} {record['unit']} "
+        f"from kernel mode, {record['user']['cost']:.0f} from user mode"
+    )
+    axes.set_xlabel(f"{record['unit']}; grey: an invariant, not an option")
+    for row, value in enumerate(values):
+        axes.text(value, row, f" {value:,.0f}", va="center")
     figure.text(0.01, -0.05, _source(record), fontsize=7, color="#555555")
     return _save(figure, stem)
 

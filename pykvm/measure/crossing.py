@@ -8,6 +8,7 @@ from pykvm.boot.bare import BareGuest
 from pykvm.boot.compiler import GUEST_SOURCES
 from pykvm.boot.programs import CrossingProgram, Way, way_samples
 from pykvm.elisa.objects import SharedObject
+from pykvm.elisa.protections import ALL, Without
 from pykvm.elisa.toolchain import VMFUNC, crossing_images
 from pykvm.host.fingerprint import is_emulated
 from pykvm.kvm import NULL_HYPERCALL, Kvm
@@ -65,17 +66,23 @@ class Crossing:
 
 
 def measure_crossing(
-    kvm: Kvm, calls: int, scale: float, ways: Sequence[Way] = tuple(WAY_NAMES)
+    kvm: Kvm,
+    calls: int,
+    scale: float,
+    ways: Sequence[Way] = tuple(WAY_NAMES),
+    *,
+    without: Without = ALL,
 ) -> Crossing:
     """Run the crossing guest once; every way `calls` times, one after the other.
 
-    scale: the record's unit for one tick of the time-stamp counter.
+    scale: the record's unit for one tick of the time-stamp counter. without: protections to leave
+    out of the crossing.
 
     Raises what `BareGuest.run` and `ObjectInstance.attach` raise.
     """
     program = CrossingProgram(calls=calls, ways=[Way.EMPTY, *ways])
-    nop = SharedObject("nop", GUEST_SOURCES / "objects" / "nop.c", guests=1)
-    images = crossing_images()
+    nop = SharedObject("nop", GUEST_SOURCES / "objects" / "nop.c", guests=1, without=without)
+    images = crossing_images(without)
     with nop.open() as instance, BareGuest(kvm, program, name="crossing") as guest:
         guest.vm.enable_user_hypercalls()
         guest.vcpu.set_hypercall(0, NULL_HYPERCALL)

@@ -8,7 +8,9 @@ from pykvm.boot.programs import (
     InterruptProgram,
     SwitchPath,
 )
+from pykvm.boot.user_mode import UserProgram
 from pykvm.elisa.toolchain import build_object, crossing_images
+from pykvm.measure.protections import MEASURED
 
 __all__ = ["build_images"]
 
@@ -21,10 +23,19 @@ def build_images() -> None:
     crossing_images()
     for source in ("objects/nop.c", "objects/counter.c", "objects/work.c", "switch/switch.c"):
         build_object([GUEST_SOURCES / source])
+    nop = [GUEST_SOURCES / "objects" / "nop.c"]
+    build_object(nop, user=True)
+    for one in MEASURED:
+        without = frozenset({one.protection})
+        crossing_images(without)
+        # Callers in user mode get theirs beside that of kernel mode.
+        for user in {False, one.user}:
+            build_object(nop, user=user, without=without)
     for program in (
         CrossingProgram(1, []),
         InterruptProgram(1, [], 0),
         ExchangeProgram(SwitchPath.VMFUNC, 0),
         BurstProgram(SwitchPath.VMFUNC, b"", b"", []),
+        UserProgram(),
     ):
         program.image()

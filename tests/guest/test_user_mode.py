@@ -1,0 +1,112 @@
+"""Calls from user mode (CPL 3), with CR4.SMEP and CR4.SMAP on, through user attachments."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pykvm.boot.bare import BareGuest
+from pykvm.boot.compiler import GUEST_SOURCES
+from pykvm.boot.user_mode import UserProgram, map_user_pages, user_samples
+from pykvm.elisa.objects import ObjectInstance, SharedObject
+from pykvm.elisa.protections import Protection
+from pykvm.elisa.toolchain import build_object, crossing_images
+from pykvm.host.fingerprint import is_emulated
+from pykvm.kvm import ElisaExit, Kvm, UnexpectedExitError, lib
+
+UNALIGNED = Path(__file__).parents[1] / "elisa" / "objects" / "unaligned.c"
+COUNTER = GUEST_SOURCES / "objects" / "counter.c"
+EXCEPTION, TRIPLE_FAULT = 0, 2  # SDM vol. 3D, appendix C
+
+
+@pytest.fixture
+def kvm() -> Iterator[Kvm]:
+    with Kvm() as kvm:
+        yield kvm
+
+
+def run(
+    kvm: Kvm, instance: ObjectInstance, program: UserProgram, *, user: bool = True
+) -> tuple[list[int], bytes]:
+    """Results and samples."""
+    pages = crossing_images()
+    with BareGuest(kvm, program) as guest:
+        map_user_pages(guest, program, pages.entry_page, pages.return_page, pages.call_offset)
+        attachment = instance.attach(guest.vm, guest.vcpu, 0, user=user)
+        guest.set_attachment(0, attachment.slot, instance.window_region(0))
+        assert guest.run() == 0
+        return guest.results(), guest.samples()
+
+
+def stopped(
+    kvm: Kvm, instance: ObjectInstance, program: UserProgram, *, user: bool = True
+) -> ElisaExit:
+    """The exit at which the guest ended."""
+    with pytest.raises(UnexpectedExitError) as caught:
+        run(kvm, instance, program, user=user)
+    exit = caught.value.exit
+    assert isinstance(exit, ElisaExit)
+    return exit
+
+
+@pytest.mark.unit
+def test_built() -> None:
+    """Into the cache, from which the emulated host takes what it would have to compile slowly."""
+    assert UserProgram().image().address_of("user_page") % 4096 == 0
+    nop = GUEST_SOURCES / "objects" / "nop.c"
+    for source in (UNALIGNED, COUNTER, nop):
+        build_object([source])
+        build_object([source], user=True)
+    left_out = frozenset({Protection.FLAG_CLEARING})
+    build_object([UNALIGNED], without=left_out)
+    build_object([UNALIGNED], user=True, without=left_out)
+
+
+@pytest.mark.elisa
+@pytest.mark.parametrize("odd", [False, True], ids=["aligned", "odd stack"])
+def test_registers_and_flags(kvm: Kvm, odd: bool) -> None:
+    with SharedObject("counter", COUNTER, guests=1).open() as counter:
+        results, _ = run(kvm, counter, UserProgram(20, odd_stack=odd, argument=7))
+        assert results[:2] == [20, 140]
+        assert int.from_bytes(counter.shared[:8], "little") == 140
+        assert int.from_bytes(counter.window(0)[:8], "little") == 140
+
+
+@pytest.mark.elisa
+def test_alignment_checks_of_the_caller_do_not_reach_the_object(kvm: Kvm) -> None:
+    """T10, T14: CR0.AM and RFLAGS.AC on, and an object with unaligned accesses."""
+    with SharedObject("unaligned", UNALIGNED, guests=1).open() as instance:
+        results, _ = run(kvm, instance, UserProgram(5, alignment=True, argument=11))
+        assert results[:2] == [5, 55]
+        assert int.from_bytes(instance.shared[3:11], "little") == 55
+        assert int.from_bytes(instance.window(0)[5:13], "little") == 55
+
+
+@pytest.mark.elisa
+def test_they_would_without_clearing_the_flag(kvm: Kvm) -> None:
+    """The control: an alignment fault in the sub context, which KVM intercepts and serves there to
+    nobody."""
+    without = {Protection.FLAG_CLEARING}
+    with SharedObject("unaligned", UNALIGNED, guests=1, without=without).open() as instance:
+        exit = stopped(kvm, instance, UserProgram(5, alignment=True, argument=11))
+        assert (exit.at, exit.vmx_exit_reason) == (lib.KVM_ELISA_AT_SUB, EXCEPTION)
+        assert not any(instance.shared[:16])
+
+
+@pytest.mark.elisa
+def test_user_mode_does_not_get_through_a_gate_for_kernel_mode(kvm: Kvm) -> None:
+    with SharedObject("counter", COUNTER, guests=1).open() as counter:
+        exit = stopped(kvm, counter, UserProgram(1, argument=7), user=False)
+        assert (exit.at, exit.vmx_exit_reason) == (lib.KVM_ELISA_AT_GATE, TRIPLE_FAULT)
+        assert not any(counter.shared[:8])
+
+
+@pytest.mark.elisa
+def test_a_crossing_from_user_mode_takes_39_instructions(kvm: Kvm) -> None:
+    if not is_emulated():
+        pytest.skip("the time stamp counter counts instructions on the emulated host only")
+    nop = SharedObject("nop", GUEST_SOURCES / "objects" / "nop.c", guests=1)
+    with nop.open() as instance:
+        _, samples = run(kvm, instance, UserProgram(timed=50))
+    empty, calls = user_samples(samples, 50)
+    assert min(calls) - min(empty) == 39

@@ -1,0 +1,58 @@
+"""What each protection costs is counted, and compared with stored numbers."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pykvm.elisa.protections import Protection
+from pykvm.host.fingerprint import is_emulated
+from pykvm.kvm import Kvm
+from pykvm.measure.images import build_images
+from pykvm.measure.protections import MEASURED, Protections, measure_protections
+
+STORED = Path(__file__).parents[2] / "benchmarks" / "expected.json"
+EXPECTED = json.loads(STORED.read_text())["protections"]
+CALLS = 50
+
+
+@pytest.fixture(scope="module")
+def measured() -> Iterator[Protections]:
+    with Kvm() as kvm:
+        yield measure_protections(kvm, CALLS, 1.0)
+
+
+@pytest.mark.unit
+def test_every_protection_of_the_crossing_is_measured() -> None:
+    assert {one.protection for one in MEASURED} == set(Protection) - {Protection.CODE_CHECK}
+    assert set(EXPECTED["cost"]) == {one.protection.name.lower() for one in MEASURED}
+
+
+@pytest.mark.unit
+def test_every_build_can_be_made() -> None:
+    """Into the cache, from which the emulated host takes what it would have to compile slowly."""
+    build_images()
+
+
+@pytest.mark.elisa
+def test_the_record(measured: Protections) -> None:
+    record = measured.as_dict()
+    json.dumps(record)
+    assert [one["name"] for one in record["protections"]] == list(EXPECTED["cost"])
+    for one in [record["kernel"], record["user"], *record["protections"]]:
+        assert len(one["samples"]) == CALLS
+    for one in record["protections"]:
+        assert one["call_without"] + one["cost"] == record[one["mode"]]["cost"]
+
+
+@pytest.mark.elisa
+def test_costs(measured: Protections) -> None:
+    if not is_emulated():
+        pytest.skip("the time stamp counter counts instructions on the emulated host only")
+    record = measured.as_dict()
+    assert {mode: record[mode]["cost"] for mode in ("kernel", "user")} == {
+        mode: EXPECTED[mode] for mode in ("kernel", "user")
+    }
+    assert max(EXPECTED["kernel"], EXPECTED["user"]) <= 48  # what the design allows
+    assert {one["name"]: one["cost"] for one in record["protections"]} == EXPECTED["cost"]
