@@ -48,6 +48,7 @@ _WRITES = "the processor writes records to guest addresses, in whatever context 
 _STACKS = "the processor pushes return addresses of trusted code onto a stack of the guest's"
 _STALE = "CR3 could change without a flush, so that what it names is not what is walked"
 _ABORTS = "nothing says which EPT is active behind the abort of a transaction"
+_ROLLBACK = "a transaction across a switch could be rolled back, but not the switch"
 _KEYS = "keys of the guest's own decide what trusted code may read and write"
 
 HIDDEN_FEATURES: Final = (
@@ -62,14 +63,19 @@ HIDDEN_FEATURES: Final = (
     HiddenFeature("hle", 7, 0, "ebx", 4, _ABORTS),
     HiddenFeature("invpcid", 7, 0, "ebx", 10, "comes with pcid"),
     HiddenFeature("rtm", 7, 0, "ebx", 11, _ABORTS),
+    HiddenFeature("hle", 7, 0, "ebx", 4, _ROLLBACK),
+    HiddenFeature("rtm", 7, 0, "ebx", 11, _ROLLBACK),
     HiddenFeature(
         "mpx", 7, 0, "ebx", 14, "branches read bounds tables of the guest's", states=(3, 4)
     ),
     HiddenFeature("intel_pt", 7, 0, "ebx", 25, "traces what trusted code does", states=(8,)),
     HiddenFeature("pku", 7, 0, "ecx", 3, _KEYS, states=(9,)),
     HiddenFeature("shstk", 7, 0, "ecx", 7, _STACKS, states=(11, 12)),
+    HiddenFeature("bus_lock_detect", 7, 0, "ecx", 24, "needs DEBUGCTL, which is refused"),
+    HiddenFeature("sgx_lc", 7, 0, "ecx", 30, "comes with sgx"),
     HiddenFeature("pks", 7, 0, "ecx", 31, _KEYS),
     HiddenFeature("uintr", 7, 0, "edx", 5, "interrupts that KVM does not hold", states=(14,)),
+    HiddenFeature("arch_lbr", 7, 0, "edx", 19, "records where trusted code branches", states=(15,)),
     HiddenFeature(
         "ibt", 7, 0, "edx", 20, "trusted code has no ENDBR at its entries", states=(11, 12)
     ),
