@@ -12,9 +12,10 @@ import os
 import signal
 from collections.abc import Callable, Generator
 
-__all__ = ["count_instructions", "single_steps"]
+__all__ = ["count_instructions", "killed_after", "single_steps"]
 
-_TRACEME, _PEEKDATA, _PEEKUSER, _SINGLESTEP = 0, 2, 3, 9
+_TRACEME, _PEEKDATA, _PEEKUSER, _POKEDATA, _POKEUSER, _CONT, _SINGLESTEP = 0, 2, 3, 5, 6, 7, 9
+_BREAKPOINT = 0xCC
 _RIP, _RSP = 16 * 8, 19 * 8  # offsets in struct user, <sys/user.h>
 _SEARCH_LIMIT = 500_000
 
@@ -73,3 +74,43 @@ def single_steps(address: int, call: Callable[[], object]) -> Generator[int, Non
 def count_instructions(address: int, call: Callable[[], object]) -> int:
     """Instructions of the first execution of the function at `address` while `call` runs."""
     return sum(1 for _ in single_steps(address, call))
+
+
+def _run_to(pid: int, address: int) -> None:
+    """Let the child come to `address`, with a breakpoint there, which is taken out again."""
+    word = _peek(_PEEKDATA, pid, address)
+    _libc.ptrace(_POKEDATA, pid, address, word & ~0xFF | _BREAKPOINT)
+    _libc.ptrace(_CONT, pid, None, None)
+    _, status = os.waitpid(pid, 0)
+    if not os.WIFSTOPPED(status) or os.WSTOPSIG(status) != signal.SIGTRAP:
+        raise RuntimeError(f"the child never came to {address:#x}: status {status:#x}")
+    _libc.ptrace(_POKEDATA, pid, address, word)
+    _libc.ptrace(_POKEUSER, pid, _RIP, address)
+
+
+def killed_after(steps: int, address: int, call: Callable[[], object]) -> bool:
+    """Kill a child that makes `call` when it has executed `steps` instructions of the function at
+    `address`; whether the function had returned by then.
+
+    As with `single_steps`, only what the child wrote to shared mappings is kept.
+    """
+    pid = os.fork()
+    if pid == 0:
+        try:
+            _libc.ptrace(_TRACEME, 0, None, None)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            call()
+        finally:
+            os._exit(0)
+    try:
+        os.waitpid(pid, 0)
+        _run_to(pid, address)
+        stack = _peek(_PEEKUSER, pid, _RSP)
+        caller = _peek(_PEEKDATA, pid, stack)
+        for _ in range(steps):
+            if _step(pid) == caller and _peek(_PEEKUSER, pid, _RSP) > stack:
+                return True
+        return False
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)

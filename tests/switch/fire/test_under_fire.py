@@ -1,0 +1,52 @@
+"""Guests killed and stopped at random points of the switch: nobody else notices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pykvm.switch.build_native import ROOT
+from tests.switch.fire.processes import Fire, StuckError, build_guest
+
+pytestmark = pytest.mark.unit
+
+KILLS = 240
+
+
+def test_eight_guests_under_fire(tmp_path: Path) -> None:
+    with Fire(build_guest(tmp_path), seed=1) as fire:
+        fire.start()
+        fire.run(KILLS)
+        fire.finish()
+        print(dict(fire.events))
+        assert fire.events["killed"] >= 200
+        # Some at least were hit where it matters.
+        assert fire.events["killed inside the switch"] >= 10
+        assert fire.events["stopped inside the switch"] >= 1
+        assert fire.events["frames delivered"] > 100_000
+
+
+def with_a_lock(directory: Path) -> Path:
+    """The switch as one would write it at first: one call at a time."""
+    source = (ROOT / "guest/switch/switch.c").read_text()
+    old = "\t\tresult = send(&call, (uint32_t)a1, (uint32_t)a2, a0 & SWITCH_WAIT);\n"
+    assert source.count(old) == 1
+    locked = directory / "locked.c"
+    locked.write_text(
+        source.replace(
+            old,
+            "\t\twhile (__atomic_exchange_n(&shared->reserved, 1, __ATOMIC_ACQUIRE))\n"
+            '\t\t\t__asm__ volatile("pause");\n'
+            f"{old}\t\tSTORE_RELEASE(shared->reserved, 0);\n",
+        )
+    )
+    return locked
+
+
+def test_control_a_lock_that_the_dead_keep(tmp_path: Path) -> None:
+    with Fire(build_guest(tmp_path, with_a_lock(tmp_path)), seed=1, patience=8) as fire:
+        fire.start()
+        with pytest.raises(StuckError):
+            fire.run(KILLS)
+        print(dict(fire.events))
