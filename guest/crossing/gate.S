@@ -21,7 +21,8 @@
  * - A stop is int3, an invalid opcode, a fetch from an absent page or a VMFUNC that exits: this
  *   context maps no memory of the guest that could hold an IDT. A stop may find the slot filled;
  *   the vCPU never leaves the context then, as every exit from it goes to the VMM (KVM_EXIT_ELISA).
- * tests/guest/test_gate.py decodes from every byte and holds these rules against the result.
+ * tests/guest/test_gate.py decodes from every byte and holds these rules against the result;
+ * `make verify-gate` follows every path from every byte (docs/gate-proof.md).
  *
  * Speculation (T23). The jump at the top is indirect, so a guest may train it: to any byte of this
  * page, as no other is mapped executable here, which is what a guest can do without speculation
