@@ -55,6 +55,8 @@ SLOW: Mapping[str, str] = {
 EXCLUDED: Mapping[str, str] = {
     "dirty_log_test": "wants more memory than the emulated host has",
     "hardware_disable_test": "stops 512 VMs at random times, hours on one emulated processor",
+    "x86_64/hyperv_ipi": "vCPUs wait for each other on one processor: chance ends it",
+    "x86_64/hyperv_tlb_flush": "vCPUs wait for each other on one processor: chance ends it",
     "max_guest_memory_test": "wants more memory than the emulated host has",
     "memslot_modification_stress_test": "wants more memory than the emulated host has",
     "memslot_perf_test": "takes more than 30 s of the emulated clock",
