@@ -18,12 +18,13 @@ SOURCES := setup.py $(wildcard pykvm/*/build_*.py pykvm/*/*.[ch] pykvm/kvm/ioctl
 	guest/*/*.[ch])
 SOURCES := $(filter-out pykvm/kvm/_kvm.c pykvm/switch/_native.c,$(SOURCES))
 
-.PHONY: help verify-gate setup demo test selftests lint bench fuzz clean
+.PHONY: help verify-gate setup demo test selftests lint bench fuzz clean attacks
 
 help:
 	@echo "make setup   install what is missing (Debian packages, $(VENV), C extensions)"
 	@echo "make demo    send real packets between two guests: VMFUNC beside VMCALL and direct"
 	@echo "make test    run every test, on this host and on the emulated Intel host"
+	@echo "make attacks try every row of docs/threats.md, and its controls"
 	@echo "make lint    check style and types"
 	@echo "make selftests  compare KVM's own selftests, unpatched and patched, on SERIES=6.1"
 	@echo "make fuzz    let guests write anything into their windows at any moment, for FUZZ_SECONDS=60"
@@ -93,6 +94,10 @@ selftests: setup
 FUZZ_SECONDS := 60
 fuzz: setup
 	$(VENV)/bin/python -m tests.switch.fuzz --seconds $(FUZZ_SECONDS)
+
+# One line for each row of docs/threats.md; not 0 while a row falls short.
+attacks: setup
+	$(VENV)/bin/python -m tests.attacks.suite
 
 lint: setup
 	$(VENV)/bin/ruff check

@@ -230,6 +230,7 @@ VIOLATIONS = {
 }
 
 
+@pytest.mark.attack("T16")
 @pytest.mark.parametrize("name", VIOLATIONS)
 def test_access_that_the_sub_context_refuses(
     guest: BareGuest, wild: ObjectInstance, name: str
@@ -304,6 +305,7 @@ def test_instructions_that_leave_the_sub_context(
         attachment.detach()
 
 
+@pytest.mark.control("T24")
 def test_a_vcpu_that_stopped_inside(guest: BareGuest, wild: ObjectInstance) -> None:
     """It can be stopped at any moment; it comes back only by itself, and then it is free again."""
     attachment = attach(guest, wild)
@@ -387,6 +389,7 @@ def test_page_tables_where_the_sub_context_has_the_window(guest: BareGuest) -> N
         assert number(counter.shared) == 0
 
 
+@pytest.mark.attack("T16")
 def test_page_tables_of_a_context_from_outside(guest: BareGuest, wild: ObjectInstance) -> None:
     """The guest's default context has no memory where the contexts have their tables."""
     attach(guest, wild)

@@ -84,6 +84,7 @@ def test_any_cr3_outside_the_private_range_finds_the_same_gate(base: int) -> Non
     assert found == {((base + layout.GATE_OFFSET, PAGE_SIZE, 0),)}
 
 
+@pytest.mark.attack("T6")
 @pytest.mark.parametrize("base", BASES)
 def test_i3_no_private_page_of_the_gate_read_as_root_reaches_code(base: int) -> None:
     plan, tables = complete(gate_plan(base))
@@ -106,6 +107,7 @@ def test_i3_no_private_page_of_the_gate_read_as_root_reaches_code(base: int) -> 
         assert bool(code) == (cr3 == root), f"CR3 {cr3:#x}: {code}"
 
 
+@pytest.mark.attack("T5")
 @pytest.mark.parametrize("base", BASES)
 def test_i3_what_a_sub_context_maps_is_absent_in_the_gate(base: int) -> None:
     gate, _ = complete(gate_plan(base))
@@ -123,6 +125,7 @@ def test_i3_what_a_sub_context_maps_is_absent_in_the_gate(base: int) -> None:
     assert checked == 4 + 1 + 1 + 4 + MEMORY_PAGES + len(sub.guest) - 1
 
 
+@pytest.mark.attack("T16")
 @pytest.mark.parametrize("plan", [gate_plan(BASES[0]), sub_plan(BASES[0])], ids=["gate", "sub"])
 def test_i4_tables_are_read_only_and_nothing_writable_is_executable(plan: ContextPlan) -> None:
     complete(plan)
@@ -193,6 +196,7 @@ def test_what_an_attachment_costs_is_what_the_documentation_says() -> None:
     assert sub.cost.mapped == 4 + 1 + 1 + 4 + MEMORY_PAGES
 
 
+@pytest.mark.attack("T8")
 @pytest.mark.parametrize(
     "base", [0, 0x1000, 4 << 30, layout.CROSSING_GVA + 0x1000, 1 << 47, -1 << 30, 1 << 64]
 )

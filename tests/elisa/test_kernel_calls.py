@@ -89,6 +89,7 @@ BAD_LEAVES = {
 }
 
 
+@pytest.mark.attack("T25")
 @pytest.mark.parametrize("name", BAD_LEAVES)
 def test_bad_leaf(machine: Machine, name: str) -> None:
     with nothing_stays():
@@ -123,6 +124,7 @@ BAD_TABLES = {
 }
 
 
+@pytest.mark.attack("T25")
 @pytest.mark.parametrize("name", BAD_TABLES)
 def test_bad_tables(machine: Machine, name: str) -> None:
     with nothing_stays():
@@ -137,6 +139,7 @@ def test_a_table_named_twice_at_one_level(machine: Machine) -> None:
         os.close(fd)
 
 
+@pytest.mark.attack("T25")
 def test_bad_requests(machine: Machine) -> None:
     vm, plain = machine.vm, good(machine)
     user = plain.pages[0]
@@ -199,6 +202,7 @@ def test_memory_that_cannot_be_pinned(machine: Machine) -> None:
             os.close(request.send(machine.vm))
 
 
+@pytest.mark.attack("T25")
 def test_contexts_that_name_contexts(kvm: Kvm, machine: Machine) -> None:
     def with_target(vm: Vm, fd: int, entry: int) -> int:
         return Request(chain(entry), [(0, EPTP, fd)]).send(vm)
@@ -226,6 +230,7 @@ def test_contexts_that_name_contexts(kvm: Kvm, machine: Machine) -> None:
         assert pinned_pages() == pinned - 3
 
 
+@pytest.mark.attack("T25")
 def test_bad_slots(machine: Machine) -> None:
     with nothing_stays():
         fd = good(machine).send(machine.vm)
@@ -253,6 +258,7 @@ def _own_machine(body: Callable[[Machine], int]) -> int:
         return body(Machine(vm, vm.create_vcpu(0), address))
 
 
+@pytest.mark.attack("T25")
 def test_without_sys_admin() -> None:
     with nothing_stays():
 
@@ -266,6 +272,7 @@ def test_without_sys_admin() -> None:
             assert in_child(body, without=CAP_SYS_ADMIN) == -errno.EPERM
 
 
+@pytest.mark.attack("T21")
 def test_lock_limit() -> None:
     def create(m: Machine) -> int:
         answer = good(m).send(m.vm)
@@ -293,6 +300,7 @@ def test_lock_limit_of_an_object() -> None:
         assert in_child(body, without=CAP_IPC_LOCK, memlock=PAGE) == 0
 
 
+@pytest.mark.attack("T25")
 def test_a_vm_of_another_process(machine: Machine) -> None:
     """A child inherits the descriptors; KVM serves them in the process that made them only."""
     with nothing_stays():

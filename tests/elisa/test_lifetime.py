@@ -22,6 +22,7 @@ from tests.elisa.probe import WILD, Probe, Wild, attach, calls, give, prepare, r
 pytestmark = pytest.mark.elisa
 
 
+@pytest.mark.attack("T20")
 @pytest.mark.parametrize("order", list(itertools.permutations(("context", "vcpu", "vm"))))
 def test_any_order_of_closing(kvm: Kvm, order: tuple[str, ...]) -> None:
     """A context in a slot, and each of the three files, keep the VM; the last one gives it back."""
@@ -40,6 +41,7 @@ def test_any_order_of_closing(kvm: Kvm, order: tuple[str, ...]) -> None:
                 handles[name].close()
 
 
+@pytest.mark.attack("T20")
 @pytest.mark.parametrize("installed", [True, False])
 def test_a_copied_descriptor_keeps_a_context(machine: Machine, installed: bool) -> None:
     with nothing_stays() as before:
@@ -55,6 +57,7 @@ def test_a_copied_descriptor_keeps_a_context(machine: Machine, installed: bool) 
         os.close(copy)
 
 
+@pytest.mark.attack("T20")
 def test_a_child_closes_last(kvm: Kvm) -> None:
     """What is charged to this process is given back to it, whoever drops the last reference."""
     with nothing_stays() as before, Memory(3) as address:
@@ -75,6 +78,7 @@ def test_a_child_closes_last(kvm: Kvm) -> None:
         os.waitpid(child, 0)
 
 
+@pytest.mark.attack("T21")
 def test_many_contexts(machine: Machine) -> None:
     """Slots are replaced under the old contexts' feet; only the last ones count."""
     with nothing_stays() as before:
@@ -129,6 +133,7 @@ def test_memory_closed_under_a_vcpu_inside_the_object(
     still_works(kvm)
 
 
+@pytest.mark.attack("T20")
 @pytest.mark.usefixtures("nothing_stays_of_guests")
 def test_a_vcpu_closed_inside_the_object(kvm: Kvm) -> None:
     """Another guest of the same object does not notice."""
@@ -151,6 +156,7 @@ def still_works(kvm: Kvm) -> None:
         assert results(guest) == [1000]
 
 
+@pytest.mark.attack("T19")
 def test_killed_inside_the_object(kvm: Kvm) -> None:
     """SIGKILL while a vCPU runs in a sub context: the kernel cleans up alone."""
     with nothing_stays() as before:

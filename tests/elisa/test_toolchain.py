@@ -189,6 +189,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.attack("T14")
 @pytest.mark.parametrize("text", REFUSED)
 def test_instructions_that_have_no_business_in_an_object(tmp_path: Path, text: str) -> None:
     code = HEAD + ASM % text
@@ -200,6 +201,7 @@ def test_instructions_that_have_no_business_in_an_object(tmp_path: Path, text: s
     assert build_object([source], without=frozenset({Protection.CODE_CHECK}))  # the control
 
 
+@pytest.mark.attack("T23")
 @pytest.mark.parametrize(
     ("text", "error"),
     [

@@ -151,6 +151,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.attack("T2")
 @pytest.mark.parametrize("name", REFUSED)
 def test_an_intruder_is_stopped(kvm: Kvm, counter: ObjectInstance, name: str) -> None:
     program = REFUSED[name]

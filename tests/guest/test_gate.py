@@ -176,6 +176,8 @@ def test_no_displacement_holds_a_zero_byte(gate: bytes, decode: Decoder) -> None
     assert decode.at(zeros[0]).text == "add %cl,%ah"
 
 
+@pytest.mark.attack("T2")
+@pytest.mark.attack("T23")
 def test_every_path_is_safe(decode: Decoder) -> None:
     """From every byte: after a store, the comparison follows before the last VMFUNC."""
     ends = set()

@@ -12,6 +12,7 @@ def full(function: int, index: int = 0) -> CpuidEntry:
     return CpuidEntry(function, index, KVM_CPUID_FLAG_SIGNIFICANT_INDEX, ALL, ALL, ALL, ALL)
 
 
+@pytest.mark.attack("T18")
 @pytest.mark.unit
 def test_each_feature_goes_and_nothing_else() -> None:
     before = [full(1), full(7), full(7, 1), full(0x8000_0001)]
@@ -47,6 +48,7 @@ def test_state_components() -> None:
     assert after[2] == full(0xD, 2)
 
 
+@pytest.mark.attack("T17")
 @pytest.mark.kvm
 def test_of_this_kvm(kvm: Kvm) -> None:
     offered = kvm.supported_cpuid()

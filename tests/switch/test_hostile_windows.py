@@ -33,6 +33,7 @@ def snapshot(rig: Rig, port: int) -> bytes:
     return bytes(ffi.buffer(rig.switch.window(port), rig.switch.config.window_size))
 
 
+@pytest.mark.attack("T13")
 @settings(deadline=None, max_examples=150)
 @given(
     header=st.binary(max_size=HEADER_BYTES),
@@ -107,6 +108,7 @@ def flip_between_instructions(build: Build, seed: int) -> tuple[list[int], int]:
     return received, elsewhere
 
 
+@pytest.mark.attack("T12")
 def test_a_window_that_changes_during_the_call() -> None:
     """What was looked up is what is delivered."""
     results = [flip_between_instructions(AS_BUILT, seed) for seed in range(SEEDS)]
@@ -115,6 +117,7 @@ def test_a_window_that_changes_during_the_call() -> None:
     assert [elsewhere for _, elsewhere in results] == [0] * SEEDS
 
 
+@pytest.mark.control("T12")
 def test_control_a_switch_that_reads_headers_twice(tmp_path: Path) -> None:
     """Without the one read, the flipping guest gets frames to where they do not belong."""
     build = build_variant(
@@ -150,6 +153,7 @@ def three_frames_to_send() -> tuple[Rig, list[bytes]]:
     return rig, sent
 
 
+@pytest.mark.attack("T19")
 def test_a_vcpu_that_stops_at_any_instruction_harms_nobody() -> None:
     """At every instruction of a call, another port's call works and nothing half done shows."""
     rig, sent = three_frames_to_send()
@@ -160,6 +164,7 @@ def test_a_vcpu_that_stops_at_any_instruction_harms_nobody() -> None:
     assert rig.switch.counters().check() == []
 
 
+@pytest.mark.attack("T19")
 @pytest.mark.parametrize("instructions", [50, 120, 200, 260, 300, 340, 380, 420])
 def test_a_vcpu_killed_in_the_middle(instructions: int) -> None:
     rig = make_rig(SwitchConfig(ports=3, lane_slots=8, tx_slots=8))
@@ -185,6 +190,7 @@ def test_a_vcpu_killed_in_the_middle(instructions: int) -> None:
     assert rig.switch.counters().ports[0].calls == 3
 
 
+@pytest.mark.control("T19")
 def test_control_a_switch_that_publishes_before_it_copies(tmp_path: Path) -> None:
     build = build_variant(
         tmp_path,

@@ -149,6 +149,7 @@ def test_a_guest_that_names_a_foreign_port() -> None:
     assert rig.ports[1].receive_all() == []
 
 
+@pytest.mark.attack("T24")
 @pytest.mark.parametrize(
     ("a0", "a2"),
     [

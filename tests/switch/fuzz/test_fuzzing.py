@@ -101,6 +101,7 @@ def test_the_seed_corpus_reaches_all_of_the_switch(fuzzer: Fuzzer, tmp_path: Pat
     assert (reached.lines, reached.branches) == (100, 100)
 
 
+@pytest.mark.control("T13")
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_found(name: str, tmp_path: Path) -> None:
     outcome = Fuzzer(tmp_path, FAULTS[name]).run(SECONDS, inputs=read_corpus())

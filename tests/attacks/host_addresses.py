@@ -1,0 +1,48 @@
+"""Host physical addresses, which no guest is told. The controls tell one, as a leak would."""
+
+import os
+import struct
+
+from pykvm.boot.bare import BareGuest
+from pykvm.memory.guest_memory import GuestMemory
+from pykvm.paging.entries import EPTP, PAGE_SIZE, Access, EptEntry
+from pykvm.paging.tables import PageTables, TableAddresses
+
+
+def host_address(address: int) -> int:
+    """The HPA behind a page that this process maps and has written to.
+
+    /proc/self/pagemap: Documentation/admin-guide/mm/pagemap.rst.
+    """
+    file = os.open("/proc/self/pagemap", os.O_RDONLY)
+    try:
+        (entry,) = struct.unpack("<Q", os.pread(file, 8, address // PAGE_SIZE * 8))
+    finally:
+        os.close(file)
+    frame: int = entry & (1 << 55) - 1
+    assert entry >> 63, f"{address:#x} is not in memory"
+    assert frame, "only root is told frame numbers"
+    return frame * PAGE_SIZE + address % PAGE_SIZE
+
+
+def guest_page(memory: GuestMemory, gpa: int) -> int:
+    """The HPA of a page of a guest's memory."""
+    memory.write(gpa, memory.read(gpa, 1))  # or it may not be there yet
+    return host_address(memory.region_at(gpa).host_address + gpa - memory.region_at(gpa).gpa)
+
+
+def forge_ept(guest: BareGuest, at: int, pages: dict[int, int]) -> int:
+    """Write an EPT into the guest's own memory from GPA `at` on; return its EPTP.
+
+    pages: GPA to HPA, each page readable, writable and executable.
+    """
+    tables: PageTables[EptEntry] = PageTables(EptEntry, TableAddresses(0, 16 * PAGE_SIZE))
+    for gpa, hpa in pages.items():
+        tables.map(gpa, hpa, PAGE_SIZE, Access.READ | Access.WRITE | Access.EXECUTE)
+    frames = [guest_page(guest.memory, at + n * PAGE_SIZE) for n in range(len(tables))]
+    for number in range(len(tables)):
+        words = list(tables.table(number))
+        if tables.level(number) > 1:  # addresses of tables: from numbers to where they lie
+            words = [w and (w & 0xFFF) | frames[w >> 12] for w in words]
+        guest.memory.write(at + number * PAGE_SIZE, struct.pack("<512Q", *words))
+    return int(EPTP.of(frames[0]))

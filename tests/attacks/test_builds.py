@@ -1,0 +1,38 @@
+"""Everything that the attacks run is built on this host: the emulated one has no compiler, and
+takes what it needs from the cache."""
+
+import pytest
+
+from pykvm.elisa.protections import Protection
+from pykvm.elisa.toolchain import build_object, crossing_images
+from tests.attacks.leap import Leaper
+from tests.attacks.test_exceptions import FAULTY, NO_BOUND
+from tests.attacks.test_page_tables import wild_declaration
+from tests.attacks.test_state import NO_CLD, NO_STACK, NOP
+from tests.attacks.victim import VAULT
+from tests.attacks.weak_contexts import edited_object, weak_gate, weak_sub_entry
+
+pytestmark = pytest.mark.unit
+
+LEFT_OUT = (Protection.SLOT_CLEARING, Protection.GATE_CHECK)
+
+
+def test_guests_and_objects() -> None:
+    assert Leaper().image().address_of("leap_back")
+    for source in (VAULT, FAULTY):
+        assert "vault_copy" in build_object([source]).symbols
+    for declaration in (wild_declaration(), NOP):
+        declaration.open().close()
+
+
+@pytest.mark.parametrize("protection", LEFT_OUT)
+def test_builds_without_a_protection(protection: Protection) -> None:
+    without = frozenset({protection})
+    weak = build_object([VAULT], without=without), crossing_images(without)
+    assert weak != (build_object([VAULT]), crossing_images())
+
+
+def test_edited_builds() -> None:
+    assert weak_gate(NO_CLD) != crossing_images().gate_page
+    assert weak_sub_entry(VAULT, NO_STACK).parts[0] != build_object([VAULT]).parts[0]
+    assert edited_object(VAULT, NO_BOUND).parts[1] != build_object([VAULT]).parts[1]

@@ -1,0 +1,223 @@
+"""T1 to T4: VMFUNC with any index from any address, into the gate at any byte."""
+
+import pytest
+
+from pykvm.boot.bare import BareGuest
+from pykvm.elisa.objects import ObjectInstance
+from pykvm.elisa.protections import Protection
+from pykvm.elisa.toolchain import crossing_images
+from pykvm.kvm import ElisaExit, Exit, Kvm, lib
+from pykvm.memory import layout
+from pykvm.paging.entries import PAGE_SIZE
+from tests.attacks.host_addresses import forge_ept, guest_page, host_address
+from tests.attacks.leap import OWN_PAGES, Leap, Leaper, Register, give_leaps, left
+from tests.attacks.victim import (
+    AT_DEFAULT,
+    AT_GATE,
+    SECRET,
+    SHARED,
+    WINDOW,
+    C,
+    join,
+    put,
+    still_serves,
+    stolen,
+    stop_at,
+    untouched,
+    vault,
+)
+from tests.attacks.weak_contexts import WeakAttachment
+from tests.elisa.probe import run
+
+pytestmark = pytest.mark.elisa
+
+TRANSIENT = lib.KVM_ELISA_SLOT_TRANSIENT
+
+
+def copy_secret(instance: ObjectInstance, slot: int) -> Leap:
+    """To the vault's internal function, with arguments that make it copy the secret into the
+    window, and a stack there that leads home through the sub entry page's own last instructions."""
+    home = C + instance.symbols["serve"] + 5  # behind the call: pop %rsp and on
+    put(instance.window(0), 0x1000, home)
+    put(instance.window(0), 0x1008, layout.STACK_GPA + 0x800)
+    return Leap(
+        C + instance.symbols["vault_copy"],
+        slot,
+        {Register.RDI: WINDOW, Register.RSI: SHARED, Register.RSP: WINDOW + 0x1000},
+    )
+
+
+def home_stack(guest: BareGuest) -> None:
+    """Where `copy_secret` ends: a return address on the guest's own stack."""
+    back = Leaper().image().address_of("leap_back")
+    guest.memory.write(layout.STACK_GPA + 0x800, back.to_bytes(8, "little"))
+
+
+def failed(exits: list[Exit]) -> list[tuple[int, int]]:
+    """Function and index of each VMFUNC that the VMM was told of; there was nothing else."""
+    told = []
+    for exit in exits:
+        assert isinstance(exit, ElisaExit), exit
+        assert (exit.cause, exit.at) == (lib.KVM_ELISA_EXIT_VMFUNC, AT_DEFAULT), exit
+        told.append((exit.function, exit.index))
+    return told
+
+
+# ---- T1: the transient slot ----------------------------------------------------------------------
+
+
+@pytest.mark.attack("T1")
+def test_the_transient_slot_from_anywhere(kvm: Kvm, guest: BareGuest) -> None:
+    """Before the first call and after each: to internal code, to each instruction of the sub entry
+    page, and to the gate's last instruction."""
+    with vault() as instance:
+        slot = join(guest, instance).slot
+        home_stack(guest)
+        serve = C + instance.symbols["serve"]
+        places = [C + layout.SUB_ENTRY_OFFSET + n for n in (8, 15, 22, 29)]
+        places += [serve, serve + 5, serve + 6, C + layout.GATE_OFFSET + 0xFD8]
+        stray = [Leap(place, TRANSIENT) for place in places]
+        stray.append(copy_secret(instance, TRANSIENT))
+        leaps = [*stray]
+        for each in stray:
+            leaps += [Leap(slot=slot), each]
+        give_leaps(guest, *leaps)
+        assert failed(run(guest)) == [(0, TRANSIENT)] * 2 * len(stray)
+        assert None not in left(guest)
+        assert untouched(instance)
+        assert still_serves(kvm, instance)
+
+
+@pytest.mark.control("T1")
+def test_a_slot_that_stays_filled_lets_the_guest_in(guest: BareGuest) -> None:
+    """A sub entry that does not empty the slot: after one honest call, internal code is open."""
+    with vault(without={Protection.SLOT_CLEARING}) as instance:
+        slot = join(guest, instance).slot
+        home_stack(guest)
+        give_leaps(guest, Leap(slot=slot), copy_secret(instance, TRANSIENT))
+        assert run(guest) == []
+        assert None not in left(guest)
+        assert stolen(instance)
+
+
+# ---- T2: any byte of the gate page ---------------------------------------------------------------
+
+
+@pytest.mark.control("T2")
+def test_a_sub_context_without_a_gate_is_entered_anywhere(guest: BareGuest) -> None:
+    with vault() as instance:
+        weak = WeakAttachment(guest, instance)
+        slot = weak.enter_without_gate()
+        home_stack(guest)
+        give_leaps(guest, copy_secret(instance, slot))
+        assert run(guest) == []
+        assert None not in left(guest)
+        assert stolen(instance)
+        guest.close()
+        weak.close()
+
+
+# ---- T3: an EPTP of the guest's own -----------------------------------------------------------
+
+LOW = 512  # pages from GPA 0: all that the guest needs in the context that it makes up
+FOUND, CODE, OBJECT = ((LOW - n) * PAGE_SIZE for n in (3, 2, 1))
+
+
+def forged_context(guest: BareGuest, instance: ObjectInstance) -> int:
+    """The EPTP of an EPT in the guest's memory: its own low memory, and the vault's.
+
+    Where the sub entry would be, the guest has code that fetches the secret.
+    """
+    back = Leaper().image().address_of("leap_back")
+    fetch = b"\x48\xa1" + OBJECT.to_bytes(8, "little")  # mov OBJECT, %rax
+    fetch += b"\x48\xa3" + FOUND.to_bytes(8, "little")  # mov %rax, FOUND
+    fetch += b"\x31\xc0\x31\xc9\x0f\x01\xd4"  # VMFUNC(0, 0)
+    fetch += b"\xff\x25\0\0\0\0" + back.to_bytes(8, "little")
+    guest.memory.write(CODE, fetch)
+    guest.map(C + layout.SUB_ENTRY_OFFSET, CODE, PAGE_SIZE, OWN_PAGES)
+    for page in (FOUND, OBJECT):
+        guest.map(page, page, PAGE_SIZE, OWN_PAGES)
+    pages = {gpa: guest_page(guest.memory, gpa) for gpa in range(0, OBJECT, PAGE_SIZE)}
+    pages[OBJECT] = host_address(instance.memory.host_address)
+    return forge_ept(guest, layout.RX_LOG_GPA + 0x10_0000, pages)
+
+
+def store_in(gate: bytes) -> int:
+    """Address of the gate's store into the list: `mov %r8, transient(%rip)`."""
+    assert gate.count(b"\x4c\x89\x05") == 1
+    return C + layout.GATE_OFFSET + gate.index(b"\x4c\x89\x05")
+
+
+@pytest.mark.attack("T3")
+@pytest.mark.parametrize("skip", [0, 1], ids=["store", "store without its prefix"])
+def test_a_forged_eptp(kvm: Kvm, guest: BareGuest, skip: int) -> None:
+    """The guest knows a host address, has made an EPT, and enters at the gate's store."""
+    with vault() as instance:
+        slot = join(guest, instance).slot
+        eptp = forged_context(guest, instance)
+        behind = store_in(crossing_images().gate_page) + skip
+        give_leaps(guest, Leap(slot=slot), Leap(behind, slot, fill=eptp))
+        exit = stop_at(run(guest), AT_GATE)
+        assert exit.cause == lib.KVM_ELISA_EXIT_REFUSED
+        assert exit.vmx_exit_reason == 2  # triple fault: the int3 behind `mismatch`
+        assert not any(guest.memory.read(FOUND, 8))
+        assert untouched(instance)
+        assert still_serves(kvm, instance)
+
+
+@pytest.mark.control("T3")
+def test_a_gate_without_its_check_takes_any_eptp(guest: BareGuest) -> None:
+    without = frozenset({Protection.GATE_CHECK})
+    with vault(without=without) as instance:
+        slot = join(guest, instance).slot
+        eptp = forged_context(guest, instance)
+        behind = store_in(crossing_images(without).gate_page)
+        give_leaps(guest, Leap(slot=slot), Leap(behind, slot, fill=eptp))
+        assert run(guest) == []
+        assert guest.memory.read(FOUND, 8) == SECRET.to_bytes(8, "little")
+
+
+# ---- T4: any index -------------------------------------------------------------------------------
+
+
+def all_indices(instance: ObjectInstance) -> list[Leap]:
+    beyond = [512, 513, 1023, 4096, 1 << 16, 1 << 31, (1 << 32) - 1]
+    leap = copy_secret(instance, 0)
+    return [Leap(leap.behind, index, leap.registers) for index in [*range(1, 512), *beyond]]
+
+
+@pytest.mark.attack("T4")
+def test_every_index_and_other_functions(kvm: Kvm, guest: BareGuest) -> None:
+    """All but the default context's and the gate's are reported. Slot 0 is where the guest is."""
+    with vault() as instance:
+        slot = join(guest, instance).slot
+        home_stack(guest)
+        leaps = [leap for leap in all_indices(instance) if leap.slot != slot]
+        functions = [(1, slot), (2, 0), (63, TRANSIENT)]
+        leaps += [
+            Leap(leaps[0].behind, index, {Register.RAX: function}) for function, index in functions
+        ]
+        give_leaps(guest, Leap(leaps[0].behind, 0), *leaps)
+        told = failed(run(guest))
+        assert told == [(0, leap.slot) for leap in leaps[: -len(functions)]] + functions
+        assert None not in left(guest)
+        assert untouched(instance)
+        assert still_serves(kvm, instance)
+
+
+@pytest.mark.control("T4")
+def test_every_index_finds_a_context_that_is_no_gate(guest: BareGuest) -> None:
+    """The same search, with a sub context left in a slot far behind the gate's."""
+    with vault() as instance:
+        weak = WeakAttachment(guest, instance)
+        weak.enter_through_gate()
+        hidden = weak.enter_without_gate(300)
+        home_stack(guest)
+        leaps = [leap for leap in all_indices(instance) if leap.slot > 2]
+        give_leaps(guest, *leaps)
+        told = failed(run(guest))
+        assert (0, hidden) not in told
+        assert len(told) == len(leaps) - 1
+        assert stolen(instance)
+        guest.close()
+        weak.close()

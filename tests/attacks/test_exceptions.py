@@ -1,0 +1,218 @@
+"""T9, T10: exceptions in trusted code, with handlers and descriptors that the guest has written."""
+
+import struct
+from dataclasses import replace
+
+import pytest
+
+from pykvm.boot.bare import BareGuest
+from pykvm.elisa.objects import ObjectInstance
+from pykvm.kvm import Kvm, lib
+from pykvm.memory import layout
+from pykvm.paging.entries import PAGE_SIZE, Access
+from tests.attacks.leap import FLAGS, OWN_PAGES, Leap, Leaper, Register, give_leaps, left
+from tests.attacks.victim import (
+    AT_GATE,
+    AT_SUB,
+    DECLARATION,
+    HERE,
+    NOTE,
+    OPEN,
+    SECRET,
+    SHARED,
+    VAULT,
+    WINDOW,
+    WINDOW_PAGES,
+    WORD_AT,
+    C,
+    join,
+    knocks,
+    put,
+    still_serves,
+    stolen,
+    stop_at,
+    untouched,
+    vault,
+)
+from tests.attacks.weak_contexts import Edit, edited_object
+from tests.elisa.probe import run
+
+pytestmark = pytest.mark.elisa
+
+# In the window, which the guest maps where the sub context has it:
+IDT_AT, GDT_AT, STACK_AT = PAGE_SIZE, 2 * PAGE_SIZE, 7 * PAGE_SIZE
+FAULTY = HERE / "objects" / "faulty.c"
+TRAP_FLAG = 1 << 8
+DEBUG, INVALID_OPCODE = 1, 6
+CODE_SELECTOR = 0x08
+INTERRUPT_GATE = 0x8E
+
+
+def handler(address: int) -> bytes:
+    """An entry of an IDT (SDM vol. 3A 6.14.1)."""
+    low, middle, high = address & 0xFFFF, address >> 16 & 0xFFFF, address >> 32
+    return struct.pack("<HHBBHII", low, CODE_SELECTOR, 0, INTERRUPT_GATE, middle, high, 0)
+
+
+def descriptors_in_window(
+    guest: BareGuest, instance: ObjectInstance, handlers: dict[int, int]
+) -> None:
+    """IDT and GDT in the window, at the addresses at which the sub context has it too.
+
+    In the default context an invalid opcode, which VMFUNC may be, leads back to the guest.
+    """
+    guest.map(WINDOW, layout.WINDOW_GPA, WINDOW_PAGES * PAGE_SIZE, Access.READ | Access.WRITE)
+    back = Leaper().image().address_of("leap_back")
+    window = instance.window(0)
+    for vector, address in {INVALID_OPCODE: back, **handlers}.items():
+        at = IDT_AT + 16 * vector
+        window[at : at + 16] = handler(address)
+    gdt = guest.memory.read(layout.GDT_GPA, 64)
+    window[GDT_AT : GDT_AT + len(gdt)] = gdt
+
+
+def hijack(guest: BareGuest, instance: ObjectInstance, slot: int, **how: int) -> Leap:
+    """A call that meets a debug exception whose handler is internal code of the object, with
+    arguments of the guest's and a stack in the window."""
+    descriptors_in_window(guest, instance, {DEBUG: C + instance.symbols["vault_copy"]})
+    return Leap(
+        slot=slot,
+        registers={
+            Register.RDI: WINDOW,
+            Register.RSI: SHARED,
+            Register.RSP: WINDOW + STACK_AT,
+            Register.RFLAGS: FLAGS | how.pop("flags", 0),
+        },
+        idt=WINDOW + IDT_AT,
+        gdt=WINDOW + GDT_AT,
+        **how,
+    )
+
+
+def breakpoints(instance: ObjectInstance) -> dict[str, int]:
+    """Instructions of the sub context to stop at."""
+    return {
+        "sub entry": C + layout.SUB_ENTRY_OFFSET,
+        "object": C + instance.symbols["elisa_serve"],
+        "return": C + instance.symbols["serve"] + 5,
+    }
+
+
+@pytest.mark.attack("T9")
+@pytest.mark.parametrize("where", ["sub entry", "object", "return"])
+def test_a_breakpoint_in_trusted_code(kvm: Kvm, guest: BareGuest, where: str) -> None:
+    """IDT, GDT and stack in the window, the handler internal code: it never runs. Either VMFUNC
+    does not work meanwhile, or the exception leaves the context and ends the guest's run."""
+    with vault() as instance:
+        slot = join(guest, instance).slot
+        leap = hijack(guest, instance, slot, dr0=breakpoints(instance)[where])
+        give_leaps(guest, Leap(slot=slot), leap)
+        exits = run(guest)
+        if exits:
+            assert stop_at(exits, AT_SUB).rip == leap.dr0
+        assert untouched(instance)
+        assert still_serves(kvm, instance)
+
+
+@pytest.mark.attack("T9")
+@pytest.mark.parametrize("where", ["sub entry", "object", "return"])
+def test_a_breakpoint_with_tables_elsewhere(kvm: Kvm, guest: BareGuest, where: str) -> None:
+    """The exception itself leaves the context, as KVM intercepts it, and ends the guest's run."""
+    with vault() as instance:
+        slot = join(guest, instance).slot
+        give_leaps(guest, Leap(slot=slot, dr0=breakpoints(instance)[where]))
+        exit = stop_at(run(guest), AT_SUB)
+        assert (exit.cause, exit.vmx_exit_reason) == (lib.KVM_ELISA_EXIT_REFUSED, 0)
+        assert exit.rip == breakpoints(instance)[where]
+        assert untouched(instance)
+        assert still_serves(kvm, instance)
+
+
+@pytest.mark.attack("T9")
+def test_single_steps(kvm: Kvm, guest: BareGuest) -> None:
+    """RFLAGS.TF set right before the call: the first traps are in the guest's own code, and the
+    one behind VMFUNC comes in the gate, which no handler can be reached from."""
+    with vault() as instance:
+        slot = join(guest, instance).slot
+        leap = hijack(guest, instance, slot, flags=TRAP_FLAG)
+        # In the default context the guest has a page of its own where the vault's code lies.
+        page = (C + instance.symbols["vault_copy"]) // PAGE_SIZE * PAGE_SIZE
+        guest.map(page, layout.RX_LOG_GPA, PAGE_SIZE, OWN_PAGES)
+        guest.memory.write(layout.RX_LOG_GPA, b"\x48\xcf" * (PAGE_SIZE // 2))  # iretq
+        give_leaps(guest, leap)
+        exits = run(guest)
+        if exits:  # VMFUNC worked, so the gate's first instruction was reached
+            stop_at(exits, AT_GATE)
+        assert knocks(instance) == 0
+        assert untouched(instance)
+        assert still_serves(kvm, instance)
+
+
+# ---- T10: faults that arguments provoke ----------------------------------------------------------
+
+BAD_POINTERS = {
+    "null": 0,
+    "the guest's memory": layout.IMAGE_GPA,
+    "behind the windows": WINDOW + 2 * WINDOW_PAGES * PAGE_SIZE,
+    "across the end of the windows": WINDOW + 2 * WINDOW_PAGES * PAGE_SIZE - 4,
+    "not canonical": 1 << 62,
+}
+FAULTY_DECLARATION = replace(DECLARATION, name="faulty", source=FAULTY)
+
+
+@pytest.mark.attack("T10")
+@pytest.mark.parametrize("name", BAD_POINTERS)
+def test_a_fault_with_tables_elsewhere(guest: BareGuest, name: str) -> None:
+    """No handler can be reached: the vCPU stops where it is, and the VMM is told."""
+    with FAULTY_DECLARATION.open() as instance:
+        put(instance.shared, 0, SECRET)
+        slot = join(guest, instance).slot
+        registers = {Register.RDI: WINDOW, Register.RSI: SHARED, Register.RDX: BAD_POINTERS[name]}
+        give_leaps(guest, Leap(slot=slot, registers=registers))
+        exit = stop_at(run(guest), AT_SUB)
+        assert (exit.cause, exit.vmx_exit_reason) == (lib.KVM_ELISA_EXIT_REFUSED, 2)
+        assert not stolen(instance)
+
+
+@pytest.mark.attack("T10")
+def test_indices_out_of_range(guest: BareGuest) -> None:
+    """At the end, behind it, wrapping, far away, not canonical: refused, nothing is written."""
+    with vault() as instance:
+        slot = join(guest, instance).slot
+        word = word_index(instance)
+        indices = [512, 513, 1 << 31, 1 << 32, 1 << 60, 1 << 61, (1 << 61) + 511, word]
+        indices += [(1 << 64) - 1, (1 << 64) - 512, 1 << 63]
+        give_leaps(guest, *(note(slot, index, 0) for index in indices), Leap(slot=slot))
+        assert run(guest) == []
+        *refused, last = left(guest)
+        assert {out and out[Register.RAX] for out in refused} == {2**64 - 22}  # EINVAL
+        assert last is not None
+        assert untouched(instance)
+
+
+NO_BOUND: Edit = (r"^\t\tif \(a1 >= NOTES\)\n\t\t\treturn .*;$", "")
+
+
+@pytest.mark.control("T13")
+@pytest.mark.control("T10")
+def test_an_object_without_its_check_is_written_through(guest: BareGuest) -> None:
+    """An index of the guest's reaches the word that opens the vault."""
+    with vault(edited_object(VAULT, NO_BOUND)) as instance:
+        slot = join(guest, instance).slot
+        mine = 0x1111
+        opens = {Register.RDI: OPEN, Register.RSI: mine}
+        give_leaps(guest, note(slot, word_index(instance), mine), Leap(slot=slot, registers=opens))
+        assert run(guest) == []
+        assert stolen(instance)
+
+
+def note(slot: int, index: int, value: int) -> Leap:
+    return Leap(
+        slot=slot,
+        registers={Register.RDI: NOTE, Register.RSI: index, Register.RDX: value},
+    )
+
+
+def word_index(instance: ObjectInstance) -> int:
+    """Which of the notes the vault's word would be."""
+    return (SHARED + WORD_AT - C - instance.symbols["vault_notes"]) // 8

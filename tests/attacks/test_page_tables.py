@@ -1,0 +1,341 @@
+"""T5, T6, T16: CR3 of the guest's choice, and writes to what translates for a context."""
+
+import struct
+
+import pytest
+
+from pykvm.boot.bare import BareGuest
+from pykvm.elisa.contexts import ContextPlan
+from pykvm.elisa.objects import ObjectInstance, SharedObject
+from pykvm.elisa.protections import Protection
+from pykvm.kvm import Kvm, lib
+from pykvm.memory import layout
+from pykvm.memory.guest_memory import MemoryFile, Region
+from pykvm.paging.entries import PAGE_SIZE, Access
+from tests.attacks.leap import Leap, Leaper, Register, give_leaps, left
+from tests.attacks.victim import (
+    AT_GATE,
+    NOTE,
+    SHARED,
+    SHARED_PAGES,
+    WINDOW,
+    WINDOW_PAGES,
+    C,
+    join,
+    knocks,
+    put,
+    still_serves,
+    stolen,
+    stop_at,
+    untouched,
+    vault,
+)
+from tests.attacks.weak_contexts import WeakAttachment, also_map, window_pages
+from tests.elisa.probe import WILD, Probe, Wild, calls, give, results, run
+
+pytestmark = pytest.mark.elisa
+
+READ_WRITE = Access.READ | Access.WRITE
+# Present, writable, accessed, dirty: nothing is left to set. Not user, for SMEP and SMAP are on.
+ENTRY = 0x63
+SUB = layout.SUB_PRIVATE_GPA
+TABLES_AT = PAGE_SIZE  # of the window: crafted tables, PML4 first
+STACK_AT = 7 * PAGE_SIZE  # of the window: a stack that leads home
+
+
+def index(gva: int, level: int) -> int:
+    return gva >> 12 + 9 * (level - 1) & 511
+
+
+def table(entries: dict[int, int], like: bytes | bytearray = bytes(PAGE_SIZE)) -> bytes:
+    page = bytearray(like)
+    for number, gpa in entries.items():
+        struct.pack_into("<Q", page, 8 * number, gpa | ENTRY)
+    return bytes(page)
+
+
+def home(instance: ObjectInstance, at: int) -> int:
+    """Behind the call in the sub entry page, were that page mapped at `at`."""
+    return at + instance.symbols["serve"] - layout.SUB_ENTRY_OFFSET + 5
+
+
+def internal_code(instance: ObjectInstance, base: int) -> dict[int, int]:
+    """The crossing area as a guest would have it, by page of the area: internal code of the object
+    in the place of the sub entry, and the sub entry further on, to leave through its end."""
+    assert instance.symbols["vault_copy"] % PAGE_SIZE == 0
+    return {
+        0: layout.ENTRY_PAGE_GPA,
+        2: SUB + instance.symbols["vault_copy"],
+        3: layout.RETURN_PAGE_GPA,
+        5: SUB + layout.SUB_ENTRY_OFFSET,
+        6: layout.RETURN_PAGE_GPA,
+    }
+
+
+def back_stack(guest: BareGuest) -> int:
+    """A stack of the guest's own that leads back."""
+    back = Leaper().image().address_of("leap_back")
+    guest.memory.write(layout.STACK_GPA + 0x800, back.to_bytes(8, "little"))
+    return layout.STACK_GPA + 0x800
+
+
+# ---- T5: CR3 names a window ----------------------------------------------------------------------
+
+
+def craft(guest: BareGuest, instance: ObjectInstance, window_gpa: int) -> tuple[int, Leap]:
+    """Tables in the window as they must look where it lies at window_gpa; the leap that uses them
+    to run the vault's internal code on arguments of the guest's, and CR3 for it."""
+    gpa = window_gpa + TABLES_AT
+    own = guest.memory.read(layout.PAGE_TABLES_GPA, PAGE_SIZE)
+    data = {index(SHARED, 1) + n: SUB + layout.SHARED_OFFSET + n * PAGE_SIZE for n in range(32)}
+    pages = [
+        table({index(C, 4): gpa + PAGE_SIZE}, own),
+        table({index(C, 3): gpa + 2 * PAGE_SIZE}),
+        table({index(C, 2): gpa + 3 * PAGE_SIZE, index(SHARED, 2): gpa + 4 * PAGE_SIZE}),
+        table(internal_code(instance, C)),
+        table(data),
+    ]
+    window = instance.window(0)
+    for number, page in enumerate(pages):
+        at = TABLES_AT + number * PAGE_SIZE
+        window[at : at + PAGE_SIZE] = page
+    put(window, STACK_AT, home(instance, C + 5 * PAGE_SIZE))
+    put(window, STACK_AT + 8, back_stack(guest))
+    registers = {Register.RDI: WINDOW, Register.RSI: SHARED, Register.RSP: WINDOW + STACK_AT}
+    return gpa, Leap(slot=2, registers=registers, cr3=gpa)
+
+
+@pytest.mark.attack("T5")
+def test_cr3_names_the_window(kvm: Kvm, guest: BareGuest) -> None:
+    """The official code runs, as with any CR3: it refuses what it does not know, and counts."""
+    with vault() as instance:
+        assert join(guest, instance).slot == 2
+        cr3, leap = craft(guest, instance, layout.WINDOW_GPA)
+        # On a stack of the guest's own: the crafted one leads nowhere once the call comes back.
+        registers = {Register.RDI: leap.registers[Register.RDI], Register.RSI: SHARED}
+        knock = Leap(slot=2, cr3=cr3)
+        give_leaps(guest, Leap(slot=2, registers=registers, cr3=cr3), knock)
+        assert run(guest) == []
+        refused, counted = left(guest)
+        assert refused is not None
+        assert counted is not None
+        assert refused[Register.RAX] == 2**64 - 22  # EINVAL: no such operation
+        assert counted[Register.RAX] == knocks(instance) == 1
+        used = instance.window(0)[TABLES_AT + 8 * index(C, 4)]
+        assert used & 0x20  # walked through they were, in the default context
+        assert untouched(instance)
+        assert still_serves(kvm, instance)
+
+
+@pytest.mark.attack("T5")
+def test_cr3_names_the_window_where_the_sub_context_has_it(kvm: Kvm, guest: BareGuest) -> None:
+    """There a walk would find the tables; the gate has nothing there, and the guest stops in it."""
+    with vault() as instance:
+        join(guest, instance)
+        gpa = SUB + layout.SHARED_OFFSET + SHARED_PAGES * PAGE_SIZE
+        guest.add_region(instance.window_region(0, gpa))
+        cr3, leap = craft(guest, instance, gpa)
+        give_leaps(guest, leap)
+        exit = stop_at(run(guest), AT_GATE)
+        assert exit.cause == lib.KVM_ELISA_EXIT_VIOLATION
+        assert exit.gpa >> 12 == cr3 >> 12
+        assert exit.rip == C + layout.GATE_OFFSET  # not one instruction of the gate
+        assert untouched(instance)
+        assert still_serves(kvm, instance)
+
+
+@pytest.mark.control("T5")
+def test_a_window_at_its_own_gpa_holds_page_tables(guest: BareGuest) -> None:
+    """A sub context as one would first write it: the window lies where the guest has it."""
+    with vault() as instance:
+        pages = window_pages(instance)
+
+        def at_its_own_gpa(plan: ContextPlan) -> None:
+            also_map(plan, layout.WINDOW_GPA, pages, READ_WRITE)
+
+        weak = WeakAttachment(guest, instance, change_sub=at_its_own_gpa)
+        weak.enter_through_gate()
+        _, leap = craft(guest, instance, layout.WINDOW_GPA)
+        give_leaps(guest, leap)
+        assert run(guest) == []
+        assert None not in left(guest)
+        assert stolen(instance)
+        guest.close()
+        weak.close()
+
+
+# ---- T6: CR3 names the contexts' own pages -------------------------------------------------------
+
+
+def even_base(instance: ObjectInstance) -> int:
+    """A crossing base whose indexes are all the page number of the vault's notes, so that a table
+    read one level too high or too low leads on."""
+    k = instance.symbols["vault_notes"] // PAGE_SIZE
+    return k << 39 | k << 30 | k << 21
+
+
+def private_pages() -> dict[str, int]:
+    gate, sub = layout.GATE_PRIVATE_GPA, layout.SUB_PRIVATE_GPA
+    pages = {
+        "gate code": gate + layout.GATE_OFFSET,
+        "gate list": gate + layout.GATE_LIST_OFFSET,
+        "gate data": gate + layout.GATE_DATA_OFFSET,
+        "sub entry": sub + layout.SUB_ENTRY_OFFSET,
+        "sub list": sub + layout.LIST_OFFSET,
+        "sub environment": sub + layout.ENV_OFFSET,
+        "sub stack": sub + layout.STACK_OFFSET,
+        "object code": sub + layout.IMAGE_OFFSET,
+        "shared memory": sub + layout.SHARED_OFFSET,
+    }
+    for number in range(5):
+        gpa = layout.PRIVATE_TABLES_OFFSET + number * PAGE_SIZE
+        if number:
+            pages[f"gate table {number}"] = gate + gpa
+        pages[f"sub table {number}"] = sub + gpa
+    return pages
+
+
+def own_tables_at(guest: BareGuest, gpa: int) -> int:
+    """Let the guest have memory at gpa, with a copy of its root table: the VMM gives it none there,
+    but its caches could keep it going for an instruction or two with such a CR3."""
+    with MemoryFile("root", PAGE_SIZE) as file:
+        region = Region(file, gpa)
+    guest.add_region(region)
+    region.view(0, PAGE_SIZE)[:] = guest.memory.read(layout.PAGE_TABLES_GPA, PAGE_SIZE)
+    return gpa
+
+
+@pytest.mark.attack("T6")
+@pytest.mark.parametrize("name", private_pages())
+def test_cr3_names_a_page_of_a_context(guest: BareGuest, name: str) -> None:
+    with vault() as instance:
+        base = even_base(instance)
+        slot = join(guest, instance, base).slot
+        cr3 = own_tables_at(guest, private_pages()[name])
+        give_leaps(guest, Leap(slot=slot), Leap(slot=slot, cr3=cr3))
+        exit = stop_at(run(guest), AT_GATE)
+        assert exit.rip == base + layout.GATE_OFFSET  # not one instruction of the gate
+        assert left(guest)[1] is None
+        assert knocks(instance) == 1
+        assert untouched(instance)
+
+
+@pytest.mark.attack("T6")
+def test_cr3_names_the_gates_root(kvm: Kvm, guest: BareGuest) -> None:
+    """The one page that may be named: to the sub context it is a GPA like any other."""
+    with vault() as instance:
+        slot = join(guest, instance, even_base(instance)).slot
+        cr3 = own_tables_at(guest, layout.GATE_PRIVATE_GPA + layout.PRIVATE_TABLES_OFFSET)
+        give_leaps(guest, Leap(slot=slot), Leap(slot=slot, cr3=cr3))
+        assert run(guest) == []
+        assert knocks(instance) == 2
+        assert untouched(instance)
+        assert still_serves(kvm, instance)
+
+
+@pytest.mark.control("T6")
+def test_a_gate_that_maps_every_gpa_lets_levels_shift(guest: BareGuest) -> None:
+    """With the private range not left out of the gate, CR3 may name the second of the sub context's
+    tables. The walk then ends in a page of the object's data, which the guest has filled."""
+    with vault() as instance:
+        base = even_base(instance)
+
+        def everywhere(plan: ContextPlan) -> None:
+            plan._exclude = None
+
+        weak = WeakAttachment(guest, instance, change_gate=everywhere, crossing_gva=base)
+        slot = weak.enter_through_gate()
+        window, shared = (base + n * PAGE_SIZE for n in (0x20, 0x21))
+        data = SUB + layout.SHARED_OFFSET
+        entries = internal_code(instance, base)
+        entries |= {0x20: data + SHARED_PAGES * PAGE_SIZE, 0x21: data}
+        notes = [
+            Leap(
+                slot=slot,
+                registers={Register.RDI: NOTE, Register.RSI: page, Register.RDX: gpa | ENTRY},
+            )
+            for page, gpa in entries.items()
+        ]
+        put(instance.window(0), 0x800, home(instance, base + 5 * PAGE_SIZE))
+        put(instance.window(0), 0x808, back_stack(guest))
+        guest.map(base + 6 * PAGE_SIZE, layout.RETURN_PAGE_GPA, PAGE_SIZE, READ_WRITE | 4)
+        cr3 = own_tables_at(guest, SUB + layout.PRIVATE_TABLES_OFFSET + PAGE_SIZE)
+        registers = {
+            Register.RDI: window,
+            Register.RSI: shared,
+            Register.RSP: window + 0x800,
+        }
+        give_leaps(guest, *notes, Leap(slot=slot, registers=registers, cr3=cr3))
+        assert run(guest) == []
+        assert None not in left(guest)
+        assert stolen(instance)
+        guest.close()
+        weak.close()
+
+
+# ---- T16: writes to tables, code and list --------------------------------------------------------
+
+ALIAS = 0x80000  # an offset in the crossing area at which a sub context has nothing
+SPOILED = b"\xb8\x37\x13\x00\x00\xc3"  # mov $0x1337, %eax; ret
+
+
+def wild_declaration() -> SharedObject:
+    return SharedObject(
+        "wild",
+        WILD,
+        guests=2,
+        window=WINDOW_PAGES * PAGE_SIZE,
+        without={Protection.CODE_CHECK},
+    )
+
+
+@pytest.mark.control("T16")
+def test_writable_code_is_rewritten(kvm: Kvm) -> None:
+    """The kernel refuses pages that are writable and executable; here the same page is both, at two
+    addresses. An object that writes where its caller says is no longer the same."""
+    with wild_declaration().open() as instance, BareGuest(kvm, Probe()) as guest:
+        (code,) = [
+            pages for offset, pages, _ in instance._image.common if offset == layout.IMAGE_OFFSET
+        ]
+        weak = WeakAttachment(guest, instance, extra=[(ALIAS, code, READ_WRITE)])
+        slot = weak.enter_through_gate()
+        at = C + ALIAS + instance.symbols["elisa_serve"] - layout.IMAGE_OFFSET
+        spoiled = int.from_bytes(SPOILED.ljust(8, b"\xcc"), "little")
+        give(
+            guest,
+            calls(slot, Wild.HELLO),
+            calls(slot, Wild.WRITE, at, spoiled),
+            calls(slot, Wild.HELLO),
+        )
+        run(guest)
+        assert results(guest) == [1000, 0, 0x1337]
+        guest.close()
+        weak.close()
+
+
+@pytest.mark.control("T16")
+def test_writable_tables_are_rewritten(kvm: Kvm) -> None:
+    """The guest puts its window in the place of the object's environment, and is somebody else."""
+    with wild_declaration().open() as instance, BareGuest(kvm, Probe()) as guest:
+        tables_gpa = SUB + layout.PRIVATE_TABLES_OFFSET
+
+        def reach_tables(plan: ContextPlan) -> None:
+            plan.guest.map(C + ALIAS, tables_gpa, 8 * PAGE_SIZE, Access(7))
+
+        weak = WeakAttachment(guest, instance, change_sub=reach_tables, tables=READ_WRITE)
+        slot = weak.enter_through_gate()
+        last = 3  # root, then one table of each level: the last one has the crossing area
+        env = C + ALIAS + last * PAGE_SIZE + 8 * index(C + layout.ENV_OFFSET, 1)
+        forged = instance.declaration.env(C + layout.SHARED_OFFSET, 1)
+        instance.window(0)[: len(forged)] = forged
+        window = SUB + layout.SHARED_OFFSET + PAGE_SIZE
+        give(
+            guest,
+            calls(slot, Wild.HELLO),
+            calls(slot, Wild.WRITE, env, window | ENTRY),
+            calls(slot, Wild.HELLO),
+        )
+        run(guest)
+        assert results(guest) == [1000, 0, 1001]
+        guest.close()
+        weak.close()

@@ -1,0 +1,63 @@
+"""The table against the tests that it names, and the document against the table."""
+
+import pytest
+
+from tests.attacks import suite
+from tests.attacks.document import DOCUMENT, document
+from tests.attacks.marks import marked
+from tests.attacks.threats import THREATS, Threat
+
+pytestmark = pytest.mark.unit
+
+
+def test_the_document_is_what_the_table_says() -> None:
+    again = "run python -m tests.attacks.document"
+    assert DOCUMENT.read_text() == document(), again
+
+
+def test_rows_are_numbered() -> None:
+    assert [threat.row for threat in THREATS] == [f"T{n}" for n in range(1, len(THREATS) + 1)]
+
+
+@pytest.mark.parametrize("kind", ["attack", "control"])
+def test_marks_and_table_agree(kind: str) -> None:
+    """Every test that a row names carries its mark, and every mark is in the table."""
+    named: dict[str, set[str]] = {}
+    for threat in THREATS:
+        for test in threat.attacks if kind == "attack" else threat.controls:
+            named.setdefault(test, set()).add(threat.row)
+    assert named == marked(kind)
+
+
+def test_each_row_is_complete_or_says_what_is_open() -> None:
+    for threat in THREATS:
+        assert threat.tries, threat.row
+        assert threat.defence, threat.row
+        if not threat.open:
+            assert threat.attacks, threat.row
+            assert bool(threat.controls) != bool(threat.no_control), threat.row
+
+
+ROW = Threat("T1", "x", "y", ("a.py::test_a",), ("a.py::test_c",))
+OPEN = Threat("T2", "x", "y", ("a.py::test_a",), open="all of it")
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "line", "good"),
+    [
+        ({"a.py::test_a": {"passed"}, "a.py::test_c": {"passed"}}, "held; control succeeded", True),
+        ({"a.py::test_a": {"passed", "failed"}, "a.py::test_c": {"passed"}}, "FAILED", False),
+        ({"a.py::test_a": {"skipped"}, "a.py::test_c": {"passed"}}, "FAILED", False),
+        ({"a.py::test_a": {"passed"}, "a.py::test_c": {"failed"}}, "FAILED", False),
+        ({"a.py::test_a": {"passed"}}, "FAILED", False),
+    ],
+)
+def test_a_row_falls_short(outcomes: dict[str, set[str]], line: str, good: bool) -> None:
+    verdict = suite.judge(ROW, outcomes)
+    assert line in verdict.text
+    assert verdict.good is good
+
+
+def test_an_open_row_falls_short() -> None:
+    verdict = suite.judge(OPEN, {"a.py::test_a": {"passed"}})
+    assert verdict == suite.Verdict("held as far as tried; OPEN: all of it", False)

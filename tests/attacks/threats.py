@@ -1,0 +1,323 @@
+"""The table of threats: what a guest tries, what stops it, and the tests that show both.
+
+`python -m tests.attacks.document` writes docs/threats.md from it; test_threats.py holds the table
+against the tests.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True)
+class Threat:
+    """One row.
+
+    attacks, controls: tests, as path::function. no_control: why none can be had, in place of
+    controls. open: what has not been shown yet; a row with it falls short. residual: what remains.
+    """
+
+    row: str
+    tries: str
+    defence: str
+    attacks: tuple[str, ...] = ()
+    controls: tuple[str, ...] = ()
+    no_control: str = ""
+    open: str = ""
+    residual: str = ""
+
+
+ENTRIES: Final = "tests/attacks/test_entries.py::"
+TABLES: Final = "tests/attacks/test_page_tables.py::"
+EXCEPTIONS: Final = "tests/attacks/test_exceptions.py::"
+STATE: Final = "tests/attacks/test_state.py::"
+WINDOWS: Final = "tests/switch/test_hostile_windows.py::"
+CALLS: Final = "tests/elisa/test_kernel_calls.py::"
+LIFETIME: Final = "tests/elisa/test_lifetime.py::"
+ATTACH: Final = "tests/elisa/test_attach.py::"
+CONTEXTS: Final = "tests/elisa/test_contexts.py::"
+TOOLCHAIN: Final = "tests/elisa/test_toolchain.py::"
+
+NEEDS_KERNEL: Final = "the defence is in the kernel, and no guest has tried it in this suite yet"
+
+THREATS: Final[tuple[Threat, ...]] = (
+    Threat(
+        "T1",
+        "`VMFUNC` straight to the transient slot, from any address",
+        "I1: the sub entry's first instruction empties the slot; the VMM is told of the attempt",
+        (ENTRIES + "test_the_transient_slot_from_anywhere",),
+        (ENTRIES + "test_a_slot_that_stays_filled_lets_the_guest_in",),
+    ),
+    Threat(
+        "T2",
+        "entering the gate page at any byte, with registers of its choice",
+        "I2: from every byte the gate leads to the official sub entry or to a stop",
+        (
+            "tests/guest/test_crossing.py::test_an_intruder_is_stopped",
+            "tests/guest/test_gate.py::test_every_path_is_safe",
+        ),
+        (ENTRIES + "test_a_sub_context_without_a_gate_is_entered_anywhere",),
+        residual="a guest runs at the places where the page holds code; all 4096 are decoded, "
+        "not run",
+    ),
+    Threat(
+        "T3",
+        "entering the gate at its store, with an EPTP of its own in the register stored",
+        "I2: the gate compares what the slot holds with the official EPTP, and stops",
+        (ENTRIES + "test_a_forged_eptp",),
+        (ENTRIES + "test_a_gate_without_its_check_takes_any_eptp",),
+        residual="the control tells the guest one host address, as a leak would",
+    ),
+    Threat(
+        "T4",
+        "`VMFUNC` with every index 0 to 511 and beyond, and other functions",
+        "only slots of attached gates are filled; everything else leaves to the VMM",
+        (ENTRIES + "test_every_index_and_other_functions",),
+        (ENTRIES + "test_every_index_finds_a_context_that_is_no_gate",),
+        residual="that only gates are put into a list is up to the VMM",
+    ),
+    Threat(
+        "T5",
+        "CR3 naming a window full of page tables",
+        "I3: windows have private GPAs in a sub context, which are absent in its gate",
+        (
+            TABLES + "test_cr3_names_the_window",
+            TABLES + "test_cr3_names_the_window_where_the_sub_context_has_it",
+            CONTEXTS + "test_i3_what_a_sub_context_maps_is_absent_in_the_gate",
+        ),
+        (TABLES + "test_a_window_at_its_own_gpa_holds_page_tables",),
+        residual="translations that survive a change of CR3 (PCID): T27",
+    ),
+    Threat(
+        "T6",
+        "CR3 naming the gate's or the sub's own pages, so that levels shift",
+        "I3: the gate maps its own private pages only, and no walk from those reaches code",
+        (
+            TABLES + "test_cr3_names_a_page_of_a_context",
+            TABLES + "test_cr3_names_the_gates_root",
+            CONTEXTS + "test_i3_no_private_page_of_the_gate_read_as_root_reaches_code",
+        ),
+        (TABLES + "test_a_gate_that_maps_every_gpa_lets_levels_shift",),
+    ),
+    Threat(
+        "T7",
+        "LA57, PAE, 32-bit paging or no paging, then `VMFUNC`",
+        "I5: VM functions are off in that mode",
+        open=NEEDS_KERNEL,
+    ),
+    Threat(
+        "T8",
+        "compatibility mode, in which the same bytes are other instructions",
+        "I5: trusted GVAs lie at or above 4 GiB; the VMM refuses any other crossing base",
+        (CONTEXTS + "test_a_crossing_area_where_none_can_lie_is_refused",),
+        open="the refusal is tested; no guest runs VMFUNC from compatibility mode yet, and there "
+        "is no control",
+    ),
+    Threat(
+        "T9",
+        "single-stepping or a hardware breakpoint inside trusted code, with IDT, GDT and stack "
+        "in a window",
+        "KVM intercepts debug exceptions, and serves no exit outside the default context (I7); "
+        "I8 is to keep descriptor tables out of windows",
+        (
+            EXCEPTIONS + "test_a_breakpoint_in_trusted_code",
+            EXCEPTIONS + "test_a_breakpoint_with_tables_elsewhere",
+            EXCEPTIONS + "test_single_steps",
+        ),
+        open="the control needs modules that serve exits outside the default context",
+        residual="the guest's own vCPU stops",
+    ),
+    Threat(
+        "T10",
+        "faults that bad arguments provoke: out of range, wrapping, not canonical",
+        "objects check arguments; a fault in trusted code finds no handler and stops the vCPU",
+        (
+            EXCEPTIONS + "test_indices_out_of_range",
+            EXCEPTIONS + "test_a_fault_with_tables_elsewhere",
+        ),
+        (EXCEPTIONS + "test_an_object_without_its_check_is_written_through",),
+        open="a fault with the descriptor tables in a window: I8",
+    ),
+    Threat(
+        "T11",
+        "an interrupt, an IPI, an NMI or a PV async page fault inside trusted code",
+        "I6: KVM injects nothing outside the default context; the return exits, and the event is "
+        "delivered there",
+        open=NEEDS_KERNEL,
+    ),
+    Threat(
+        "T12",
+        "changing the window while trusted code reads it",
+        "every value is read once (READ_ONCE), then checked, then used",
+        (WINDOWS + "test_a_window_that_changes_during_the_call",),
+        (WINDOWS + "test_control_a_switch_that_reads_headers_twice",),
+    ),
+    Threat(
+        "T13",
+        "lengths, offsets, indices and ring positions out of range or wrapping",
+        "every value from a window is masked or checked",
+        (WINDOWS + "test_any_window_and_any_arguments",),
+        (
+            "tests/switch/fuzz/test_fuzzing.py::test_a_planted_fault_is_found",
+            EXCEPTIONS + "test_an_object_without_its_check_is_written_through",
+        ),
+    ),
+    Threat(
+        "T14",
+        "odd flags, stack pointer, segment bases, MXCSR and x87 state",
+        "the gate clears DF; the sub entry takes a stack of its own; the toolchain refuses objects "
+        "with instructions that depend on the rest",
+        (
+            STATE + "test_odd_flags",
+            STATE + "test_odd_stack_pointers",
+            TOOLCHAIN + "test_instructions_that_have_no_business_in_an_object",
+        ),
+        (
+            STATE + "test_without_cld_a_copy_runs_backwards",
+            STATE + "test_without_a_stack_of_its_own_the_guests_is_written_to",
+        ),
+    ),
+    Threat(
+        "T15",
+        "reading leftovers from registers after the return",
+        "the sub entry page clears every register that the object may have used",
+        (STATE + "test_nothing_is_left_in_registers",),
+        (STATE + "test_without_clearing_an_eptp_is_left",),
+        residual="caches, predictors and time are not cleaned",
+    ),
+    Threat(
+        "T16",
+        "writing to table pages, code pages or the EPTP list",
+        "I4: tables are read-only, nothing is writable and executable, and the list is mapped in "
+        "gate and sub contexts alone",
+        (
+            ATTACH + "test_access_that_the_sub_context_refuses",
+            ATTACH + "test_page_tables_of_a_context_from_outside",
+            CONTEXTS + "test_i4_tables_are_read_only_and_nothing_writable_is_executable",
+        ),
+        (
+            TABLES + "test_writable_code_is_rewritten",
+            TABLES + "test_writable_tables_are_rewritten",
+        ),
+        residual="a sub context has to write to its list: an object that writes where its caller "
+        "says can fill it",
+    ),
+    Threat(
+        "T17",
+        "hardware that writes memory by GVA for the guest: PEBS, BTS, Intel PT, user interrupts",
+        "hidden from CPUID and refused by MSR for guests that attach",
+        ("tests/kvm/test_hidden_features.py::test_of_this_kvm",),
+        open="the VMM hides them; that the kernel insists on it is not shown in this suite yet",
+        residual="the emulator implements none of them",
+    ),
+    Threat(
+        "T18",
+        "shadow stacks, FRED, PKS, LAM, nested VMX",
+        "hidden from such guests until checked",
+        ("tests/kvm/test_hidden_features.py::test_each_feature_goes_and_nothing_else",),
+        open="the VMM hides them; that the kernel insists on it is not shown in this suite yet",
+    ),
+    Threat(
+        "T19",
+        "stopping or killing a vCPU, or its whole VMM, in the middle of trusted code",
+        "nothing in a shared object waits for a particular vCPU",
+        (
+            WINDOWS + "test_a_vcpu_that_stops_at_any_instruction_harms_nobody",
+            WINDOWS + "test_a_vcpu_killed_in_the_middle",
+            LIFETIME + "test_killed_inside_the_object",
+        ),
+        (WINDOWS + "test_control_a_switch_that_publishes_before_it_copies",),
+        residual="objects other than the switch have to keep the rule themselves",
+    ),
+    Threat(
+        "T20",
+        "the VMM dying between any two steps of attach and detach; a fork, an fd passed away",
+        "I9: files, slots and naming contexts hold references; the last one frees",
+        (
+            LIFETIME + "test_any_order_of_closing",
+            LIFETIME + "test_a_copied_descriptor_keeps_a_context",
+            LIFETIME + "test_a_child_closes_last",
+            LIFETIME + "test_a_vcpu_closed_inside_the_object",
+        ),
+        no_control="without the references the host's kernel uses memory that it has freed, and "
+        "what follows shows nothing",
+    ),
+    Threat(
+        "T21",
+        "attach storms, thousands of contexts, exhausting pinned memory",
+        "limits for each VM, pages charged to RLIMIT_MEMLOCK",
+        (CALLS + "test_lock_limit", LIFETIME + "test_many_contexts"),
+        open="the limits of a VM, and a control without them",
+    ),
+    Threat(
+        "T22",
+        "stale translations: detach, let the pages be reused, touch them again",
+        "I9: INVEPT on every CPU before the pages are given back",
+        open="not tried; whether the emulator keeps translations long enough is not known",
+    ),
+    Threat(
+        "T23",
+        "speculation past the gate's check or an object's bounds check",
+        "LFENCE behind the check; no indirect branch in objects; masked indices in the switch",
+        (
+            "tests/guest/test_gate.py::test_every_path_is_safe",
+            TOOLCHAIN + "test_branches_that_lead_elsewhere",
+        ),
+        no_control="the emulator does not speculate: that the instructions are there is all that "
+        "is shown",
+        residual="caches and predictors are shared with the guest; bounds checks of objects other "
+        "than the switch are their authors'; a processor whose VMFUNC runs ahead of a fence",
+    ),
+    Threat(
+        "T24",
+        "endless or very long work inside an object",
+        "the switch takes at most one burst in a call",
+        ("tests/switch/test_refusals.py::test_unknown_operations_flags_and_counts",),
+        (ATTACH + "test_a_vcpu_that_stopped_inside",),
+        residual="an object that loops keeps its caller's vCPU, not others; the host can stop it",
+    ),
+    Threat(
+        "T25",
+        "every argument of the new calls wrong, racing, from another VM's file, after close",
+        "an errno, and nothing has changed",
+        (
+            CALLS + "test_bad_leaf",
+            CALLS + "test_bad_tables",
+            CALLS + "test_bad_requests",
+            CALLS + "test_bad_slots",
+            CALLS + "test_contexts_that_name_contexts",
+            CALLS + "test_without_sys_admin",
+            CALLS + "test_a_vm_of_another_process",
+        ),
+        open="racing callers, and a control with a check taken away",
+    ),
+    Threat(
+        "T26",
+        "memory types: PAT or CR3.PCD making trusted memory uncached or write-combining",
+        "every leaf of a context is write-back with IPAT, which the kernel sets",
+        open="neither caches nor their types exist in the emulator; the entries are not read back "
+        "yet",
+    ),
+    Threat(
+        "T27",
+        "walking stale translations: CR3 changed without a flush (PCID), global pages, "
+        "transactions that roll back over `VMFUNC`",
+        "PCID, RTM and HLE hidden from such guests; no entry of a context's tables is global",
+        open="the emulator flushes at VMFUNC and has no transactions; that the kernel refuses the "
+        "features is not shown in this suite yet",
+    ),
+    Threat(
+        "T28",
+        "a second vCPU in its default context while a gate fills *its* transient slot: a VMM that "
+        "puts a gate made for one vCPU into another's list",
+        "none yet in the kernel: the VMM builds each gate for the vCPU that it attaches",
+        open="the kernel should refuse a context with another vCPU's list page",
+    ),
+    Threat(
+        "T29",
+        "a guest's unprivileged process running `VMFUNC`, which works at CPL 3",
+        "a supervisor attachment's pages are out of its reach, so the vCPU stops",
+        open="not tried in this suite",
+        residual="any process of a guest can stop that guest's vCPU, and can call what is attached "
+        "for user mode, whatever the guest's own page tables say; nothing reaches other guests",
+    ),
+)

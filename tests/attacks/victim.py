@@ -1,0 +1,121 @@
+"""The vault: a shared object with a secret, and what tells whether an attack has got at it."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from pykvm.boot.bare import BareGuest
+from pykvm.elisa.attachment import Attachment
+from pykvm.elisa.objects import ObjectInstance, SharedObject
+from pykvm.elisa.protections import Protection
+from pykvm.elisa.toolchain import SubImage, crossing_images
+from pykvm.kvm import ElisaExit, Exit, Kvm, lib
+from pykvm.memory import layout
+from pykvm.paging.entries import PAGE_SIZE
+from tests.elisa.probe import Probe, attach, calls, give, prepare, results, run
+
+HERE: Final = Path(__file__).parent
+VAULT: Final = HERE / "objects" / "vault.c"
+GUESTS: Final = HERE / "guests"
+
+SECRET: Final = 0x5EC7_E75E_C7E7_0001
+WORD: Final = 0x09E4_5E5A_3E00_0002  # opens the vault; no guest knows it
+KNOCK, OPEN, NOTE, POST = range(4)
+# In struct vault:
+KNOCKS_AT: Final = 8
+WORD_AT: Final = 48
+
+SHARED_PAGES: Final = 16
+WINDOW_PAGES: Final = 8
+C: Final = layout.CROSSING_GVA
+SHARED: Final = C + layout.SHARED_OFFSET  # where the sub context maps the shared memory,
+WINDOW: Final = SHARED + SHARED_PAGES * PAGE_SIZE  # and window 0
+
+DECLARATION: Final = SharedObject(
+    "vault",
+    VAULT,
+    shared=SHARED_PAGES * PAGE_SIZE,
+    window=WINDOW_PAGES * PAGE_SIZE,
+    guests=2,
+)
+
+
+@contextmanager
+def vault(
+    image: SubImage | None = None, *, without: Iterable[Protection] = ()
+) -> Iterator[ObjectInstance]:
+    """An open vault with its secret in place.
+
+    image: of another build of it. without: protections that its crossing lacks.
+    """
+    declaration = replace(DECLARATION, without=frozenset(without))
+    with ObjectInstance(declaration, image) if image else declaration.open() as instance:
+        put(instance.shared, 0, SECRET)
+        put(instance.shared, WORD_AT, WORD)
+        yield instance
+
+
+def put(memory: memoryview, at: int, value: int) -> None:
+    memory[at : at + 8] = value.to_bytes(8, "little")
+
+
+def word(memory: memoryview, at: int = 0) -> int:
+    return int.from_bytes(memory[at : at + 8], "little")
+
+
+def stolen(instance: ObjectInstance) -> bool:
+    """Whether the secret stands in guest 0's window."""
+    return SECRET.to_bytes(8, "little") in bytes(instance.window(0))
+
+
+def untouched(instance: ObjectInstance) -> bool:
+    """Whether the shared memory is as trusted code leaves it, but for the count of calls, and the
+    secret is in no window."""
+    expected = bytearray(len(instance.shared))
+    put(memoryview(expected), 0, SECRET)
+    put(memoryview(expected), WORD_AT, WORD)
+    put(memoryview(expected), KNOCKS_AT, knocks(instance))
+    windows = bytes(instance.window(0)) + bytes(instance.window(1))
+    return bytes(instance.shared) == expected and SECRET.to_bytes(8, "little") not in windows
+
+
+def knocks(instance: ObjectInstance) -> int:
+    return word(instance.shared, KNOCKS_AT)
+
+
+def still_serves(kvm: Kvm, instance: ObjectInstance) -> bool:
+    """Whether a second guest, in a VM of its own, is served as ever."""
+    before = knocks(instance)
+    with BareGuest(kvm, Probe()) as other:
+        prepare(other)
+        attachment = attach(other, instance, 1)
+        give(other, *(calls(attachment.slot, KNOCK) for _ in range(3)))
+        served = run(other) == [] and results(other) == [before + n for n in (1, 2, 3)]
+        attachment.detach()
+    return served
+
+
+def join(guest: BareGuest, instance: ObjectInstance, crossing_gva: int = C) -> Attachment:
+    """Attach as guest 0, its own pages of the crossing and its window in place."""
+    pages = crossing_images()
+    guest.map_crossing(
+        pages.entry_page, pages.return_page, pages.call_offset, crossing_gva=crossing_gva
+    )
+    attachment = instance.attach(guest.vm, guest.vcpu, 0, crossing_gva=crossing_gva)
+    guest.set_attachment(0, attachment.slot, instance.window_region(0))
+    return attachment
+
+
+def stop_at(exits: list[Exit], at: int) -> ElisaExit:
+    """The last exit: the one that stopped the guest, in the context `at`."""
+    exit = exits[-1]
+    assert isinstance(exit, ElisaExit), exit
+    assert exit.at == at, exit
+    return exit
+
+
+AT_GATE: Final[int] = lib.KVM_ELISA_AT_GATE
+AT_SUB: Final[int] = lib.KVM_ELISA_AT_SUB
+AT_DEFAULT: Final[int] = lib.KVM_ELISA_AT_DEFAULT

@@ -1,0 +1,173 @@
+"""Contexts and trusted pages built without one of the rules: what the controls attack."""
+
+import functools
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+from unittest import mock
+
+from pykvm.boot import compiler
+from pykvm.boot.bare import BareGuest
+from pykvm.boot.elf import ElfFile
+from pykvm.elisa import attachment, contexts, toolchain
+from pykvm.elisa.contexts import ContextPlan, UserPages, plan_gate, plan_sub
+from pykvm.elisa.objects import ObjectInstance
+from pykvm.elisa.toolchain import SubImage, build_object, crossing_images
+from pykvm.kvm import Context
+from pykvm.memory import layout
+from pykvm.memory.guest_memory import MemoryFile, Region
+from pykvm.paging.entries import PAGE_SIZE, Access
+
+CROSSING: Final = compiler.GUEST_SOURCES / "crossing"
+
+Edit = tuple[str, str]
+"""A regular expression and what stands in its place; it has to match exactly once."""
+
+
+def edited(source: str, *edits: Edit) -> str:
+    for pattern, replacement in edits:
+        source, count = re.subn(pattern, replacement, source, flags=re.MULTILINE)
+        assert count == 1, f"{pattern} is there {count} times"
+    return source
+
+
+@contextmanager
+def _crossing_sources(name: str, edits: Sequence[Edit]) -> Iterator[Path]:
+    """A directory as guest/crossing, with one source edited. Its path is in no cache key."""
+    with tempfile.TemporaryDirectory(prefix="pykvm-weak-") as directory:
+        for source in CROSSING.iterdir():
+            text = source.read_text()
+            target = Path(directory) / source.name
+            target.write_text(edited(text, *edits) if source.name == name else text)
+        yield Path(directory)
+
+
+@functools.cache
+def weak_gate(*edits: Edit) -> bytes:
+    """The gate page with its source edited."""
+    with _crossing_sources("gate.S", edits) as directory:
+        image = compiler.build(
+            "crossing",
+            [directory / name for name in ("entry.S", "gate.S", "return.S")],
+            directory / "pages.ld",
+            defines=toolchain._offsets(),
+        )
+    page = ElfFile.parse(image.read_bytes(), "weak gate").section(".elisa.gate").data
+    assert len(page) == PAGE_SIZE
+    return page
+
+
+@functools.cache
+def weak_sub_entry(source: Path, *edits: Edit) -> SubImage:
+    """An object whose sub entry page has its source edited."""
+    with (
+        _crossing_sources("sub.S", edits) as directory,
+        mock.patch.object(toolchain, "_CROSSING", directory),
+    ):
+        return build_object([source])
+
+
+@functools.cache
+def edited_object(source: Path, *edits: Edit) -> SubImage:
+    """An object with its own source edited."""
+    with tempfile.TemporaryDirectory(prefix="pykvm-weak-") as directory:
+        target = Path(directory) / source.name
+        target.write_text(edited(source.read_text(), *edits))
+        return build_object([target])
+
+
+class WeakAttachment:
+    """An attachment of guest number 0 whose parts may be replaced.
+
+    gate_page: in place of the gate's code. change_gate, change_sub: called with the plan before the
+    Anywhere Page Table fills its empty entries. extra: further parts of the sub context's image.
+    tables: what the sub context allows with its own guest page table. `gate` and `sub` are the
+    contexts; no slot holds either yet.
+    """
+
+    def __init__(
+        self,
+        guest: BareGuest,
+        instance: ObjectInstance,
+        *,
+        gate_page: bytes | None = None,
+        change_gate: Callable[[ContextPlan], object] = lambda plan: None,
+        change_sub: Callable[[ContextPlan], object] = lambda plan: None,
+        extra: Sequence[tuple[int, UserPages, Access]] = (),
+        tables: Access = Access.READ,
+        crossing_gva: int = layout.CROSSING_GVA,
+    ) -> None:
+        pages = crossing_images()
+        guest.map_crossing(
+            pages.entry_page, pages.return_page, pages.call_offset, crossing_gva=crossing_gva
+        )
+        self._guest = guest
+        declaration = instance.declaration
+        env = declaration.env(crossing_gva + layout.SHARED_OFFSET, 0)
+        image = [*instance._image.parts(user=False), *extra]
+        memory = UserPages(instance.memory.host_address, instance.memory.size // PAGE_SIZE)
+
+        with MemoryFile("weak contexts", 64 * PAGE_SIZE) as file:
+            self._memory = Region(file, 0, prefault=True)
+        self._used = 0
+        gate_code = self._take(PAGE_SIZE)
+        self._view(gate_code, PAGE_SIZE)[:] = (
+            gate_page or crossing_images(frozenset(declaration.without)).gate_page
+        )
+        env_page, stack = self._take(PAGE_SIZE), self._take(layout.STACK_SIZE)
+        self._view(env_page, len(env))[:] = env
+
+        sub = plan_sub(image, env_page, stack, memory, crossing_gva)
+        gate = plan_gate(gate_code, crossing_gva)
+        change_sub(sub)
+        change_gate(gate)
+        self._place(sub, tables)
+        self._place(gate, Access.READ)
+        self.sub: Context = attachment._create(guest.vm, guest.vcpu, sub, None)
+        self.gate: Context = attachment._create(guest.vm, guest.vcpu, gate, self.sub)
+        guest.set_attachment(0, 2, instance.window_region(0))
+
+    def _take(self, size: int) -> int:
+        address = self._memory.host_address + self._used
+        self._used += size
+        assert self._used <= self._memory.size
+        return address
+
+    def _view(self, address: int, size: int) -> memoryview:
+        return self._memory.view(address - self._memory.host_address, size)
+
+    def _place(self, plan: ContextPlan, access: Access) -> None:
+        size = plan.guest_table_bytes
+        address = self._take(size)
+        with mock.patch.object(contexts, "READ", access):  # what it maps the tables with
+            plan.place_guest_tables(self._view(address, size), address)
+
+    def enter_through_gate(self, slot: int = 2) -> int:
+        """Put the gate into the vCPU's list, as the product does."""
+        self._guest.vcpu.set_elisa_slot(slot, self.gate)
+        return slot
+
+    def enter_without_gate(self, slot: int = 2) -> int:
+        """Put the sub context itself there."""
+        self._guest.vcpu.set_elisa_slot(slot, self.sub)
+        return slot
+
+    def close(self) -> None:
+        """After the guest's: nothing can be inside then. Harmless twice."""
+        self._memory.close()
+
+
+def also_map(plan: ContextPlan, gpa: int, pages: UserPages, access: Access) -> None:
+    """Map pages at a further GPA of a context, wherever that lies."""
+    plan.ept.map_pages(gpa, plan._number, pages.count, access)
+    plan.pages.append(pages)
+    plan._number += pages.count
+
+
+def window_pages(instance: ObjectInstance, guest: int = 0) -> UserPages:
+    declaration = instance.declaration
+    offset = declaration.windows_offset + guest * declaration.window_size
+    return UserPages(instance.memory.host_address + offset, declaration.window_size // PAGE_SIZE)
