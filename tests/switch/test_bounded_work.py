@@ -1,0 +1,109 @@
+"""T24: nothing in a window and nothing in a register makes a call longer than a stated limit.
+
+The limit counts what a call may do for each frame (two lookups in lines of eight ways) and for each
+copy (of 2040 bytes at most). Fuzzing holds the same for loads and stores (tests/switch/fuzz).
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from pathlib import Path
+
+import pytest
+
+from pykvm.switch import SwitchConfig
+from pykvm.switch._native import ffi, lib
+from tests.switch.native_rig import BROADCAST, Rig, frame, mac, make_rig
+from tests.switch.single_step import single_steps
+from tests.switch.variants import AS_BUILT, Build, build_variant
+
+pytestmark = pytest.mark.unit
+
+SEND = lib.SWITCH_OP_SEND
+CONFIG = SwitchConfig(ports=4, lane_slots=8, tx_slots=8, frame_limit=lib.SWITCH_MAX_FRAME)
+HOSTILE_CALLS = 12
+
+
+def limit(ports: int, burst: int) -> int:
+    """Instructions of any call of a switch with so many ports and transmit slots.
+
+    For the largest switch, 64 ports and 256 slots, it is 8.2 million.
+    """
+    return 100 + burst * (300 + (ports - 1) * 500)
+
+
+def most(build: Build, rig: Rig, a2: int, *, change: random.Random | None = None) -> int:
+    """Instructions of a call with `a2` frames, counted a little beyond the limit at most.
+
+    With `change`, lengths and addresses in the window change between any two instructions.
+    """
+    window = ffi.cast("struct switch_window *", rig.switch.window(0))
+    steps = 0
+    stop = 2 * limit(CONFIG.ports, CONFIG.tx_slots)
+    stepping = single_steps(build.address, lambda: build.serve(SEND, 0, a2, rig))
+    for _ in itertools.islice(stepping, stop):
+        steps += 1
+        if change is not None:
+            slot = change.randrange(CONFIG.tx_slots)
+            window.tx_length[slot] = change.choice((14, 31, 767, 768, 2040, 2041, 1 << 31))
+            place = rig.switch.window(0) + CONFIG.tx_offset(slot)
+            ffi.memmove(place, change.choice((BROADCAST, mac(1), mac(2), mac(77))), 6)
+            ffi.memmove(place + 6, change.choice((mac(0), mac(1), mac(99))), 6)
+    stepping.close()
+    return steps
+
+
+@pytest.mark.parametrize("length", [14, 31, 32, 767, 768, 2040])
+def test_a_full_burst_to_everybody(length: int) -> None:
+    """The lengths at which copies change their way, and the longest."""
+    rig = make_rig(CONFIG)
+    rig.teach()
+    for slot in range(CONFIG.tx_slots):
+        rig.ports[0].put(slot, frame(BROADCAST, 200 + slot, size=length))
+    steps = most(AS_BUILT, rig, CONFIG.tx_slots)
+    assert rig.switch.counters().ports[0].copies == 3 * (CONFIG.tx_slots + 1)
+    assert 1000 < steps <= limit(CONFIG.ports, CONFIG.tx_slots)
+
+
+def test_a_full_line_of_the_table() -> None:
+    """Sources and destinations that all meet in one line, which has no room left."""
+    rig = make_rig(CONFIG)
+    shared = ffi.cast("struct switch_shared *", rig.switch.address)
+    seed, wanted = shared.hash_seed, 7
+    crowd = [
+        number
+        for number in range(2, 1 << 24, 256)
+        if (number * seed & (1 << 64) - 1) >> 55 == wanted
+    ]
+    for address in crowd[:8]:
+        octets = address.to_bytes(6, "little")
+        rig.switch.pin(":".join(f"{octet:02x}" for octet in octets), 1)
+    for slot in range(CONFIG.tx_slots):
+        to, source = (crowd[8 + slot + n].to_bytes(6, "little") for n in (8, 0))
+        rig.ports[0].put(slot, frame(to, source, size=767))
+    steps = most(AS_BUILT, rig, CONFIG.tx_slots)
+    assert rig.switch.counters().ports[0].not_learned == CONFIG.tx_slots
+    assert 1000 < steps <= limit(CONFIG.ports, CONFIG.tx_slots)
+
+
+def test_rings_of_any_content_that_change_all_the_time() -> None:
+    for seed in range(HOSTILE_CALLS):
+        choice = random.Random(seed)
+        rig = make_rig(CONFIG)
+        for port in range(CONFIG.ports):
+            window = rig.switch.window(port)
+            ffi.memmove(window, choice.randbytes(0x3000), 0x3000)
+        burst = choice.choice((1, CONFIG.tx_slots, CONFIG.tx_slots + 1, 256, 1 << 63))
+        steps = most(AS_BUILT, rig, burst, change=choice)
+        assert steps <= limit(CONFIG.ports, CONFIG.tx_slots)
+
+
+def test_control_a_switch_that_takes_any_number_of_frames(tmp_path: Path) -> None:
+    build = build_variant(
+        tmp_path, "a2 > SWITCH_MAX_BURST || a2 > shared->tx_slots", "a2 > (1ull << 32)"
+    )
+    rig = make_rig(CONFIG)
+    for slot in range(CONFIG.tx_slots):
+        rig.ports[0].put(slot, frame(BROADCAST, 0, size=60))
+    assert most(build, rig, 1 << 20) > limit(CONFIG.ports, CONFIG.tx_slots)
