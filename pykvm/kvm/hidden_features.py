@@ -48,7 +48,6 @@ _WRITES = "the processor writes records to guest addresses, in whatever context 
 _STACKS = "the processor pushes return addresses of trusted code onto a stack of the guest's"
 _STALE = "CR3 could change without a flush, so that what it names is not what is walked"
 _ABORTS = "nothing says which EPT is active behind the abort of a transaction"
-_ROLLBACK = "a transaction across a switch could be rolled back, but not the switch"
 _KEYS = "keys of the guest's own decide what trusted code may read and write"
 
 HIDDEN_FEATURES: Final = (
@@ -63,8 +62,6 @@ HIDDEN_FEATURES: Final = (
     HiddenFeature("hle", 7, 0, "ebx", 4, _ABORTS),
     HiddenFeature("invpcid", 7, 0, "ebx", 10, "comes with pcid"),
     HiddenFeature("rtm", 7, 0, "ebx", 11, _ABORTS),
-    HiddenFeature("hle", 7, 0, "ebx", 4, _ROLLBACK),
-    HiddenFeature("rtm", 7, 0, "ebx", 11, _ROLLBACK),
     HiddenFeature(
         "mpx", 7, 0, "ebx", 14, "branches read bounds tables of the guest's", states=(3, 4)
     ),

@@ -37,10 +37,10 @@ def test_reasons() -> None:
 
 @pytest.mark.unit
 def test_state_components() -> None:
-    """SDM vol. 1, 13.1: MPX 3 and 4, PT 8, PKRU 9, CET 11 and 12, UINTR 14."""
+    """SDM vol. 1, 13.1: MPX 3 and 4, PT 8, PKRU 9, CET 11 and 12, UINTR 14, LBR 15."""
     before = [full(0xD, index) for index in range(20)]
     after = {entry.index: entry for entry in without_hidden_features(before)}
-    gone = {3, 4, 8, 9, 11, 12, 14}
+    gone = {3, 4, 8, 9, 11, 12, 14, 15}
     assert set(after) == set(range(20)) - gone
     mask = sum(1 << state for state in gone)
     assert (after[0].eax, after[1].ecx) == (ALL ^ mask, ALL ^ mask)
