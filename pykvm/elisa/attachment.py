@@ -3,6 +3,7 @@
 import errno
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -16,7 +17,7 @@ from pykvm.elisa.contexts import (
     plan_sub,
 )
 from pykvm.errors import PykvmError
-from pykvm.kvm import Context, KvmError, Vcpu, Vm
+from pykvm.kvm import Context, IoctlError, KvmError, Vcpu, VcpuRunningError, Vm
 from pykvm.kvm._kvm import lib
 from pykvm.memory import layout
 from pykvm.memory.guest_memory import MemoryFile, Region, require_lockable
@@ -35,7 +36,7 @@ class SlotsFullError(PykvmError):
 
 
 class InsideContextError(PykvmError):
-    """The vCPU stopped inside a context, which cannot be taken away from it now."""
+    """The vCPU stopped inside a context; only revoking takes that away from it now."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class Attachment:
         """Take the object away from the vCPU, which must not be running. Harmless twice.
 
         Raises InsideContextError if the vCPU stopped inside the object: run it until it is back,
-        or close its VM.
+        or `revoke`.
         """
         if self.attached:
             try:
@@ -161,21 +162,45 @@ class Attachment:
                 if error.errno == errno.EBUSY:
                     raise InsideContextError(
                         f"vCPU {self._vcpu.id} stopped inside the object: run it until it is "
-                        "back, or close its vm"
+                        "back, or revoke() the attachment"
                     ) from error
                 raise
             self.attached = False
             _slots_in_use[self._vcpu].discard(self.slot)
         self._release()
 
+    def revoke(self) -> None:
+        """Take the object away from the vCPU at once, running or not. Harmless twice.
+
+        A vCPU that is inside the object stops there: its run() returns an `ElisaExit` with cause
+        ``KVM_ELISA_EXIT_REVOKED``, and the caller decides what becomes of it. It is in its default
+        context again, with cleared registers, and whatever the call was about to do to the object
+        is not done. Others go on.
+
+        Raises IoctlError, with EPERM above all.
+        """
+        if self.attached:
+            try:
+                self._vcpu.vm.revoke_elisa_slot(self._vcpu.id, self.slot)
+            except IoctlError as error:
+                if error.errno != errno.ENOENT:  # somebody has emptied the slot already
+                    raise
+            self.attached = False
+            _slots_in_use[self._vcpu].discard(self.slot)
+        self._release()
+
     def close(self) -> None:
-        """Detach if that is possible; otherwise the kernel keeps what the vCPU still uses until
-        its VM is closed. Harmless twice."""
+        """Detach, or revoke if the vCPU is running or stopped inside. Harmless twice.
+
+        Who may not revoke any more (CAP_SYS_ADMIN was dropped) leaves to the kernel what the vCPU
+        still uses; it gives that back when the VM is closed.
+        """
         try:
             if not self._vcpu.closed:
                 self.detach()
-        except InsideContextError:
-            pass
+        except (InsideContextError, VcpuRunningError):
+            with suppress(IoctlError):
+                self.revoke()
         finally:
             self.attached = False
             self._release()

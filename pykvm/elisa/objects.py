@@ -284,7 +284,7 @@ class ObjectInstance(Closing):
     def close(self) -> None:
         """Detach all guests and give up the memory. Harmless twice.
 
-        A vCPU that stopped inside the object keeps what it uses until its VM is closed.
+        The object is revoked from vCPUs that run or stopped inside it (`Attachment.revoke`).
         """
         for attachment in self._attachments.values():
             attachment.close()

@@ -1,6 +1,7 @@
 """Objects attached to guests that call them, misuse them and are taken away from them."""
 
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -13,7 +14,7 @@ from pykvm.boot.programs import SwitchPath
 from pykvm.elisa.attachment import InsideContextError
 from pykvm.elisa.objects import GuestNumberError, ObjectInstance, SharedObject
 from pykvm.elisa.protections import Protection
-from pykvm.kvm import ElisaExit, Exit, Io, Kvm, MmioWrite, lib
+from pykvm.kvm import ElisaExit, Exit, Io, Kvm, MmioWrite, UnexpectedExitError, lib
 from pykvm.measure.connect import connect
 from pykvm.memory import layout
 from pykvm.paging.entries import PAGE_SIZE, Access
@@ -301,8 +302,62 @@ def test_instructions_that_leave_the_sub_context(
     assert exit.vmx_exit_reason == reason
     assert C + layout.IMAGE_OFFSET <= exit.rip < C + layout.SHARED_OFFSET
     assert elisa_exit([guest.vcpu.run()]) == exit  # it repeats
-    with pytest.raises(InsideContextError):
+    with pytest.raises(InsideContextError, match=r"or revoke\(\) the attachment"):
         attachment.detach()
+
+
+def test_revoked_where_it_stopped(guest: BareGuest, wild: ObjectInstance) -> None:
+    attachment = attach(guest, wild)
+    give(guest, calls(attachment.slot, Wild.CPUID))
+    inside = elisa_exit(run(guest))
+    attachment.revoke()
+    attachment.revoke()  # harmless
+    assert not attachment.attached
+    exit = elisa_exit([guest.vcpu.run()])
+    assert (exit.cause, exit.at) == (lib.KVM_ELISA_EXIT_REVOKED, lib.KVM_ELISA_AT_SUB)
+    assert (exit.slot, exit.rip) == (inside.slot, inside.rip)
+    registers = guest.vcpu.get_regs()
+    assert not any(getattr(registers, name) for name in ("rax", "rbx", "rcx", "rdx", "r8", "r15"))
+    assert wild.attach(guest.vm, guest.vcpu, 0).slot == attachment.slot  # the slot is free again
+
+
+@pytest.mark.parametrize("how", ["revoke", "close"])
+def test_revoked_while_it_runs(
+    kvm: Kvm, guest: BareGuest, counter: ObjectInstance, how: str
+) -> None:
+    """From inside an endless loop; the others and their objects go on. Closing does the same."""
+    with SharedObject("wild", WILD, guests=2, without={Protection.CODE_CHECK}).open() as wild:
+        attachment = attach(guest, wild)
+        give(guest, calls(attachment.slot, Wild.LOOP))
+        guest.start()
+        deadline = time.monotonic() + 30
+        while number(wild.shared) != 1:  # it is inside
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        getattr(attachment, how)()
+        with pytest.raises(UnexpectedExitError) as caught:
+            guest.wait(30)
+        exit = caught.value.exit
+        assert isinstance(exit, ElisaExit)
+        assert (exit.cause, exit.slot) == (lib.KVM_ELISA_EXIT_REVOKED, attachment.slot)
+        with BareGuest(kvm, Probe()) as other:
+            prepare(other)
+            give(other, calls(attach(other, wild, 1).slot, Wild.HELLO))
+            assert run(other) == []
+            assert results(other) == [1001]
+
+
+def test_revoked_between_calls(guest: BareGuest, counter: ObjectInstance) -> None:
+    attachment = attach(guest, counter)
+    give(
+        guest,
+        calls(attachment.slot, 1),
+        Step(What.MARK, 0),
+        Step(What.VMFUNC, 0, attachment.slot),  # refused, and skipped
+    )
+    exit = elisa_exit(run(guest, lambda _: attachment.revoke()))
+    assert (exit.cause, exit.index) == (lib.KVM_ELISA_EXIT_VMFUNC, attachment.slot)
+    assert number(counter.shared) == 1
 
 
 @pytest.mark.control("T24")
