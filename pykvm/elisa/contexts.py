@@ -19,6 +19,10 @@ Invariants that hold by construction (the design of the mechanism numbers them):
 - T26: leaves are write-back, and the kernel sets "ignore PAT" in each, so that no PAT or CR3.PCD of
   the guest's makes trusted memory anything else.
 
+Guests with five-level paging (`levels=5`): the tables are built and held against the same
+invariants in tests, but have not met a processor, as no model of the Bochs that Debian packages
+(2.7) knows LA57.
+
 What one attachment costs in pages is `ContextPlan.cost`.
 """
 

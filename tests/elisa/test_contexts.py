@@ -125,6 +125,25 @@ def test_i3_what_a_sub_context_maps_is_absent_in_the_gate(base: int) -> None:
     assert checked == 4 + 1 + 1 + 4 + MEMORY_PAGES + len(sub.guest) - 1
 
 
+@pytest.mark.parametrize("base", [*BASES, 1 << 52])
+def test_i3_with_five_levels(base: int) -> None:
+    """The same for guests with CR4.LA57, and GVAs that only they have."""
+    gate, tables = complete(plan_gate(0x7000_0000, base, levels=5))
+    words = page_words(gate, tables)
+    root = layout.GATE_PRIVATE_GPA + layout.PRIVATE_TABLES_OFFSET
+    for span in gate.ept.spans(
+        layout.PRIVATE_GPA_FIRST, layout.PRIVATE_GPA_END - layout.PRIVATE_GPA_FIRST
+    ):
+        for cr3 in range(span.start, span.end, PAGE_SIZE):
+            code = {
+                reach.gva
+                for reach in reachable_from(cr3, gate.ept, words.__getitem__, levels=5)
+                if reach.access & Access.EXECUTE
+            }
+            assert code == ({base + layout.GATE_OFFSET} if cr3 == root else set()), hex(cr3)
+    assert (gate.levels, gate.gva) == (5, base + layout.GATE_DATA_OFFSET)
+
+
 @pytest.mark.attack("T16")
 @pytest.mark.parametrize("plan", [gate_plan(BASES[0]), sub_plan(BASES[0])], ids=["gate", "sub"])
 def test_i4_tables_are_read_only_and_nothing_writable_is_executable(plan: ContextPlan) -> None:

@@ -24,6 +24,7 @@ COUNTER = GUEST_SOURCES / "objects" / "counter.c"
 MAILBOX = """
 #include "elisa_object.h"
 #include "elisa_memory.h"
+#include "elisa_nospec.h"
 
 struct mailbox { uint64_t letters; uint64_t last[16]; };
 
@@ -38,6 +39,7 @@ uint64_t elisa_serve(uint64_t to, uint64_t letter, uint64_t unused, const struct
 	calls++;
 	if (to >= env->guests)
 		return ELISA_ERROR(ELISA_EINVAL);
+	to = elisa_index_nospec(to, env->guests);
 	mailbox->letters++;
 	mailbox->last[env->id] = letter ^ SECRET;
 	WRITE_ONCE(*(uint64_t *)(env->windows + to * env->window_size + 8 * env->id), letter);
