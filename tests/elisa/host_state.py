@@ -1,5 +1,6 @@
 """What the host holds for KVM and its contexts: nothing of it may stay behind."""
 
+import gc
 import os
 import re
 from collections.abc import Iterator
@@ -50,6 +51,7 @@ def host_state() -> HostState:
 @contextmanager
 def nothing_stays() -> Iterator[HostState]:
     """The state before; at the end it is the same again."""
+    gc.collect()  # what earlier tests left would otherwise go in between
     before = host_state()
     yield before
     after = host_state()
