@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pykvm.errors import PykvmError
-from pykvm.host import cache, kernel_packages, modules
+from pykvm.host import cache, kernel_packages, kernel_series, modules
 from pykvm.host.fingerprint import is_emulated
 from pykvm.host.kernel import find_patch
 from pykvm.host.processor import MsrUnreadable, VmxCapabilities, read_processor
@@ -50,6 +50,7 @@ _TESTBED_PROGRAMS = {
     "unshare": "util-linux",
     "xorriso": "xorriso",
     "xz": "xz-utils",
+    "zstd": "zstd",
 }
 _TESTBED_FILES = {
     "/usr/share/bochs/BIOS-bochs-latest": "bochsbios",
@@ -263,24 +264,26 @@ def _namespaces() -> Check:
     return Check(EMULATED, name, done.returncode == 0, found, step)
 
 
-def _testbed_kernel() -> Check:
-    name = "kernel headers and source"
-    releases = []
-    for release in reversed(kernel_packages.installed_headers()):
+def _testbed_kernels() -> Check:
+    found, missing = [], []
+    for series in kernel_series.SERIES:
         try:
-            headers = kernel_packages.find_headers(release)
-            find_patch(headers.series)
-            source = kernel_packages.find_source(headers.series)
-            kernel_packages.require_match(headers, source, headers.version)
+            kernel = kernel_series.newest_kernel(series)
+            find_patch(series)
         except PykvmError:
+            missing.append(series)
             continue
-        releases.append(release)
-    found = ", ".join(releases) or "none that match each other and have a patch"
+        where = "installed" if kernel.installed else "to be fetched"
+        found.append(f"{series} ({kernel.release}, {where})")
+    text = ", ".join(found) or "none with headers and source of one version and a patch"
+    if missing and found:
+        text += f"; not {', '.join(missing)}"
     step = (
         "sudo apt-get update && sudo apt-get install --no-install-recommends "
         "linux-headers-cloud-amd64 linux-source-6.1"
     )
-    return Check(EMULATED, name, bool(releases), found, step)
+    usable = kernel_series.DEFAULT_SERIES not in missing
+    return Check(EMULATED, "kernel series (--series)", usable, text, step)
 
 
 def _disk() -> Check:
@@ -317,6 +320,6 @@ _HOST_CHECKS: tuple[Callable[[], Check], ...] = (
 _EMULATED_CHECKS: tuple[Callable[[], Check], ...] = (
     _programs,
     _namespaces,
-    _testbed_kernel,
+    _testbed_kernels,
     _disk,
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pykvm.host import modules
+from pykvm.host import checks, modules
 from pykvm.host.fingerprint import is_emulated
 from pykvm.host.processor import Processor
 
@@ -196,3 +196,22 @@ def test_built_in_kvm_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for change in (modules.load, modules.restore):
         with pytest.raises(modules.KvmBuiltIn, match="built into the running kernel"):
             change()
+
+
+@pytest.mark.unit
+def test_a_test_build_is_told_by_its_modules_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modules, "_SYS_MODULE", tmp_path)
+    for name in ("kvm", "kvm_intel"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "refcnt").write_text("0\n")
+    assert modules.status().test_build == ""
+    assert modules.status().state != "test build"
+    # One of the two is enough: a mix is no patched KVM either.
+    (tmp_path / "kvm/version").write_text("test build: weaken.patch 0a1b2c3d\n")
+    assert modules.status().test_build == "weaken.patch 0a1b2c3d"
+    assert modules.status().state == "test build"
+    check = next(each for each in checks.run_checks() if each.name == "patched KVM")
+    assert not check.ok
+    assert "test build (weaken.patch 0a1b2c3d)" in check.found
