@@ -31,6 +31,17 @@ def add_parser(subparsers: Any) -> None:
     protections.add_argument("--calls", type=int, default=200, metavar="N", help="default 200")
     protections.set_defaults(run=run_protections)
 
+    attach = kinds.add_parser("attach", help="what attach, detach and revoke cost the host")
+    attach.add_argument(
+        "--json",
+        type=Path,
+        default=Path("build/bench/attach.json"),
+        metavar="FILE",
+        help="where to keep the record (default build/bench/attach.json)",
+    )
+    attach.add_argument("--repeats", type=int, default=10, metavar="N", help="default 10")
+    attach.set_defaults(run=run_attach)
+
     switch = kinds.add_parser("switch", help="a packet through the switch, by each path")
     _add_json(switch, "switch")
     switch.add_argument(
@@ -135,6 +146,31 @@ def run_protections(options: argparse.Namespace) -> int:
                 f" ({one['ratio']:.2f}x){'' if one['optional'] else ', not optional'}"
             )
         _kept(options.json, drawn)
+    return 0
+
+
+def run_attach(options: argparse.Namespace) -> int:
+    """`pykvm bench attach`."""
+    _require("--repeats", [options.repeats], 1, 10_000)
+
+    def measure() -> dict[str, Any]:
+        from pykvm.kvm import Kvm  # noqa: PLC0415
+        from pykvm.measure.attach import measure_attach  # noqa: PLC0415
+
+        with Kvm() as kvm:
+            measured = measure_attach(kvm, options.repeats, ticks_scale(kvm))
+        return {**_head(), "repeats": options.repeats, **measured.as_dict()}
+
+    arguments = ["bench", "attach", "--repeats", str(options.repeats)]
+    record = on_suitable_host(measure, arguments, files={}, out=options.json)
+    if not is_emulated():
+        for name in ("attach", "detach", "revoke"):
+            print(
+                f"{name:8} {record[name]['cost']:12,.0f} {record['unit']} of the host, with Python"
+            )
+        for name, pages in record["pages"].items():
+            print(f"{name:16} {pages:4} pages")
+        print(f"kept: {options.json}")
     return 0
 
 

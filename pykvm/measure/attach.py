@@ -1,0 +1,85 @@
+"""What it costs the host to attach an object, detach it and revoke it: pages, and the counter.
+
+The time-stamp counter is read in this process, before and after the call. On the emulated host that
+counts instructions: of this process (Python included, which is most of them), and of the kernel on
+its behalf. None of it is on the data path.
+"""
+
+import ctypes
+import mmap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pykvm.boot.bare import BareGuest
+from pykvm.boot.compiler import GUEST_SOURCES
+from pykvm.boot.programs import CrossingProgram
+from pykvm.elisa.attachment import AttachmentCost
+from pykvm.elisa.objects import SharedObject
+from pykvm.host.fingerprint import is_emulated
+from pykvm.kvm import Kvm
+from pykvm.measure.records import Samples, typical
+
+__all__ = ["AttachCost", "measure_attach"]
+
+# rdtsc; shl $32, %rdx; or %rdx, %rax; ret
+_READ_COUNTER: Final = bytes.fromhex("0f31 48c1e220 4809d0 c3")
+
+
+@dataclass(frozen=True)
+class AttachCost:
+    """One object: pages of an attachment, and the cost of each step."""
+
+    pages: AttachmentCost
+    steps: dict[str, Samples]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a record. Pages: of tables (the kernel's), made for this attachment, and mapped in
+        all (most of them shared with the object's other attachments)."""
+        gate, sub = self.pages.gate, self.pages.sub
+        return {
+            "pages": {
+                "ept_tables": gate.ept_tables + sub.ept_tables,
+                "guest_tables": gate.guest_tables + sub.guest_tables,
+                "own": self.pages.own,
+                "mapped": gate.mapped + sub.mapped,
+            },
+            **{
+                name: {"cost": samples.cost, **samples.as_dict()}
+                for name, samples in self.steps.items()
+            },
+        }
+
+
+def measure_attach(kvm: Kvm, repeats: int, scale: float) -> AttachCost:
+    """Attach and detach, then attach and revoke, `repeats` times; the vCPU is not running.
+
+    scale: the record's unit for one tick of the time-stamp counter.
+
+    Raises what `ObjectInstance.attach` raises.
+    """
+    counter = SharedObject("counter", GUEST_SOURCES / "objects" / "counter.c", guests=1)
+    ticks: dict[str, list[int]] = {"nothing": [], "attach": [], "detach": [], "revoke": []}
+    page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    page.write(_READ_COUNTER)
+    code = ctypes.c_char.from_buffer(page)
+    read = ctypes.CFUNCTYPE(ctypes.c_uint64)(ctypes.addressof(code))
+
+    def timed(name: str, step: Callable[[], Any]) -> Any:
+        before = read()
+        result = step()
+        ticks[name].append(read() - before)
+        return result
+
+    with counter.open() as instance, BareGuest(kvm, CrossingProgram(1, [])) as guest:
+        for _ in range(repeats):
+            for end in ("detach", "revoke"):
+                timed("nothing", lambda: None)
+                attachment = timed("attach", lambda: instance.attach(guest.vm, guest.vcpu, 0))
+                timed(end, getattr(attachment, end))
+    counted = is_emulated()
+    overhead = int(typical(ticks.pop("nothing"), counted=counted))
+    return AttachCost(
+        attachment.cost,
+        {name: Samples(values, scale, overhead, counted) for name, values in ticks.items()},
+    )
