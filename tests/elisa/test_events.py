@@ -1,0 +1,339 @@
+"""I6: interrupts, NMIs and INIT that come while a vCPU is outside its default context wait until it
+is back, are taken right at the return page, once each, and disturb nothing."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from pykvm.boot.bare import BareGuest
+from pykvm.elisa.objects import ObjectInstance
+from pykvm.kvm import Kvm, Stats
+from pykvm.memory import layout
+from tests.elisa.probe import (
+    Event,
+    Probe,
+    Step,
+    What,
+    attach,
+    calls,
+    events,
+    events_taken,
+    give,
+    prepare,
+    results,
+)
+from tests.elisa.spinning import (
+    CROSSING_AREA,
+    LONG,
+    RETURN_PAGE,
+    Spin,
+    crossing_with_sti,
+    event_guest,
+    send_ipi,
+    spin_object,
+)
+
+pytestmark = pytest.mark.elisa
+
+VECTOR = 0x55
+NMI = 2
+NMI_DELIVERY = 4 << 8
+INIT_DELIVERY = 5 << 8
+ASSERT_LEVEL = 1 << 14
+MSI_ADDRESS = 0xFEE0_0000  # SDM vol. 3A 11.11.1: to the local APIC with id 0
+SELF_IPI = 0x83F
+SHORT = 1000  # turns: with interrupts off, the emulated host has to wait
+
+
+@pytest.fixture
+def guest(kvm: Kvm) -> Iterator[BareGuest]:
+    with event_guest(kvm) as guest:
+        yield guest
+
+
+@pytest.fixture
+def instance() -> Iterator[ObjectInstance]:
+    with spin_object().open() as instance:
+        yield instance
+
+
+class Counted:
+    """The vCPU's statistics, as differences since this was made."""
+
+    def __init__(self, guest: BareGuest) -> None:
+        self._stats: Stats = guest.vcpu.stats()
+        self._names = ("elisa_held", "elisa_returns", "elisa_exits", "elisa_bad_vmfunc")
+        self._before = self._read()
+
+    def _read(self) -> dict[str, int]:
+        return {
+            name: self._stats.value(name) if name in self._stats.names() else 0
+            for name in self._names
+        }
+
+    def since(self) -> dict[str, int]:
+        return {name: value - self._before[name] for name, value in self._read().items()}
+
+
+def check_at_return(event: Event, vector: int) -> None:
+    """Taken in the default context, before the return page's first instruction."""
+    assert event.vector == vector
+    assert event.rip == RETURN_PAGE, hex(event.rip)
+    assert layout.STACK_GPA <= event.rsp < layout.STACK_TOP_GPA, hex(event.rsp)
+
+
+def held_while_inside(
+    guest: BareGuest, instance: ObjectInstance, inject: Callable[[], object]
+) -> list[Event]:
+    """Call the object, inject something while it works, let it go on for a while, let it end.
+
+    Returns the events that the guest took; until the end it took none.
+    """
+    slot = attach(guest, instance).slot
+    give(guest, calls(slot, LONG), calls(slot, 7))
+    counted = Counted(guest)
+    spin = Spin(instance)
+    guest.start()
+    try:
+        spin.wait_until_inside()
+        inject()
+        spin.work_on()
+        assert events_taken(guest) == 0
+    finally:
+        turns = spin.turns
+        spin.release()
+    assert guest.wait(60) == 0
+    first, second = results(guest)
+    assert first is not None
+    assert first >= turns
+    assert second == 0  # released: the second call has nothing to do
+    assert (spin.begun, spin.ended) == (2, 2)
+    since = counted.since()
+    assert since["elisa_held"] >= 1
+    assert since["elisa_returns"] == 1
+    assert (since["elisa_exits"], since["elisa_bad_vmfunc"]) == (0, 0)
+    return events(guest)
+
+
+# ---- one event, while the object works -----------------------------------------------------------
+
+
+def test_an_interrupt_of_the_host(guest: BareGuest, instance: ObjectInstance) -> None:
+    """As a device in the host raises it (KVM_SIGNAL_MSI)."""
+
+    def inject() -> None:
+        assert guest.vm.signal_msi(MSI_ADDRESS, VECTOR) == 1
+
+    (event,) = held_while_inside(guest, instance, inject)
+    check_at_return(event, VECTOR)
+
+
+def test_an_nmi(guest: BareGuest, instance: ObjectInstance) -> None:
+    def inject() -> None:
+        assert guest.vm.signal_msi(MSI_ADDRESS, NMI_DELIVERY) == 1
+
+    (event,) = held_while_inside(guest, instance, inject)
+    check_at_return(event, NMI)
+
+
+def test_an_interrupt_of_another_vcpu(guest: BareGuest, instance: ObjectInstance) -> None:
+    (event,) = held_while_inside(guest, instance, lambda: send_ipi(guest, VECTOR | ASSERT_LEVEL))
+    check_at_return(event, VECTOR)
+
+
+def test_an_nmi_of_another_vcpu(guest: BareGuest, instance: ObjectInstance) -> None:
+    (event,) = held_while_inside(
+        guest, instance, lambda: send_ipi(guest, NMI_DELIVERY | ASSERT_LEVEL)
+    )
+    check_at_return(event, NMI)
+
+
+def test_several_at_once(guest: BareGuest, instance: ObjectInstance) -> None:
+    """One return is trapped; then each is taken, highest priority first: the NMI, then the
+    interrupts by vector (SDM vol. 3A, table 6-2). The same vector twice is one interrupt."""
+
+    def inject() -> None:
+        for data in (0x41, 0x71, NMI_DELIVERY, 0x61, 0x71):
+            guest.vm.signal_msi(MSI_ADDRESS, data)
+
+    taken = held_while_inside(guest, instance, inject)
+    assert [event.vector for event in taken] == [NMI, 0x71, 0x61, 0x41]
+    assert taken[1].rip == RETURN_PAGE
+    assert not [event for event in taken if event.rip in CROSSING_AREA and event.rip != RETURN_PAGE]
+
+
+def test_the_timer(guest: BareGuest, instance: ObjectInstance) -> None:
+    """The guest's own local APIC timer, armed before the call: nobody in the host acts."""
+    slot = attach(guest, instance).slot
+    give(
+        guest,
+        Step(What.ARM_TIMER, 100_000, VECTOR),
+        calls(slot, 200_000),
+        Step(What.TIME),
+        Step(What.WAIT, 1, 1 << 26),
+    )
+    counted = Counted(guest)
+    guest.start()
+    assert guest.wait(60) == 0
+    deadline, turns, back, _ = results(guest)
+    assert turns == 200_000
+    (event,) = events(guest)
+    check_at_return(event, VECTOR)
+    assert deadline is not None
+    assert back is not None
+    assert deadline < event.time < back
+    assert counted.since()["elisa_returns"] == 1
+
+
+def test_init(guest: BareGuest, instance: ObjectInstance) -> None:
+    """INIT resets a vCPU: not in the middle of an object's work, but right behind it."""
+    slot = attach(guest, instance).slot
+    give(guest, calls(slot, LONG))
+    counted = Counted(guest)
+    spin = Spin(instance)
+    guest.start()
+    spin.wait_until_inside()
+    send_ipi(guest, INIT_DELIVERY | ASSERT_LEVEL)
+    spin.work_on()
+    spin.release()
+    # The first vCPU starts at its reset vector (SDM vol. 3A 9.1.4), where this guest has nothing.
+    with pytest.raises(Exception, match="the guest") as caught:
+        guest.wait(60)
+    assert not isinstance(caught.value, AssertionError)
+    assert (spin.begun, spin.ended) == (1, 1)
+    assert results(guest) == [None]
+    sregs = guest.vcpu.get_sregs()
+    assert (sregs.cr0 & 0x8000_0001, sregs.efer) == (0, 0)
+    assert counted.since()["elisa_returns"] == 1
+
+
+# ---- events that wait already --------------------------------------------------------------------
+
+
+def test_pending_with_interrupts_off(guest: BareGuest, instance: ObjectInstance) -> None:
+    """The call neither takes it nor loses it; the guest's own STI does."""
+    slot = attach(guest, instance).slot
+    give(
+        guest,
+        Step(What.INTERRUPTS, 0),
+        Step(What.WRITE_MSR, SELF_IPI, VECTOR),
+        calls(slot, SHORT),
+        Step(What.TIME),
+        Step(What.INTERRUPTS, 1),
+        Step(What.TIME),
+    )
+    guest.start()
+    assert guest.wait(60) == 0
+    _, _, turns, before, _, after = results(guest)
+    assert turns == SHORT
+    (event,) = events(guest)
+    assert event.vector == VECTOR
+    assert event.rip not in CROSSING_AREA
+    assert before is not None
+    assert after is not None
+    assert before < event.time < after
+
+
+def test_interrupts_on_with_the_last_instruction(kvm: Kvm, instance: ObjectInstance) -> None:
+    """STI lets an interrupt in behind the next instruction, which is the VMFUNC: in the gate."""
+    with BareGuest(kvm, Probe(events=True), irqchip=True) as guest:
+        guest.map_crossing(*crossing_with_sti())
+        slot = attach(guest, instance).slot
+        give(
+            guest,
+            Step(What.INTERRUPTS, 0),
+            Step(What.WRITE_MSR, SELF_IPI, VECTOR),
+            calls(slot, SHORT),
+            Step(What.INTERRUPTS, 1),
+        )
+        counted = Counted(guest)
+        guest.start()
+        assert guest.wait(60) == 0
+        assert results(guest)[2] == SHORT
+        (event,) = events(guest)
+        check_at_return(event, VECTOR)
+        assert counted.since()["elisa_returns"] == 1
+
+
+def test_an_nmi_before_the_vcpu_goes_on_inside(guest: BareGuest, instance: ObjectInstance) -> None:
+    """The vCPU stops inside, is given an NMI (KVM_NMI) and an interrupt, and runs on."""
+    slot = attach(guest, instance).slot
+    give(guest, calls(slot, LONG))
+    spin = Spin(instance)
+    guest.start()
+    spin.wait_until_inside()
+    guest.stop()
+    assert spin.inside
+    guest.vcpu.nmi()
+    guest.vm.signal_msi(MSI_ADDRESS, VECTOR)
+    guest.start()
+    spin.work_on()
+    assert events_taken(guest) == 0
+    spin.release()
+    assert guest.wait(60) == 0
+    taken = events(guest)
+    assert [event.vector for event in taken] == [NMI, VECTOR]
+    check_at_return(taken[0], NMI)
+    assert taken[1].rip not in CROSSING_AREA or taken[1].rip == RETURN_PAGE
+
+
+def test_events_outside_a_call_are_not_held(guest: BareGuest, instance: ObjectInstance) -> None:
+    """In its default context a vCPU with a list takes them as any other does."""
+    slot = attach(guest, instance).slot
+    give(
+        guest,
+        calls(slot, 5),
+        Step(What.WRITE_MSR, SELF_IPI, VECTOR),
+        Step(What.WAIT, 1, 1 << 26),
+        Step(What.ARM_TIMER, 1000, VECTOR + 1),
+        Step(What.HALT, 2),
+        calls(slot, 6),
+    )
+    counted = Counted(guest)
+    guest.start()
+    assert guest.wait(60) == 0
+    assert [event.vector for event in events(guest)] == [VECTOR, VECTOR + 1]
+    assert not [event for event in events(guest) if event.rip in CROSSING_AREA]
+    assert (results(guest)[0], results(guest)[5]) == (5, 6)
+    since = counted.since()
+    assert (since["elisa_held"], since["elisa_returns"]) == (0, 0)
+
+
+def test_many_events_and_calls(guest: BareGuest, instance: ObjectInstance) -> None:
+    """A timer interrupt for each of many calls, at all places of a crossing: each is taken once,
+    and none anywhere in the crossing area but before the return page's first instruction."""
+    slot = attach(guest, instance).slot
+    rounds = 60
+    steps = []
+    for number in range(rounds):
+        steps += [
+            Step(What.ARM_TIMER, 4000 + 37 * number, VECTOR),
+            calls(slot, 300),
+            calls(slot, 300),
+            calls(slot, 300),
+            Step(What.WAIT, number + 1, 1 << 26),
+        ]
+    give(guest, *steps)
+    counted = Counted(guest)
+    guest.start()
+    assert guest.wait(120) == 0
+    taken = events(guest)
+    assert [event.vector for event in taken] == [VECTOR] * rounds
+    inside = [event for event in taken if event.rip in CROSSING_AREA]
+    assert {event.rip for event in inside} <= {RETURN_PAGE}
+    # Not vacuous: some came while the object worked.
+    assert len(inside) >= rounds // 10
+    assert counted.since()["elisa_returns"] >= len(inside) // 2
+    assert results(guest)[1::5] == [300] * rounds
+
+
+def test_a_guest_without_events_is_not_slowed(kvm: Kvm, instance: ObjectInstance) -> None:
+    """No event, no exit of a crossing: nothing was armed."""
+    with BareGuest(kvm, Probe()) as guest:
+        prepare(guest)
+        slot = attach(guest, instance).slot
+        give(guest, *(calls(slot, 10) for _ in range(50)))
+        counted = Counted(guest)
+        guest.start()
+        assert guest.wait(60) == 0
+        assert set(counted.since().values()) == {0}

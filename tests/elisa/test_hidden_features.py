@@ -1,0 +1,212 @@
+"""Features that nobody has checked together with contexts: neither the VMM nor the guest can have
+them, where contexts are enabled; elsewhere they are as they were."""
+
+import errno
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from pykvm.boot.bare import BareGuest
+from pykvm.kvm import (
+    HIDDEN_FEATURES,
+    CpuidEntry,
+    HiddenFeature,
+    IoctlError,
+    Kvm,
+    MsrError,
+    Vm,
+    find_leaf,
+    without_hidden_features,
+)
+from tests.elisa.probe import Probe, Step, What, faults, give, results, run
+
+pytestmark = pytest.mark.elisa
+
+GENERAL_PROTECTION = 13
+PAE, SMEP, SMAP = 1 << 5, 1 << 20, 1 << 21
+CR4 = PAE | SMEP | SMAP  # of these guests
+HIDDEN_CR4 = {
+    "VMXE": 13,
+    "SMXE": 14,
+    "PCIDE": 17,
+    "PKE": 22,
+    "CET": 23,
+    "PKS": 24,
+    "UINTR": 25,
+    "LASS": 27,
+    "LAM_SUP": 28,
+    "FRED": 32,
+}
+# SDM vol. 4. Values that mean something there.
+HIDDEN_MSRS = {
+    "IA32_DEBUGCTL.LBR": (0x1D9, 1 << 0),
+    "IA32_DEBUGCTL.BTF": (0x1D9, 1 << 1),
+    "IA32_DEBUGCTL.TR": (0x1D9, 1 << 6),
+    "IA32_DEBUGCTL.BTS": (0x1D9, 1 << 7),
+    "IA32_PEBS_ENABLE": (0x3F1, 1),
+    "IA32_RTIT_CTL": (0x570, 1),
+    "IA32_DS_AREA": (0x600, 0x1000),
+    "IA32_U_CET": (0x6A0, 1),
+    "IA32_PL0_SSP": (0x6A4, 0x1000),
+    "IA32_PKRS": (0x6E1, 1),
+    "IA32_UINTR_MISC": (0x988, 1 << 39),
+}
+
+
+def leaves_with(kvm: Kvm, feature: HiddenFeature) -> list[CpuidEntry]:
+    """What KVM offers without the hidden features, but with this one."""
+    entries = without_hidden_features(kvm.supported_cpuid())
+    leaf = find_leaf(entries, feature.function, feature.index)
+    if leaf is None or (leaf.function, leaf.index) != (feature.function, feature.index):
+        leaf = CpuidEntry(feature.function, feature.index, flags=1)
+        entries.append(leaf)
+        first = find_leaf(entries, feature.function)
+        assert first is not None
+        first.eax = max(first.eax, feature.index)  # the last subleaf
+    value = getattr(leaf, feature.register) | 1 << feature.bit
+    entries[entries.index(leaf)] = replace(leaf, **{feature.register: value})
+    assert feature.is_in(entries)
+    return entries
+
+
+def set_cpuid(vm: Vm, entries: list[CpuidEntry]) -> int:
+    try:
+        vm.create_vcpu(0).set_cpuid(entries)
+    except IoctlError as error:
+        return -(error.errno or 0)
+    return 0
+
+
+@pytest.mark.parametrize("feature", HIDDEN_FEATURES, ids=lambda feature: str(feature.name))
+def test_cpuid(kvm: Kvm, feature: HiddenFeature) -> None:
+    """Refused with contexts; without them KVM takes the same leaves."""
+    entries = leaves_with(kvm, feature)
+    for enable, expected in ((True, -errno.EINVAL), (False, 0)):
+        with kvm.create_vm() as vm:
+            if enable:
+                vm.enable_elisa_contexts()
+            assert set_cpuid(vm, entries) == expected
+
+
+def test_refused_leaves_change_nothing(kvm: Kvm) -> None:
+    with kvm.create_vm() as vm:
+        vm.enable_elisa_contexts()
+        vcpu = vm.create_vcpu(0)
+        good = without_hidden_features(kvm.supported_cpuid())
+        vcpu.set_cpuid(good)
+        before = vcpu.get_cpuid()
+        for feature in HIDDEN_FEATURES:
+            with pytest.raises(IoctlError):
+                vcpu.set_cpuid(leaves_with(kvm, feature))
+        assert vcpu.get_cpuid() == before
+
+
+def test_what_the_guest_sees(kvm: Kvm) -> None:
+    """By its own CPUID instruction."""
+    steps = [
+        Step(What.CPUID, f.function, f.index, ("eax", "ebx", "ecx", "edx").index(f.register))
+        for f in HIDDEN_FEATURES
+    ]
+    with BareGuest(kvm, Probe()) as guest:
+        give(guest, *steps)
+        assert run(guest) == []
+        for feature, value in zip(HIDDEN_FEATURES, results(guest), strict=True):
+            assert value is not None
+            assert not value >> feature.bit & 1, feature.name
+
+
+# ---- by the guest's own instructions -------------------------------------------------------------
+
+
+@pytest.fixture
+def guest(kvm: Kvm) -> Iterator[BareGuest]:
+    with BareGuest(kvm, Probe()) as guest:
+        yield guest
+
+
+def test_control_register(guest: BareGuest) -> None:
+    """Each bit is reserved: #GP, and CR4 stays as it was."""
+    tries = [
+        Step(What.WRITE_CONTROL, 4, CR4 | 1 << bit, attempt=True) for bit in HIDDEN_CR4.values()
+    ]
+    give(guest, *tries, Step(What.READ_CONTROL, 4))
+    assert run(guest) == []
+    assert faults(guest) == [GENERAL_PROTECTION] * len(tries) + [None]
+    assert results(guest)[-1] == CR4
+
+
+def test_control_register_by_the_vmm(guest: BareGuest) -> None:
+    for name, bit in HIDDEN_CR4.items():
+        sregs = guest.vcpu.get_sregs()
+        sregs.cr4 |= 1 << bit
+        with pytest.raises(IoctlError) as caught:
+            guest.vcpu.set_sregs(sregs)
+        assert caught.value.errno == errno.EINVAL, name
+    assert guest.vcpu.get_sregs().cr4 == CR4
+
+
+def test_msrs(guest: BareGuest) -> None:
+    """Writing anything there that turns something on is #GP."""
+    tries = [
+        Step(What.WRITE_MSR, index, value, attempt=True) for index, value in HIDDEN_MSRS.values()
+    ]
+    give(guest, *tries)
+    assert run(guest) == []
+    assert dict(zip(HIDDEN_MSRS, faults(guest), strict=True)) == dict.fromkeys(
+        HIDDEN_MSRS, GENERAL_PROTECTION
+    )
+
+
+def test_debug_control_stays_zero(guest: BareGuest) -> None:
+    """Zero may be written, as Linux does at its start."""
+    give(
+        guest,
+        Step(What.WRITE_MSR, 0x1D9, 0, attempt=True),
+        Step(What.READ_MSR, 0x1D9, attempt=True),
+    )
+    assert run(guest) == []
+    assert faults(guest) == [None, None]
+    assert results(guest)[1] == 0
+
+
+# ---- nested VMX ----------------------------------------------------------------------------------
+
+VMX_BASIC, FEATURE_CONTROL = 0x480, 0x3A
+VMX_ENABLED = 5  # locked, VMXON outside SMX
+
+
+def test_no_nested_vmx(guest: BareGuest) -> None:
+    """No capability MSRs, no CR4.VMXE (above), so no VMXON; and none by the VMM."""
+    give(
+        guest,
+        Step(What.READ_MSR, VMX_BASIC, attempt=True),
+        Step(What.WRITE_MSR, FEATURE_CONTROL, VMX_ENABLED, attempt=True),
+    )
+    assert run(guest) == []
+    assert faults(guest) == [GENERAL_PROTECTION] * 2
+
+
+def test_no_nested_state(kvm: Kvm, guest: BareGuest) -> None:
+    """KVM_SET_NESTED_STATE of a hypervisor that has run VMXON (struct kvm_nested_state: flags,
+    format, size, vmxon_pa, vmcs12_pa; api.rst 4.119)."""
+    if not guest.vm.check_extension("KVM_CAP_NESTED_STATE"):
+        pytest.skip("this kvm has no nested state: kvm_intel.nested=0")
+    none = (2**64 - 1).to_bytes(8, "little")
+    head = (0).to_bytes(2, "little") + (0).to_bytes(2, "little") + (128).to_bytes(4, "little")
+    vmxon = head + (0x1000).to_bytes(8, "little") + none + bytes(104)
+    with pytest.raises(IoctlError) as caught:
+        guest.vcpu.set_nested_state(vmxon)
+    assert caught.value.errno == errno.EINVAL
+    # The control: a VM without contexts, whose CPUID has VMX, takes the same state.
+    with kvm.create_vm() as vm:
+        vcpu = vm.create_vcpu(0)
+        vcpu.set_cpuid(kvm.supported_cpuid())
+        try:
+            vcpu.set_msrs({FEATURE_CONTROL: VMX_ENABLED})
+        except MsrError:
+            pytest.skip("this kvm offers no nested vmx at all")
+        sregs = vcpu.get_sregs()
+        sregs.cr4 |= 1 << HIDDEN_CR4["VMXE"]
+        vcpu.set_sregs(sregs)
+        vcpu.set_nested_state(vmxon)

@@ -1,0 +1,333 @@
+"""Taking contexts away from a vCPU: in user space, running, halted, or inside the object."""
+
+import errno
+import gc
+import os
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from pykvm.boot.bare import BareGuest
+from pykvm.elisa.objects import ObjectInstance
+from pykvm.kvm import ElisaExit, Exit, IoctlError, Kvm, UnexpectedExitError, lib
+from pykvm.memory import layout
+from tests.elisa.child import CAP_SYS_ADMIN, in_child
+from tests.elisa.context_requests import Machine, good, revoke, set_slot
+from tests.elisa.host_state import host_state, nothing_stays, pinned_pages
+from tests.elisa.probe import (
+    Probe,
+    Step,
+    What,
+    attach,
+    calls,
+    events_taken,
+    give,
+    prepare,
+    results,
+    run,
+)
+from tests.elisa.spinning import LONG, C, Spin, event_guest, spin_object, wait_for
+
+pytestmark = pytest.mark.elisa
+
+MSI_ADDRESS = 0xFEE0_0000
+VECTOR = 0x55
+GENERAL = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", *(f"r{n}" for n in range(8, 16)))
+
+
+@pytest.fixture
+def guest(kvm: Kvm) -> Iterator[BareGuest]:
+    with event_guest(kvm) as guest:
+        yield guest
+
+
+@pytest.fixture
+def instance() -> Iterator[ObjectInstance]:
+    with spin_object(guests=3).open() as instance:
+        yield instance
+
+
+def start_over(guest: BareGuest, *steps: Step) -> None:
+    """Let the guest begin again, as a VMM may that has stopped it for good."""
+    give(guest, *steps)
+    sregs = guest.vcpu.get_sregs()
+    guest.start_vcpu(guest.vcpu, Probe().image().entry, layout.STACK_TOP_GPA, layout.BOOT_INFO_GPA)
+    assert guest.vcpu.get_sregs().cr3 == sregs.cr3
+
+
+def told(guest: BareGuest) -> ElisaExit:
+    """The exit at which a started guest stopped."""
+    with pytest.raises(UnexpectedExitError) as caught:
+        guest.wait(60)
+    exit = caught.value.exit
+    assert isinstance(exit, ElisaExit), exit
+    return exit
+
+
+def check_revoked(exit: Exit, slot: int) -> None:
+    assert isinstance(exit, ElisaExit), exit
+    assert (exit.cause, exit.at, exit.slot) == (
+        lib.KVM_ELISA_EXIT_REVOKED,
+        lib.KVM_ELISA_AT_SUB,
+        slot,
+    )
+    assert C < exit.rip < C + layout.SHARED_OFFSET
+    assert "revoked context in the sub context" in str(exit)
+
+
+def check_refused(exit: Exit, slot: int) -> None:
+    assert isinstance(exit, ElisaExit), exit
+    assert (exit.cause, exit.at) == (lib.KVM_ELISA_EXIT_VMFUNC, lib.KVM_ELISA_AT_DEFAULT)
+    assert exit.index == slot
+
+
+# ---- the call ------------------------------------------------------------------------------------
+
+
+def test_slots(machine: Machine) -> None:
+    """It empties what it names, and nothing else; an empty slot is told."""
+    vm, vcpu = machine.vm, machine.vcpu
+    with nothing_stays() as before:
+        first, second = good(machine).send(vm), good(machine).send(vm)
+        for slot, fd in ((2, first), (3, first), (511, second)):
+            assert set_slot(vcpu, slot, fd) == 0
+        for fd in (first, second):
+            os.close(fd)
+        assert revoke(vm, 0, 2) == 0
+        assert revoke(vm, 0, 2) == -errno.ENOENT
+        assert host_state().pinned == before.pinned + 6
+        assert revoke(vm, 0, 3) == 0
+        assert host_state().pinned == before.pinned + 3
+        assert revoke(vm, 0, 511) == 0
+        assert revoke(vm, 0, 0) in (0, -errno.ENOENT)
+
+
+def test_all_slots(machine: Machine) -> None:
+    with nothing_stays() as before:
+        for slot in (2, 7, 511):
+            fd = good(machine).send(machine.vm)
+            assert set_slot(machine.vcpu, slot, fd) == 0
+            os.close(fd)
+        assert host_state().pinned == before.pinned + 9
+        machine.vm.revoke_elisa_slot(0, None)
+        assert host_state().pinned == before.pinned
+        for slot in (2, 7, 511):
+            assert revoke(machine.vm, 0, slot) == -errno.ENOENT
+
+
+def test_refusals(machine: Machine) -> None:
+    with nothing_stays():
+        fd = good(machine).send(machine.vm)
+        assert revoke(machine.vm, 0, 2) == -errno.ENOENT  # no list yet
+        assert set_slot(machine.vcpu, 2, fd) == 0
+        assert revoke(machine.vm, 1, 2) == -errno.ENOENT
+        for vcpu_id in (2**31, 2**32 - 1):
+            assert revoke(machine.vm, vcpu_id, 2) == -errno.EINVAL
+        for slot in (1, 512, 2**32 - 1):
+            assert revoke(machine.vm, 0, slot) == -errno.EINVAL
+        assert in_child(lambda: revoke(machine.vm, 0, 2)) == -errno.EIO
+        assert revoke(machine.vm, 0, 2) == 0
+        os.close(fd)
+
+
+def test_without_sys_admin(machine: Machine) -> None:
+    """The right is asked for before anything else, so that the call tells nothing."""
+    assert in_child(lambda: _own_revoke(2), without=CAP_SYS_ADMIN) == -errno.EPERM
+
+
+def _own_revoke(slot: int) -> int:
+    with Kvm() as kvm, kvm.create_vm() as vm:
+        vm.create_vcpu(0)
+        return revoke(vm, 0, slot)
+
+
+def test_the_error_says_what_to_do(machine: Machine) -> None:
+    with pytest.raises(IoctlError, match="a slot that holds a context") as caught:
+        machine.vm.revoke_elisa_slot(0, 2)
+    assert caught.value.errno == errno.ENOENT
+
+
+# ---- a vCPU outside the object -------------------------------------------------------------------
+
+
+def test_in_user_space(guest: BareGuest, instance: ObjectInstance) -> None:
+    """The guest waits in a mark. Its other object stays."""
+    first = attach(guest, instance, 0)
+    second = attach(guest, instance, 1, index=1)
+
+    def on_mark(_: int) -> None:
+        guest.vm.revoke_elisa_slot(0, first.slot)
+
+    give(
+        guest,
+        calls(first.slot, 3),
+        Step(What.MARK),
+        Step(What.VMFUNC, 0, first.slot),
+        calls(second.slot, 4),
+    )
+    (exit,) = run(guest, on_mark)
+    check_refused(exit, first.slot)
+    assert (results(guest)[0], results(guest)[3]) == (3, 4)
+
+
+def test_while_the_guest_runs(guest: BareGuest, instance: ObjectInstance) -> None:
+    """In its default context: it goes on, and finds out at its next VMFUNC."""
+    attachment = attach(guest, instance)
+    give(
+        guest,
+        calls(attachment.slot, 3),
+        Step(What.WAIT, 1, 1 << 40),
+        Step(What.VMFUNC, 0, attachment.slot),
+    )
+    guest.start()
+    wait_for(lambda: guest.info.result[0] == 1)
+    guest.vm.revoke_elisa_slot(0, attachment.slot)
+    guest.vm.signal_msi(MSI_ADDRESS, VECTOR)
+    check_refused(told(guest), attachment.slot)
+    assert results(guest)[:2] != [3, None]
+
+
+def test_halted(guest: BareGuest, instance: ObjectInstance) -> None:
+    """It does not wake up; when an interrupt wakes it, its slot is empty."""
+    attachment = attach(guest, instance)
+    give(
+        guest,
+        calls(attachment.slot, 3),
+        Step(What.HALT, 1),
+        Step(What.VMFUNC, 0, attachment.slot),
+    )
+    guest.start()
+    wait_for(lambda: guest.info.result[0] == 1)
+    time.sleep(0.2)
+    guest.vm.revoke_elisa_slot(0, attachment.slot)
+    assert events_taken(guest) == 0
+    guest.vm.signal_msi(MSI_ADDRESS, VECTOR)
+    check_refused(told(guest), attachment.slot)
+    assert events_taken(guest) == 1
+
+
+# ---- a vCPU inside the object --------------------------------------------------------------------
+
+
+def test_inside(guest: BareGuest, instance: ObjectInstance) -> None:
+    """It stops where it is; nothing of the object's is left in its registers, nothing of the object
+    runs any more, and the guest can be started over and attached again."""
+    attachment = attach(guest, instance)
+    give(guest, calls(attachment.slot, LONG))
+    spin = Spin(instance)
+    guest.start()
+    spin.wait_until_inside()
+    guest.vm.revoke_elisa_slot(0, attachment.slot)
+    turns = spin.turns
+    exit = told(guest)
+    check_revoked(exit, attachment.slot)
+    assert spin.turns == turns
+    regs = guest.vcpu.get_regs()
+    assert {name: getattr(regs, name) for name in GENERAL} == dict.fromkeys(GENERAL, 0)
+    assert spin.inside
+    attachment.detach()
+
+    spin.release()
+    again = instance.attach(guest.vm, guest.vcpu, 0).slot
+    start_over(guest, calls(again, 1), Step(What.READ, layout.GDT_GPA + 8))
+    assert run(guest) == []
+    assert results(guest) == [0, 0x00AF_9B00_0000_FFFF]
+    assert spin.begun == 2
+
+
+def test_stopped_inside(guest: BareGuest, instance: ObjectInstance) -> None:
+    """The vCPU is in user space, its context the object's: the next run tells, and runs nothing."""
+    attachment = attach(guest, instance)
+    give(guest, calls(attachment.slot, LONG))
+    spin = Spin(instance)
+    guest.start()
+    spin.wait_until_inside()
+    guest.stop()
+    turns = spin.turns
+    guest.vm.revoke_elisa_slot(0, attachment.slot)
+    check_revoked(guest.vcpu.run(), attachment.slot)
+    assert spin.turns == turns
+    attachment.detach()
+
+
+def test_another_slot_while_inside(guest: BareGuest, instance: ObjectInstance) -> None:
+    """The object that the vCPU is in is not the one that is taken away: it notices nothing."""
+    inside = attach(guest, instance, 0)
+    other = attach(guest, instance, 1, index=1)
+    give(guest, calls(inside.slot, LONG), Step(What.VMFUNC, 0, other.slot))
+    spin = Spin(instance)
+    guest.start()
+    spin.wait_until_inside()
+    guest.vm.revoke_elisa_slot(0, other.slot)
+    spin.work_on()
+    spin.release()
+    check_refused(told(guest), other.slot)
+    assert results(guest)[0] is not None
+
+
+def test_pages_come_back(kvm: Kvm) -> None:
+    """At once, although the vCPU is still in KVM_RUN, or has not been run since."""
+    gc.collect()  # what earlier tests left
+    with nothing_stays() as before:
+        with event_guest(kvm) as guest, spin_object().open() as instance:
+            attachment = attach(guest, instance)
+            taken = pinned_pages() - before.pinned
+            assert taken > 10
+            stats = guest.vm.stats()
+            assert stats.value("elisa_pages") > taken  # and table pages
+            give(guest, calls(attachment.slot, LONG))
+            spin = Spin(instance)
+            guest.start()
+            spin.wait_until_inside()
+            for context in attachment._contexts:  # the slot's reference is the last one
+                context.close()
+            assert pinned_pages() - before.pinned == taken
+            guest.vm.revoke_elisa_slot(0, attachment.slot)
+            assert told(guest).cause == lib.KVM_ELISA_EXIT_REVOKED
+            assert pinned_pages() == before.pinned
+            assert (stats.value("elisa_pages"), stats.value("elisa_contexts")) == (0, 0)
+        gc.collect()  # memory of a guest stays readable until nobody refers to it
+
+
+def test_another_vm(kvm: Kvm, guest: BareGuest, instance: ObjectInstance) -> None:
+    """The same object, another guest: it works on, and its slot is its own."""
+    first = attach(guest, instance, 0)
+    with BareGuest(kvm, Probe(), name="other") as other:
+        prepare(other)
+        second = attach(other, instance, 1)
+        give(other, calls(second.slot, LONG))
+        spin = Spin(instance)
+        other.start()
+        spin.wait_until_inside()
+        guest.vm.revoke_elisa_slot(0, first.slot)
+        spin.work_on()
+        spin.release()
+        assert other.wait(60) == 0
+
+
+def test_another_vcpu(guest: BareGuest, instance: ObjectInstance) -> None:
+    first = attach(guest, instance, 0)
+    vcpu = guest.vm.create_vcpu(1)
+    second = instance.attach(guest.vm, vcpu, 1)
+    assert first.slot == second.slot  # of different lists
+    guest.vm.revoke_elisa_slot(0, None)
+    assert revoke(guest.vm, 0, first.slot) == -errno.ENOENT
+    assert revoke(guest.vm, 1, second.slot) == 0
+
+
+def test_again_and_again(guest: BareGuest, instance: ObjectInstance) -> None:
+    """Revoked at a different moment each time, without a leak."""
+    spin = Spin(instance)
+    pinned = pinned_pages()
+    for number in range(8):
+        attachment = instance.attach(guest.vm, guest.vcpu, 0)
+        start_over(guest, *(calls(attachment.slot, 500 << number) for _ in range(300)))
+        guest.start()
+        time.sleep(0.01 * number)
+        guest.vm.revoke_elisa_slot(0, attachment.slot)
+        exit = told(guest)
+        assert exit.cause in (lib.KVM_ELISA_EXIT_REVOKED, lib.KVM_ELISA_EXIT_VMFUNC)
+        attachment.detach()
+        assert pinned_pages() == pinned
+    assert spin.begun > 0

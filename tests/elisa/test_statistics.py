@@ -1,0 +1,164 @@
+"""The patch's statistics (KVM_GET_STATS_FD): each moves with what it counts, and not otherwise."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from pykvm.boot.bare import BareGuest
+from pykvm.boot.compiler import GUEST_SOURCES
+from pykvm.elisa.objects import ObjectInstance, SharedObject
+from pykvm.elisa.protections import Protection
+from pykvm.kvm import ElisaExit, Kvm, Stats
+from pykvm.memory import layout
+from tests.elisa.context_requests import (
+    EPTP,
+    LIST,
+    Machine,
+    R,
+    Request,
+    chain,
+    good,
+    leaf,
+    set_slot,
+)
+from tests.elisa.probe import (
+    WILD,
+    Probe,
+    Step,
+    What,
+    Wild,
+    attach,
+    calls,
+    give,
+    prepare,
+    results,
+    run,
+)
+from tests.elisa.spinning import LONG, Spin, event_guest, spin_object
+
+pytestmark = pytest.mark.elisa
+
+VM_NAMES = ("elisa_contexts", "elisa_pages")
+VCPU_NAMES = ("elisa_exits", "elisa_held", "elisa_returns", "elisa_revoked", "elisa_bad_vmfunc")
+NOTHING = dict.fromkeys(VCPU_NAMES, 0)
+
+
+def wild_object() -> SharedObject:
+    return SharedObject("wild", WILD, without={Protection.CODE_CHECK})
+
+
+def read(stats: Stats, names: tuple[str, ...]) -> dict[str, int]:
+    return {name: stats.value(name) for name in names}
+
+
+@pytest.fixture
+def guest(kvm: Kvm) -> Iterator[BareGuest]:
+    with BareGuest(kvm, Probe()) as guest:
+        prepare(guest)
+        yield guest
+
+
+def test_what_they_are(machine: Machine) -> None:
+    vm = {each.name: each for each in machine.vm.stats().statistics}
+    vcpu = {each.name: each for each in machine.vcpu.stats().statistics}
+    assert {name for name in vm if name.startswith("elisa")} == set(VM_NAMES)
+    assert {name for name in vcpu if name.startswith("elisa")} == set(VCPU_NAMES)
+    for name in VM_NAMES:
+        assert (vm[name].kind, vm[name].size) == ("instant", 1)
+    for name in VCPU_NAMES:
+        assert (vcpu[name].kind, vcpu[name].size) == ("cumulative", 1)
+
+
+def test_contexts_and_pages(machine: Machine) -> None:
+    """Tables and pinned pages of every context that anybody refers to."""
+    stats = machine.vm.stats()
+
+    def now() -> tuple[int, int]:
+        return stats.value("elisa_contexts"), stats.value("elisa_pages")
+
+    assert now() == (0, 0)
+    first = good(machine).send(machine.vm)
+    assert now() == (1, 4 + 3)
+    second = good(machine).send(machine.vm)
+    assert now() == (2, 2 * (4 + 3))
+    assert good(machine, leaf(9)).send(machine.vm) < 0
+    assert now() == (2, 2 * (4 + 3))
+    assert set_slot(machine.vcpu, 2, second) == 0
+    os.close(second)
+    assert now()[0] == 2
+    gate = Request(chain(leaf(0, R), leaf(1)), [(0, EPTP, first), (0, LIST, 0)]).send(machine.vm)
+    contexts, pages = now()
+    assert contexts == 3
+    assert pages >= 2 * (4 + 3) + 4
+    os.close(first)
+    assert now() == (contexts, pages)  # the gate names it
+    os.close(gate)
+    assert now()[0] == 1
+    assert set_slot(machine.vcpu, 2, -1) == 0
+    assert now() == (0, 0)
+
+
+def test_calls_count_nothing(guest: BareGuest) -> None:
+    """A crossing is not seen by the host."""
+    with SharedObject("counter", GUEST_SOURCES / "objects" / "counter.c").open() as counter:
+        slot = attach(guest, counter).slot
+        give(guest, *(calls(slot, 1) for _ in range(20)))
+        stats = guest.vcpu.stats()
+        assert run(guest) == []
+        assert results(guest)[-1] == 20
+        assert read(stats, VCPU_NAMES) == NOTHING
+
+
+def test_failed_vmfunc(guest: BareGuest) -> None:
+    with wild_object().open() as wild:
+        attach(guest, wild)
+        give(guest, *(Step(What.VMFUNC, 0, index) for index in (1, 3, 511)), Step(What.VMFUNC))
+        stats = guest.vcpu.stats()
+        assert len(run(guest)) == 3
+        assert read(stats, VCPU_NAMES) == {**NOTHING, "elisa_bad_vmfunc": 3}
+
+
+@pytest.mark.parametrize("what", [Wild.CPUID, Wild.VMCALL, Wild.READ])
+def test_exits_of_a_context(guest: BareGuest, what: Wild) -> None:
+    """Reported ones; the host's own interrupts, which leave a context as well, are none of them."""
+    with wild_object().open() as wild:
+        slot = attach(guest, wild).slot
+        give(guest, calls(slot, what, layout.IMAGE_GPA))
+        stats = guest.vcpu.stats()
+        (exit,) = run(guest)
+        assert isinstance(exit, ElisaExit)
+        assert read(stats, VCPU_NAMES) == {**NOTHING, "elisa_exits": 1}
+
+
+def test_host_interrupts_are_not_reported(kvm: Kvm) -> None:
+    with event_guest(kvm) as guest, spin_object().open() as instance:
+        spin, irq_exits = started(guest, instance)
+        spin.work_on(2_000_000)
+        spin.release()
+        assert guest.wait(60) == 0
+        stats = guest.vcpu.stats()
+        assert stats.value("irq_exits") > irq_exits
+        assert read(stats, VCPU_NAMES) == NOTHING
+
+
+def started(guest: BareGuest, instance: ObjectInstance) -> tuple[Spin, int]:
+    """Inside the object; and the interrupts of the host before."""
+    give(guest, calls(attach(guest, instance).slot, LONG))
+    before = guest.vcpu.stats().value("irq_exits")
+    spin = Spin(instance)
+    guest.start()
+    spin.wait_until_inside()
+    return spin, before
+
+
+def test_revoked(kvm: Kvm) -> None:
+    with event_guest(kvm) as guest, spin_object().open() as instance:
+        stats = guest.vcpu.stats()
+        started(guest, instance)
+        guest.vm.revoke_elisa_slot(0, None)
+        with pytest.raises(Exception, match="revoked context"):
+            guest.wait(60)
+        counted = read(stats, VCPU_NAMES)
+        assert counted["elisa_revoked"] == 1
+        assert counted["elisa_bad_vmfunc"] == 0

@@ -1,0 +1,98 @@
+"""The patch's tracepoints, read from the kernel's trace buffer."""
+
+import ctypes
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pykvm.boot.bare import BareGuest
+from pykvm.elisa.objects import SharedObject
+from pykvm.elisa.protections import Protection
+from pykvm.kvm import Kvm
+from pykvm.memory import layout
+from tests.elisa.context_requests import Machine, good, revoke, set_slot
+from tests.elisa.probe import WILD, Probe, Wild, attach, calls, give, prepare, run
+
+pytestmark = pytest.mark.elisa
+
+TRACING = Path("/sys/kernel/tracing")
+EVENTS = ("kvm_elisa_attach", "kvm_elisa_detach", "kvm_elisa_violation", "kvm_elisa_revoke")
+MS_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tracefs() -> None:
+    """Mounted, where the host has not done it."""
+    if not (TRACING / "trace").exists():
+        libc = ctypes.CDLL(None, use_errno=True)
+        done = libc.mount(
+            b"tracefs", os.fsencode(TRACING), b"tracefs", ctypes.c_ulong(MS_NOSUID_NODEV_NOEXEC), 0
+        )
+        if done and not (TRACING / "trace").exists():
+            pytest.skip(f"this kernel has no tracefs: {os.strerror(ctypes.get_errno())}")
+
+
+@contextmanager
+def traced() -> Iterator[list[str]]:
+    """Filled at the end: one line for each event, "name: fields"."""
+    lines: list[str] = []
+    switches = [TRACING / "events" / "kvm" / name / "enable" for name in EVENTS]
+    (TRACING / "trace").write_text("")
+    for switch in switches:
+        switch.write_text("1")
+    try:
+        yield lines
+    finally:
+        for switch in switches:
+            switch.write_text("0")
+        found = re.findall(r"(kvm_elisa_\w+: .*)", (TRACING / "trace").read_text())
+        lines.extend(found)
+
+
+def test_they_exist() -> None:
+    for name in EVENTS:
+        text = (TRACING / "events" / "kvm" / name / "format").read_text()
+        assert f"name: {name}\n" in text
+
+
+def test_attach_detach_revoke(machine: Machine) -> None:
+    with traced() as lines:
+        fd = good(machine).send(machine.vm)
+        for slot in (2, 511):
+            assert set_slot(machine.vcpu, slot, fd) == 0
+        assert set_slot(machine.vcpu, 511, -1) == 0
+        assert revoke(machine.vm, 0, 2) == 0
+        os.close(fd)
+    names = [line.split(":")[0] for line in lines]
+    assert names[:3] == ["kvm_elisa_attach", "kvm_elisa_attach", "kvm_elisa_detach"]
+    assert "kvm_elisa_revoke" in names[3:]
+    for line, slot in zip(lines, (2, 511, 511, 2), strict=False):
+        assert re.search(rf"\bslot {slot}\b", line), line
+        assert re.search(r"\bvcpu 0\b", line), line
+
+
+def test_violation(kvm: Kvm) -> None:
+    with (
+        SharedObject("wild", WILD, without={Protection.CODE_CHECK}).open() as wild,
+        BareGuest(kvm, Probe()) as guest,
+        traced() as lines,
+    ):
+        prepare(guest)
+        slot = attach(guest, wild).slot
+        give(guest, calls(slot, Wild.WRITE, layout.CROSSING_GVA + layout.IMAGE_OFFSET, 1))
+        assert len(run(guest)) == 1
+    (line,) = [line for line in lines if line.startswith("kvm_elisa_violation")]
+    assert re.search(rf"\bslot {slot}\b", line), line
+    gpa = layout.SUB_PRIVATE_GPA + layout.IMAGE_OFFSET
+    assert f"{gpa:x}" in line
+
+
+def test_nothing_of_refused_calls(machine: Machine) -> None:
+    with traced() as lines:
+        assert set_slot(machine.vcpu, 2, machine.vm.fileno()) < 0
+        assert revoke(machine.vm, 0, 2) < 0
+    assert lines == []
