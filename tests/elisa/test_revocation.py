@@ -1,7 +1,6 @@
 """Taking contexts away from a vCPU: in user space, running, halted, or inside the object."""
 
 import errno
-import gc
 import os
 import time
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from pykvm.kvm import ElisaExit, Exit, IoctlError, Kvm, UnexpectedExitError, lib
 from pykvm.memory import layout
 from tests.elisa.child import CAP_SYS_ADMIN, in_child
 from tests.elisa.context_requests import Machine, good, revoke, set_slot
-from tests.elisa.host_state import host_state, nothing_stays, pinned_pages
+from tests.elisa.host_state import host_state, locked_kib, nothing_stays, pinned_pages
 from tests.elisa.probe import (
     Probe,
     Step,
@@ -267,27 +266,26 @@ def test_another_slot_while_inside(guest: BareGuest, instance: ObjectInstance) -
 
 
 def test_pages_come_back(kvm: Kvm) -> None:
-    """At once, although the vCPU is still in KVM_RUN, or has not been run since."""
-    gc.collect()  # what earlier tests left
-    with nothing_stays() as before:
-        with event_guest(kvm) as guest, spin_object().open() as instance:
-            attachment = attach(guest, instance)
-            taken = pinned_pages() - before.pinned
-            assert taken > 10
-            stats = guest.vm.stats()
-            assert stats.value("elisa_pages") > taken  # and table pages
-            give(guest, calls(attachment.slot, LONG))
-            spin = Spin(instance)
-            guest.start()
-            spin.wait_until_inside()
-            for context in attachment._contexts:  # the slot's reference is the last one
-                context.close()
-            assert pinned_pages() - before.pinned == taken
-            guest.vm.revoke_elisa_slot(0, attachment.slot)
-            assert told(guest).cause == lib.KVM_ELISA_EXIT_REVOKED
-            assert pinned_pages() == before.pinned
-            assert (stats.value("elisa_pages"), stats.value("elisa_contexts")) == (0, 0)
-        gc.collect()  # memory of a guest stays readable until nobody refers to it
+    """At once, although the VM, the object and the VMM's descriptors of them are still there."""
+    before = (pinned_pages(), locked_kib())
+    with event_guest(kvm) as guest, spin_object().open() as instance:
+        attachment = attach(guest, instance)
+        taken = pinned_pages() - before[0]
+        assert taken > 10
+        stats = guest.vm.stats()
+        assert stats.value("elisa_pages") > taken  # and table pages
+        assert locked_kib() - before[1] == stats.value("elisa_pages") * 4
+        give(guest, calls(attachment.slot, LONG))
+        spin = Spin(instance)
+        guest.start()
+        spin.wait_until_inside()
+        for context in attachment._contexts:  # the slot's reference is the last one
+            context.close()
+        assert pinned_pages() - before[0] == taken
+        guest.vm.revoke_elisa_slot(0, attachment.slot)
+        assert told(guest).cause == lib.KVM_ELISA_EXIT_REVOKED
+        assert (pinned_pages(), locked_kib()) == before
+        assert (stats.value("elisa_pages"), stats.value("elisa_contexts")) == (0, 0)
 
 
 def test_another_vm(kvm: Kvm, guest: BareGuest, instance: ObjectInstance) -> None:
