@@ -150,6 +150,7 @@ def test_single_steps(kvm: Kvm, guest: BareGuest) -> None:
 
 # ---- T10: faults that arguments provoke ----------------------------------------------------------
 
+PAGE_FAULT, GENERAL_PROTECTION = 14, 13
 BAD_POINTERS = {
     "null": 0,
     "the guest's memory": layout.IMAGE_GPA,
@@ -158,6 +159,29 @@ BAD_POINTERS = {
     "not canonical": 1 << 62,
 }
 FAULTY_DECLARATION = replace(DECLARATION, name="faulty", source=FAULTY)
+
+
+@pytest.mark.attack("T10")
+@pytest.mark.parametrize("name", BAD_POINTERS)
+def test_a_fault_with_tables_in_the_window(guest: BareGuest, name: str) -> None:
+    """The handler would be internal code with arguments of the guest's. VMFUNC does not work while
+    the tables lie there, and does again afterwards."""
+    with FAULTY_DECLARATION.open() as instance:
+        put(instance.shared, 0, SECRET)
+        slot = join(guest, instance).slot
+        vectors = dict.fromkeys(
+            (PAGE_FAULT, GENERAL_PROTECTION), C + instance.symbols["vault_copy"]
+        )
+        descriptors_in_window(guest, instance, vectors)
+        registers = {Register.RDI: WINDOW, Register.RSI: SHARED, Register.RDX: BAD_POINTERS[name]}
+        bad = Leap(slot=slot, registers=registers, idt=WINDOW + IDT_AT, gdt=WINDOW + GDT_AT)
+        good = Leap(slot=slot, registers={Register.RDX: SHARED})
+        give_leaps(guest, bad, good)
+        assert run(guest) == []
+        _, last = left(guest)
+        assert last is not None
+        assert last[Register.RAX] == 0
+        assert not stolen(instance)
 
 
 @pytest.mark.attack("T10")
