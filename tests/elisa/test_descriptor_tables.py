@@ -151,12 +151,14 @@ def own_idt() -> Place:
 OWN_GDT = Place(layout.GDT_GPA, GDT_SIZE - 1)
 
 
+@pytest.mark.attack("T9")
 @pytest.mark.parametrize("name", INSIDE)
 def test_idt_inside(guest: BareGuest, counter: ObjectInstance, name: str) -> None:
     place = Place(INSIDE[name], IDT_LIMIT)
     assert with_table(guest, counter, Table.IDT, place, own_idt()) == OFF
 
 
+@pytest.mark.attack("T9")
 @pytest.mark.parametrize("name", ["gate page", "own window"])
 def test_gdt_inside(guest: BareGuest, counter: ObjectInstance, name: str) -> None:
     place = Place(INSIDE[name] + 0x120, GDT_SIZE - 1)
@@ -173,6 +175,7 @@ EDGES = {
 }
 
 
+@pytest.mark.attack("T9")
 @pytest.mark.parametrize("name", EDGES)
 def test_idt_at_the_edges(guest: BareGuest, counter: ObjectInstance, name: str) -> None:
     place, expected = EDGES[name]
@@ -217,6 +220,7 @@ SEGMENTS = {
 }
 
 
+@pytest.mark.attack("T9")
 @pytest.mark.parametrize("which", [Table.TASK, Table.LDT], ids=["TR", "LDTR"])
 @pytest.mark.parametrize("name", SEGMENTS)
 def test_segments(guest: BareGuest, counter: ObjectInstance, which: Table, name: str) -> None:

@@ -118,6 +118,7 @@ def held_while_inside(
 # ---- one event, while the object works -----------------------------------------------------------
 
 
+@pytest.mark.attack("T11")
 def test_an_interrupt_of_the_host(guest: BareGuest, instance: ObjectInstance) -> None:
     """As a device in the host raises it (KVM_SIGNAL_MSI)."""
 
@@ -128,6 +129,7 @@ def test_an_interrupt_of_the_host(guest: BareGuest, instance: ObjectInstance) ->
     check_at_return(event, VECTOR)
 
 
+@pytest.mark.attack("T11")
 def test_an_nmi(guest: BareGuest, instance: ObjectInstance) -> None:
     def inject() -> None:
         assert guest.vm.signal_msi(MSI_ADDRESS, NMI_DELIVERY) == 1
@@ -136,11 +138,13 @@ def test_an_nmi(guest: BareGuest, instance: ObjectInstance) -> None:
     check_at_return(event, NMI)
 
 
+@pytest.mark.attack("T11")
 def test_an_interrupt_of_another_vcpu(guest: BareGuest, instance: ObjectInstance) -> None:
     (event,) = held_while_inside(guest, instance, lambda: send_ipi(guest, VECTOR | ASSERT_LEVEL))
     check_at_return(event, VECTOR)
 
 
+@pytest.mark.attack("T11")
 def test_an_nmi_of_another_vcpu(guest: BareGuest, instance: ObjectInstance) -> None:
     (event,) = held_while_inside(
         guest, instance, lambda: send_ipi(guest, NMI_DELIVERY | ASSERT_LEVEL)
@@ -162,6 +166,7 @@ def test_several_at_once(guest: BareGuest, instance: ObjectInstance) -> None:
     assert not [event for event in taken if event.rip in CROSSING_AREA and event.rip != RETURN_PAGE]
 
 
+@pytest.mark.attack("T11")
 def test_the_timer(guest: BareGuest, instance: ObjectInstance) -> None:
     """The guest's own local APIC timer, armed before the call: nobody in the host acts."""
     slot = attach(guest, instance).slot
@@ -185,6 +190,7 @@ def test_the_timer(guest: BareGuest, instance: ObjectInstance) -> None:
     assert counted.since()["elisa_returns"] == 1
 
 
+@pytest.mark.attack("T11")
 def test_init(guest: BareGuest, instance: ObjectInstance) -> None:
     """INIT resets a vCPU: not in the middle of an object's work, but right behind it."""
     slot = attach(guest, instance).slot
@@ -299,6 +305,7 @@ def test_events_outside_a_call_are_not_held(guest: BareGuest, instance: ObjectIn
     assert (since["elisa_held"], since["elisa_returns"]) == (0, 0)
 
 
+@pytest.mark.attack("T11")
 def test_many_events_and_calls(guest: BareGuest, instance: ObjectInstance) -> None:
     """A timer interrupt for each of many calls, at all places of a crossing: each is taken once,
     and none anywhere in the crossing area but before the return page's first instruction."""

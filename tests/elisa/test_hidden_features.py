@@ -78,6 +78,7 @@ def set_cpuid(vm: Vm, entries: list[CpuidEntry]) -> int:
     return 0
 
 
+@pytest.mark.attack("T18")
 @pytest.mark.parametrize("feature", HIDDEN_FEATURES, ids=lambda feature: str(feature.name))
 def test_cpuid(kvm: Kvm, feature: HiddenFeature) -> None:
     """Refused with contexts; without them KVM takes the same leaves."""
@@ -125,6 +126,7 @@ def guest(kvm: Kvm) -> Iterator[BareGuest]:
         yield guest
 
 
+@pytest.mark.attack("T18")
 def test_control_register(guest: BareGuest) -> None:
     """Each bit is reserved: #GP, and CR4 stays as it was."""
     tries = [
@@ -146,6 +148,7 @@ def test_control_register_by_the_vmm(guest: BareGuest) -> None:
     assert guest.vcpu.get_sregs().cr4 == CR4
 
 
+@pytest.mark.attack("T17")
 def test_msrs(guest: BareGuest) -> None:
     """Writing anything there that turns something on is #GP."""
     tries = [
@@ -158,6 +161,7 @@ def test_msrs(guest: BareGuest) -> None:
     )
 
 
+@pytest.mark.attack("T17")
 def test_debug_control_stays_zero(guest: BareGuest) -> None:
     """Zero may be written, as Linux does at its start."""
     give(
@@ -176,6 +180,7 @@ VMX_BASIC, FEATURE_CONTROL = 0x480, 0x3A
 VMX_ENABLED = 5  # locked, VMXON outside SMX
 
 
+@pytest.mark.attack("T18")
 def test_no_nested_vmx(guest: BareGuest) -> None:
     """No capability MSRs, no CR4.VMXE (above), so no VMXON; and none by the VMM."""
     give(

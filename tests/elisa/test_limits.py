@@ -39,6 +39,7 @@ def close(*files: int) -> None:
         os.close(file)
 
 
+@pytest.mark.attack("T21")
 def test_contexts(kvm: Kvm) -> None:
     with new_machine(kvm, contexts=2) as machine, nothing_stays():
         first, second, third = sends(machine, 3)
@@ -56,6 +57,7 @@ def test_contexts(kvm: Kvm) -> None:
         close(second, third)
 
 
+@pytest.mark.attack("T21")
 def test_pages(kvm: Kvm) -> None:
     """Table pages count as pinned ones do."""
     with new_machine(kvm, pages=2 * PAGES) as machine, nothing_stays():
@@ -172,6 +174,7 @@ def test_calls_of_a_vm_that_has_not_opted_in(kvm: Kvm) -> None:
 # ---- memory that may be locked -------------------------------------------------------------------
 
 
+@pytest.mark.attack("T21")
 @pytest.mark.parametrize(("allowed", "expected"), [(PAGES - 1, -errno.ENOMEM), (PAGES, 1)])
 def test_locked_memory(allowed: int, expected: int) -> None:
     """Pinned pages and table pages are charged, unless the caller has CAP_IPC_LOCK."""

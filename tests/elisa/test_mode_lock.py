@@ -51,6 +51,7 @@ def try_call(slot: int) -> Step:
 # ---- what the guest changes itself ---------------------------------------------------------------
 
 
+@pytest.mark.attack("T7")
 def test_without_smap(guest: BareGuest, counter: ObjectInstance) -> None:
     slot = attach(guest, counter).slot
     give(
@@ -247,6 +248,7 @@ def _in_mode(guest: BareGuest, counter: ObjectInstance, mode: Mode) -> list[Exit
     return seen
 
 
+@pytest.mark.attack("T7")
 @pytest.mark.parametrize("name", OFF)
 def test_modes_without_vmfunc(guest: BareGuest, counter: ObjectInstance, name: str) -> None:
     assert _in_mode(guest, counter, OFF[name]) == [Shutdown(), Shutdown()]
