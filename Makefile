@@ -109,7 +109,7 @@ fuzz: setup
 
 # One line for each row of docs/threats.md; not 0 while a row falls short.
 attacks: setup
-	$(VENV)/bin/python -m tests.attacks.suite
+	$(VENV)/bin/python -m tests.attacks.suite --series $(SERIES)
 
 lint: setup
 	$(VENV)/bin/ruff check

@@ -30,7 +30,7 @@ def test_skips_itself():
 
 
 def _pytest(
-    directory: Path, sample: str, require: str | None = None
+    directory: Path, sample: str, require: str | None = None, *arguments: str
 ) -> subprocess.CompletedProcess[str]:
     shutil.copy(TESTS / "conftest.py", directory)
     shutil.copy(TESTS.parent / "pyproject.toml", directory)
@@ -41,7 +41,7 @@ def _pytest(
     if require is not None:
         environment["PYKVM_REQUIRE"] = require
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "test_sample.py"],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "test_sample.py", *arguments],
         cwd=directory,
         env=environment,
         capture_output=True,
@@ -98,3 +98,26 @@ def test_an_unknown_tier_is_refused(tmp_path: Path) -> None:
     done = _pytest(tmp_path, SAMPLE, "elisa,typo")
     assert done.returncode == 4
     assert "PYKVM_REQUIRE names no tier: typo" in done.stderr
+
+
+WEAKENED = """
+import pytest
+
+@pytest.mark.unit
+def test_of_all_modules():
+    assert True
+
+@pytest.mark.unit
+@pytest.mark.weakened
+def test_of_weakened_modules():
+    assert True
+"""
+
+
+def test_what_needs_weakened_modules_runs_only_if_named(tmp_path: Path) -> None:
+    """Neither run nor skipped otherwise."""
+    assert "1 passed, 1 deselected" in _pytest(tmp_path, WEAKENED, "unit").stdout
+    assert "1 passed, 1 deselected" in _pytest(tmp_path, WEAKENED, "unit", "-m", "unit").stdout
+    named = _pytest(tmp_path, WEAKENED, "unit", "-m", "weakened", "-v").stdout
+    assert "1 passed, 1 deselected" in named
+    assert "test_of_weakened_modules PASSED" in named
