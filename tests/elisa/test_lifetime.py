@@ -13,7 +13,7 @@ import pytest
 from pykvm.boot.bare import BareGuest, GuestTimeoutError
 from pykvm.elisa.objects import SharedObject
 from pykvm.elisa.protections import Protection
-from pykvm.kvm import Context, Kvm
+from pykvm.kvm import Context, Kvm, UnexpectedExitError
 from pykvm.kvm.handle import Handle
 from tests.elisa.context_requests import PAGE, Machine, Memory, good, set_slot
 from tests.elisa.host_state import HostState, locked_kib, nothing_stays, pinned_pages
