@@ -57,7 +57,10 @@ def run(options: argparse.Namespace) -> int:
         if not 1 <= getattr(options, name) <= most:
             raise PykvmError(f"--{name} {getattr(options, name)}: use 1 to {most}")
     frames = read_capture(options.capture)  # a bad file is refused before anything is started
-    print(f"capture: {len(frames)} frames, {sum(len(f.data) for f in frames)} bytes", flush=True)
+    if not is_emulated():  # there, the command that started this one has said it
+        print(
+            f"capture: {len(frames)} frames, {sum(len(f.data) for f in frames)} bytes", flush=True
+        )
 
     def measure() -> dict[str, Any]:
         return _measure(options)
