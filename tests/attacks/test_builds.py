@@ -6,6 +6,7 @@ import pytest
 from pykvm.elisa.protections import Protection
 from pykvm.elisa.toolchain import build_object, crossing_images
 from tests.attacks.leap import Leaper
+from tests.attacks.segments import Jumper
 from tests.attacks.test_exceptions import FAULTY, NO_BOUND
 from tests.attacks.test_page_tables import wild_declaration
 from tests.attacks.test_state import NO_CLD, NO_STACK, NOP
@@ -19,8 +20,10 @@ LEFT_OUT = (Protection.SLOT_CLEARING, Protection.GATE_CHECK)
 
 def test_guests_and_objects() -> None:
     assert Leaper().image().address_of("leap_back")
+    assert Jumper().image().address_of("segments_return")
     for source in (VAULT, FAULTY):
         assert "vault_copy" in build_object([source]).symbols
+    assert "vault_copy" in build_object([VAULT], user=True).symbols
     for declaration in (wild_declaration(), NOP):
         declaration.open().close()
 

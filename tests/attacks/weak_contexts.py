@@ -84,8 +84,8 @@ class WeakAttachment:
 
     gate_page: in place of the gate's code. change_gate, change_sub: called with the plan before the
     Anywhere Page Table fills its empty entries. extra: further parts of the sub context's image.
-    tables: what the sub context allows with its own guest page table. `gate` and `sub` are the
-    contexts; no slot holds either yet.
+    tables: what the sub context allows with its own guest page table. own_pages: lay the guest's
+    own pages of the crossing, too. `gate` and `sub` are the contexts; no slot holds either yet.
     """
 
     def __init__(
@@ -99,11 +99,13 @@ class WeakAttachment:
         extra: Sequence[tuple[int, UserPages, Access]] = (),
         tables: Access = Access.READ,
         crossing_gva: int = layout.CROSSING_GVA,
+        own_pages: bool = True,
     ) -> None:
-        pages = crossing_images()
-        guest.map_crossing(
-            pages.entry_page, pages.return_page, pages.call_offset, crossing_gva=crossing_gva
-        )
+        if own_pages:
+            pages = crossing_images()
+            guest.map_crossing(
+                pages.entry_page, pages.return_page, pages.call_offset, crossing_gva=crossing_gva
+            )
         self._guest = guest
         declaration = instance.declaration
         env = declaration.env(crossing_gva + layout.SHARED_OFFSET, 0)
@@ -158,6 +160,13 @@ class WeakAttachment:
     def close(self) -> None:
         """After the guest's: nothing can be inside then. Harmless twice."""
         self._memory.close()
+
+
+@contextmanager
+def crossing_anywhere() -> Iterator[None]:
+    """The crossing area may lie where it must not: below 4 GiB, for one."""
+    with mock.patch.object(contexts, "check_crossing_base"):
+        yield
 
 
 def also_map(plan: ContextPlan, gpa: int, pages: UserPages, access: Access) -> None:

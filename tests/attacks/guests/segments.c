@@ -1,0 +1,99 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Runs VMFUNC from code segments other than the kernel's: in compatibility mode (32-bit code in
+ * long mode) and at CPL 3, in each of their combinations.
+ *
+ * input     struct jump, in order. The VMM has mapped a page of the guest's own that ends or goes on
+ *           with VMFUNC and INT $0x80 wherever a jump goes, for the privilege level that it goes to
+ * result[0] jumps that came back
+ *
+ * A jump is over at INT $0x80, wherever that comes from.
+ */
+#include "runtime.h"
+
+struct jump {
+	uint64_t target; /* address of VMFUNC */
+	uint64_t slot;
+	uint64_t code, data; /* selectors: enum below */
+	uint64_t rsp;
+	uint64_t result; /* RAX at INT $0x80 */
+	uint64_t done;
+};
+
+/* 0x08 to 0x18 are the VMM's: 64-bit code, data, and the TSS. tests/attacks/segments.py knows these. */
+enum { NARROW_CODE = 0x28, USER_NARROW_CODE = 0x33, USER_DATA = 0x3b, USER_CODE = 0x43 };
+
+static uint64_t descriptors[9];
+
+/* Addressed absolutely: all registers but RSP belong to what runs next. */
+uint64_t segments_task, segments_rsp, segments_result;
+void segments_jump(const struct jump *jump);
+void segments_return(void);
+
+__asm__(".text\n"
+	"segments_jump:\n\t"
+	"push	%rbx\n\tpush	%rbp\n\tpush	%r12\n\tpush	%r13\n\tpush	%r14\n\tpush	%r15\n\t"
+	"pushf\n\t"
+	"mov	%rsp, segments_rsp\n\t"
+	"lea	-256(%rsp), %rax\n\t"
+	"and	$-16, %rax\n\t"
+	"mov	segments_task, %rcx\n\t"
+	"mov	%rax, 4(%rcx)\n\t" /* RSP0: where INT at CPL 3 pushes */
+	"push	24(%rdi)\n\t"
+	"push	32(%rdi)\n\t"
+	"push	$0x202\n\t"
+	"push	16(%rdi)\n\t"
+	"push	(%rdi)\n\t"
+	"mov	8(%rdi), %rcx\n\t"
+	"xor	%eax, %eax\n\t"
+	"xor	%edx, %edx\n\t"
+	"xor	%ebx, %ebx\n\t"
+	"xor	%ebp, %ebp\n\t"
+	"xor	%esi, %esi\n\t"
+	"xor	%edi, %edi\n\t"
+	"iretq\n"
+	"segments_return:\n\t" /* interrupts off until the popf */
+	"mov	segments_rsp, %rsp\n\t"
+	"mov	%rax, segments_result\n\t"
+	"popf\n\t"
+	"pop	%r15\n\tpop	%r14\n\tpop	%r13\n\tpop	%r12\n\tpop	%rbp\n\tpop	%rbx\n\t"
+	"ret\n");
+
+static void allow_other_segments(void)
+{
+	extern uint8_t interrupt_table[256][16];
+	struct {
+		uint16_t limit;
+		uint64_t base;
+	} __attribute__((packed)) table;
+
+	__asm__ volatile("sgdt %0" : "=m"(table));
+	memcpy(descriptors, (const void *)table.base, 5 * sizeof(*descriptors));
+	descriptors[NARROW_CODE / 8] = 0x00cf9b000000ffff;
+	descriptors[USER_NARROW_CODE / 8] = 0x00cffb000000ffff;
+	descriptors[USER_DATA / 8] = 0x00cff3000000ffff;
+	descriptors[USER_CODE / 8] = 0x00affb000000ffff;
+	/* Bits 16 to 39 of the low half, 56 to 63, then the high half: the base of the TSS. */
+	segments_task = (descriptors[3] >> 16 & 0xffffff) |
+			(descriptors[3] >> 56 & 0xff) << 24 | descriptors[4] << 32;
+	table.limit = sizeof(descriptors) - 1;
+	table.base = (uint64_t)descriptors;
+	__asm__ volatile("lgdt %0" : : "m"(table));
+	interrupt_handler(0x80, segments_return);
+	interrupt_table[0x80][5] = 0xee; /* callable from CPL 3 */
+}
+
+uint32_t guest_main(void)
+{
+	struct jump *jump = (struct jump *)boot_info->input;
+	uint64_t jumps = boot_info->input_size / sizeof(*jump);
+
+	allow_other_segments();
+	for (uint64_t n = 0; n < jumps; n++) {
+		segments_jump(&jump[n]);
+		jump[n].result = segments_result;
+		WRITE_ONCE(jump[n].done, 1);
+		boot_info->result[0] = n + 1;
+	}
+	return 0;
+}

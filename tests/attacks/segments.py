@@ -1,0 +1,107 @@
+"""The guest program segments.c: VMFUNC in compatibility mode, and at CPL 3."""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from pykvm.boot.bare import BareGuest
+from pykvm.boot.compiler import build_guest
+from pykvm.boot.elf import ElfFile
+from pykvm.memory import layout
+from pykvm.paging.entries import PAGE_SIZE, Access
+from tests.attacks.victim import GUESTS
+
+VMFUNC: Final = b"\x0f\x01\xd4"
+INT_0X80: Final = b"\xcd\x80"
+LOW: Final = 1 << 32  # where addresses of 32-bit code end
+
+# target, slot, code, data, rsp, result, done
+_JUMP: Final = struct.Struct("<7Q")
+RSP: Final = layout.STACK_GPA + 0x8000
+
+
+class Segments(Enum):
+    """Selectors of code and data, as in segments.c."""
+
+    KERNEL = (0x08, 0x10)
+    NARROW_KERNEL = (0x28, 0x10)
+    NARROW_USER = (0x33, 0x3B)
+    USER = (0x43, 0x3B)
+
+    @property
+    def user(self) -> bool:
+        return self.value[0] & 3 == 3
+
+    @property
+    def narrow(self) -> bool:
+        return "NARROW" in self.name
+
+
+@dataclass(frozen=True)
+class Jump:
+    """To code that runs VMFUNC(0, slot) and then INT $0x80. behind: where VMFUNC ends; with narrow
+    segments below 4 GiB, and 0 for the end of that."""
+
+    segments: Segments
+    behind: int
+    slot: int
+
+    @property
+    def target(self) -> int:
+        return (self.behind - len(VMFUNC)) % (LOW if self.segments.narrow else 1 << 64)
+
+    def pack(self) -> bytes:
+        return _JUMP.pack(self.target, self.slot, *self.segments.value, RSP, 0, 0)
+
+
+@dataclass(frozen=True)
+class Jumper:
+    """segments.c"""
+
+    jumps: Sequence[Jump] = ()
+
+    def image(self) -> ElfFile:
+        return build_guest([GUESTS / "segments.c"])
+
+    def params(self) -> list[int]:
+        return []
+
+    def input(self) -> bytes:
+        return b"".join(jump.pack() for jump in self.jumps)
+
+
+def give_jumps(guest: BareGuest, *jumps: Jump, landing: int | None = None) -> None:
+    """What to do, before the first run; maps the guest's own pages for it, each for the privilege
+    level of the first jump that needs it.
+
+    landing: where calls come back, if not behind their VMFUNC.
+    """
+    guest.set_input(Jumper(jumps).input())
+    pages: dict[int, tuple[bytearray, bool]] = {}
+
+    def lay(address: int, code: bytes, user: bool) -> None:
+        for at, byte in enumerate(code, address):
+            blank = (bytearray(b"\xcc" * PAGE_SIZE), user)
+            page, for_user = pages.setdefault(at // PAGE_SIZE, blank)
+            assert for_user == user, f"{at:#x} is needed at two privilege levels"
+            page[at % PAGE_SIZE] = byte
+
+    for jump in jumps:
+        lay(jump.target, VMFUNC, jump.segments.user)
+        if jump.behind:
+            lay(jump.behind, INT_0X80, jump.segments.user)
+    if landing is not None:
+        lay(landing, INT_0X80, jumps[0].segments.user)
+    for number, (page, (data, user)) in enumerate(sorted(pages.items())):
+        gpa = layout.RX_LOG_GPA + number * PAGE_SIZE
+        guest.memory.write(gpa, bytes(data))
+        access = Access.READ | Access.EXECUTE | (Access.USER if user else Access(0))
+        guest.map(page * PAGE_SIZE, gpa, PAGE_SIZE, access)
+
+
+def landed(guest: BareGuest) -> list[int | None]:
+    """RAX after each jump, None if it has not come back."""
+    data = guest.memory.read(guest.info.input, guest.info.input_size)
+    return [result if done else None for *_, result, done in _JUMP.iter_unpack(data)]

@@ -1,0 +1,169 @@
+"""T8, T29: VMFUNC in compatibility mode, and from a guest's unprivileged process."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from pykvm.boot.bare import BareGuest
+from pykvm.elisa.objects import ObjectInstance
+from pykvm.kvm import ElisaExit, Kvm, lib
+from pykvm.memory import layout
+from tests.attacks.segments import LOW, RSP, Jump, Jumper, Segments, give_jumps, landed
+from tests.attacks.victim import (
+    AT_DEFAULT,
+    AT_GATE,
+    C,
+    knocks,
+    still_serves,
+    stop_at,
+    untouched,
+    vault,
+)
+from tests.attacks.weak_contexts import WeakAttachment, crossing_anywhere
+from tests.elisa.probe import run
+
+pytestmark = pytest.mark.elisa
+
+TRANSIENT = lib.KVM_ELISA_SLOT_TRANSIENT
+TRIPLE_FAULT = 2  # SDM vol. 3D, appendix C
+GATE = C + layout.GATE_OFFSET
+OFFICIAL = 0xFD8  # in the gate page: its second entry, behind the jump
+LAST = 0xFFD  # and its last VMFUNC
+
+
+@pytest.fixture
+def jumper(kvm: Kvm) -> Iterator[BareGuest]:
+    with BareGuest(kvm, Jumper()) as guest:
+        yield guest
+
+
+def join(guest: BareGuest, instance: ObjectInstance, *, user: bool = False) -> int:
+    """Attach as guest 0; the slot of its gate. The guest's own pages are for `give_jumps`."""
+    slot = instance.attach(guest.vm, guest.vcpu, 0, user=user).slot
+    guest.set_attachment(0, slot, instance.window_region(0))
+    return slot
+
+
+def stopped_in_gate(guest: BareGuest) -> ElisaExit:
+    """The guest's last exit: a fault that found no handler, at the gate's first instruction."""
+    exits = run(guest)
+    exit = stop_at(exits, AT_GATE)
+    assert (exit.cause, exit.vmx_exit_reason) == (lib.KVM_ELISA_EXIT_REFUSED, TRIPLE_FAULT)
+    return exit
+
+
+def told(guest: BareGuest) -> list[tuple[int, int]]:
+    """Function and index of each VMFUNC that failed; nothing else stopped the guest."""
+    exits = run(guest)
+    for exit in exits:
+        assert isinstance(exit, ElisaExit), exit
+        assert (exit.cause, exit.at) == (lib.KVM_ELISA_EXIT_VMFUNC, AT_DEFAULT), exit
+    return [(exit.function, exit.index) for exit in exits if isinstance(exit, ElisaExit)]
+
+
+# ---- T8: compatibility mode ----------------------------------------------------------------------
+
+NARROW = [Segments.NARROW_KERNEL, Segments.NARROW_USER]
+PLACES = {
+    "anywhere": 0x5000_0800,
+    "low half of the gate's address": GATE % LOW,
+    "low half of the official path": GATE % LOW + OFFICIAL,
+    "low half of the last instruction": GATE % LOW + LAST,
+    "low half of the sub entry": (C + layout.SUB_ENTRY_OFFSET) % LOW,
+    "across 4 GiB": 0,
+}
+
+
+@pytest.mark.attack("T8")
+@pytest.mark.parametrize("segments", NARROW, ids=lambda segments: segments.name.lower())
+@pytest.mark.parametrize("place", PLACES)
+def test_compatibility_mode(kvm: Kvm, jumper: BareGuest, segments: Segments, place: str) -> None:
+    """The gate context has nothing below 4 GiB: the next instruction faults. That VMFUNC works in
+    this mode at all shows with slot 0, behind which the guest goes on."""
+    with vault() as instance:
+        slot = join(jumper, instance)
+        home = Jump(segments, PLACES["anywhere"], 0)
+        give_jumps(jumper, home, Jump(segments, PLACES[place], slot))
+        exit = stopped_in_gate(jumper)
+        assert landed(jumper) == [0, None]
+        # Behind the last byte below 4 GiB come address 0 or 4 GiB; nothing is mapped at either.
+        assert exit.rip <= LOW
+        assert exit.rip % LOW == PLACES[place]
+        assert knocks(instance) == 0
+        assert untouched(instance)
+        assert still_serves(kvm, instance)
+
+
+LOW_CROSSING = 0x8000_0000
+
+
+@pytest.mark.control("T8")
+def test_a_gate_below_4_gib_is_other_instructions(jumper: BareGuest) -> None:
+    """In 32-bit code the gate's first byte, a REX prefix, decrements ESP, and what follows is a
+    branch to before the page: one that the gate does not have in 64-bit mode."""
+    with vault() as instance, crossing_anywhere():
+        weak = WeakAttachment(jumper, instance, crossing_gva=LOW_CROSSING, own_pages=False)
+        slot = weak.enter_through_gate()
+        gate = LOW_CROSSING + layout.GATE_OFFSET
+        ways = (Segments.KERNEL, Segments.NARROW_KERNEL)
+        landing = LOW_CROSSING + layout.RETURN_OFFSET
+        give_jumps(jumper, *(Jump(way, gate, slot) for way in ways), landing=landing)
+        exit = stopped_in_gate(jumper)
+        registers = jumper.vcpu.get_regs()
+        assert landed(jumper) == [0, None]
+        assert knocks(instance) == 1  # in 64-bit mode it is the gate
+        assert registers.rsp == RSP - 1
+        assert registers.rax != 0
+        assert exit.rip < gate
+        jumper.close()
+        weak.close()
+
+
+# ---- T29: a process of the guest -----------------------------------------------------------------
+
+USER = [Segments.USER, Segments.NARROW_USER]
+GATE_PLACES = {"start": 0, "inside": 0x10, "official path": OFFICIAL, "last instruction": LAST}
+RETURN = C + layout.RETURN_OFFSET
+
+
+@pytest.mark.attack("T29")
+@pytest.mark.parametrize("place", GATE_PLACES)
+def test_a_process_runs_vmfunc(kvm: Kvm, jumper: BareGuest, place: str) -> None:
+    """The gate of an attachment for kernel mode is a supervisor page: fetching from it faults, and
+    that is the end of the vCPU's run."""
+    with vault() as instance:
+        slot = join(jumper, instance)
+        behind = GATE + GATE_PLACES[place]
+        give_jumps(jumper, Jump(Segments.USER, behind, slot), landing=RETURN)
+        assert stopped_in_gate(jumper).rip == behind
+        assert landed(jumper) == [None]
+        assert knocks(instance) == 0
+        assert untouched(instance)
+        assert still_serves(kvm, instance)
+
+
+@pytest.mark.attack("T29")
+@pytest.mark.parametrize("segments", USER, ids=lambda segments: segments.name.lower())
+def test_a_process_tries_other_slots(kvm: Kvm, jumper: BareGuest, segments: Segments) -> None:
+    """Slot 0 is where it is; every other one is empty, and the VMM is told."""
+    with vault() as instance:
+        slot = join(jumper, instance)
+        empty = [TRANSIENT, slot + 1, 511, 512, (1 << 32) - 1]
+        jumps = [Jump(segments, PLACES["anywhere"], index) for index in (0, *empty, 0)]
+        give_jumps(jumper, *jumps)
+        assert told(jumper) == [(0, index) for index in empty]
+        assert landed(jumper) == [0] * len(jumps)
+        assert knocks(instance) == 0
+        assert untouched(instance)
+        assert still_serves(kvm, instance)
+
+
+@pytest.mark.control("T29")
+def test_a_process_calls_what_is_attached_for_user_mode(jumper: BareGuest) -> None:
+    """The same jump with pages that are the user's: the object counts the call."""
+    with vault() as instance:
+        slot = join(jumper, instance, user=True)
+        give_jumps(jumper, Jump(Segments.USER, GATE, slot), landing=RETURN)
+        assert run(jumper) == []
+        assert landed(jumper) == [0]
+        assert knocks(instance) == 1
