@@ -16,7 +16,7 @@ from pykvm.errors import PykvmError
 __all__ = ["main"]
 
 # One module of this package each; the first line of its docstring is what --help says.
-SUBCOMMANDS = ("doctor", "demo", "bench", "kernel", "testbed", "verify-gate")
+SUBCOMMANDS = ("doctor", "demo", "bench", "kernel", "testbed", "verify-gate", "cache")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

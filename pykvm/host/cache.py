@@ -2,19 +2,22 @@
 
 An entry is a directory named by a hash of all its inputs, so it never goes stale: other inputs
 are another entry. It is built under a temporary name and renamed when complete, and a lock per
-entry lets several processes ask for the same one.
+entry lets several processes ask for the same one. Its time is that of its last use, by which
+`pykvm.host.cache_pruning` removes what nobody wants any more.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 from pykvm.errors import PykvmError
 
-__all__ = ["CacheError", "entry", "key", "log_path", "root"]
+__all__ = ["CacheError", "entry", "key", "lock_entry", "log_path", "root"]
 
 _CHUNK = 1 << 20
 
@@ -64,29 +67,55 @@ def entry(kind: str, key: str, build: Callable[[Path], None]) -> Path:
         CacheError: the cache directory cannot be created or written.
         Whatever `build` raises.
     """
-    kind_dir = root() / kind
-    final = kind_dir / key
+    final = root() / kind / key
     try:
-        if final.is_dir():  # entries appear by rename, so one that exists is complete
-            return final
-        kind_dir.mkdir(parents=True, exist_ok=True)
-        lock = (kind_dir / f".{key}.lock").open("w")
+        lock = lock_entry(final)
     except OSError as error:
-        raise _unwritable(error) from error
-    # The lock file stays: removing it would let two holders lock two different files.
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if final.is_dir():
+        if final.is_dir():  # a cache that we may only read; it appeared by rename, so it is whole
             return final
-        partial = kind_dir / f".{key}.partial"
-        shutil.rmtree(partial, ignore_errors=True)  # left by a builder that was killed
-        partial.mkdir()
-        try:
-            build(partial)
-            partial.rename(final)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        raise _unwritable(error) from error
+    with lock:
+        if not final.is_dir():
+            _build(final, build)
+        with contextlib.suppress(OSError):  # somebody else's
+            os.utime(final)
     return final
+
+
+def lock_entry(entry: Path, *, wait: bool = True) -> TextIO:
+    """Lock `entry`, which need not exist; closing the returned file gives the lock up.
+
+    Raises:
+        BlockingIOError: another process has it, and we are not to wait.
+        OSError: the cache directory cannot be written.
+    """
+    path = entry.with_name(f".{entry.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    how = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
+    while True:
+        lock = path.open("w")
+        try:
+            fcntl.flock(lock, how)
+            # Pruning removes the lock of an entry along with it: that file locks nothing more.
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                return lock
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            lock.close()
+            raise
+        lock.close()
+
+
+def _build(final: Path, build: Callable[[Path], None]) -> None:
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a builder that was killed
+    partial.mkdir()
+    try:
+        build(partial)
+        partial.rename(final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def log_path(name: str) -> Path:

@@ -110,7 +110,10 @@ def fetch(packages: Sequence[Package]) -> list[Path]:
                     f"apt-get could not download {', '.join(lost[:3])}: "
                     f"{_last_line(result.stderr)}; run: apt-get update"
                 )
-    return [store / package.file for package in packages]
+        files = [store / package.file for package in packages]
+        for file in files:
+            os.utime(file)  # apt gives it the archive's time; pruning wants that of the last use
+    return files
 
 
 def unpack(archive: Path, root: Path) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pykvm.errors import PykvmError
-from pykvm.host import cache, debian_packages
+from pykvm.host import cache, cache_pruning, debian_packages
 from pykvm.host.kernel_series import HostKernel
 from pykvm.testbed import bochs, boot_disk, instances, kernel_image, payload, rootfs
 from pykvm.testbed.bochs import Emulator
@@ -46,8 +46,7 @@ _INITRAMFS_MODULES = ["ata_piix", "sd_mod"]
 _OUT_DISK_SIZE = 256 * 16 * 63 * 512  # 126 MiB, sparse
 _BOOT_TIMEOUT = 600.0  # seconds
 _SUSPEND_TIMEOUT = 120.0
-_KEPT_STATES = 6  # of a kind, and any that was used this short a time ago
-_KEPT_SECONDS = 3600.0
+_KEPT_STATES = 6  # of a kind, and any in use
 _INSIDE = Path(__file__).with_name("inside")
 
 
@@ -132,13 +131,8 @@ def host_with_kvm(kernel: HostKernel, modules: Path | None, progress: Progress) 
 
 
 def _used(entry: Path) -> Path:
-    """Note that `entry` is in use, and drop those of its kind that have not been for long."""
-    os.utime(entry)
-    others = [other for other in entry.parent.iterdir() if not other.name.startswith(".")]
-    others.sort(key=lambda other: other.stat().st_mtime, reverse=True)
-    for other in others[_KEPT_STATES:]:
-        if time.time() - other.stat().st_mtime > _KEPT_SECONDS:
-            shutil.rmtree(other, ignore_errors=True)
+    """Drop old entries of the same kind; each takes 100 MB and more."""
+    cache_pruning.keep_newest(entry.parent, _KEPT_STATES)
     return entry
 
 

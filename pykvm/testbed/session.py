@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pykvm.errors import PykvmError
-from pykvm.host import cache
+from pykvm.host import cache, cache_pruning
 from pykvm.host.fingerprint import commit
 from pykvm.host.kernel_series import DEFAULT_SERIES, newest_kernel
 from pykvm.testbed import instances, payload, saved_state
@@ -94,6 +94,7 @@ class Testbed:
         Raises:
             PykvmError: it cannot be made; the message says why.
         """
+        cache_pruning.prune_daily()
         if kvm == "none":
             return saved_state.booted_host(self.kernel, self._progress)
         if kvm == "payload" and modules is None:
