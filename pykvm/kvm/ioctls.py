@@ -133,7 +133,11 @@ _TABLE = (
     Ioctl("KVM_SET_REGS", (_C,)),
     Ioctl("KVM_GET_SREGS", (_C,)),
     Ioctl(
-        "KVM_SET_SREGS", (_C,), None, "make cr0, cr4, efer and the segments agree with each other"
+        "KVM_SET_SREGS",
+        (_C,),
+        None,
+        "make cr0, cr4, efer and the segments agree with each other, and with the CPUID that "
+        "set_cpuid() gave",
     ),
     Ioctl("KVM_GET_SREGS2", (_C,), "KVM_CAP_SREGS2"),
     Ioctl("KVM_SET_SREGS2", (_C,), "KVM_CAP_SREGS2"),

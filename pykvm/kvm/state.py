@@ -82,6 +82,11 @@ class VcpuState(Attributes):
         return self._get("KVM_GET_SREGS", "kvm_sregs")
 
     def set_sregs(self, sregs: Struct) -> None:
+        """Set all of struct kvm_sregs; call `set_cpuid` first.
+
+        Newer kernels refuse EFER.LME, LMA and NX of a vCPU whose CPUID lacks long mode or NX
+        (Linux arch/x86/kvm, kvm_is_valid_sregs(): seen in 6.12.117, not in 6.1.192).
+        """
         self.ioctl("KVM_SET_SREGS", sregs)
 
     def get_sregs2(self) -> Struct:
