@@ -32,6 +32,7 @@ from tests.elisa.context_requests import (
     chain,
     good,
     leaf,
+    revoke,
     set_slot,
     table,
 )
@@ -246,6 +247,31 @@ def test_bad_slots(machine: Machine) -> None:
             assert set_slot(machine.vcpu, 2, bad) == -code
         assert set_slot(machine.vcpu, 2, -1) == 0  # nothing was there
         os.close(fd)
+
+
+def test_lists_of_other_vcpus(machine: Machine) -> None:
+    """A gate that wrote into another vCPU's list would open that vCPU's transient slot."""
+    with nothing_stays():
+        second = machine.vm.create_vcpu(1)
+        plain = good(machine)
+        both = replace(plain, pages=[*plain.pages[:2], (0, LIST, 0), (0, LIST, 1)])
+        assert both.send(machine.vm) == -errno.EINVAL
+
+        sub = replace(plain, pages=[*plain.pages[:3], (0, LIST, 1)]).send(machine.vm)
+        gate = Request(chain(leaf(0, R)), [(0, EPTP, sub)]).send(machine.vm)
+        own = plain.send(machine.vm)
+        assert set_slot(machine.vcpu, 2, own) == 0
+        for fd in (sub, gate):
+            assert set_slot(machine.vcpu, 2, fd) == -errno.EINVAL
+            assert set_slot(machine.vcpu, 3, fd) == -errno.EINVAL
+            assert revoke(machine.vm, 0, 3) == -errno.ENOENT  # it stayed empty
+            assert set_slot(second, 2, fd) == 0
+        assert set_slot(second, 3, own) == -errno.EINVAL
+        assert revoke(machine.vm, 0, 2) == 0  # what was there has stayed
+        assert revoke(machine.vm, 1, 0) == 0
+        for fd in (sub, gate, own):
+            os.close(fd)
+        second.close()
 
 
 # ---- permissions and limits, in a child process --------------------------------------------------
