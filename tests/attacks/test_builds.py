@@ -5,6 +5,7 @@ import pytest
 
 from pykvm.elisa.protections import Protection
 from pykvm.elisa.toolchain import build_object, crossing_images
+from tests.attacks.host_tables import RECKLESS
 from tests.attacks.leap import Leaper
 from tests.attacks.segments import Jumper
 from tests.attacks.test_exceptions import FAULTY, NO_BOUND
@@ -24,7 +25,7 @@ def test_guests_and_objects() -> None:
     for source in (VAULT, FAULTY):
         assert "vault_copy" in build_object([source]).symbols
     assert "vault_copy" in build_object([VAULT], user=True).symbols
-    for declaration in (wild_declaration(), NOP):
+    for declaration in (wild_declaration(), NOP, RECKLESS):
         declaration.open().close()
 
 

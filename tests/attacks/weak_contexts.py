@@ -16,7 +16,7 @@ from pykvm.elisa import attachment, contexts, toolchain
 from pykvm.elisa.contexts import ContextPlan, UserPages, plan_gate, plan_sub
 from pykvm.elisa.objects import ObjectInstance
 from pykvm.elisa.toolchain import SubImage, build_object, crossing_images
-from pykvm.kvm import Context
+from pykvm.kvm import Context, Vcpu
 from pykvm.memory import layout
 from pykvm.memory.guest_memory import MemoryFile, Region
 from pykvm.paging.entries import PAGE_SIZE, Access
@@ -85,7 +85,8 @@ class WeakAttachment:
     gate_page: in place of the gate's code. change_gate, change_sub: called with the plan before the
     Anywhere Page Table fills its empty entries. extra: further parts of the sub context's image.
     tables: what the sub context allows with its own guest page table. own_pages: lay the guest's
-    own pages of the crossing, too. `gate` and `sub` are the contexts; no slot holds either yet.
+    own pages of the crossing, too. vcpu: whose list the contexts map, if not the guest's first.
+    `gate` and `sub` are the contexts; no slot holds either yet.
     """
 
     def __init__(
@@ -100,7 +101,9 @@ class WeakAttachment:
         tables: Access = Access.READ,
         crossing_gva: int = layout.CROSSING_GVA,
         own_pages: bool = True,
+        vcpu: Vcpu | None = None,
     ) -> None:
+        vcpu = vcpu or guest.vcpu
         if own_pages:
             pages = crossing_images()
             guest.map_crossing(
@@ -128,8 +131,8 @@ class WeakAttachment:
         change_gate(gate)
         self._place(sub, tables)
         self._place(gate, Access.READ)
-        self.sub: Context = attachment._create(guest.vm, guest.vcpu, sub, None)
-        self.gate: Context = attachment._create(guest.vm, guest.vcpu, gate, self.sub)
+        self.sub: Context = attachment._create(guest.vm, vcpu, sub, None)
+        self.gate: Context = attachment._create(guest.vm, vcpu, gate, self.sub)
         guest.set_attachment(0, 2, instance.window_region(0))
 
     def _take(self, size: int) -> int:

@@ -1,0 +1,88 @@
+"""T26: memory types of the guest's choice for trusted memory."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from pykvm.boot.bare import BareGuest
+from pykvm.elisa.objects import ObjectInstance
+from pykvm.kvm import Kvm
+from pykvm.memory import layout
+from pykvm.paging.entries import MemoryType
+from tests.attacks.host_addresses import host_address
+from tests.attacks.host_tables import RECKLESS, HostMemory, HostTables, both_contexts, read_list
+from tests.attacks.weaken import Weaken, weakened
+from tests.elisa.probe import Probe, Step, What, Wild, attach, calls, give, prepare, results, run
+
+pytestmark = pytest.mark.elisa
+
+PAT = 0x277  # IA32_PAT
+UNCACHED = 0  # every type that PAT, PCD and PWT can select: UC
+RESET = 0x0007_0406_0007_0406
+WRITE_THROUGH, CACHE_DISABLE = 1 << 3, 1 << 4  # of CR3
+WORD = 0x1234_5678_9ABC_DEF0
+
+
+@pytest.fixture
+def prober(kvm: Kvm) -> Iterator[BareGuest]:
+    with BareGuest(kvm, Probe()) as guest:
+        prepare(guest)
+        yield guest
+
+
+@pytest.fixture
+def memory() -> Iterator[HostMemory]:
+    with HostMemory() as memory:
+        yield memory
+
+
+def tables(guest: BareGuest, instance: ObjectInstance, memory: HostMemory) -> list[HostTables]:
+    """Of both contexts, after calls with every memory type of the guest's turned to uncached."""
+    attachment = attach(guest, instance)
+    slot = attachment.slot
+    instance.shared[:8] = WORD.to_bytes(8, "little")
+    cr3 = layout.PAGE_TABLES_GPA | WRITE_THROUGH | CACHE_DISABLE
+    read = (Wild.READ, layout.CROSSING_GVA + layout.SHARED_OFFSET)
+    give(
+        guest,
+        Step(What.WRITE_MSR, PAT, UNCACHED),
+        Step(What.READ_MSR, PAT),
+        Step(What.CALL_WITH_CR3, *read, slot=slot, cr3=cr3),
+        Step(What.WRITE_MSR, PAT, RESET),
+        calls(slot, *read_list(slot)),
+    )
+    assert run(guest) == []
+    _, pat, read_back, _, gate_eptp = results(guest)
+    assert (pat, read_back) == (UNCACHED, WORD)
+    assert gate_eptp
+    secret = host_address(instance.memory.host_address)
+    assert memory.read(secret, 8) == WORD.to_bytes(8, "little")  # this is the host's memory
+    found = both_contexts(memory, gate_eptp)
+    assert found[1].page(layout.SUB_PRIVATE_GPA + layout.SHARED_OFFSET) == secret
+    costs = (attachment.cost.gate, attachment.cost.sub)  # all tables have been found:
+    assert [len(each.levels) for each in found] == [cost.ept_tables for cost in costs]
+    assert all(each.leaves for each in found)
+    return list(found)
+
+
+@pytest.mark.attack("T26")
+def test_every_leaf_is_write_back_whatever_the_guest_says(
+    prober: BareGuest, memory: HostMemory
+) -> None:
+    """PAT and CR3 say uncached; the EPT has the last word."""
+    with RECKLESS.open() as instance:
+        for context in tables(prober, instance, memory):
+            assert context.eptp.memory_type == MemoryType.WB
+            assert not context.eptp.access_dirty
+            for leaf in context.leaves:
+                assert leaf.memory_type == MemoryType.WB
+                assert leaf.ignore_pat
+
+
+@pytest.mark.control("T26")
+@pytest.mark.weakened
+def test_leaves_that_leave_it_to_the_guest(prober: BareGuest, memory: HostMemory) -> None:
+    """Without "ignore PAT" the guest's PAT is combined with write-back: what it says, is."""
+    with weakened(Weaken.IPAT), RECKLESS.open() as instance:
+        for context in tables(prober, instance, memory):
+            assert not any(leaf.ignore_pat for leaf in context.leaves)

@@ -1,0 +1,212 @@
+"""T25, T28: a VMM that puts a context into a list that it was not made for."""
+
+import errno
+from collections.abc import Iterator
+
+import pytest
+
+from pykvm.boot.bare import BareGuest
+from pykvm.elisa.contexts import ContextPlan, ListPage, UserPages
+from pykvm.elisa.objects import ObjectInstance
+from pykvm.elisa.toolchain import crossing_images
+from pykvm.kvm import Context, Exit, IoctlError, Kvm, Vcpu, lib
+from pykvm.memory import layout
+from pykvm.memory.guest_memory import MemoryFile, Region
+from pykvm.paging.entries import PAGE_SIZE, Access
+from tests.attacks.leap import Leap, Leaper, Register, give_leaps, left
+from tests.attacks.test_entries import copy_secret, failed, home_stack
+from tests.attacks.victim import (
+    AT_GATE,
+    WINDOW,
+    WINDOW_PAGES,
+    C,
+    knocks,
+    put,
+    stolen,
+    stop_at,
+    untouched,
+    vault,
+    word,
+)
+from tests.attacks.weak_contexts import WeakAttachment
+from tests.attacks.weaken import Weaken, weakened
+from tests.elisa.probe import Probe, run
+
+pytestmark = pytest.mark.elisa
+
+TRANSIENT = lib.KVM_ELISA_SLOT_TRANSIENT
+SLOT = 2
+
+
+def refused(vcpu: Vcpu, slot: int, context: Context) -> bool:
+    """Whether the kernel takes the context for one that does not fit into the vCPU's list."""
+    with pytest.raises(IoctlError) as caught:
+        vcpu.set_elisa_slot(slot, context)
+    return caught.value.errno == errno.EINVAL
+
+
+# ---- T28: the list of another vCPU ---------------------------------------------------------------
+
+
+def second_vcpu(guest: BareGuest) -> Vcpu:
+    """At the program's start, with half of the stack."""
+    vcpu = guest.vm.create_vcpu(1)
+    stack = (layout.STACK_GPA + layout.STACK_TOP_GPA) // 2
+    guest.start_vcpu(vcpu, Leaper().image().entry, stack, layout.BOOT_INFO_GPA)
+    return vcpu
+
+
+def run_on(guest: BareGuest, vcpu: Vcpu, *leaps: Leap) -> list[Exit]:
+    """Other leaps than those before, on another of the guest's vCPUs."""
+    guest.set_input(Leaper(leaps).input())
+    first, guest.vcpu = guest.vcpu, vcpu
+    try:
+        return run(guest)
+    finally:
+        guest.vcpu = first
+
+
+@pytest.mark.attack("T28")
+def test_a_gate_for_another_vcpu(guest: BareGuest) -> None:
+    """The kernel refuses gate and sub context, and the vCPU that they are for takes them: neither
+    vCPU comes into the object but through its own gate."""
+    with vault() as instance:
+        other = second_vcpu(guest)
+        weak = WeakAttachment(guest, instance, vcpu=other)
+        home_stack(guest)
+        own = instance.attach(guest.vm, guest.vcpu, 1).slot
+        assert refused(guest.vcpu, own + 1, weak.gate)
+        assert refused(guest.vcpu, own + 1, weak.sub)
+        other.set_elisa_slot(SLOT, weak.gate)
+        transient = copy_secret(instance, TRANSIENT)
+        stray = [Leap(transient.behind, own + 1), transient]
+        give_leaps(guest, Leap(slot=own), *stray)
+        assert failed(run(guest)) == [(0, own + 1), (0, TRANSIENT)]
+        assert None not in left(guest)
+        assert failed(run_on(guest, other, Leap(slot=SLOT), transient)) == [(0, TRANSIENT)]
+        assert None not in left(guest)
+        assert knocks(instance) == 2
+        assert untouched(instance)
+        guest.close()
+        weak.close()
+
+
+@pytest.mark.control("T28")
+@pytest.mark.weakened
+def test_a_gate_that_opens_another_vcpus_slot(guest: BareGuest) -> None:
+    """vCPU 0 passes the gate, and stops at its end, for its own slot is empty. That of vCPU 1 is
+    filled now, so that vCPU 1 enters internal code from its default context."""
+    with weakened(Weaken.LIST), vault() as instance:
+        other = second_vcpu(guest)
+        weak = WeakAttachment(guest, instance, vcpu=other)
+        home_stack(guest)
+        other.set_elisa_slot(SLOT, weak.gate)
+        guest.vcpu.set_elisa_slot(SLOT, weak.gate)
+        transient = copy_secret(instance, TRANSIENT)
+        give_leaps(guest, transient)  # for the page that it starts on
+        assert stop_at(run_on(guest, guest.vcpu, Leap(slot=SLOT)), AT_GATE).index == TRANSIENT
+        assert run_on(guest, other, transient) == []
+        assert None not in left(guest)
+        assert stolen(instance)
+        guest.close()
+        weak.close()
+
+
+# ---- T25: a context of another VM ----------------------------------------------------------------
+
+OTHERS_PAGE = layout.IMAGE_OFFSET + 0xD_0000  # of the crossing area: free in the vault
+OTHERS_SECRET = 0x07E4_5EC4_E700_0003
+OWN_WINDOW = WINDOW + WINDOW_PAGES * PAGE_SIZE  # of guest 1 in the sub context
+
+
+class Neighbour:
+    """Another VM, guest 0 of the object, with a context that maps a page of its memory besides.
+
+    For the list, the context has a page that is none, as it is to lie in the list of `guest`, which
+    is guest 1.
+    """
+
+    def __init__(self, kvm: Kvm, guest: BareGuest, instance: ObjectInstance) -> None:
+        self.vm = BareGuest(kvm, Probe())
+        self.vm.memory.write(layout.RX_LOG_GPA, OTHERS_SECRET.to_bytes(8, "little"))
+        with MemoryFile("no list", PAGE_SIZE) as file:
+            self._page = Region(file, 0, prefault=True)
+        region = self.vm.memory.region_at(layout.RX_LOG_GPA)
+        private = region.host_address + layout.RX_LOG_GPA - region.gpa
+        self.weak = WeakAttachment(
+            self.vm,
+            instance,
+            change_sub=self._replace_list,
+            extra=[(OTHERS_PAGE, UserPages(private), Access.READ)],
+        )
+        pages = crossing_images()
+        guest.map_crossing(pages.entry_page, pages.return_page, pages.call_offset)
+        guest.set_attachment(0, SLOT, instance.window_region(1))
+
+    def _replace_list(self, plan: ContextPlan) -> None:
+        at = plan.pages.index(ListPage())
+        plan.pages[at] = UserPages(self._page.host_address)
+
+    def close(self) -> None:
+        self.vm.close()
+        self.weak.close()
+        self._page.close()
+
+
+@pytest.fixture
+def instance() -> Iterator[ObjectInstance]:
+    with vault() as instance:
+        yield instance
+
+
+@pytest.fixture
+def neighbour(kvm: Kvm, guest: BareGuest, instance: ObjectInstance) -> Iterator[Neighbour]:
+    neighbour = Neighbour(kvm, guest, instance)
+    yield neighbour
+    guest.close()
+    neighbour.close()
+
+
+def copy_from_neighbour(guest: BareGuest, instance: ObjectInstance, slot: int) -> Leap:
+    """As `copy_secret`, from the other VM's page to the window of guest 1."""
+    home_stack(guest)
+    put(instance.window(1), 0x1000, C + instance.symbols["serve"] + 5)
+    put(instance.window(1), 0x1008, layout.STACK_GPA + 0x800)
+    return Leap(
+        C + instance.symbols["vault_copy"],
+        slot,
+        {
+            Register.RDI: OWN_WINDOW,
+            Register.RSI: C + OTHERS_PAGE,
+            Register.RSP: OWN_WINDOW + 0x1000,
+        },
+    )
+
+
+@pytest.mark.attack("T25")
+def test_a_context_of_another_vm(
+    guest: BareGuest, instance: ObjectInstance, neighbour: Neighbour
+) -> None:
+    """Refused: the slot stays empty, and the guest is where it was."""
+    guest.vcpu.set_elisa_slot(SLOT, None)  # a list, so that VMFUNC works
+    assert refused(guest.vcpu, SLOT, neighbour.weak.sub)
+    assert refused(guest.vcpu, SLOT, neighbour.weak.gate)
+    give_leaps(guest, copy_from_neighbour(guest, instance, SLOT))
+    assert failed(run(guest)) == [(0, SLOT)]
+    assert word(instance.window(1)) == 0
+    assert untouched(instance)
+
+
+@pytest.mark.control("T25")
+@pytest.mark.weakened
+def test_a_context_of_another_vm_gives_its_memory_away(
+    guest: BareGuest, instance: ObjectInstance, neighbour: Neighbour
+) -> None:
+    """A page of the other VM's memory comes into this guest's window."""
+    with weakened(Weaken.OWNER):
+        guest.vcpu.set_elisa_slot(SLOT, neighbour.weak.sub)
+        give_leaps(guest, copy_from_neighbour(guest, instance, SLOT))
+        assert run(guest) == []
+        assert None not in left(guest)
+        assert word(instance.window(1)) == OTHERS_SECRET
+        guest.close()  # the weakened kernel wants the other VM to live on until then
