@@ -30,6 +30,8 @@ ENTRIES: Final = "tests/attacks/test_entries.py::"
 TABLES: Final = "tests/attacks/test_page_tables.py::"
 EXCEPTIONS: Final = "tests/attacks/test_exceptions.py::"
 SEGMENTS: Final = "tests/attacks/test_segments.py::"
+OWNERS: Final = "tests/attacks/test_owners.py::"
+MEMORY_TYPES: Final = "tests/attacks/test_memory_types.py::"
 STATE: Final = "tests/attacks/test_state.py::"
 WINDOWS: Final = "tests/switch/test_hostile_windows.py::"
 CALLS: Final = "tests/elisa/test_kernel_calls.py::"
@@ -324,15 +326,19 @@ THREATS: Final[tuple[Threat, ...]] = (
             CALLS + "test_contexts_that_name_contexts",
             CALLS + "test_without_sys_admin",
             CALLS + "test_a_vm_of_another_process",
+            OWNERS + "test_a_context_of_another_vm",
         ),
-        open="racing callers, and a control with a check taken away",
+        (OWNERS + "test_a_context_of_another_vm_gives_its_memory_away",),
+        open="racing callers",
     ),
     Threat(
         "T26",
         "memory types: PAT or CR3.PCD making trusted memory uncached or write-combining",
         "every leaf of a context is write-back with IPAT, which the kernel sets",
-        open="neither caches nor their types exist in the emulator; the entries are not read back "
-        "yet",
+        (MEMORY_TYPES + "test_every_leaf_is_write_back_whatever_the_guest_says",),
+        (MEMORY_TYPES + "test_leaves_that_leave_it_to_the_guest",),
+        residual="neither caches nor their types exist in the emulator: the tables of an attached "
+        "vCPU are read back from the host's memory, and what a processor does by them is not shown",
     ),
     Threat(
         "T27",
@@ -346,8 +352,13 @@ THREATS: Final[tuple[Threat, ...]] = (
         "T28",
         "a second vCPU in its default context while a gate fills *its* transient slot: a VMM that "
         "puts a gate made for one vCPU into another's list",
-        "none yet in the kernel: the VMM builds each gate for the vCPU that it attaches",
-        open="the kernel should refuse a context with another vCPU's list page",
+        "a slot takes no context that maps another vCPU's list page, itself or through the context "
+        "that it names",
+        (
+            OWNERS + "test_a_gate_for_another_vcpu",
+            CALLS + "test_lists_of_other_vcpus",
+        ),
+        (OWNERS + "test_a_gate_that_opens_another_vcpus_slot",),
     ),
     Threat(
         "T29",

@@ -249,6 +249,7 @@ def test_bad_slots(machine: Machine) -> None:
         os.close(fd)
 
 
+@pytest.mark.attack("T28")
 def test_lists_of_other_vcpus(machine: Machine) -> None:
     """A gate that wrote into another vCPU's list would open that vCPU's transient slot."""
     with nothing_stays():
