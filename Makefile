@@ -26,7 +26,7 @@ help:
 	@echo "make test    run every test, on this host and on the emulated Intel host (two kernels)"
 	@echo "make attacks try every row of docs/threats.md, and its controls"
 	@echo "make lint    check style and types"
-	@echo "make selftests  compare KVM's own selftests, unpatched and patched, on SERIES=6.1"
+	@echo "make selftests  compare KVM's own selftests, unpatched and patched, on SERIES='6.1 6.12'"
 	@echo "make fuzz    let guests write anything into their windows at any moment, for FUZZ_SECONDS=60"
 	@echo "make bench   measure the crossing, the switch and interrupts"
 	@echo "make verify-gate  show that the gate is safe to enter at any byte"
@@ -72,36 +72,16 @@ $(VENV)/.extensions: $(VENV)/.installed $(SOURCES)
 demo: setup
 	$(VENV)/bin/pykvm demo
 
-# Files with tests for the emulated host: there, importing all the others would take a minute.
-INSIDE = $(shell grep -lE 'mark\.(elisa|kvm)\b' -r tests --include='test_*.py')
-
-# Of them, those that need the patched KVM: all that a second series has to show.
-INSIDE_PATCHED = $(shell grep -lE 'mark\.elisa\b' -r tests --include='test_*.py')
-
-# Every part runs even if one before it fails. What pytest compiles in the first is taken along into
-# the others, so it must be allowed to write it. Then the two emulated hosts run side by side, one
-# processor each; the second's output is kept, and shown from its start once the first has ended.
+# As many parts at a time as there are processors; their outputs follow one another.
 test: setup
-	@status=0; \
-	echo "test: on this host"; \
-	env -u PYTHONDONTWRITEBYTECODE PYKVM_REQUIRE=unit,testbed $(VENV)/bin/python -m pytest || status=1; \
-	log=$$(mktemp); \
-	$(VENV)/bin/pykvm testbed --series 6.12 -- env PYKVM_REQUIRE=elisa \
-		python -m pytest -m elisa $(INSIDE_PATCHED) >$$log 2>&1 & \
-	second=$$!; \
-	trap 'kill $$second 2>/dev/null; rm -f $$log' EXIT; trap 'exit 130' INT TERM; \
-	echo "test: on the emulated host, Linux 6.1 (and at the same time 6.12)"; \
-	$(VENV)/bin/pykvm testbed --series 6.1 -- env PYKVM_REQUIRE=elisa,kvm \
-		python -m pytest -m "elisa or kvm" $(INSIDE) || status=1; \
-	echo "test: on the emulated host, Linux 6.12"; \
-	tail --pid=$$second -n +1 -f $$log; \
-	wait $$second || status=1; \
-	exit $$status
+	$(VENV)/bin/python -m tests.everything
 
-# One processor each for the unpatched and for the patched host. SELFTESTS may hold --all, or names.
-SERIES := 6.1
+# Two processors for each series: unpatched and patched hosts run at the same time. SELFTESTS may
+# hold --all, or names.
+SERIES := 6.1 6.12
 selftests: setup
-	$(VENV)/bin/pykvm kernel selftests --series $(SERIES) $(SELFTESTS)
+	$(VENV)/bin/python -m tests.side_by_side --processors 2 \
+		$(foreach series,$(SERIES),"$(VENV)/bin/pykvm kernel selftests --series $(series) $(SELFTESTS)")
 
 FUZZ_SECONDS := 60
 fuzz: setup
