@@ -81,7 +81,7 @@ test: setup
 SERIES := 6.1 6.12
 selftests: setup
 	$(VENV)/bin/python -m tests.side_by_side --processors 2 \
-		$(foreach series,$(SERIES),"$(VENV)/bin/pykvm kernel selftests --series $(series) $(SELFTESTS)")
+		$(foreach series,$(SERIES),"$(strip $(VENV)/bin/pykvm kernel selftests --series $(series) $(SELFTESTS))")
 
 FUZZ_SECONDS := 60
 fuzz: setup

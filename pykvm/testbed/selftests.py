@@ -109,6 +109,20 @@ class Result:
             return "too long"
         return {0: "pass", _SKIPPED: "skip"}.get(self.status, f"fail {self.status}")
 
+    @property
+    def reason(self) -> str:
+        """What it says about not having passed, in one line; empty if it passed or says nothing."""
+        if self.host_died:
+            return self.host_died
+        if self.status == _SKIPPED:
+            said = re.findall(r"# SKIP[ -]*(?:Requirement not met: )?(.+)", self.output)
+        elif self.status:
+            said = re.findall(r"^  ([^ :]+\.c:\d+): ", self.output, re.MULTILINE)  # TEST_ASSERT
+            said += self.output.splitlines()[-1:]
+        else:
+            return ""
+        return ": ".join(" ".join(line.split()) for line in said)
+
 
 @dataclass(frozen=True)
 class Comparison:

@@ -47,9 +47,10 @@ def test_same(made: type[_Made], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["kernel", "selftests", "--series", "6.12"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("KVM selftests of Linux 6.12.0-made, 2 of 3; stock: the same source")
-    assert lines[1].split() == ["a_test", "pass", "pass", "same"]
-    assert lines[3].startswith("hardware_disable_test")
-    assert "left out: stops 512 VMs" in lines[3]
+    assert lines[1].split() == ["stock", "patched"]
+    assert lines[2].split() == ["a_test", "pass", "pass", "same"]
+    assert lines[4].startswith("hardware_disable_test")
+    assert "left out: stops 512 VMs" in lines[4]
     assert lines[-1].startswith("2 the same (2 pass), 0 ended early on both sides, 1 left out, 0 ")
 
 
@@ -59,10 +60,20 @@ def test_different(
     monkeypatch.setattr(made, "ends", (Result(0, output="ok"), Result(254, output="bad")))
     assert main(["kernel", "selftests", "a_test"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ["a_test", "pass", "fail", "254", "DIFFERENT"]
+    assert lines[2].split() == ["a_test", "pass", "fail", "254", "DIFFERENT"]
     assert "    ended with: pass, patched: fail 254" in lines
     assert "    +bad" in lines
     assert "1 DIFFERENT" in lines[-1]
+
+
+def test_what_did_not_pass_says_why(
+    made: type[_Made], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    skipped = Result(4, output="1..0 # SKIP - Requirement not met: kvm_cpu_has(X86_FEATURE_SVM)\n")
+    monkeypatch.setattr(made, "ends", (skipped, skipped))
+    assert main(["kernel", "selftests", "a_test"]) == 0
+    line = capsys.readouterr().out.splitlines()[2]
+    assert line.split(maxsplit=3)[1:] == ["skip", "skip", "same: kvm_cpu_has(X86_FEATURE_SVM)"]
 
 
 def test_early_end_on_both_sides_is_no_sameness(
@@ -71,7 +82,7 @@ def test_early_end_on_both_sides_is_no_sameness(
     monkeypatch.setattr(made, "ends", (Result(None), Result(None)))
     assert main(["kernel", "selftests"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].endswith("not compared")
+    assert lines[2].endswith("not compared")
     assert lines[-1].startswith("0 the same (), 2 ended early on both sides")
 
 

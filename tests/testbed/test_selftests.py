@@ -46,6 +46,19 @@ def test_parse() -> None:
 
 
 @pytest.mark.unit
+def test_reasons() -> None:
+    failure = (
+        "==== Test Assertion Failure ====\n  x86_64/debug_regs.c:177: a == b\n  pid=186\n"
+        "     1\t0x00000000004028dc: ?? ??:0\n  SINGLE_STEP[3]: exit 4\n"
+    )
+    assert Result(254, output=failure).reason == "x86_64/debug_regs.c:177: SINGLE_STEP[3]: exit 4"
+    assert Result(4, output="1..0 # SKIP - idle pages off\n").reason == "idle pages off"
+    assert Result(4, output="1..0 # SKIP - Requirement not met: a() >= 2").reason == "a() >= 2"
+    assert Result(4).reason == Result(1).reason == Result(0, output=failure).reason == ""
+    assert Result(None, host_died="panic").reason == "panic"
+
+
+@pytest.mark.unit
 def test_parse_what_a_dying_host_said() -> None:
     results, running = parse(_ended("a").encode() + b'{"start": "b"}\n{"name": "b", "stat')
     assert list(results) == ["a"]
