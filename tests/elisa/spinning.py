@@ -19,6 +19,8 @@ LONG = 1 << 40
 """Turns that nobody waits for."""
 
 C = layout.CROSSING_GVA
+# The guest's own, in its default context: where the VMFUNC stands that leads to the gate.
+ENTRY_PAGE = range(C + layout.ENTRY_OFFSET, C + layout.ENTRY_OFFSET + 0x1000)
 RETURN_PAGE = C + layout.RETURN_OFFSET
 CROSSING_AREA = range(C + layout.GATE_DATA_OFFSET, C + (1 << 30))
 """All that the gate and the sub contexts of these tests map, and more."""

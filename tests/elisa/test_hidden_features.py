@@ -23,6 +23,7 @@ from tests.elisa.probe import Probe, Step, What, faults, give, results, run
 
 pytestmark = pytest.mark.elisa
 
+SIGNIFICANT_INDEX = 1 << 0  # Linux, arch/x86/include/uapi/asm/kvm.h
 GENERAL_PROTECTION = 13
 PAE, SMEP, SMAP = 1 << 5, 1 << 20, 1 << 21
 CR4 = PAE | SMEP | SMAP  # of these guests
@@ -88,6 +89,24 @@ def test_cpuid(kvm: Kvm, feature: HiddenFeature) -> None:
             if enable:
                 vm.enable_elisa_contexts()
             assert set_cpuid(vm, entries) == expected
+
+
+@pytest.mark.parametrize("feature", HIDDEN_FEATURES, ids=lambda feature: str(feature.name))
+def test_cpuid_under_another_index(kvm: Kvm, feature: HiddenFeature) -> None:
+    """Where no flag says that the index is significant, KVM takes the entry for any index; for
+    leaf 1 always."""
+    plain = without_hidden_features(kvm.supported_cpuid())
+    odd = [CpuidEntry(feature.function, 9, flags=0, **{feature.register: 1 << feature.bit})]
+    if feature.function == 1:
+        odd.append(replace(odd[0], flags=SIGNIFICANT_INDEX))
+    for entry in odd:
+        with kvm.create_vm() as vm:
+            vm.enable_elisa_contexts()
+            assert set_cpuid(vm, [entry, *plain]) == -errno.EINVAL, entry
+    with kvm.create_vm() as vm:  # under an index that counts, it is another leaf
+        vm.enable_elisa_contexts()
+        other = replace(odd[0], function=7, flags=SIGNIFICANT_INDEX)
+        assert set_cpuid(vm, [*plain, other]) == 0
 
 
 def test_refused_leaves_change_nothing(kvm: Kvm) -> None:
