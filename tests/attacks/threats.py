@@ -327,9 +327,9 @@ THREATS: Final[tuple[Threat, ...]] = (
             CALLS + "test_without_sys_admin",
             CALLS + "test_a_vm_of_another_process",
             OWNERS + "test_a_context_of_another_vm",
+            "tests/elisa/test_racing_callers.py::test_racing_callers",
         ),
         (OWNERS + "test_a_context_of_another_vm_gives_its_memory_away",),
-        open="racing callers",
     ),
     Threat(
         "T26",

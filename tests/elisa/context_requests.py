@@ -89,6 +89,13 @@ class Request:
 
     def send(self, vm: Vm) -> int:
         """The descriptor, or -errno."""
+        request, keep = self.packed()
+        result = call(vm, "KVM_ELISA_CREATE_CONTEXT", request)
+        del keep
+        return result
+
+    def packed(self) -> tuple[Any, tuple[Any, ...]]:
+        """struct kvm_elisa_create, and what has to live while it is used."""
         tables = ffi.from_buffer(b"".join(self.tables))
         pages = ffi.new("struct kvm_elisa_page[]", len(self.pages))
         for slot, (addr, kind, ref) in enumerate(self.pages):
@@ -101,8 +108,7 @@ class Request:
             **{"flags": 0, "pad": 0, "gva": 1 << 40, "size": PAGE, "reserved0": 0, "reserved1": 0},
             **self.fields,
         }
-        request = ffi.from_buffer(CREATE.pack(*values.values()))
-        return call(vm, "KVM_ELISA_CREATE_CONTEXT", request)
+        return ffi.from_buffer(CREATE.pack(*values.values())), (tables, pages)
 
 
 def call(handle: Handle, name: str, argument: Any) -> int:

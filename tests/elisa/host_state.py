@@ -8,6 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pykvm.kvm import Kvm
+from pykvm.kvm.stats import Stats
+from tests.elisa.tiny_guest import raw
+
 # Lines of the kernel's log that no test may cause.
 _TROUBLE = re.compile(
     r"WARNING:|BUG|Oops|general protection|Call Trace|stall|[Bb]ad page|invept|vmwrite|vmread"
@@ -76,3 +80,24 @@ def quiet_kernel() -> Iterator[None]:
         assert trouble == []
     finally:
         os.close(log)
+
+
+class VmStatistics:
+    """elisa_contexts and elisa_pages of any VM, without reading the descriptions each time."""
+
+    def __init__(self, kvm: Kvm) -> None:
+        with kvm.create_vm() as vm, vm.stats() as stats:
+            self._offsets = [self._offset(stats, f"elisa_{name}") for name in ("contexts", "pages")]
+
+    @staticmethod
+    def _offset(stats: Stats, name: str) -> int:
+        (found,) = [each.offset for each in stats.statistics if each.name == name]
+        return stats._data_offset + found
+
+    def read(self, vm: int) -> list[int]:
+        fd = raw(vm, "KVM_GET_STATS_FD")
+        assert fd >= 0
+        try:
+            return [int.from_bytes(os.pread(fd, 8, offset), "little") for offset in self._offsets]
+        finally:
+            os.close(fd)

@@ -1,0 +1,335 @@
+"""What the patch's calls must do, from kernel-patches/README.md alone: for test_call_sequences.py.
+
+The model keeps no counts of references: what is alive follows anew each time from the files that
+are open, from what stands in slots, and from what names what.
+"""
+
+import errno
+import functools
+import os
+import struct
+from collections import Counter
+from dataclasses import dataclass, field
+
+from pykvm.kvm import lib
+from tests.elisa.context_requests import EPTP, LARGE, LIST, PAGE, USER, WB, R, Request, W, X
+from tests.elisa.tiny_guest import ARENA_PAGES, TABLES_LAST, Arena, Kind, RunArea
+
+HIGHEST_VCPU_ID = 2**31 - 1
+
+
+@dataclass(eq=False)
+class OpenFile:
+    """A file of the kernel's, and what keeps it open. name: for messages."""
+
+    name: str
+    fds: list[int] = field(default_factory=list)
+    sent: int = 0
+    """Times that it lies in a socket, on its way."""
+    area: RunArea | None = None
+
+    @property
+    def open(self) -> bool:
+        return bool(self.fds or self.sent or self.area)
+
+
+@dataclass(eq=False)
+class ContextModel:
+    """kind: None for one whose code nobody knows. list_of: the vCPU whose list it maps.
+    tables_free: its range of addresses touches no descriptor table of a prepared vCPU."""
+
+    file: OpenFile
+    vm: "VmModel"
+    kind: Kind | None
+    tables: int
+    user_pages: int
+    la57: bool = False
+    tables_free: bool = True
+    target: "ContextModel | None" = None
+    list_of: set[int] = field(default_factory=set)
+
+    @property
+    def lists(self) -> set[int]:
+        return self.list_of | (self.target.list_of if self.target else set())
+
+    def leads_to(self, place: "ContextModel") -> int | None:
+        """KVM_ELISA_AT_* of a vCPU that is in `place` through this one."""
+        if self is place:
+            return int(lib.KVM_ELISA_AT_GATE)
+        return int(lib.KVM_ELISA_AT_SUB) if self.target is place else None
+
+
+@dataclass
+class Inside:
+    """Where a vCPU stopped outside its default context. stuck: cause and VMX exit reason of the
+    exit that it takes whenever it runs; None in a loop. home: offset of the HLT that it comes home
+    to from there."""
+
+    place: ContextModel
+    stuck: tuple[int, int] | None = None
+    home: int = 0
+
+
+@dataclass(eq=False)
+class VcpuModel:
+    file: OpenFile
+    vm: "VmModel"
+    id: int
+    slots: dict[int, ContextModel] = field(default_factory=dict)
+    has_list: bool = False
+    inside: Inside | None = None
+    report: tuple[int, int] | None = None
+    """Place and slot that the next KVM_RUN tells of, because they were revoked."""
+
+    def find(self, place: ContextModel, slots: dict[int, ContextModel]) -> tuple[int, int] | None:
+        """Place (KVM_ELISA_AT_*) and slot of the first of `slots` that leads there."""
+        for slot in sorted(slots):
+            at = slots[slot].leads_to(place)
+            if at is not None:
+                return at, slot
+        return None
+
+    @property
+    def vmfunc_works(self) -> bool:
+        """Of a prepared vCPU, which has no LA57 (I5, I8)."""
+        reached = [c for gate in self.slots.values() for c in (gate, gate.target) if c]
+        return self.has_list and all(c.tables_free and not c.la57 for c in reached)
+
+    def set_slot_errors(self, slot: int, context: ContextModel | None, fd_error: int) -> set[int]:
+        """Those of which KVM_ELISA_SET_SLOT may return one; it must succeed if there is none.
+        fd_error: what is wrong with the descriptor, 0 if nothing."""
+        errors = {fd_error} - {0}
+        if not self.vm.enabled or not 2 <= slot < 512:
+            errors.add(errno.EINVAL)
+        if self.inside:
+            errors.add(errno.EBUSY)
+        if context:
+            others = [c for n, c in self.slots.items() if n != slot]
+            if (
+                context.vm is not self.vm
+                or any(other.la57 != context.la57 for other in others)
+                or (context.target and context.target.la57 != context.la57)
+                or context.lists - {self.id}
+            ):
+                errors.add(errno.EINVAL)
+        return errors
+
+    def set_slot(self, slot: int, context: ContextModel | None) -> None:
+        self.has_list = True
+        self.slots.pop(slot, None)
+        if context:
+            self.slots[slot] = context
+
+    def revoke(self, slot: int) -> bool:
+        """Slot 0: all. False where nothing is to revoke."""
+        gone = {n: c for n, c in self.slots.items() if slot in (0, n)}
+        for number in gone:
+            del self.slots[number]
+        if self.inside and not self.find(self.inside.place, self.slots):
+            self.report = self.find(self.inside.place, gone)
+            self.inside = None
+        return bool(gone)
+
+
+@dataclass(eq=False)
+class VmModel:
+    file: OpenFile
+    arena: Arena
+    enabled: bool = False
+    most_contexts: int = 0
+    most_pages: int = 0
+    has_memory: bool = False
+    memory: str = "there"
+    """The arena: "there", "read-only", or "gone"."""
+    vcpus: dict[int, VcpuModel] = field(default_factory=dict)
+    contexts: list[ContextModel] = field(default_factory=list)
+
+    @property
+    def files(self) -> list[OpenFile]:
+        owners = [self, *self.vcpus.values(), *self.contexts]
+        return [owner.file for owner in owners if owner.file.open]
+
+    @property
+    def guest_runs(self) -> bool:
+        """Whether the guest has its program. A vCPU's walks of its page tables count as writes
+        (SDM vol. 3C, 29.3.5), so that pages which may only be read do not help."""
+        return self.has_memory and self.memory == "there"
+
+    def live_contexts(self) -> list[ContextModel]:
+        """Those that the kernel may not have given back, and no others."""
+        if not self.files:
+            return []  # vCPUs go with their VM
+        held = {c for c in self.contexts if c.file.open}
+        for vcpu in self.vcpus.values():
+            held.update(vcpu.slots.values())
+        held.update({c.target for c in held if c.target})
+        return [c for c in self.contexts if c in held]
+
+    def pages(self) -> int:
+        """Tables and pinned pages."""
+        return sum(c.tables + c.user_pages for c in self.live_contexts())
+
+    def enable_errors(self, flags: int, limits: tuple[int, ...]) -> set[int]:
+        if flags & ~3:
+            return {errno.EINVAL}
+        if flags & lib.KVM_ELISA_CONTEXTS and (self.vcpus or any(limits[2:])):
+            return {errno.EINVAL}
+        return set()
+
+    def enable(self, flags: int, limits: tuple[int, ...]) -> None:
+        if flags & lib.KVM_ELISA_CONTEXTS:
+            self.enabled = True
+            self.most_contexts = limits[0] or lib.KVM_ELISA_DEFAULT_CONTEXTS
+            self.most_pages = limits[1] or lib.KVM_ELISA_DEFAULT_PAGES
+
+    def revoke_errors(self, vcpu_id: int, slot: int) -> set[int]:
+        if not self.enabled or vcpu_id > HIGHEST_VCPU_ID or slot == 1 or slot >= 512:
+            return {errno.EINVAL}
+        vcpu = self.vcpus.get(vcpu_id)
+        nothing = not vcpu or not (vcpu.slots if slot == 0 else slot in vcpu.slots)
+        return {errno.ENOENT} if nothing else set()
+
+
+# ---- creating a context --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A request as the kernel should see it. errors: of which the call may return one; it must
+    succeed if there is none. tables, user_pages: what it would cost."""
+
+    errors: set[int]
+    tables: int
+    user_pages: int
+
+
+def check_request(vm: VmModel, request: Request, files: dict[int, object]) -> Checked:
+    """files: what is open in this process, by descriptor: a ContextModel, or something else."""
+    fields = request.fields
+    if not vm.enabled:
+        return Checked({errno.EINVAL}, 0, 0)
+    nr_tables = fields.get("nr_tables", len(request.tables))
+    nr_pages = fields.get("nr_pages", len(request.pages))
+    tables, pages = request.tables[:nr_tables], request.pages[:nr_pages]
+    errors = _field_errors(fields, nr_tables, nr_pages)
+    user_pages = sum(kind == USER for _, kind, _ in pages)
+    for page in pages:
+        errors |= _page_errors(vm, page, files)
+    lists = {ref for _, kind, ref in pages if kind == LIST}
+    if len(lists) > 1 or not _tables_are_good(tables, pages):
+        errors.add(errno.EINVAL)
+    if (
+        len(vm.live_contexts()) >= vm.most_contexts
+        or vm.pages() + nr_tables + user_pages > vm.most_pages
+    ):
+        errors.add(errno.ENOSPC)
+    return Checked(errors, nr_tables, user_pages)
+
+
+def _field_errors(fields: dict[str, int], nr_tables: int, nr_pages: int) -> set[int]:
+    errors = set()
+    gva, size = fields.get("gva", 1 << 40), fields.get("size", PAGE)
+    if (
+        fields.get("flags", 0) & ~1
+        or any(fields.get(name) for name in ("pad", "reserved0", "reserved1"))
+        or (gva | size) % PAGE
+        or not size
+        or gva + size > 1 << 64
+        or not nr_tables
+        or not nr_pages
+    ):
+        errors.add(errno.EINVAL)
+    if nr_tables > lib.KVM_ELISA_MAX_TABLES or nr_pages > lib.KVM_ELISA_MAX_PAGES:
+        errors.add(errno.E2BIG)
+    if "tables" in fields or "pages" in fields:  # these tests put bad ones there only
+        errors.add(errno.EFAULT)
+    return errors
+
+
+def _page_errors(vm: VmModel, page: tuple[int, int, int], files: dict[int, object]) -> set[int]:
+    address, kind, ref = page
+    if kind == USER:
+        errors = {errno.EINVAL} if ref or address % PAGE else set()
+        inside = vm.arena.address <= address < vm.arena.address + ARENA_PAGES * PAGE
+        if not inside or vm.memory != "there":
+            errors.add(errno.EFAULT)
+        return errors
+    if kind not in (LIST, EPTP) or address:
+        return {errno.EINVAL}
+    return _list_errors(vm, ref) if kind == LIST else _target_errors(vm, files.get(ref))
+
+
+def _list_errors(vm: VmModel, vcpu_id: int) -> set[int]:
+    if vcpu_id < 0:
+        return {errno.EINVAL}
+    return set() if vcpu_id in vm.vcpus else {errno.ENOENT}
+
+
+def _target_errors(vm: VmModel, target: object) -> set[int]:
+    if target is None:
+        return {errno.EBADF}
+    if not isinstance(target, ContextModel) or target.vm is not vm:
+        return {errno.EINVAL}
+    return {errno.ELOOP} if target.target else set()
+
+
+@functools.lru_cache(maxsize=64)
+def _entries(table: bytes) -> tuple[int, ...]:
+    """Those that are not zero."""
+    return tuple(word for word in struct.unpack("<512Q", table) if word)
+
+
+def _tables_are_good(tables: list[bytes], pages: list[tuple[int, int, int]]) -> bool:
+    levels = {0: 4}
+    queue = [0] if tables else []
+    for number in queue:
+        for entry in _entries(tables[number]):
+            index = entry >> 12 & (1 << 40) - 1
+            if not _entry_is_good(entry, levels[number], index, len(tables), pages):
+                return False
+            if levels[number] == 1:
+                continue
+            if levels.setdefault(index, levels[number] - 1) != levels[number] - 1:
+                return False
+            if index not in queue:
+                queue.append(index)
+    return len(queue) == len(tables)
+
+
+def _entry_is_good(
+    entry: int, level: int, index: int, nr_tables: int, pages: list[tuple[int, int, int]]
+) -> bool:
+    access = entry & (R | W | X)
+    if entry >> 52 or not access or (access & W and not access & R):
+        return False
+    if level > 1:
+        return not entry & 0xFF8 and index < nr_tables
+    if entry & 0xFF8 & ~(7 << 3 | LARGE) or entry & LARGE or entry & 7 << 3 != WB:
+        return False
+    if index >= len(pages):
+        return False
+    kind = pages[index][1]
+    if access & X and (access & W or kind != USER):
+        return False
+    return not (access & W and kind == EPTP)
+
+
+def free_of_tables(gva: int, size: int) -> bool:
+    """Whether a range of addresses touches no descriptor table of a prepared vCPU."""
+    return gva > TABLES_LAST and gva + size <= 1 << 64
+
+
+# ---- the score -----------------------------------------------------------------------------------
+
+counted: Counter[str] = Counter()
+"""Calls and how they ended, over all sequences of this process."""
+
+
+def judge(name: str, result: int, errors: set[int]) -> bool:
+    """Whether the call succeeded, which it must if and only if there are no `errors`."""
+    counted[f"{name}: {os.strerror(-result) if result < 0 else 'done'}"] += 1
+    if errors:
+        assert -result in errors, f"{name} returned {result}, not one of {errors}"
+        return False
+    assert result >= 0, f"{name} returned {result}"
+    return True

@@ -1,0 +1,115 @@
+"""Runs of vCPUs with tiny_guest.py: how each has to end, by the model."""
+
+import errno
+
+from pykvm.kvm import lib
+from tests.elisa.call_model import ContextModel, Inside, VcpuModel, counted
+from tests.elisa.tiny_guest import (
+    BEHIND_OBJECT,
+    BEHIND_SUB,
+    CODE_GVA,
+    INNER,
+    LOOPS,
+    End,
+    Kind,
+    run_into_loop,
+    set_registers,
+)
+
+VMX_HLT, VMX_VIOLATION, VMX_VMFUNC = 12, 48, 59  # SDM vol. 3D, appendix C
+
+
+def run_vcpu(vcpu: VcpuModel, slot: int, loop: bool) -> None:
+    """Let the guest try VMFUNC(0, slot), or go on if it is in a context. loop: stay in there."""
+    if not vcpu.file.area:
+        return
+    fd = vcpu.file.fds[0]
+    if slot == 512:  # with "immediate exit", which comes before everything else
+        assert vcpu.file.area.run(fd, immediate=True).result == -errno.EINTR
+    if vcpu.report:
+        counted["run: revoked"] += 1
+        end = vcpu.file.area.run(fd)
+        assert elisa_exit(end)[:3] == (lib.KVM_ELISA_EXIT_REVOKED, *vcpu.report), end
+        vcpu.report = None
+        return
+    where = vcpu.slots.get(slot)
+    if vcpu.inside:
+        go_on(vcpu, vcpu.inside, loop)
+    elif where and vcpu.vmfunc_works and vcpu.vm.guest_runs:
+        if None not in (where.kind, where.target.kind if where.target else "none"):
+            enter(vcpu, slot, where, loop)
+    else:
+        set_registers(fd, slot=slot)
+        stays_home(vcpu, vcpu.file.area.run(fd), slot)
+
+
+def stays_home(vcpu: VcpuModel, end: End, slot: int) -> None:
+    """The guest does not get anywhere with its VMFUNC."""
+    if not vcpu.vm.guest_runs:
+        counted["run: without memory"] += 1
+        return
+    if not vcpu.vmfunc_works:
+        counted["run: no vmfunc"] += 1
+        assert (end.result, end.exit_reason) == (0, lib.KVM_EXIT_SHUTDOWN), end
+    elif slot == 0:
+        is_home(end, INNER)
+    else:
+        counted["run: empty slot"] += 1
+        expected = (lib.KVM_ELISA_EXIT_VMFUNC, lib.KVM_ELISA_AT_DEFAULT, 0, VMX_VMFUNC)
+        assert elisa_exit(end) == expected, end
+
+
+def enter(vcpu: VcpuModel, slot: int, context: ContextModel, loop: bool) -> None:
+    place, home = context, BEHIND_OBJECT
+    returns = context.kind is Kind.OBJECT
+    if context.target:
+        place, home = context.target, BEHIND_SUB
+        returns = place.kind is Kind.SUB
+    inside = Inside(place, home=home)
+    if not returns:
+        violation = (lib.KVM_ELISA_EXIT_VIOLATION, VMX_VIOLATION)
+        refused = (lib.KVM_ELISA_EXIT_REFUSED, VMX_HLT)
+        inside.stuck = violation if place.kind is Kind.BARE else refused
+    set_registers(vcpu.file.fds[0], slot=slot, loop=loop)
+    keep_running(vcpu, inside, loop)
+
+
+def go_on(vcpu: VcpuModel, inside: Inside, loop: bool) -> None:
+    set_registers(vcpu.file.fds[0], loop=loop)
+    keep_running(vcpu, inside, loop)
+
+
+def keep_running(vcpu: VcpuModel, inside: Inside, loop: bool) -> None:
+    """Run a vCPU that is in a context, or comes there."""
+    fd, area = vcpu.file.fds[0], vcpu.file.area
+    assert area
+    if inside.stuck:
+        counted["run: stuck inside"] += 1
+        cause, reason = inside.stuck
+        found = vcpu.find(inside.place, vcpu.slots)
+        assert found
+        end = area.run(fd)
+        assert elisa_exit(end) == (cause, *found, reason), end
+        vcpu.inside = inside
+    elif loop:
+        counted["run: loop inside"] += 1
+        end = run_into_loop(fd, area)
+        assert end.result == -errno.EINTR, end
+        assert end.rip in LOOPS, end
+        vcpu.inside = inside
+    else:
+        end = area.run(fd)
+        vcpu.inside = None
+        if vcpu.vm.guest_runs:
+            is_home(end, inside.home)
+
+
+def is_home(end: End, offset: int) -> None:
+    counted["run: home"] += 1
+    assert (end.result, end.exit_reason) == (0, lib.KVM_EXIT_HLT), end
+    assert end.rip == CODE_GVA + offset + 1, end
+
+
+def elisa_exit(end: End) -> tuple[int, int, int, int]:
+    assert (end.result, end.exit_reason) == (0, lib.KVM_EXIT_ELISA), end
+    return end.elisa

@@ -1,0 +1,257 @@
+"""T25: many threads make the patch's calls on the same VM at once, and close it meanwhile.
+
+Each call may lose a race, with one of a few errors; nothing may stay behind, the kernel's log has
+to be quiet, and a crossing has to work afterwards. The kernel is made fully preemptible where that
+can be done at run time, so that even one processor switches between two callers anywhere.
+"""
+
+import ctypes
+import errno
+import mmap
+import os
+import random
+import signal
+import struct
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pykvm.kvm import Kvm, lib
+from tests.elisa.host_state import nothing_stays, quiet_kernel
+from tests.elisa.tiny_guest import (
+    Arena,
+    Kind,
+    context_request,
+    create_context,
+    crossings_work,
+    enable,
+    prepare,
+    raw,
+    revoke,
+    set_memory,
+    set_registers,
+    set_slot,
+)
+
+pytestmark = pytest.mark.elisa
+
+ROUNDS = 12
+ACTIONS = 14
+"""Of each thread in each round."""
+
+PREEMPTION = Path("/sys/kernel/debug/sched/preempt")
+
+# A descriptor may be closed, and its number be another file's already.
+CLOSED = {errno.EBADF, errno.ENOTTY, errno.EINVAL}
+ALLOWED = {
+    # The memory is gone; the limit is reached; what an EPTP page should name has become a gate.
+    "create": CLOSED | {errno.EFAULT, errno.ENOSPC, errno.ELOOP},
+    "set slot": CLOSED | {errno.EBUSY},
+    "revoke": CLOSED | {errno.ENOENT},
+    "enable": CLOSED,
+    "run": CLOSED | {errno.EINTR, errno.EFAULT},
+    "registers": CLOSED,
+    "memory": CLOSED | {errno.EEXIST},
+}
+EXITS = {
+    lib.KVM_EXIT_ELISA,
+    lib.KVM_EXIT_HLT,
+    lib.KVM_EXIT_SHUTDOWN,  # VMFUNC is #UD, or the memory is fresh and empty
+    lib.KVM_EXIT_MMIO,  # no memory there at the moment
+    lib.KVM_EXIT_INTERNAL_ERROR,
+    lib.KVM_EXIT_INTR,
+}
+SLOTS = (2, 3, 511)
+
+
+@pytest.fixture
+def _preemptible() -> Iterator[None]:
+    """The kernel's preemption model, and Python's own interval between threads."""
+    interval = sys.getswitchinterval()
+    before = ""
+    if PREEMPTION.exists():
+        before = PREEMPTION.read_text().split("(")[1].split(")")[0]
+        PREEMPTION.write_text("full")
+    sys.setswitchinterval(0.0002)
+    yield
+    sys.setswitchinterval(interval)
+    if before:
+        PREEMPTION.write_text(before)
+
+
+class Round:
+    """One VM with two vCPUs, and threads that do random things to it."""
+
+    def __init__(self, kvm: Kvm, seed: int, outcomes: Counter[str]) -> None:
+        self.seed = seed
+        self.outcomes = outcomes
+        self.failures: list[str] = []
+        self.arena = Arena()
+        self.vm = raw(kvm.fileno(), "KVM_CREATE_VM")
+        assert enable(self.vm, lib.KVM_ELISA_CONTEXTS, 6) == 0
+        assert set_memory(self.vm, self.arena.address) == 0
+        self.vcpus = [raw(self.vm, "KVM_CREATE_VCPU", number) for number in range(2)]
+        self.areas = [mmap.mmap(vcpu, kvm.vcpu_mmap_size()) for vcpu in self.vcpus]
+        for vcpu in self.vcpus:
+            prepare(kvm, vcpu)
+            set_registers(vcpu, slot=2)
+        self.contexts: list[int] = []
+        """Descriptors; whoever takes one out closes it."""
+        self.owned = [self.vm, *self.vcpus]
+        """The same of the VM and its vCPUs."""
+
+    def judge(self, name: str, result: int) -> int:
+        self.outcomes[f"{name}: {os.strerror(-result) if result < 0 else 'done'}"] += 1
+        if result < 0 and -result not in ALLOWED[name]:
+            self.failures.append(f"{name} returned {result} ({os.strerror(-result)})")
+        return result
+
+    # ---- what a thread may do --------------------------------------------------------------------
+
+    def create(self, choice: random.Random) -> None:
+        kind = choice.choice(list(Kind))
+        targets = [*self.contexts, 9999]
+        request = context_request(
+            kind,
+            self.arena.address,
+            vcpu_id=choice.randrange(2),
+            target=choice.choice(targets[-3:]),
+        )
+        fd = self.judge("create", create_context(self.vm, request))
+        if fd >= 0:
+            self.contexts.append(fd)
+
+    def fill(self, choice: random.Random) -> None:
+        vcpu, slot = choice.choice(self.vcpus), choice.choice(SLOTS)
+        fd = choice.choice([*self.contexts, -1])
+        self.judge("set slot", set_slot(vcpu, slot, fd))
+
+    def fill_one(self, choice: random.Random) -> None:
+        """All threads the same slot."""
+        self.judge("set slot", set_slot(self.vcpus[0], 2, choice.choice([*self.contexts, -1])))
+
+    def revoke(self, choice: random.Random) -> None:
+        self.judge("revoke", revoke(self.vm, choice.randrange(2), choice.choice([0, *SLOTS])))
+
+    def run(self, choice: random.Random) -> None:
+        number = choice.randrange(2)
+        vcpu = self.vcpus[number]
+        try:
+            set_registers(vcpu, slot=choice.choice([None, *SLOTS]), loop=choice.random() < 0.5)
+        except AssertionError:
+            self.outcomes["registers: refused"] += 1  # closed meanwhile
+        if self.judge("run", raw(vcpu, "KVM_RUN")) >= 0:
+            # Of this run or, if another thread runs the vCPU already, of an earlier one.
+            (reason,) = struct.unpack_from("<I", self.areas[number], 8)
+            (cause,) = struct.unpack_from("<I", self.areas[number], 32)
+            self.outcomes[f"exit {reason}" + f" cause {cause}" * (reason == 0x45)] += 1
+            if reason not in EXITS:
+                self.failures.append(f"exit {reason}")
+
+    def enable(self, choice: random.Random) -> None:
+        flags = choice.choice([lib.KVM_ELISA_CONTEXTS, lib.KVM_ELISA_USER_HYPERCALLS])
+        self.judge("enable", enable(self.vm, flags, choice.randrange(3)))
+
+    def close_context(self, choice: random.Random) -> None:
+        if self.contexts:
+            try:
+                fd = self.contexts.pop(choice.randrange(len(self.contexts)))
+            except IndexError:
+                return
+            os.close(fd)
+
+    def close_machine(self, choice: random.Random) -> None:
+        """Rarely: the VM or a vCPU under everybody's feet."""
+        if choice.random() < 0.1:
+            try:
+                fd = self.owned.pop(choice.randrange(3))
+            except IndexError:
+                return
+            os.close(fd)
+
+    def change_memory(self, choice: random.Random) -> None:
+        self.judge("memory", set_memory(self.vm, self.arena.address, choice.choice([0, 4, 4])))
+
+    # ---- the threads -----------------------------------------------------------------------------
+
+    def _act(self, number: int) -> None:
+        choice = random.Random(self.seed * 100 + number)
+        # Most threads do everything; the last one alone may move the memory itself.
+        things: list[Callable[[random.Random], None]] = [
+            *(self.create, self.create, self.fill, self.fill, self.fill_one, self.revoke),
+            *(self.run, self.run, self.enable, self.close_context, self.close_machine),
+            self.change_memory,
+        ]
+        for _ in range(ACTIONS):
+            try:
+                choice.choice(things)(choice)
+                if number == 0:
+                    choice.choice([self.arena.take_away, self.arena.protect, *[lambda: None] * 4])()
+                    self.arena.put_back()
+            except Exception as error:
+                self.failures.append(repr(error))
+
+    def race(self) -> None:
+        child = 0
+        if self.seed % 4 == 0:
+            # It drops its references, the last ones perhaps, at some moment.
+            child = os.fork()
+            if not child:
+                time.sleep(0.01)
+                os._exit(0)
+        threads = [threading.Thread(target=self._act, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        self._kick(threads)
+        if child:
+            assert os.waitpid(child, 0)[1] == 0
+
+    def _kick(self, threads: list[threading.Thread]) -> None:
+        """Let nobody stay in KVM_RUN, which others wait for."""
+        libc = ctypes.CDLL(None)
+        deadline = time.monotonic() + 120
+        while any(thread.is_alive() for thread in threads):
+            assert time.monotonic() < deadline, "a thread hangs"
+            for thread in threads:
+                if thread.native_id:
+                    libc.syscall(234, os.getpid(), thread.native_id, signal.SIGUSR1)  # tgkill
+            time.sleep(0.002)
+        for thread in threads:
+            thread.join()
+
+    def close(self) -> None:
+        for fd in [*self.contexts, *self.owned]:
+            os.close(fd)
+        for area in self.areas:
+            area.close()
+        self.arena.close()
+
+
+@pytest.mark.attack("T25")
+@pytest.mark.usefixtures("_preemptible")
+def test_racing_callers(kvm: Kvm) -> None:
+    outcomes: Counter[str] = Counter()
+    old = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        crossings_work(kvm)
+        for seed in range(ROUNDS):
+            with quiet_kernel(), nothing_stays():
+                racing = Round(kvm, seed, outcomes)
+                try:
+                    racing.race()
+                finally:
+                    racing.close()
+                assert racing.failures == []
+        crossings_work(kvm)
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+    print("\n".join(f"{name}: {count}" for name, count in sorted(outcomes.items())))
+    # Whether anything has come of it.
+    for name in ("create", "set slot", "revoke", "run"):
+        assert outcomes[f"{name}: done"] > 5, outcomes
+    assert outcomes["run: Interrupted system call"], outcomes
