@@ -90,12 +90,22 @@ class Fire:
     def start(self) -> None:
         for port in range(_PORTS):
             self.switch.pin(f"02:00:00:00:00:{port:02x}", port)
+        # All of them before the first guest: what a witness sends to a port that is not enabled yet
+        # is in no lane's counters.
         for port in range(_PORTS):
-            assert self._start(port)
+            assert self._enable(port)
+        for port in range(_PORTS):
+            self._spawn(port)
         self._wait_for_progress({})
 
     def _start(self, port: int) -> bool:
         """A new guest at `port`; False if a call of a stopped one still has to end before."""
+        if not self._enable(port):
+            return False
+        self._spawn(port)
+        return True
+
+    def _enable(self, port: int) -> bool:
         deadline = time.monotonic() + self._patience
         while True:
             try:
@@ -109,6 +119,9 @@ class Fire:
                 if time.monotonic() > deadline:
                     raise StuckError(f"guest {busy.port} does not leave the switch") from busy
         self._waiting.discard(port)
+        return True
+
+    def _spawn(self, port: int) -> None:
         self._incarnation += 1
         self._frames_before[port] = self.switch.counters().ports[port].frames
         ctypes.memset(ctypes.addressof(self.records[port]), 0, ctypes.sizeof(Record))
@@ -117,7 +130,6 @@ class Fire:
         self._guests[port] = subprocess.Popen(
             [str(self._program), *map(str, numbers)], pass_fds=fds
         )
-        return True
 
     def _kill(self, port: int) -> None:
         guest = self._guests.pop(port)
