@@ -9,8 +9,11 @@ from tests.attacks.host_tables import RECKLESS
 from tests.attacks.leap import Leaper
 from tests.attacks.segments import Jumper
 from tests.attacks.test_exceptions import FAULTY, NO_BOUND
+from tests.attacks.test_exits import WRITES
 from tests.attacks.test_page_tables import wild_declaration
+from tests.attacks.test_processor_state import BY_GS, BY_SSE, UNCHECKED
 from tests.attacks.test_state import NO_CLD, NO_STACK, NOP
+from tests.attacks.test_weakened_events import SLOW
 from tests.attacks.victim import VAULT
 from tests.attacks.weak_contexts import edited_object, weak_gate, weak_sub_entry
 
@@ -22,7 +25,7 @@ LEFT_OUT = (Protection.SLOT_CLEARING, Protection.GATE_CHECK)
 def test_guests_and_objects() -> None:
     assert Leaper().image().address_of("leap_back")
     assert Jumper().image().address_of("segments_return")
-    for source in (VAULT, FAULTY):
+    for source in (VAULT, FAULTY, SLOW):
         assert "vault_copy" in build_object([source]).symbols
     assert "vault_copy" in build_object([VAULT], user=True).symbols
     for declaration in (wild_declaration(), NOP, RECKLESS):
@@ -40,3 +43,6 @@ def test_edited_builds() -> None:
     assert weak_gate(NO_CLD) != crossing_images().gate_page
     assert weak_sub_entry(VAULT, NO_STACK).parts[0] != build_object([VAULT]).parts[0]
     assert edited_object(VAULT, NO_BOUND).parts[1] != build_object([VAULT]).parts[1]
+    for edit in (BY_GS, BY_SSE):
+        assert edited_object(VAULT, edit, without=UNCHECKED) != build_object([VAULT])
+    assert edited_object(FAULTY, WRITES).parts[1] != build_object([FAULTY]).parts[1]

@@ -45,13 +45,13 @@ FAULTY = HERE / "objects" / "faulty.c"
 TRAP_FLAG = 1 << 8
 DEBUG, INVALID_OPCODE = 1, 6
 CODE_SELECTOR = 0x08
-INTERRUPT_GATE = 0x8E
+INTERRUPT_GATE, TRAP_GATE = 0x8E, 0x8F  # a trap gate leaves interrupts on
 
 
-def handler(address: int) -> bytes:
+def handler(address: int, kind: int = INTERRUPT_GATE) -> bytes:
     """An entry of an IDT (SDM vol. 3A 6.14.1)."""
     low, middle, high = address & 0xFFFF, address >> 16 & 0xFFFF, address >> 32
-    return struct.pack("<HHBBHII", low, CODE_SELECTOR, 0, INTERRUPT_GATE, middle, high, 0)
+    return struct.pack("<HHBBHII", low, CODE_SELECTOR, 0, kind, middle, high, 0)
 
 
 def descriptors_in_window(

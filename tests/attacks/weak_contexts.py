@@ -15,6 +15,7 @@ from pykvm.boot.elf import ElfFile
 from pykvm.elisa import attachment, contexts, toolchain
 from pykvm.elisa.contexts import ContextPlan, UserPages, plan_gate, plan_sub
 from pykvm.elisa.objects import ObjectInstance
+from pykvm.elisa.protections import ALL, Without
 from pykvm.elisa.toolchain import SubImage, build_object, crossing_images
 from pykvm.kvm import Context, Vcpu
 from pykvm.memory import layout
@@ -71,12 +72,12 @@ def weak_sub_entry(source: Path, *edits: Edit) -> SubImage:
 
 
 @functools.cache
-def edited_object(source: Path, *edits: Edit) -> SubImage:
+def edited_object(source: Path, *edits: Edit, without: Without = ALL) -> SubImage:
     """An object with its own source edited."""
     with tempfile.TemporaryDirectory(prefix="pykvm-weak-") as directory:
         target = Path(directory) / source.name
         target.write_text(edited(source.read_text(), *edits))
-        return build_object([target])
+        return build_object([target], without=without)
 
 
 class WeakAttachment:

@@ -290,6 +290,7 @@ def test_memory_that_a_sub_context_does_not_map(
     assert results(guest) == [None]
 
 
+@pytest.mark.attack("T30")
 @pytest.mark.parametrize(("what", "reason"), [(Wild.CPUID, 10), (Wild.VMCALL, 18)])
 def test_instructions_that_leave_the_sub_context(
     guest: BareGuest, wild: ObjectInstance, what: Wild, reason: int

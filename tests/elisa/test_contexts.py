@@ -161,6 +161,16 @@ def test_i4_tables_are_read_only_and_nothing_writable_is_executable(plan: Contex
             assert not word or word & 0x20, hex(word)
 
 
+@pytest.mark.attack("T27")
+@pytest.mark.parametrize("plan", [gate_plan(BASES[0]), sub_plan(BASES[0])], ids=["gate", "sub"])
+def test_no_translation_is_global(plan: ContextPlan) -> None:
+    """One that is would outlive a change of CR3 (SDM vol. 3A, 4.10.2.4)."""
+    complete(plan)
+    words = [word for number in range(len(plan.guest)) for word in plan.guest.table(number)]
+    assert any(words)
+    assert not [hex(word) for word in words if word & 0x100]
+
+
 @pytest.mark.parametrize("user", [False, True])
 @pytest.mark.parametrize("base", BASES)
 def test_i8_only_what_the_guest_can_write_is_a_user_page_of_a_supervisor(

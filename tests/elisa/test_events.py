@@ -241,6 +241,7 @@ def test_pending_with_interrupts_off(guest: BareGuest, instance: ObjectInstance)
     assert before < event.time < after
 
 
+@pytest.mark.attack("T11")
 def test_interrupts_on_with_the_last_instruction(kvm: Kvm, instance: ObjectInstance) -> None:
     """STI lets an interrupt in behind the next instruction, which is the VMFUNC: in the gate."""
     with BareGuest(kvm, Probe(events=True), irqchip=True) as guest:

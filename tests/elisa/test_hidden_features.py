@@ -79,7 +79,9 @@ def set_cpuid(vm: Vm, entries: list[CpuidEntry]) -> int:
     return 0
 
 
+@pytest.mark.attack("T17")
 @pytest.mark.attack("T18")
+@pytest.mark.attack("T27")
 @pytest.mark.parametrize("feature", HIDDEN_FEATURES, ids=lambda feature: str(feature.name))
 def test_cpuid(kvm: Kvm, feature: HiddenFeature) -> None:
     """Refused with contexts; without them KVM takes the same leaves."""
@@ -146,6 +148,7 @@ def guest(kvm: Kvm) -> Iterator[BareGuest]:
 
 
 @pytest.mark.attack("T18")
+@pytest.mark.attack("T27")
 def test_control_register(guest: BareGuest) -> None:
     """Each bit is reserved: #GP, and CR4 stays as it was."""
     tries = [

@@ -126,6 +126,7 @@ def vmms() -> Iterator[Vmms]:
             started.close()
 
 
+@pytest.mark.attack("T19")
 def test_vmms_are_killed_and_stopped_at_random() -> None:
     """And everything that was pinned comes back."""
     with quiet_kernel(), nothing_stays():

@@ -217,7 +217,7 @@ ON: dict[str, Mode] = {
 }
 
 
-def _vmfunc_in(guest: BareGuest, mode: Mode, index: int) -> Exit:
+def vmfunc_in(guest: BareGuest, mode: Mode, index: int) -> Exit:
     """How VMFUNC(0, index) ends there: with HLT if it worked, with a shutdown if it was invalid.
 
     Afterwards the vCPU is as it was.
@@ -243,7 +243,7 @@ def _in_mode(guest: BareGuest, counter: ObjectInstance, mode: Mode) -> list[Exit
     guest.map(LONG_MODE_CODE, CODE, PAGE_SIZE, Access.READ | Access.EXECUTE)
     give(guest, try_call(slot), Step(What.MARK), try_call(slot))
     seen: list[Exit] = []
-    assert run(guest, lambda _: seen.extend(_vmfunc_in(guest, mode, i) for i in (0, 1))) == []
+    assert run(guest, lambda _: seen.extend(vmfunc_in(guest, mode, i) for i in (0, 1))) == []
     assert results(guest) == [1, 0, 2]
     return seen
 
@@ -266,6 +266,7 @@ def test_modes_with_vmfunc(guest: BareGuest, counter: ObjectInstance, name: str)
 # ---- five-level paging ---------------------------------------------------------------------------
 
 
+@pytest.mark.attack("T7")
 def test_a_list_for_five_levels(guest: BareGuest, counter: ObjectInstance) -> None:
     """In a guest with four, VMFUNC stays off; and a list is for one kind."""
     attachment = counter.attach(guest.vm, guest.vcpu, 0, levels=5)

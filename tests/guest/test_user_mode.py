@@ -72,6 +72,7 @@ def test_registers_and_flags(kvm: Kvm, odd: bool) -> None:
         assert int.from_bytes(counter.window(0)[:8], "little") == 140
 
 
+@pytest.mark.attack("T10")
 @pytest.mark.elisa
 def test_alignment_checks_of_the_caller_do_not_reach_the_object(kvm: Kvm) -> None:
     """T10, T14: CR0.AM and RFLAGS.AC on, and an object with unaligned accesses."""
@@ -82,6 +83,7 @@ def test_alignment_checks_of_the_caller_do_not_reach_the_object(kvm: Kvm) -> Non
         assert int.from_bytes(instance.window(0)[5:13], "little") == 55
 
 
+@pytest.mark.control("T10")
 @pytest.mark.elisa
 def test_they_would_without_clearing_the_flag(kvm: Kvm) -> None:
     """The control: an alignment fault in the sub context, which KVM intercepts and serves there to

@@ -54,6 +54,7 @@ def most(build: Build, rig: Rig, a2: int, *, change: random.Random | None = None
     return steps
 
 
+@pytest.mark.attack("T24")
 @pytest.mark.parametrize("length", [14, 31, 32, 767, 768, 2040])
 def test_a_full_burst_to_everybody(length: int) -> None:
     """The lengths at which copies change their way, and the longest."""
@@ -66,6 +67,7 @@ def test_a_full_burst_to_everybody(length: int) -> None:
     assert 1000 < steps <= limit(CONFIG.ports, CONFIG.tx_slots)
 
 
+@pytest.mark.attack("T24")
 def test_a_full_line_of_the_table() -> None:
     """Sources and destinations that all meet in one line, which has no room left."""
     rig = make_rig(CONFIG)
@@ -87,6 +89,7 @@ def test_a_full_line_of_the_table() -> None:
     assert 1000 < steps <= limit(CONFIG.ports, CONFIG.tx_slots)
 
 
+@pytest.mark.attack("T24")
 def test_rings_of_any_content_that_change_all_the_time() -> None:
     for seed in range(HOSTILE_CALLS):
         choice = random.Random(seed)
@@ -99,6 +102,7 @@ def test_rings_of_any_content_that_change_all_the_time() -> None:
         assert steps <= limit(CONFIG.ports, CONFIG.tx_slots)
 
 
+@pytest.mark.control("T24")
 def test_control_a_switch_that_takes_any_number_of_frames(tmp_path: Path) -> None:
     build = build_variant(
         tmp_path, "a2 > SWITCH_MAX_BURST || a2 > shared->tx_slots", "a2 > (1ull << 32)"

@@ -86,6 +86,7 @@ def check_after_death(rig: Rig) -> tuple[int, int, int]:
     return frames, own.lost, own.cut
 
 
+@pytest.mark.attack("T19")
 def test_a_sender_killed_at_every_instruction() -> None:
     results = []
     for steps in itertools.count():
@@ -111,6 +112,7 @@ def receive_natively(rig: Rig, port: int) -> Callable[[], object]:
     return lambda: TAKE(rig.switch.address, window, 0, frames, lengths, 8)
 
 
+@pytest.mark.attack("T19")
 def test_a_receiver_killed_at_every_instruction() -> None:
     address = ctypes.cast(TAKE, ctypes.c_void_p).value or 0
     for steps in itertools.count():

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.unit
 KILLS = 240
 
 
+@pytest.mark.attack("T19")
 def test_eight_guests_under_fire(tmp_path: Path) -> None:
     with Fire(build_guest(tmp_path), seed=1) as fire:
         fire.start()
@@ -44,6 +45,7 @@ def with_a_lock(directory: Path) -> Path:
     return locked
 
 
+@pytest.mark.control("T19")
 def test_control_a_lock_that_the_dead_keep(tmp_path: Path) -> None:
     with Fire(build_guest(tmp_path, with_a_lock(tmp_path)), seed=1, patience=8) as fire:
         fire.start()

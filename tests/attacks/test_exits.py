@@ -1,0 +1,78 @@
+"""T30: an exit of trusted code that KVM would serve with the guest's own memory.
+
+KVM emulates what it cannot map: it takes the instruction from the guest's memory, by the guest's
+own page tables, and the stack as well. A guest has put there what it likes.
+"""
+
+import pytest
+
+from pykvm.boot.bare import BareGuest
+from pykvm.elisa.objects import ObjectInstance
+from pykvm.kvm import Kvm, lib
+from pykvm.memory import layout
+from pykvm.paging.entries import PAGE_SIZE
+from tests.attacks.leap import OWN_PAGES, Leap, Register, give_leaps
+from tests.attacks.test_exceptions import FAULTY
+from tests.attacks.victim import (
+    AT_SUB,
+    SHARED,
+    WINDOW,
+    C,
+    join,
+    stolen,
+    stop_at,
+    vault,
+)
+from tests.attacks.weak_contexts import Edit, edited_object
+from tests.attacks.weaken import Weaken, weakened
+from tests.elisa.probe import run
+
+pytestmark = pytest.mark.elisa
+
+WRITES: Edit = (r"\(void\)READ_ONCE\(\*\(uint64_t \*\)a2\);", "WRITE_ONCE(*(uint64_t *)a2, 0);")
+"""The object with a mistake writes where its caller says."""
+
+# Mapped, but not writable: an EPT violation, not a page fault.
+READ_ONLY = {
+    "environment": C + layout.ENV_OFFSET,
+    "its own code": C + layout.IMAGE_OFFSET,
+}
+RET = b"\xc3"
+
+
+def emulated_return(guest: BareGuest, instance: ObjectInstance, slot: int, pointer: int) -> Leap:
+    """A call that makes the object write to `pointer`. In the guest's own memory, a RET lies at
+    each address of the object's code, and internal code's address everywhere on the stack."""
+    code = (C + instance.symbols["elisa_serve"]) & -PAGE_SIZE
+    stack = C + layout.STACK_OFFSET + layout.STACK_SIZE - PAGE_SIZE
+    internal = C + instance.symbols["vault_copy"]
+    contents = (RET * PAGE_SIZE, internal.to_bytes(8, "little") * (PAGE_SIZE // 8))
+    for number, (gva, content) in enumerate(zip((code, stack), contents, strict=True)):
+        gpa = layout.RX_LOG_GPA + number * PAGE_SIZE
+        guest.map(gva, gpa, PAGE_SIZE, OWN_PAGES)
+        guest.memory.write(gpa, content)
+    registers = {Register.RDI: WINDOW, Register.RSI: SHARED, Register.RDX: pointer}
+    return Leap(slot=slot, registers=registers)
+
+
+@pytest.mark.attack("T30")
+@pytest.mark.parametrize("name", READ_ONLY)
+def test_an_instruction_of_the_guests_own(kvm: Kvm, guest: BareGuest, name: str) -> None:
+    with vault(edited_object(FAULTY, WRITES)) as instance:
+        slot = join(guest, instance).slot
+        give_leaps(guest, emulated_return(guest, instance, slot, READ_ONLY[name]))
+        exit = stop_at(run(guest), AT_SUB)
+        assert (exit.cause, exit.gva) == (lib.KVM_ELISA_EXIT_VIOLATION, READ_ONLY[name])
+        assert exit.rip & -PAGE_SIZE == (C + instance.symbols["elisa_serve"]) & -PAGE_SIZE
+        assert not stolen(instance)
+
+
+@pytest.mark.weakened
+@pytest.mark.control("T30")
+@pytest.mark.parametrize("name", READ_ONLY)
+def test_kvm_emulates_what_the_guest_has_there(guest: BareGuest, name: str) -> None:
+    with weakened(Weaken.EXITS), vault(edited_object(FAULTY, WRITES)) as instance:
+        slot = join(guest, instance).slot
+        give_leaps(guest, emulated_return(guest, instance, slot, READ_ONLY[name]))
+        run(guest)  # internal code returns to the guest's stack pointer
+        assert stolen(instance)

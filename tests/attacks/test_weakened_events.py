@@ -1,0 +1,170 @@
+"""T11, the controls: events that KVM delivers in the middle of trusted code."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from pykvm.boot.bare import BareGuest
+from pykvm.elisa.attachment import Attachment
+from pykvm.elisa.objects import ObjectInstance, SharedObject
+from pykvm.kvm import ElisaExit, Kvm, UnexpectedExitError, lib
+from pykvm.memory import layout
+from pykvm.paging.entries import PAGE_SIZE, Access
+from tests.attacks.test_exceptions import GDT_AT, IDT_AT, TRAP_GATE, handler
+from tests.attacks.victim import (
+    AT_SUB,
+    HERE,
+    SECRET,
+    SHARED,
+    SHARED_PAGES,
+    WINDOW,
+    WINDOW_PAGES,
+    C,
+    put,
+    stolen,
+    word,
+)
+from tests.attacks.weaken import Weaken, weakened
+from tests.elisa.probe import Probe, Step, Table, What, attach, calls, events_taken, give, results
+from tests.elisa.spinning import event_guest, send_ipi, wait_for
+from tests.elisa.test_events import (
+    ASSERT_LEVEL,
+    INIT_DELIVERY,
+    MSI_ADDRESS,
+    NMI,
+    NMI_DELIVERY,
+    SELF_IPI,
+    VECTOR,
+)
+
+pytestmark = [pytest.mark.elisa, pytest.mark.weakened]
+
+SLOW = HERE / "objects" / "slow.c"
+DECLARATION = SharedObject(
+    "slow",
+    SLOW,
+    shared=SHARED_PAGES * PAGE_SIZE,
+    window=WINDOW_PAGES * PAGE_SIZE,
+    guests=2,
+)
+# In struct slow:
+BEGUN_AT, ENDED_AT, RELEASE_AT, TURNS_AT = 8, 16, 24, 32
+IDT_SIZE, GDT_SIZE = 0x1000, 64
+TRIPLE_FAULT = 2
+
+Inject = Callable[[BareGuest], object]
+EVENTS: dict[str, tuple[int, Inject]] = {
+    "interrupt of the host": (VECTOR, lambda g: g.vm.signal_msi(MSI_ADDRESS, VECTOR)),
+    "NMI": (NMI, lambda g: g.vm.signal_msi(MSI_ADDRESS, NMI_DELIVERY)),
+    "interrupt of another vCPU": (VECTOR, lambda g: send_ipi(g, VECTOR | ASSERT_LEVEL)),
+    "NMI of another vCPU": (NMI, lambda g: send_ipi(g, NMI_DELIVERY | ASSERT_LEVEL)),
+}
+
+
+@pytest.fixture
+def guest(kvm: Kvm) -> Iterator[BareGuest]:
+    with event_guest(kvm) as guest:
+        yield guest
+    unblock_nmis(kvm)
+
+
+def unblock_nmis(kvm: Kvm) -> None:
+    """After a guest that has ended with NMIs blocked, Bochs keeps them from all guests until one
+    runs IRET. This one does, behind an interrupt of its own."""
+    with event_guest(kvm) as guest:
+        give(guest, Step(What.WRITE_MSR, SELF_IPI, VECTOR), Step(What.WAIT, 1, 1 << 26))
+        assert guest.run() == 0
+        assert events_taken(guest) == 1
+
+
+@pytest.fixture
+def instance() -> Iterator[ObjectInstance]:
+    with DECLARATION.open() as instance:
+        put(instance.shared, 0, SECRET)
+        yield instance
+
+
+def call_it(attachment: Attachment) -> Step:
+    """With arguments that stay in registers, as `vault_copy` takes them."""
+    return calls(attachment.slot, WINDOW, SHARED)
+
+
+def let_in(guest: BareGuest, instance: ObjectInstance) -> None:
+    """Start the guest, and wait until the object works."""
+    guest.start(lambda mark: None if mark else tables_into_window(guest, instance))
+    wait_for(lambda: word(instance.shared, TURNS_AT) > 0)
+
+
+def tables_into_window(guest: BareGuest, instance: ObjectInstance) -> None:
+    """The guest's own IDT, but for the handlers of these events, and its GDT."""
+    window = instance.window(0)
+    at = Probe().image().address_of("interrupt_table")
+    window[IDT_AT : IDT_AT + IDT_SIZE] = guest.memory.read(at, IDT_SIZE)
+    for vector in (VECTOR, NMI):
+        entry = handler(C + instance.symbols["vault_copy"], TRAP_GATE)
+        window[IDT_AT + 16 * vector :][:16] = entry
+    window[GDT_AT : GDT_AT + GDT_SIZE] = guest.memory.read(layout.GDT_GPA, GDT_SIZE)
+
+
+def stopped(guest: BareGuest) -> ElisaExit:
+    """How the guest ended."""
+    with pytest.raises(UnexpectedExitError) as caught:
+        guest.wait(60)
+    exit = caught.value.exit
+    assert isinstance(exit, ElisaExit)
+    return exit
+
+
+@pytest.mark.control("T11")
+@pytest.mark.parametrize("name", EVENTS)
+def test_an_event_runs_internal_code(guest: BareGuest, instance: ObjectInstance, name: str) -> None:
+    """The guest's descriptor tables are in its window (I8 taken away as well), and the event's
+    handler is what no entry leads to, with arguments of the guest's."""
+    _, inject = EVENTS[name]
+    with weakened(Weaken.EVENTS | Weaken.TABLES):
+        attachment = attach(guest, instance)
+        guest.map(WINDOW, layout.WINDOW_GPA, WINDOW_PAGES * PAGE_SIZE, Access.READ | Access.WRITE)
+        give(
+            guest,
+            Step(What.MARK, 0),
+            Step(What.LOAD_TABLE, Table.IDT, WINDOW + IDT_AT, IDT_SIZE - 1),
+            Step(What.LOAD_TABLE, Table.GDT, WINDOW + GDT_AT, GDT_SIZE - 1),
+            call_it(attachment),
+        )
+        let_in(guest, instance)
+        assert not stolen(instance)
+        inject(guest)
+        wait_for(lambda: stolen(instance))
+        guest.stop()
+
+
+@pytest.mark.control("T11")
+@pytest.mark.parametrize("name", EVENTS)
+def test_an_event_ends_trusted_code(guest: BareGuest, instance: ObjectInstance, name: str) -> None:
+    """With its tables elsewhere the guest loses the event, and the object its caller, half done."""
+    _, inject = EVENTS[name]
+    with weakened(Weaken.EVENTS):
+        give(guest, call_it(attach(guest, instance)))
+        let_in(guest, instance)
+        inject(guest)
+        exit = stopped(guest)
+        assert (exit.cause, exit.at) == (lib.KVM_ELISA_EXIT_REFUSED, AT_SUB)
+        assert exit.vmx_exit_reason == TRIPLE_FAULT
+        assert events_taken(guest) == 0
+        assert (word(instance.shared, BEGUN_AT), word(instance.shared, ENDED_AT)) == (1, 0)
+
+
+@pytest.mark.control("T11")
+def test_init_ends_trusted_code(guest: BareGuest, instance: ObjectInstance) -> None:
+    """The vCPU starts at its reset vector while the object's work is half done."""
+    with weakened(Weaken.INIT):
+        give(guest, call_it(attach(guest, instance)))
+        let_in(guest, instance)
+        send_ipi(guest, INIT_DELIVERY | ASSERT_LEVEL)
+        with pytest.raises(Exception, match="the guest") as caught:
+            guest.wait(60)
+        assert not isinstance(caught.value, AssertionError)
+        assert (word(instance.shared, BEGUN_AT), word(instance.shared, ENDED_AT)) == (1, 0)
+        assert results(guest) == [None]
+        sregs = guest.vcpu.get_sregs()
+        assert (sregs.cr0 & 0x8000_0001, sregs.efer) == (0, 0)

@@ -1,0 +1,58 @@
+"""T9, T10, the controls: with the kernel's defences taken away, an exception in trusted code
+leads a guest to internal code that no entry leads to."""
+
+import pytest
+
+from pykvm.boot.bare import BareGuest
+from pykvm.elisa.objects import ObjectInstance
+from tests.attacks.leap import Leap, Register, give_leaps
+from tests.attacks.test_exceptions import (
+    BAD_POINTERS,
+    FAULTY_DECLARATION,
+    GDT_AT,
+    GENERAL_PROTECTION,
+    IDT_AT,
+    PAGE_FAULT,
+    breakpoints,
+    descriptors_in_window,
+    hijack,
+)
+from tests.attacks.victim import SECRET, SHARED, WINDOW, C, join, put, stolen, vault
+from tests.attacks.weaken import Weaken, weakened
+from tests.elisa.probe import run
+
+pytestmark = pytest.mark.elisa
+
+
+@pytest.mark.weakened
+@pytest.mark.control("T9")
+@pytest.mark.parametrize("where", ["sub entry", "object"])
+def test_a_breakpoint_runs_internal_code(guest: BareGuest, where: str) -> None:
+    """The debug exception is given to the guest, which has its handler in the sub context. At these
+    places the registers still hold what the guest has chosen."""
+    with weakened(Weaken.TABLES | Weaken.EXITS | Weaken.EVENTS), vault() as instance:
+        slot = join(guest, instance).slot
+        give_leaps(guest, hijack(guest, instance, slot, dr0=breakpoints(instance)[where]))
+        run(guest)  # the handler returns to the breakpoint until there is no stack left
+        assert stolen(instance)
+
+
+@pytest.mark.weakened
+@pytest.mark.control("T10")
+@pytest.mark.parametrize("name", BAD_POINTERS)
+def test_a_fault_runs_internal_code(guest: BareGuest, name: str) -> None:
+    """No exit is needed: the processor delivers it by itself."""
+    with weakened(Weaken.TABLES), FAULTY_DECLARATION.open() as instance:
+        put(instance.shared, 0, SECRET)
+        slot = join(guest, instance).slot
+        give_leaps(guest, fault(guest, instance, slot, BAD_POINTERS[name]))
+        run(guest)  # the handler returns to an error code
+        assert stolen(instance)
+
+
+def fault(guest: BareGuest, instance: ObjectInstance, slot: int, pointer: int) -> Leap:
+    """A call with a bad pointer. The handlers are internal code, with arguments of the guest's."""
+    vectors = dict.fromkeys((PAGE_FAULT, GENERAL_PROTECTION), C + instance.symbols["vault_copy"])
+    descriptors_in_window(guest, instance, vectors)
+    registers = {Register.RDI: WINDOW, Register.RSI: SHARED, Register.RDX: pointer}
+    return Leap(slot=slot, registers=registers, idt=WINDOW + IDT_AT, gdt=WINDOW + GDT_AT)

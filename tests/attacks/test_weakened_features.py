@@ -1,0 +1,92 @@
+"""T17, T18, T27, the controls: without the kernel's filters a guest with contexts sees the features
+that nobody has checked, and turns on those that the emulated processor has."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from pykvm.boot.bare import BareGuest
+from pykvm.kvm import HIDDEN_FEATURES, HiddenFeature, Kvm
+from tests.attacks.weaken import Weaken, weakened
+from tests.elisa.probe import Probe, Step, What, faults, give, results, run
+from tests.elisa.test_hidden_features import (
+    CR4,
+    FEATURE_CONTROL,
+    HIDDEN_CR4,
+    HIDDEN_MSRS,
+    VMX_BASIC,
+    VMX_ENABLED,
+    leaves_with,
+)
+
+pytestmark = [pytest.mark.elisa, pytest.mark.weakened]
+
+REGISTERS = ("eax", "ebx", "ecx", "edx")
+DEBUG_CONTROL = 0x1D9
+
+
+@pytest.fixture
+def guest(kvm: Kvm) -> Iterator[BareGuest]:
+    """A guest with contexts, which may have everything that this KVM offers."""
+    with weakened(Weaken.FEATURES), BareGuest(kvm, Probe()) as guest:
+        guest.vcpu.set_cpuid(kvm.supported_cpuid())
+        yield guest
+
+
+@pytest.mark.control("T17")
+@pytest.mark.control("T18")
+@pytest.mark.control("T27")
+@pytest.mark.parametrize("feature", HIDDEN_FEATURES, ids=lambda feature: str(feature.name))
+def test_the_guest_sees_it(kvm: Kvm, guest: BareGuest, feature: HiddenFeature) -> None:
+    guest.vcpu.set_cpuid(leaves_with(kvm, feature))
+    which = REGISTERS.index(feature.register)
+    give(guest, Step(What.CPUID, feature.function, feature.index, which))
+    assert run(guest) == []
+    (value,) = results(guest)
+    assert value is not None
+    assert value >> feature.bit & 1
+
+
+def turn_on(guest: BareGuest, *names: str) -> list[int]:
+    """Which bits of CR4 the guest has afterwards, besides those that it had."""
+    tries = [Step(What.WRITE_CONTROL, 4, CR4 | 1 << HIDDEN_CR4[name]) for name in names]
+    give(guest, *(step for each in tries for step in (each, Step(What.READ_CONTROL, 4))))
+    assert run(guest) == []
+    return [(value or 0) ^ CR4 for value in results(guest)[1::2]]
+
+
+@pytest.mark.control("T27")
+def test_pcid_is_turned_on(guest: BareGuest) -> None:
+    """So that changes of CR3 need not flush."""
+    assert turn_on(guest, "PCIDE") == [1 << HIDDEN_CR4["PCIDE"]]
+
+
+@pytest.mark.control("T18")
+def test_the_guest_turns_on_what_the_processor_has(kvm: Kvm, guest: BareGuest) -> None:
+    offered = {feature.name for feature in HIDDEN_FEATURES if feature.is_in(kvm.supported_cpuid())}
+    needs = {"PKE": "pku", "VMXE": "vmx", "CET": "shstk", "PKS": "pks", "FRED": "fred"}
+    names = [bit for bit, name in needs.items() if name in offered]
+    assert "VMXE" in names
+    assert turn_on(guest, *names) == [1 << HIDDEN_CR4[name] for name in names]
+
+
+@pytest.mark.control("T18")
+def test_the_guest_may_be_a_hypervisor(guest: BareGuest) -> None:
+    guest.vcpu.set_msrs({FEATURE_CONTROL: VMX_ENABLED})
+    give(
+        guest,
+        Step(What.READ_MSR, VMX_BASIC, attempt=True),
+        Step(What.READ_MSR, FEATURE_CONTROL, attempt=True),
+    )
+    assert run(guest) == []
+    assert faults(guest) == [None] * 2
+    assert results(guest)[1] == VMX_ENABLED
+
+
+@pytest.mark.control("T17")
+def test_debug_control_is_written(guest: BareGuest) -> None:
+    """Records and single steps by branches: what KVM takes from a guest without contexts."""
+    values = [HIDDEN_MSRS[name][1] for name in ("IA32_DEBUGCTL.LBR", "IA32_DEBUGCTL.BTF")]
+    give(guest, *(Step(What.WRITE_MSR, DEBUG_CONTROL, value, attempt=True) for value in values))
+    assert run(guest) == []
+    assert faults(guest) == [None] * 2

@@ -1,0 +1,76 @@
+"""T21, the controls: without limits, one VMM takes what memory it likes."""
+
+import os
+import resource
+
+import pytest
+
+from pykvm.kvm import Kvm, lib
+from tests.attacks.weaken import Weaken, weakened
+from tests.elisa.child import CAP_IPC_LOCK, in_child
+from tests.elisa.context_requests import PAGE, Request, chain, good, leaf, new_machine
+from tests.elisa.host_state import nothing_stays, pinned_pages
+from tests.elisa.test_limits import PAGES, close, sends
+
+pytestmark = [pytest.mark.elisa, pytest.mark.weakened]
+
+
+@pytest.mark.control("T21")
+def test_more_contexts_than_the_vm_may_have(kvm: Kvm) -> None:
+    with weakened(Weaken.LIMITS), new_machine(kvm, contexts=2) as machine, nothing_stays():
+        files = sends(machine, 20)
+        assert min(files) > 0
+        close(*files)
+
+
+@pytest.mark.control("T21")
+def test_more_pages_than_the_vm_may_have(kvm: Kvm) -> None:
+    with weakened(Weaken.LIMITS), new_machine(kvm, pages=PAGES - 1) as machine, nothing_stays():
+        files = sends(machine, 20)
+        assert min(files) > 0
+        close(*files)
+
+
+@pytest.mark.control("T21")
+def test_a_storm_of_contexts(kvm: Kvm) -> None:
+    """Past the default limit, at which test_defaults stops."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with weakened(Weaken.LIMITS), new_machine(kvm) as machine, nothing_stays():
+        request = Request(chain(leaf(0)), [(machine.address, 0, 0)])
+        files: list[int] = []
+        try:
+            while len(files) < lib.KVM_ELISA_DEFAULT_CONTEXTS + 100:
+                file = request.send(machine.vm)
+                assert file > 0
+                files.append(file)
+        finally:
+            close(*files)
+
+
+@pytest.mark.control("T21")
+def test_memory_that_may_not_be_locked() -> None:
+    """A caller without CAP_IPC_LOCK, which may lock one page, pins many."""
+
+    def body() -> int:
+        with Kvm() as kvm, new_machine(kvm) as machine:
+            before = pinned_pages()
+            files = sends(machine, 10)
+            pinned = pinned_pages() - before
+            for file in files:
+                os.close(file)
+            return pinned if min(files) > 0 else min(files)
+
+    with weakened(Weaken.LIMITS), nothing_stays():
+        assert in_child(body, without=CAP_IPC_LOCK, memlock=PAGE) == 10 * (PAGES - 4)
+
+
+def test_the_same_with_limits() -> None:
+    """On these modules too: it is the bit that lets them through."""
+
+    def body() -> int:
+        with Kvm() as kvm, new_machine(kvm) as machine:
+            return good(machine).send(machine.vm)
+
+    with weakened(Weaken(0)):
+        assert in_child(body, without=CAP_IPC_LOCK, memlock=PAGE) < 0

@@ -1,0 +1,80 @@
+"""T7, the controls: a kernel that does not look at the mode lets VMFUNC through in any."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from pykvm.boot.bare import BareGuest
+from pykvm.boot.compiler import GUEST_SOURCES
+from pykvm.elisa.objects import ObjectInstance, SharedObject
+from pykvm.kvm import ElisaExit, Exit, Hlt, Kvm
+from pykvm.memory.layout import CROSSING_GVA
+from pykvm.paging.entries import PAGE_SIZE, Access
+from tests.attacks.victim import AT_GATE
+from tests.attacks.weaken import Weaken, weakened
+from tests.elisa.probe import Probe, Step, What, attach, faults, give, prepare, results, run
+from tests.elisa.test_mode_lock import (
+    CODE,
+    CR4,
+    LONG_MODE_CODE,
+    OFF,
+    SMAP,
+    try_call,
+    try_vmfunc,
+    vmfunc_in,
+)
+
+pytestmark = [pytest.mark.elisa, pytest.mark.weakened]
+
+
+@pytest.fixture
+def guest(kvm: Kvm) -> Iterator[BareGuest]:
+    with BareGuest(kvm, Probe()) as guest:
+        prepare(guest)
+        yield guest
+
+
+@pytest.fixture
+def counter() -> Iterator[ObjectInstance]:
+    with SharedObject("counter", GUEST_SOURCES / "objects" / "counter.c").open() as instance:
+        yield instance
+
+
+@pytest.mark.control("T7")
+@pytest.mark.parametrize("name", OFF)
+def test_any_mode_reaches_a_context(guest: BareGuest, counter: ObjectInstance, name: str) -> None:
+    """VMFUNC works, and with a gate's slot the vCPU is in the gate context, in that mode."""
+    seen: list[Exit] = []
+
+    def on_mark(slot: int) -> None:
+        seen.append(vmfunc_in(guest, OFF[name], slot))
+        if slot:
+            guest.vcpu.stop()  # it cannot come back from there
+
+    with weakened(Weaken.MODE):
+        slot = attach(guest, counter).slot
+        guest.map(LONG_MODE_CODE, CODE, PAGE_SIZE, Access.READ | Access.EXECUTE)
+        give(guest, Step(What.MARK, 0), Step(What.MARK, slot))
+        run(guest, on_mark)
+        works, inside = seen
+        assert works == Hlt()
+        assert isinstance(inside, ElisaExit)
+        assert (inside.at, inside.slot) == (AT_GATE, slot)
+        assert not CROSSING_GVA <= inside.rip < CROSSING_GVA + PAGE_SIZE
+
+
+@pytest.mark.control("T7")
+def test_without_smap_the_object_serves(guest: BareGuest, counter: ObjectInstance) -> None:
+    """The whole crossing, in a mode that the sub context's pages were not laid out for."""
+    with weakened(Weaken.MODE):
+        slot = attach(guest, counter).slot
+        give(
+            guest,
+            Step(What.WRITE_CONTROL, 4, CR4 & ~SMAP),
+            try_vmfunc(),
+            try_call(slot),
+            Step(What.READ_CONTROL, 4),
+        )
+        assert run(guest) == []
+        assert faults(guest) == [None] * 4
+        assert results(guest)[2:] == [1, CR4 & ~SMAP]
