@@ -6,7 +6,6 @@ Each part leaves a report in pytest's JUnit format in `build/tests`.
 import argparse
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,21 +26,28 @@ _INSIDE: Final = (
 )
 
 
+# On this host, while the emulated ones run: the longest.
+_LATER: Final = ("tests/switch", "tests/verify")
+
+
 def files_with(tiers: Sequence[str]) -> list[str]:
     """Test files that use a mark of `tiers`; on the emulated host, importing all takes a minute."""
     marks = re.compile(rf"mark\.({'|'.join(tiers)})\b")
-    paths = sorted((ROOT / "tests").rglob("test_*.py"))
-    return [str(path.relative_to(ROOT)) for path in paths if marks.search(path.read_text())]
+    return [file for file in all_files() if marks.search((ROOT / file).read_text())]
+
+
+def all_files() -> list[str]:
+    """Every test file, relative to the checkout."""
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py"))
 
 
 def jobs() -> list[Job]:
     """What there is to run, in the order in which it starts."""
+    later = {*files_with(["testbed"]), *(f for f in all_files() if f.startswith(_LATER))}
+    first = "on this host"
     found = [
-        Job(
-            "on this host",
-            [sys.executable, "-m", "pytest", f"--junitxml={REPORTS / 'host.xml'}"],
-            {"PYTHONDONTWRITEBYTECODE": None, "PYKVM_REQUIRE": "unit,testbed"},
-        )
+        _on_this_host(first, "host", [file for file in all_files() if file not in later]),
+        _on_this_host("on this host, what takes long", "host-later", sorted(later)),
     ]
     pykvm = str(Path(sys.executable).with_name("pykvm"))
     for series, expression in _INSIDE:
@@ -56,9 +62,17 @@ def jobs() -> list[Job]:
                     *("--env", f"PYKVM_REQUIRE={','.join(tiers)}"),
                     *("--", *pytest, *files_with(tiers)),
                 ],
+                # Guests and objects that were built here need not be built slowly there.
+                after=first,
             )
         )
     return found
+
+
+def _on_this_host(name: str, report: str, files: Sequence[str]) -> Job:
+    command = [sys.executable, "-m", "pytest", f"--junitxml={REPORTS / report}.xml", *files]
+    # What pytest compiles is taken along, too.
+    return Job(name, command, {"PYTHONDONTWRITEBYTECODE": None, "PYKVM_REQUIRE": "unit,testbed"})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,11 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     REPORTS.mkdir(parents=True, exist_ok=True)
     for report in REPORTS.glob("*.xml"):
         report.unlink()
-    # What pytest compiles here is taken along to the emulated hosts, where it would take long.
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-    collect = [sys.executable, "-m", "pytest", "-q", "--collect-only"]
     try:
-        subprocess.run(collect, env=environment, stdout=subprocess.DEVNULL, check=False)
         todo = jobs()
         return side_by_side.summary(todo, side_by_side.run(todo))
     except KeyboardInterrupt:

@@ -27,11 +27,16 @@ _PR_SET_PDEATHSIG: Final = 1
 
 @dataclass(frozen=True)
 class Job:
-    """A command and what to call it. environment: variables to set, or (None) to unset."""
+    """A command and what to call it.
+
+    environment: variables to set, or (None) to unset. after: the name of an earlier job that must
+    have ended before this one starts, well or not.
+    """
 
     name: str
     command: Sequence[str]
     environment: Mapping[str, str | None] = field(default_factory=dict)
+    after: str = ""
 
 
 class _Running:
@@ -40,6 +45,7 @@ class _Running:
     def __init__(self, job: Job) -> None:
         changed = {name: value for name, value in job.environment.items() if value is not None}
         kept = {name: value for name, value in os.environ.items() if name not in job.environment}
+        self.name = job.name
         self.log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed by end)
         self.shown = 0
         self.started = time.monotonic()
@@ -104,7 +110,10 @@ def run(jobs: Sequence[Job], processors: int = 1, interval: float = 0.2) -> list
 
     def start_more() -> None:
         while len(running) < len(jobs) and sum(not one.ended() for one in running) < at_once:
-            running.append(_Running(jobs[len(running)]))
+            job = jobs[len(running)]
+            if job.after and any(one.name == job.after and not one.ended() for one in running):
+                break
+            running.append(_Running(job))
 
     try:
         for number, job in enumerate(jobs):

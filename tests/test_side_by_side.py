@@ -1,5 +1,6 @@
 """Commands side by side: their order, their outputs, and that nothing of them stays."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -57,6 +58,16 @@ def test_as_many_as_there_are_processors(
     )
     found = side_by_side.run([_python(str(n), code) for n in range(4)], processors, 0.01)
     assert max(found) == most
+
+
+def test_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    made = tmp_path / "made"
+    first = _python("first", f"time.sleep(0.5); open({str(made)!r}, 'w').close()")
+    other = _python("other", f"sys.exit(os.path.exists({str(made)!r}))")
+    third = _python("third", f"sys.exit(os.path.exists({str(made)!r}))")
+    jobs = [first, other, dataclasses.replace(third, after="first")]
+    assert side_by_side.run(jobs, interval=0.01) == [0, 0, 1]
 
 
 def _started(tmp_path: Path, stubborn: bool) -> subprocess.Popen[str]:
@@ -131,14 +142,18 @@ def test_every_test_is_in_one_part_of_make_test() -> None:
     todo = everything.jobs()
     assert [job.name for job in todo] == [
         "on this host",
+        "on this host, what takes long",
         "on the emulated host, Linux 6.12: elisa or kvm",
         "on the emulated host, Linux 6.1: elisa",
         "on the emulated host, Linux 6.1: kvm and not elisa",
     ]
+    here = [word for job in todo[:2] for word in job.command if word.startswith("tests/")]
+    assert sorted(here) == everything.all_files()
+    assert {job.after for job in todo[2:]} == {todo[0].name}
     required = [word for job in todo for word in job.command if word.startswith("PYKVM_REQUIRE")]
     assert required == [f"PYKVM_REQUIRE={tiers}" for tiers in ("elisa,kvm", "elisa", "kvm")]
     with_kvm, with_elisa = "tests/kvm/test_state.py", "tests/elisa/test_events.py"
-    assert [with_kvm in job.command for job in todo] == [False, True, False, True]
-    assert [with_elisa in job.command for job in todo] == [False, True, True, False]
+    assert [with_kvm in job.command for job in todo[2:]] == [True, False, True]
+    assert [with_elisa in job.command for job in todo[2:]] == [True, True, False]
     reports = {word for job in todo for word in job.command if "junitxml" in word}
     assert len(reports) == len(todo)
