@@ -87,10 +87,9 @@ FUZZ_SECONDS := 60
 fuzz: setup
 	$(VENV)/bin/python -m tests.switch.fuzz --seconds $(FUZZ_SECONDS)
 
-# One line for each row of docs/threats.md; not 0 while a row falls short. ATTACKS may hold
-# --after-tests, which repeats nothing that make test has just run.
+# One line for each row of docs/threats.md; not 0 while a row falls short.
 attacks: setup
-	$(VENV)/bin/python -m tests.attacks.suite --series $(SERIES) $(ATTACKS)
+	$(VENV)/bin/python -m tests.attacks.suite --series $(SERIES)
 
 lint: setup
 	$(VENV)/bin/ruff check

@@ -1,11 +1,9 @@
 """The patch's tracepoints, read from the kernel's trace buffer."""
 
-import ctypes
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
@@ -16,24 +14,16 @@ from pykvm.kvm import Kvm
 from pykvm.memory import layout
 from tests.elisa.context_requests import Machine, good, revoke, set_slot
 from tests.elisa.probe import WILD, Probe, Wild, attach, calls, give, prepare, run
+from tests.elisa.tracefs import TRACING, mount_tracefs
 
 pytestmark = pytest.mark.elisa
 
-TRACING = Path("/sys/kernel/tracing")
 EVENTS = ("kvm_elisa_attach", "kvm_elisa_detach", "kvm_elisa_violation", "kvm_elisa_revoke")
-MS_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _tracefs() -> None:
-    """Mounted, where the host has not done it."""
-    if not (TRACING / "trace").exists():
-        libc = ctypes.CDLL(None, use_errno=True)
-        done = libc.mount(
-            b"tracefs", os.fsencode(TRACING), b"tracefs", ctypes.c_ulong(MS_NOSUID_NODEV_NOEXEC), 0
-        )
-        if done and not (TRACING / "trace").exists():
-            pytest.skip(f"this kernel has no tracefs: {os.strerror(ctypes.get_errno())}")
+    mount_tracefs()
 
 
 @contextmanager

@@ -1,0 +1,258 @@
+"""T22: pages of a context that belong to somebody else by now."""
+
+import gc
+import os
+import struct
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from pykvm.boot.bare import BareGuest
+from pykvm.closing import Closing
+from pykvm.elisa.attachment import Attachment
+from pykvm.elisa.objects import ObjectInstance
+from pykvm.elisa.toolchain import crossing_images
+from pykvm.memory import layout
+from pykvm.memory.guest_memory import MemoryFile, Region
+from pykvm.paging.entries import PAGE_SIZE
+from tests.attacks.host_addresses import host_address
+from tests.attacks.host_tables import (
+    RECKLESS,
+    HostMemory,
+    HostTables,
+    both_contexts,
+    read_list,
+)
+from tests.attacks.leap import Leap, Leaper, Register, give_leaps, left
+from tests.attacks.page_frees import base_of_pages, flushed_before, traced_frees
+from tests.attacks.test_entries import failed
+from tests.attacks.victim import SHARED, C, put
+from tests.attacks.weaken import Weaken, weakened
+from tests.elisa.probe import Wild, run
+from tests.elisa.tracefs import mount_tracefs
+
+pytestmark = pytest.mark.elisa
+
+PAGES = RECKLESS.shared // PAGE_SIZE
+WORD = 0x0B1E_C700_0000_0000  # of an object's pages, and a number
+NEW_WORD = 0x4E30_0000_0000_0000
+PATTERN = 0x5EC0_4D40_5EC0_4D40  # of the pages' next owner
+HEIR_SIZE = 128 << 20
+ATTEMPTS = 8
+
+
+@pytest.fixture
+def memory() -> Iterator[HostMemory]:
+    with HostMemory() as memory:
+        yield memory
+
+
+def read_page(slot: int, page: int, behind: int = 0) -> Leap:
+    at = SHARED + page * PAGE_SIZE
+    return Leap(behind, slot, {Register.RDI: Wild.READ, Register.RSI: at})
+
+
+def again(guest: BareGuest, *leaps: Leap) -> None:
+    """Start the guest's program anew, on the same vCPU and so with whatever that has cached."""
+    guest.set_input(Leaper(leaps).input())
+    guest.start_vcpu(guest.vcpu, Leaper().image().entry, layout.STACK_TOP_GPA, layout.BOOT_INFO_GPA)
+
+
+def words(guest: BareGuest) -> list[int | None]:
+    """What each leap has returned."""
+    return [out[Register.RAX] if out else None for out in left(guest)]
+
+
+def filled(first: int) -> ObjectInstance:
+    """A reckless object whose pages begin with `first` and the next numbers."""
+    instance = RECKLESS.open()
+    for page in range(PAGES):
+        put(instance.shared, page * PAGE_SIZE, first + page)
+    return instance
+
+
+class Used:
+    """An object that the guest uses: it has read each page of it from inside."""
+
+    def __init__(self, guest: BareGuest, memory: HostMemory) -> None:
+        pages = crossing_images()
+        guest.map_crossing(pages.entry_page, pages.return_page, pages.call_offset)
+        self.instance = filled(WORD)
+        self.places = [
+            C + self.instance.symbols["elisa_serve"],
+            C + layout.SUB_ENTRY_OFFSET + 8,
+            C + layout.GATE_OFFSET + 0xFD8,
+        ]
+        give_leaps(guest, *(Leap(place) for place in self.places))  # for the pages of its own
+        self._guest, self._memory = guest, memory
+        self.attachment: Attachment = self.instance.attach(guest.vm, guest.vcpu, 0)
+        what, at = read_list(self.attachment.slot)
+        registers = {Register.RDI: what, Register.RSI: at}
+        again(guest, Leap(slot=self.attachment.slot, registers=registers))
+        assert run(guest) == []
+        (eptp,) = words(guest)
+        assert eptp
+        _, sub = both_contexts(memory, eptp)
+        self.list_page = sub.page(layout.SUB_PRIVATE_GPA + layout.LIST_OFFSET)
+        self.frames = [
+            host_address(self.instance.memory.host_address + page * PAGE_SIZE)
+            for page in range(PAGES)
+        ]
+        first = layout.SUB_PRIVATE_GPA + layout.SHARED_OFFSET
+        assert [sub.page(first + page * PAGE_SIZE) for page in range(PAGES)] == self.frames
+        self.touch()
+
+    def touch(self) -> None:
+        slot = self.attachment.slot
+        again(self._guest, *(read_page(slot, page) for page in range(PAGES)))
+        assert run(self._guest) == []
+        assert words(self._guest) == [WORD + page for page in range(PAGES)]
+
+    def slots(self) -> Sequence[int]:
+        """The vCPU's list, from the host's memory."""
+        return self._memory.table(self.list_page)
+
+    def contexts_in(self, slot: int) -> tuple[HostTables, HostTables]:
+        return both_contexts(self._memory, self.slots()[slot])
+
+    def give_back(self) -> None:
+        """Detached, closed: nothing holds the pages any more."""
+        self.attachment.detach()
+        self.instance.close()
+
+
+class Heir(Closing):
+    """Much memory of another owner: some of it is what the object had."""
+
+    def __init__(self) -> None:
+        gc.collect()  # whatever still refers to the object's memory
+        with MemoryFile("heir", HEIR_SIZE) as file:
+            self._region = Region(file, 0, prefault=True)
+        count = HEIR_SIZE // PAGE_SIZE
+        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+            pagemap.seek(self._region.host_address // PAGE_SIZE * 8)
+            entries = struct.unpack(f"<{count}Q", pagemap.read(count * 8))
+        self._pages = {(entry & (1 << 55) - 1) * PAGE_SIZE: n for n, entry in enumerate(entries)}
+
+    def close(self) -> None:
+        self._region.close()
+
+    def pages_of(self, used: Used, memory: HostMemory) -> list[int]:
+        """Which pages of the object it has by now; they hold the pattern."""
+        pages = [n for n, frame in enumerate(used.frames) if frame in self._pages]
+        for page in pages:
+            at = self._pages[used.frames[page]] * PAGE_SIZE
+            self._region.view(at, PAGE_SIZE)[:] = PATTERN.to_bytes(8, "little") * (PAGE_SIZE // 8)
+            assert memory.table(used.frames[page]) == (PATTERN,) * 512
+        return pages
+
+
+def pages_of_another_owner(guest: BareGuest, memory: HostMemory) -> None:
+    """After the pages have become somebody else's: VMFUNC with each slot to places where the guest
+    was inside before, all with registers that would read them."""
+    used = Used(guest, memory)
+    used.give_back()
+    with Heir() as heir:
+        pages = heir.pages_of(used, memory)
+        assert pages, "nobody has taken the object's pages"
+        stray = [
+            read_page(slot, pages[slot % len(pages)], used.places[slot % len(used.places)])
+            for slot in range(1, 512)
+        ]
+        slot = used.attachment.slot
+        stray += [read_page(slot, page, place) for page in pages for place in used.places]
+        again(guest, *stray)
+        assert failed(run(guest)) == [(0, leap.slot) for leap in stray]
+        assert None not in left(guest)
+        assert not seen(guest)
+
+
+def pages_under_an_old_eptp(guest: BareGuest, memory: HostMemory) -> None:
+    """A sub context that got the root, and with it the EPTP, of one that is gone. Translations are
+    cached by EPTP (SDM vol. 3C 29.4.1): those of the old one would be the new one's."""
+    used = Used(guest, memory)
+    with used.instance as old, filled(NEW_WORD) as new:
+        used.attachment.detach()
+        for _ in range(2):  # until each takes the pages that the other has left
+            for instance in (old, new):
+                instance.attach(guest.vm, guest.vcpu, 0).detach()
+        used.attachment = old.attach(guest.vm, guest.vcpu, 0)
+        _, sub = used.contexts_in(used.attachment.slot)
+        used.touch()
+        used.attachment.detach()
+        for _ in range(ATTEMPTS):
+            attachment = new.attach(guest.vm, guest.vcpu, 0)
+            if used.contexts_in(attachment.slot)[1].eptp == sub.eptp:
+                break
+            attachment.detach()
+        else:
+            raise AssertionError("no new context has the old one's root")
+        again(guest, *(read_page(attachment.slot, page) for page in range(PAGES)))
+        assert run(guest) == []
+        assert words(guest) == [NEW_WORD + page for page in range(PAGES)]
+        guest.close()
+
+
+def seen(guest: BareGuest) -> bool:
+    """Whether the pattern is in a register, now or after any leap."""
+    registers = guest.vcpu.get_regs()
+    values = [getattr(registers, name.name.lower()) for name in Register if name.name != "RFLAGS"]
+    return PATTERN in values or any(PATTERN in out.values() for out in left(guest) if out)
+
+
+@pytest.mark.attack("T22")
+def test_pages_that_are_somebody_elses_by_now(guest: BareGuest, memory: HostMemory) -> None:
+    pages_of_another_owner(guest, memory)
+
+
+@pytest.mark.attack("T22")
+def test_a_new_context_with_the_root_of_an_old_one(guest: BareGuest, memory: HostMemory) -> None:
+    pages_under_an_old_eptp(guest, memory)
+
+
+@pytest.mark.control("T22")
+@pytest.mark.weakened
+def test_the_emulator_keeps_no_translations_to_be_stale(
+    guest: BareGuest, memory: HostMemory
+) -> None:
+    """Without INVEPT the attack fails here all the same. Where this test fails, the processor keeps
+    translations as real ones do, and the attack test shows more than it does here."""
+    with weakened(Weaken.INVEPT):
+        pages_under_an_old_eptp(guest, memory)
+
+
+# ---- what the flush does -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tracing() -> None:
+    mount_tracefs()
+
+
+def flushed(guest: BareGuest, memory: HostMemory) -> list[set[int]]:
+    """The processors that flushed the translations of gate and sub context before anything that
+    these translate to, or their tables, went back."""
+    used = Used(guest, memory)
+    gate, sub = used.contexts_in(used.attachment.slot)
+    with traced_frees() as events:
+        used.give_back()
+    base = base_of_pages(events, [gate, sub])
+    return [
+        flushed_before(events, base, gate, []),
+        flushed_before(events, base, sub, used.frames),
+    ]
+
+
+@pytest.mark.attack("T22")
+@pytest.mark.usefixtures("tracing")
+def test_every_processor_flushes_before_pages_go_back(guest: BareGuest, memory: HostMemory) -> None:
+    processors = set(range(os.cpu_count() or 1))
+    assert flushed(guest, memory) == [processors, processors]
+
+
+@pytest.mark.control("T22")
+@pytest.mark.weakened
+@pytest.mark.usefixtures("tracing")
+def test_pages_go_back_without_a_flush(guest: BareGuest, memory: HostMemory) -> None:
+    with weakened(Weaken.INVEPT):
+        assert flushed(guest, memory) == [set(), set()]
