@@ -87,9 +87,10 @@ FUZZ_SECONDS := 60
 fuzz: setup
 	$(VENV)/bin/python -m tests.switch.fuzz --seconds $(FUZZ_SECONDS)
 
-# One line for each row of docs/threats.md; not 0 while a row falls short.
+# One line for each row of docs/threats.md; not 0 while a row falls short. ATTACKS may hold
+# --after-tests, which repeats nothing that make test has just run.
 attacks: setup
-	$(VENV)/bin/python -m tests.attacks.suite --series $(SERIES)
+	$(VENV)/bin/python -m tests.attacks.suite --series $(SERIES) $(ATTACKS)
 
 lint: setup
 	$(VENV)/bin/ruff check

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from pykvm.host import cache
 from pykvm.host.kernel_series import DEFAULT_SERIES, SERIES
+from pykvm.testbed import payload
 from tests import side_by_side
 from tests.side_by_side import Job
 
@@ -26,6 +28,9 @@ _INSIDE: Final = (
 )
 
 
+_STATE: Final = "checkout"
+_MADE: Final = re.compile(r"\.(so|pyc)$")
+
 # On this host, while the emulated ones run: the longest.
 _LATER: Final = ("tests/switch", "tests/verify")
 
@@ -34,6 +39,27 @@ def files_with(tiers: Sequence[str]) -> list[str]:
     """Test files that use a mark of `tiers`; on the emulated host, importing all takes a minute."""
     marks = re.compile(rf"mark\.({'|'.join(tiers)})\b")
     return [file for file in all_files() if marks.search((ROOT / file).read_text())]
+
+
+def checkout_key() -> str:
+    """A hash of the checkout's sources, by which reports can be told to be of another state."""
+    names = payload.checkout_files(ROOT)
+    sources = (n for n in sorted(names) if not n.startswith("build/") and not _MADE.search(n))
+    return cache.key(*(item for name in sources for item in (name, ROOT / name)))
+
+
+def reports() -> list[Path]:
+    """What `make test` left: a report of each part; none unless all are of this very checkout."""
+    found = [ROOT / REPORTS / f"{name}.xml" for name in _report_names()]
+    state = ROOT / REPORTS / _STATE
+    if not state.is_file() or state.read_text() != checkout_key():
+        return []
+    return found if all(report.is_file() for report in found) else []
+
+
+def _report_names() -> list[str]:
+    options = [word for job in jobs() for word in job.command if word.startswith("--junitxml=")]
+    return [Path(option.partition("=")[2]).stem for option in options]
 
 
 def all_files() -> list[str]:
@@ -82,6 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     REPORTS.mkdir(parents=True, exist_ok=True)
     for report in REPORTS.glob("*.xml"):
         report.unlink()
+    (REPORTS / _STATE).write_text(checkout_key())
     try:
         todo = jobs()
         return side_by_side.summary(todo, side_by_side.run(todo))

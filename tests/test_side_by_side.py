@@ -157,3 +157,28 @@ def test_every_test_is_in_one_part_of_make_test() -> None:
     assert [with_elisa in job.command for job in todo[2:]] == [True, True, False]
     reports = {word for job in todo for word in job.command if "junitxml" in word}
     assert len(reports) == len(todo)
+
+
+def test_reports_count_for_the_same_sources_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(everything, "ROOT", tmp_path)
+    (tmp_path / "tests").mkdir()
+    source = tmp_path / "tests/test_made.py"
+    source.write_text("pytestmark = pytest.mark.unit\n")
+    directory = tmp_path / everything.REPORTS
+    directory.mkdir(parents=True)
+    (directory / "checkout").write_text(everything.checkout_key())
+    assert everything.reports() == []
+    names = ["host", "host-later", "6.12-elisa-kvm", "6.1-elisa", "6.1-kvm"]
+    for name in names:
+        (directory / f"{name}.xml").touch()
+    assert [report.stem for report in everything.reports()] == names
+    (tmp_path / "tests/made.so").touch()  # built, no source
+    assert everything.reports()
+    source.write_text("pytestmark = pytest.mark.kvm\n")
+    assert everything.reports() == []
+    (directory / "checkout").write_text(everything.checkout_key())
+    assert everything.reports()
+    (directory / "6.1-kvm.xml").unlink()
+    assert everything.reports() == []

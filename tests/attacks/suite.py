@@ -1,28 +1,26 @@
-"""`make attacks`: every attack and every control, here and on two emulated hosts, row by row.
+"""`make attacks`: every attack and every control, here and on emulated hosts, row by row.
 
 The controls that need a kernel without a defence run on a host of their own, whose modules are
-built with weaken.patch. Exit status 0 only if each attack held, each control succeeded, nothing was
-skipped, and no row has an open part.
+built with weaken.patch. Where several series are named, a row must hold on each. Exit status 0 only
+if each attack held, each control succeeded, nothing was skipped, and no row has an open part.
 """
 
 import argparse
-import os
 import re
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 from xml.etree import ElementTree
 
 from pykvm.host.kernel_series import DEFAULT_SERIES, SERIES
+from tests import everything, side_by_side
 from tests.attacks.marks import ROOT
 from tests.attacks.threats import THREATS, Threat
 from tests.attacks.weaken import PATCH
+from tests.side_by_side import Job
 
 RESULTS: Final = Path("build") / "attacks"  # below build/, so that it comes back from inside
 _TIERS: Final = re.compile(r"mark\.(elisa|kvm)\b")
@@ -67,9 +65,9 @@ class Run:
     """One run of pytest. where: what it is run with, up to the interpreter."""
 
     name: str
-    where: list[str]
+    where: tuple[str, ...]
     expression: str
-    files: list[str]
+    files: tuple[str, ...]
 
     @property
     def report(self) -> Path:
@@ -78,10 +76,6 @@ class Run:
     def command(self) -> list[str]:
         options = ["-q", "-m", self.expression, f"--junitxml={self.report}"]
         return [*self.where, "-m", "pytest", *options, *self.files]
-
-    def outcomes(self) -> dict[str, set[str]]:
-        report = ROOT / self.report
-        return outcomes_of(report) if report.exists() else {}
 
 
 def plan(series: str) -> tuple[Run, Run, Run]:
@@ -94,66 +88,78 @@ def plan(series: str) -> tuple[Run, Run, Run]:
     return (
         Run(
             "host",
-            [sys.executable],
+            (sys.executable,),
             f"{marked} and not elisa and not kvm or unit and not testbed",
-            [builds, *files],
+            (builds, *files),
         ),
         Run(
-            "inside",
-            [*testbed, "--", "python"],
+            f"inside-{series}",
+            (*testbed, "--", "python"),
             f"{marked} and (elisa or kvm) and not weakened",
             _with(_TIERS, files),
         ),
         Run(
-            "weakened",
-            [*testbed, "--also", str(PATCH), "--", "python"],
+            f"weakened-{series}",
+            (*testbed, "--also", str(PATCH), "--", "python"),
             f"{marked} and weakened",
             _with(_WEAKENED, files),
         ),
     )
 
 
-def _with(mark: re.Pattern[str], files: Iterable[str]) -> list[str]:
-    return [file for file in files if mark.search((ROOT / file).read_text())]
+def _job(run: Run, after: str) -> Job:
+    # What the emulated hosts cannot compile themselves is built here first.
+    return Job(f"attacks: {run.name}", run.command(), {"PYKVM_REQUIRE": None}, after)
 
 
-@contextmanager
-def _meanwhile(run: Run) -> Iterator[None]:
-    """`run` beside what else is done; its output follows when that has ended."""
-    with tempfile.NamedTemporaryFile(suffix=".log") as log:
-        process = subprocess.Popen(run.command(), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            yield
-            print(f"attacks: on the emulated host, controls on {PATCH}", flush=True)
-            tail = ["tail", f"--pid={process.pid}", "-n", "+1", "-f", log.name]
-            subprocess.run(tail, check=False)
-        finally:
-            process.terminate()
-            process.wait()
+def _with(mark: re.Pattern[str], files: Iterable[str]) -> tuple[str, ...]:
+    return tuple(file for file in files if mark.search((ROOT / file).read_text()))
+
+
+def all_outcomes(reports: Iterable[Path]) -> dict[str, set[str]]:
+    """By test, over all `reports`; a skip counts only where no other report has the test."""
+    found: dict[str, set[str]] = {}
+    for report in reports:
+        for test, ends in outcomes_of(report).items():
+            found.setdefault(test, set()).update(ends)
+    return {test: ends - {"skipped"} or ends for test, ends in found.items()}
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Try every row of docs/threats.md.")
-    parser.add_argument("--series", choices=SERIES, default=DEFAULT_SERIES)
-    host, inside, weak = plan(parser.parse_args(arguments).series)
-    (ROOT / RESULTS).mkdir(parents=True, exist_ok=True)
-    os.environ.pop("PYKVM_REQUIRE", None)
+    parser.add_argument("--series", choices=SERIES, nargs="+", default=[DEFAULT_SERIES])
+    parser.add_argument(
+        "--after-tests",
+        action="store_true",
+        help="do not repeat what `make test` has just run on the same sources; its results on "
+        "all series count",
+    )
+    options = parser.parse_args(arguments)
+    side_by_side.exit_on_signals()
     started = time.monotonic()
-    for run in (host, inside, weak):
-        (ROOT / run.report).unlink(missing_ok=True)
-    print("attacks: on this host", flush=True)
-    subprocess.run(host.command(), cwd=ROOT, check=False)
-    with _meanwhile(weak):
-        print("attacks: on the emulated host (and at the same time on a weakened one)", flush=True)
-        subprocess.run(inside.command(), cwd=ROOT, check=False)
-    outcomes = {**host.outcomes(), **inside.outcomes(), **weak.outcomes()}
+    known = everything.reports() if options.after_tests else []
+    if options.after_tests:
+        print(f"attacks: {'using the' if known else 'no'} results of make test", flush=True)
+    runs = [run for series in options.series for run in plan(series)]
+    todo = [run for run in dict.fromkeys(runs) if not known or "weakened" in run.name]
+    (ROOT / RESULTS).mkdir(parents=True, exist_ok=True)
+    for report in (ROOT / RESULTS).glob("*.xml"):
+        report.unlink()
+    first = f"attacks: {todo[0].name}"
+    jobs = [_job(todo[0], ""), *(_job(run, "" if known else first) for run in todo[1:])]
+    try:
+        status = side_by_side.summary(jobs, side_by_side.run(jobs))
+    except KeyboardInterrupt:
+        return 130
+    made = (ROOT / run.report for run in todo)
+    outcomes = all_outcomes([*known, *(report for report in made if report.exists())])
     verdicts = [(threat.row, judge(threat, outcomes)) for threat in THREATS]
     for row, verdict in verdicts:
         print(f"{row:<4} {verdict.text}")
     short = sum(not verdict.good for _, verdict in verdicts)
     seconds = time.monotonic() - started
     print(f"attacks: {len(verdicts)} rows, {short} fall short, {seconds:.0f} s")
-    return 1 if short else 0
+    return 1 if short or status else 0
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The table against the tests that it names, and the document against the table."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.attacks import suite
@@ -61,3 +63,26 @@ def test_a_row_falls_short(outcomes: dict[str, set[str]], line: str, good: bool)
 def test_an_open_row_falls_short() -> None:
     verdict = suite.judge(OPEN, {"a.py::test_a": {"passed"}})
     assert verdict == suite.Verdict("held as far as tried; OPEN: all of it", False)
+
+
+def test_reports_of_several_runs(tmp_path: Path) -> None:
+    """What one run skips another may have run; what fails anywhere has failed."""
+    case = '<testcase classname="tests.a" name="test_{}">{}</testcase>'
+    for name, ends in {
+        "host": {"one[x]": "<skipped/>", "two": "<skipped/>", "three": ""},
+        "6.1": {"one[x]": "", "one[y]": "", "three": ""},
+        "6.12": {"one[x]": "", "three": "<failure/>"},
+    }.items():
+        cases = "".join(case.format(*each) for each in ends.items())
+        (tmp_path / f"{name}.xml").write_text(f"<testsuites>{cases}</testsuites>")
+    assert suite.all_outcomes(tmp_path.glob("*.xml")) == {
+        "tests/a.py::test_one": {"passed"},
+        "tests/a.py::test_two": {"skipped"},
+        "tests/a.py::test_three": {"passed", "failed"},
+    }
+
+
+def test_plan_of_several_series() -> None:
+    runs = dict.fromkeys([*suite.plan("6.1"), *suite.plan("6.12")])
+    names = [run.name for run in runs]
+    assert names == ["host", "inside-6.1", "weakened-6.1", "inside-6.12", "weakened-6.12"]
