@@ -19,9 +19,10 @@ itself. It may not read or write anything of the host, of another guest or of a 
 beyond what the object's code offers, nor stop the others from working.
 
 For each row, a hostile guest tries the attack on the emulated Intel host, and a *control* shows the
-same attack succeeding with the defence taken away: a build of the trusted pages without it, or a
-context built without the rule. `make attacks` runs both and prints one line for each row. Rows with
-an *open* part fall short: what it names has not been shown.
+same attack succeeding with the defence taken away: a build of the trusted pages without it, a
+context built without the rule, or a kernel that looks away (`tests/attacks/weaken.patch`, on an
+emulated host of its own). `make attacks` runs all of them and prints one line for each row. Rows
+with an *open* part fall short: what it names has not been shown.
 
 """
 
