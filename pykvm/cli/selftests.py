@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from typing import Any
 
+from pykvm.cli.testbed import exit_on_signals
 from pykvm.host.kernel_series import DEFAULT_SERIES, SERIES
 from pykvm.testbed import selftests
 
@@ -58,6 +59,7 @@ def add_action(actions: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Do what the command line says; return the exit status."""
+    exit_on_signals()
     start = time.monotonic()
     suite = selftests.Selftests(options.series)
     if options.list:

@@ -13,7 +13,7 @@ from pykvm.errors import PykvmError
 from pykvm.host.kernel_series import DEFAULT_SERIES, SERIES
 from pykvm.testbed import Testbed, session
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_also", "add_parser", "exit_on_signals", "run"]
 
 _SHELL = ["bash", "-i"]
 
@@ -95,10 +95,19 @@ def add_also(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def exit_on_signals() -> None:
+    """Let SIGTERM and SIGHUP end this process as an exception does: what is open gets closed."""
+
+    def leave(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGHUP, leave)
+
+
 def run(options: argparse.Namespace) -> int:
     """Do what the command line says; return the command's exit status."""
-    signal.signal(signal.SIGTERM, _exit_on_signal)
-    signal.signal(signal.SIGHUP, _exit_on_signal)
+    exit_on_signals()
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     kvm = "stock" if options.stock else "none" if options.no_kvm else "payload"
     if options.also and (options.modules or kvm != "payload"):
@@ -157,8 +166,3 @@ def _writer(descriptor: int) -> session.Sink:
             data = data[os.write(descriptor, data) :]
 
     return write
-
-
-def _exit_on_signal(number: int, _: FrameType | None) -> None:
-    # An exception, so that everything that is open gets closed on the way out.
-    raise SystemExit(128 + number)

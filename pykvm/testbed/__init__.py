@@ -11,9 +11,16 @@
 import os
 
 from pykvm.testbed.kernel_image import KernelImageError
-from pykvm.testbed.session import CommandTimeoutError, HostDiedError, Outcome, Testbed
+from pykvm.testbed.session import (
+    CancelledError,
+    CommandTimeoutError,
+    HostDiedError,
+    Outcome,
+    Testbed,
+)
 
 __all__ = [
+    "CancelledError",
     "CommandTimeoutError",
     "HostDiedError",
     "KernelImageError",

@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -222,6 +223,7 @@ class Selftests:
         self._series = series
         host = newest_kernel(series)
         self.release = host.release
+        self._cancelled = threading.Event()
         self._built = kernel_selftests.build(find_source(series, packages_directory(host)))
         self.names = kernel_selftests.programs(self._built)
 
@@ -243,21 +245,25 @@ class Selftests:
         Raises:
             PykvmError: the modules or the emulated host cannot be had.
         """
+        self._cancelled.clear()
         unpatched = None if distribution else kernel.build(self.release, patched=False)
         sides = (unpatched, kernel.build(self.release))
         found: tuple[dict[str, Result], dict[str, Result]] = ({}, {})
         done: list[Comparison] = []
         with ThreadPoolExecutor(len(sides)) as pool, tempfile.TemporaryDirectory() as directory:
             programs = self._lay_out(Path(directory))
-            for start in range(0, len(names), _BATCH):
-                batch = names[start : start + _BATCH]
-                runs = [pool.submit(self._run, programs, batch, kvm, limit) for kvm in sides]
-                for results, run in zip(found, runs, strict=True):
-                    results.update(run.result())
-                for each in compare(batch, *found):
-                    done.append(each)
-                    if report is not None:
-                        report(each)
+            try:
+                for start in range(0, len(names), _BATCH):
+                    batch = names[start : start + _BATCH]
+                    runs = [pool.submit(self._run, programs, batch, kvm, limit) for kvm in sides]
+                    for results, run in zip(found, runs, strict=True):
+                        results.update(run.result())
+                    for each in compare(batch, *found):
+                        done.append(each)
+                        if report is not None:
+                            report(each)
+            finally:
+                self._cancelled.set()  # Ctrl-C reaches this thread only, and the pool waits
         return done
 
     def _lay_out(self, directory: Path) -> Path:
@@ -284,6 +290,7 @@ class Selftests:
                     modules=modules,
                     timeout=60 + len(left) * (limit + _SECONDS_FOR_EACH),
                     stdout=output.extend,
+                    cancelled=self._cancelled,
                 )
             except (HostDiedError, CommandTimeoutError) as error:
                 reason = str(error)

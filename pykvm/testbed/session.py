@@ -7,6 +7,7 @@ import shutil
 import sys
 import tarfile
 import termios
+import threading
 import time
 import tty
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from pykvm.host.kernel_series import DEFAULT_SERIES, newest_kernel
 from pykvm.testbed import instances, payload, saved_state
 from pykvm.testbed.bochs import Emulator, emulator_command
 
-__all__ = ["CommandTimeoutError", "HostDiedError", "Outcome", "Testbed"]
+__all__ = ["CancelledError", "CommandTimeoutError", "HostDiedError", "Outcome", "Testbed"]
 
 Sink = Callable[[bytes], None]
 
@@ -37,6 +38,10 @@ class HostDiedError(PykvmError):
 
 class CommandTimeoutError(PykvmError):
     """The command did not end in the time it was given."""
+
+
+class CancelledError(PykvmError):
+    """Another thread said that the command is to end."""
 
 
 @dataclass
@@ -118,6 +123,7 @@ class Testbed:
         stdin: bytes = b"",
         interactive: bool = False,
         directory: Path | None = None,
+        cancelled: threading.Event | None = None,
     ) -> Outcome:
         """Run `command` in the checkout on the emulated host.
 
@@ -136,9 +142,11 @@ class Testbed:
             stdin: what the command reads from its standard input.
             interactive: give the command a terminal, connected to ours.
             directory: where to run, in the checkout (default: its root).
+            cancelled: ends the run soon after another thread has set it.
 
         Raises:
             CommandTimeoutError: see `timeout`.
+            CancelledError: see `cancelled`.
             HostDiedError: the emulator or the kernel inside died; the message names the logs.
             PykvmError: what is needed is missing; the message says what to type.
         """
@@ -166,7 +174,7 @@ class Testbed:
             saved_state.lay_out(instance, host, image)
             try:
                 with Emulator(instance, restore=host / "state") as emulator:
-                    run = _Run(emulator, start, timeout, stdout, stderr, interactive)
+                    run = _Run(emulator, start, timeout, stdout, stderr, interactive, cancelled)
                     status, size = run.until_exit()
                 outcome = run.outcome
                 outcome.status = status
@@ -237,8 +245,10 @@ class _Run:
         stdout: Sink | None,
         stderr: Sink | None,
         interactive: bool,
+        cancelled: threading.Event | None,
     ) -> None:
         self.outcome = Outcome(status=-1)
+        self._cancelled = cancelled
         self._emulator = emulator
         self._start = start
         self._timeout = timeout
@@ -313,6 +323,8 @@ class _Run:
             raise HostDiedError("the emulated kernel panicked")
 
     def _check_time(self, resumed: float) -> None:
+        if self._cancelled is not None and self._cancelled.is_set():
+            raise CancelledError("the command was cancelled")
         now = time.monotonic()
         if self._started is None:
             if now - resumed > _RESUME_TIMEOUT:
