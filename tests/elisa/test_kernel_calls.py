@@ -224,6 +224,9 @@ def test_contexts_that_name_contexts(kvm: Kvm, machine: Machine) -> None:
             other.enable_elisa_contexts()
             no_new_pins(other, target, leaf(0, R), errno.EINVAL)
             assert set_slot(other.create_vcpu(0), 2, target) == -errno.EINVAL
+        many = [(0, EPTP, target)] * lib.KVM_ELISA_SLOTS
+        os.close(Request(chain(leaf(0, R)), many).send(machine.vm))
+        assert Request(chain(leaf(0, R)), [*many, many[0]]).send(machine.vm) == -errno.E2BIG
         pinned = pinned_pages()
         os.close(target)
         assert pinned_pages() == pinned  # the gate keeps it

@@ -1,0 +1,86 @@
+"""What a VMM changes in a vCPU that it stopped inside a context.
+
+The VMM is trusted, but what it asks for must not open a way that a guest could be led through.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+
+from pykvm.boot.bare import BareGuest
+from pykvm.elisa.objects import ObjectInstance
+from pykvm.kvm import ElisaExit, Kvm, UnexpectedExitError, lib
+from tests.elisa.probe import attach, calls, events, events_taken, give, results
+from tests.elisa.spinning import LONG, RETURN_PAGE, Spin, event_guest, spin_object
+
+pytestmark = pytest.mark.elisa
+
+VECTOR = 0x55
+SMAP = 1 << 21
+EXCEPTION = 0  # basic exit reason, SDM vol. 3D appendix C
+
+
+@pytest.fixture
+def guest(kvm: Kvm) -> Iterator[BareGuest]:
+    with event_guest(kvm) as guest:
+        yield guest
+
+
+@pytest.fixture
+def instance() -> Iterator[ObjectInstance]:
+    with spin_object().open() as instance:
+        yield instance
+
+
+def stop_inside(guest: BareGuest, instance: ObjectInstance) -> Spin:
+    slot = attach(guest, instance).slot
+    give(guest, calls(slot, LONG))
+    spin = Spin(instance)
+    guest.start()
+    spin.wait_until_inside()
+    guest.stop()
+    assert spin.inside
+    return spin
+
+
+def test_an_interrupt_on_its_way(guest: BareGuest, instance: ObjectInstance) -> None:
+    """KVM_SET_VCPU_EVENTS with an interrupt that KVM would enter the guest with at once."""
+    spin = stop_inside(guest, instance)
+    state = guest.vcpu.get_events()
+    assert not state.interrupt.injected
+    state.interrupt.injected, state.interrupt.nr = 1, VECTOR
+    guest.vcpu.set_events(state)
+    guest.start()
+    spin.work_on()
+    assert events_taken(guest) == 0
+    spin.release()
+    assert guest.wait(60) == 0
+    (event,) = events(guest)
+    assert (event.vector, event.rip) == (VECTOR, RETURN_PAGE)
+
+
+def test_another_mode(guest: BareGuest, instance: ObjectInstance) -> None:
+    """Without SMAP not even the VMFUNC of the return works: the vCPU stops. With it, it goes on."""
+    spin = stop_inside(guest, instance)
+    sregs = guest.vcpu.get_sregs()
+    sregs.cr4 &= ~SMAP
+    guest.vcpu.set_sregs(sregs)
+    spin.release()
+    guest.start()
+    with pytest.raises(UnexpectedExitError) as caught:
+        guest.wait(60)
+    exit = caught.value.exit
+    assert isinstance(exit, ElisaExit)
+    assert (exit.cause, exit.at, exit.vmx_exit_reason) == (
+        lib.KVM_ELISA_EXIT_REFUSED,
+        lib.KVM_ELISA_AT_SUB,
+        EXCEPTION,
+    )
+    assert not spin.inside  # it stopped on its way back
+
+    sregs = guest.vcpu.get_sregs()
+    sregs.cr4 |= SMAP
+    guest.vcpu.set_sregs(sregs)
+    guest.start()
+    assert guest.wait(60) == 0
+    assert results(guest)[0] is not None
