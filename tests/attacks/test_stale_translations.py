@@ -210,7 +210,7 @@ def test_a_new_context_with_the_root_of_an_old_one(guest: BareGuest, memory: Hos
     pages_under_an_old_eptp(guest, memory)
 
 
-@pytest.mark.control("T22")
+@pytest.mark.attack("T22")
 @pytest.mark.weakened
 def test_the_emulator_keeps_no_translations_to_be_stale(
     guest: BareGuest, memory: HostMemory
@@ -250,7 +250,7 @@ def test_every_processor_flushes_before_pages_go_back(guest: BareGuest, memory: 
     assert flushed(guest, memory) == [processors, processors]
 
 
-@pytest.mark.control("T22")
+@pytest.mark.attack("T22")
 @pytest.mark.weakened
 @pytest.mark.usefixtures("tracing")
 def test_pages_go_back_without_a_flush(guest: BareGuest, memory: HostMemory) -> None:
