@@ -93,7 +93,7 @@ class Round:
         self.failures: list[str] = []
         self.arena = Arena()
         self.vm = raw(kvm.fileno(), "KVM_CREATE_VM")
-        assert enable(self.vm, lib.KVM_ELISA_CONTEXTS, 6) == 0
+        assert enable(self.vm, lib.KVM_ELISA_CONTEXTS, 12) == 0
         assert set_memory(self.vm, self.arena.address) == 0
         self.vcpus = [raw(self.vm, "KVM_CREATE_VCPU", number) for number in range(2)]
         self.areas = [mmap.mmap(vcpu, kvm.vcpu_mmap_size()) for vcpu in self.vcpus]
@@ -104,6 +104,19 @@ class Round:
         """Descriptors; whoever takes one out closes it."""
         self.owned = [self.vm, *self.vcpus]
         """The same of the VM and its vCPUs."""
+        for vcpu_id, vcpu in enumerate(self.vcpus):
+            self._attach(vcpu_id, vcpu)
+
+    def _attach(self, vcpu_id: int, vcpu: int) -> None:
+        """An object in slot 2, a gate in slot 3."""
+        address = self.arena.address
+        thing = create_context(self.vm, context_request(Kind.OBJECT, address))
+        sub = create_context(self.vm, context_request(Kind.SUB, address, vcpu_id=vcpu_id))
+        request = context_request(Kind.GATE, address, vcpu_id=vcpu_id, target=sub)
+        gate = create_context(self.vm, request)
+        assert set_slot(vcpu, 2, thing) == 0
+        assert set_slot(vcpu, 3, gate) == 0
+        self.contexts += [thing, sub, gate]
 
     def judge(self, name: str, result: int) -> int:
         self.outcomes[f"{name}: {os.strerror(-result) if result < 0 else 'done'}"] += 1
@@ -175,7 +188,9 @@ class Round:
             os.close(fd)
 
     def change_memory(self, choice: random.Random) -> None:
-        self.judge("memory", set_memory(self.vm, self.arena.address, choice.choice([0, 4, 4])))
+        self.judge(
+            "memory", set_memory(self.vm, self.arena.address, choice.choice([0, 4, 4, 4, 4, 4]))
+        )
 
     # ---- the threads -----------------------------------------------------------------------------
 
@@ -183,15 +198,15 @@ class Round:
         choice = random.Random(self.seed * 100 + number)
         # Most threads do everything; the last one alone may move the memory itself.
         things: list[Callable[[random.Random], None]] = [
-            *(self.create, self.create, self.fill, self.fill, self.fill_one, self.revoke),
-            *(self.run, self.run, self.enable, self.close_context, self.close_machine),
-            self.change_memory,
+            *(self.create, self.create, self.fill, self.fill_one, self.revoke, self.revoke),
+            *(self.run, self.run, self.run, self.run, self.enable),
+            *(self.close_context, self.close_machine, self.change_memory),
         ]
         for _ in range(ACTIONS):
             try:
                 choice.choice(things)(choice)
-                if number == 0:
-                    choice.choice([self.arena.take_away, self.arena.protect, *[lambda: None] * 4])()
+                if number == 0 and choice.random() < 0.3:
+                    choice.choice([self.arena.take_away, self.arena.protect])()
                     self.arena.put_back()
             except Exception as error:
                 self.failures.append(repr(error))
