@@ -117,6 +117,10 @@ class Calls(RuleBasedStateMachine):
             self.make_context(0, Kind.OBJECT, 0, 0, 2)
             self._make_context(self.vms[0], Kind.SUB, 0, {}, None)
             self.make_context(0, Kind.GATE, 0, 0, 3)
+            self.make_context(0, Kind.BARE, 0, 0, 511)
+            vcpu = self.vms[0].vcpus[0]
+            for slot in (7, 2, 3):
+                run_vcpu(vcpu, slot, loop=False)
 
     # ---- what there is ---------------------------------------------------------------------------
 
@@ -293,7 +297,18 @@ class Calls(RuleBasedStateMachine):
     @precondition(lambda self: self.open_vms())
     @rule(index=indices, vcpu_id=st.sampled_from([0, 1, 0, 7, 2**31]), slot=slots)
     def take_away(self, index: int, vcpu_id: int, slot: int) -> None:
-        vm = pick(self.open_vms(), index)
+        self._revoke(pick(self.open_vms(), index), vcpu_id, slot)
+
+    @precondition(lambda self: any(vcpu.inside and vcpu.vm.file.fds for vcpu in self.open_vcpus()))
+    @rule(index=indices, everything=st.booleans())
+    def take_away_from_inside(self, index: int, everything: bool) -> None:
+        """The context that a vCPU is in."""
+        vcpus = [vcpu for vcpu in self.open_vcpus() if vcpu.inside and vcpu.vm.file.fds]
+        vcpu = pick(vcpus, index)
+        found = vcpu.find(vcpu.inside.place, vcpu.slots)
+        self._revoke(vcpu.vm, vcpu.id, 0 if everything else found[1])
+
+    def _revoke(self, vm: VmModel, vcpu_id: int, slot: int) -> None:
         result = revoke(vm.file.fds[0], vcpu_id, slot)
         if judge("revoke", result, vm.revoke_errors(vcpu_id, slot)):
             assert vm.vcpus[vcpu_id].revoke(slot)
@@ -437,13 +452,15 @@ def test_random_sequences(kvm: Kvm) -> None:
     seconds = float(os.environ.get("PYKVM_SEQUENCE_SECONDS", "0"))
     end = time.monotonic() + seconds
     if seconds:
-        profile = settings(
-            profile, derandomize=False, max_examples=100, phases=[Phase.generate, Phase.shrink]
-        )
+        profile = settings(profile, derandomize=False, max_examples=20)
     counted.clear()
     while True:
         run_state_machine_as_test(Calls, settings=profile)
         if time.monotonic() >= end:
             break
     print(figures())
-    assert counted["run: home"]
+    # Whether the sequences have got anywhere.
+    for name in ("run: home", "run: empty slot"):
+        assert counted[name] > 5, counted
+    for name in ("create context", "set slot", "revoke"):
+        assert counted[f"{name}: done"] > 5, counted

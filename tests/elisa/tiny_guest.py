@@ -10,12 +10,12 @@ kernel's part alone.
 """
 
 import ctypes
+import errno
 import functools
 import mmap
 import os
 import signal
 import struct
-import time
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
@@ -294,17 +294,19 @@ def set_registers(vcpu: int, *, slot: int | None = None, loop: bool = False) -> 
     assert raw(vcpu, "KVM_SET_REGS", regs) == 0
 
 
-def run_into_loop(vcpu: int, area: RunArea, seconds: float = 30) -> End:
-    """KVM_RUN until it is in the loop of a context; every few milliseconds a signal ends it."""
+def run_into_loop(vcpu: int, area: RunArea) -> End:
+    """KVM_RUN until it is in the loop of a context; a signal ends it, later each time."""
     old = signal.signal(signal.SIGALRM, lambda *_: None)
-    deadline = time.monotonic() + seconds
-    signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+    patience = 0.002
     try:
         while True:
+            signal.setitimer(signal.ITIMER_REAL, patience, patience)
             end = area.run(vcpu)
-            if end.result != -4 or end.rip in LOOPS:  # EINTR
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            if end.result != -errno.EINTR or end.rip in LOOPS:
                 return end
-            assert time.monotonic() < deadline, f"not in a loop: {end}"
+            assert patience < 5, f"not in a loop: {end}"
+            patience *= 2
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
