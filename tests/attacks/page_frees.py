@@ -3,7 +3,6 @@
 Documentation/trace/kprobetrace.rst. A function's first argument is in RDI.
 """
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import Final
 
 from pykvm.paging.entries import ADDRESS_MASK, PAGE_SIZE
 from tests.attacks.host_tables import HostTables
-from tests.elisa.tracefs import TRACING
+from tests.elisa.tracefs import kprobes
 
 _PAGE_STRUCT: Final = 64  # bytes of struct page on x86-64
 _PROBES: Final = (
@@ -36,30 +35,13 @@ class Event:
 def traced_frees() -> Iterator[list[Event]]:
     """Filled at the end."""
     events: list[Event] = []
-    enable = TRACING / "events" / "pykvm" / "enable"
-    _change_probes(*_PROBES)
-    try:
-        (TRACING / "trace").write_text("")
-        enable.write_text("1")
-        try:
-            yield events
-        finally:
-            enable.write_text("0")
-        text = (TRACING / "trace").read_text()
-        events += [
-            Event(int(cpu), what, int(value, 16)) for cpu, what, value in _EVENT.findall(text)
-        ]
-    finally:
-        _change_probes(*(f"-:{probe.split()[0].removeprefix('p:')}" for probe in _PROBES))
-
-
-def _change_probes(*lines: str) -> None:
-    file = os.open(TRACING / "kprobe_events", os.O_WRONLY | os.O_APPEND)  # or all others go
-    try:
-        for line in lines:
-            os.write(file, line.encode() + b"\n")
-    finally:
-        os.close(file)
+    with kprobes(*_PROBES) as lines:
+        yield events
+    events += [
+        Event(int(found[1]), found[2], int(found[3], 16))
+        for found in map(_EVENT.search, lines)
+        if found
+    ]
 
 
 def _page(base: int, hpa: int) -> int:

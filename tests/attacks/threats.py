@@ -118,6 +118,7 @@ THREATS: Final[tuple[Threat, ...]] = (
             "tests/elisa/test_mode_lock.py::test_modes_without_vmfunc",
             "tests/elisa/test_mode_lock.py::test_without_smap",
             "tests/elisa/test_mode_lock.py::test_a_list_for_five_levels",
+            "tests/elisa/test_stopped_inside.py::test_another_mode",
         ),
         (
             WEAK + "modes.py::test_any_mode_reaches_a_context",
@@ -189,6 +190,7 @@ THREATS: Final[tuple[Threat, ...]] = (
             EVENTS + "test_init",
             EVENTS + "test_many_events_and_calls",
             EVENTS + "test_interrupts_on_with_the_last_instruction",
+            "tests/elisa/test_stopped_inside.py::test_an_interrupt_on_its_way",
         ),
         (
             WEAK + "events.py::test_an_event_runs_internal_code",
@@ -351,11 +353,14 @@ THREATS: Final[tuple[Threat, ...]] = (
     Threat(
         "T22",
         "stale translations: detach, let the pages be reused, touch them again",
-        "I9: INVEPT on every CPU before the pages are given back",
+        "I9: INVEPT on every CPU before the pages are given back, and before the root of a new "
+        "context is used, because KVM frees roots of its own without a flush",
         (
             STALE + "test_pages_that_are_somebody_elses_by_now",
             STALE + "test_a_new_context_with_the_root_of_an_old_one",
             STALE + "test_every_processor_flushes_before_pages_go_back",
+            "tests/elisa/test_flushes.py::"
+            "test_a_context_is_flushed_before_its_first_use_and_after_its_last",
             STALE + "test_pages_go_back_without_a_flush",
             STALE + "test_the_emulator_keeps_no_translations_to_be_stale",
         ),

@@ -5,68 +5,32 @@ a flush and flushes when it loads one; VMFUNC loads a context's without KVM. The
 keeps too few translations to show the harm itself.
 """
 
-import ctypes
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.elisa.context_requests import EPTP, Machine, R, Request, chain, good, leaf, set_slot
+from tests.elisa.tracefs import kprobes
 
 pytestmark = pytest.mark.elisa
-
-TRACING = Path("/sys/kernel/tracing")
-MS_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
-PROBE = "pykvm/flush"
-
-Count = Callable[[Callable[[], object]], int]
 
 
 def cpus() -> int:
     return len(re.findall(r"^processor", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
 
 
-def _command(line: str) -> None:
-    file = os.open(TRACING / "kprobe_events", os.O_WRONLY)  # truncating it removes all probes
-    try:
-        os.write(file, line.encode())
-    finally:
-        os.close(file)
+def flushes(body: Callable[[], object]) -> int:
+    """How many CPUs flushed while `body` ran, each one counted each time."""
+    with kprobes("p:pykvm/flush kvm_intel:elisa_invept") as lines:
+        body()
+    return sum("flush: " in line for line in lines)
 
 
-@pytest.fixture
-def flushes() -> Iterator[Count]:
-    """Counts the CPUs that flushed while a function ran."""
-    if not (TRACING / "kprobe_events").exists():
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.mount(
-            b"tracefs", os.fsencode(TRACING), b"tracefs", ctypes.c_ulong(MS_NOSUID_NODEV_NOEXEC), 0
-        )
-        if not (TRACING / "kprobe_events").exists():
-            pytest.skip("this kernel has no kprobe events")
-    _command(f"p:{PROBE} kvm_intel:elisa_invept")
-    switch = TRACING / "events" / PROBE / "enable"
-
-    def count(body: Callable[[], object]) -> int:
-        (TRACING / "trace").write_text("")
-        switch.write_text("1")
-        try:
-            body()
-        finally:
-            switch.write_text("0")
-        return len(re.findall(r"\bflush: ", (TRACING / "trace").read_text()))
-
-    try:
-        yield count
-    finally:
-        _command(f"-:{PROBE}")
-
-
-def test_a_context_is_flushed_before_its_first_use_and_after_its_last(
-    machine: Machine, flushes: Count
-) -> None:
+@pytest.mark.attack("T22")
+def test_a_context_is_flushed_before_its_first_use_and_after_its_last(machine: Machine) -> None:
     fds: list[int] = []
 
     def create(request: Request) -> None:
@@ -83,5 +47,5 @@ def test_a_context_is_flushed_before_its_first_use_and_after_its_last(
     assert flushes(lambda: set_slot(machine.vcpu, 2, -1)) == 2 * cpus()
 
 
-def test_what_was_refused_needs_no_flush(machine: Machine, flushes: Count) -> None:
+def test_what_was_refused_needs_no_flush(machine: Machine) -> None:
     assert flushes(lambda: good(machine, leaf(9)).send(machine.vm)) == 0

@@ -43,6 +43,7 @@ def stop_inside(guest: BareGuest, instance: ObjectInstance) -> Spin:
     return spin
 
 
+@pytest.mark.attack("T11")
 def test_an_interrupt_on_its_way(guest: BareGuest, instance: ObjectInstance) -> None:
     """KVM_SET_VCPU_EVENTS with an interrupt that KVM would enter the guest with at once."""
     spin = stop_inside(guest, instance)
@@ -59,6 +60,7 @@ def test_an_interrupt_on_its_way(guest: BareGuest, instance: ObjectInstance) -> 
     assert (event.vector, event.rip) == (VECTOR, RETURN_PAGE)
 
 
+@pytest.mark.attack("T7")
 def test_another_mode(guest: BareGuest, instance: ObjectInstance) -> None:
     """Without SMAP not even the VMFUNC of the return works: the vCPU stops. With it, it goes on."""
     spin = stop_inside(guest, instance)
