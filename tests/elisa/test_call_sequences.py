@@ -162,6 +162,8 @@ class Calls(RuleBasedStateMachine):
         if how in ("ready", "small"):
             self._place_memory(vm)
             self._make_vcpu(vm, 0)
+        if how == "ready":
+            self._make_vcpu(vm, 1)
 
     @precondition(lambda self: self.open_vms())
     @rule(index=indices, what=st.one_of(vcpu_ids, enables, bad_calls))
@@ -204,7 +206,7 @@ class Calls(RuleBasedStateMachine):
         made = self._make_context(vm, kind, named, fields, None)
         vcpus = [vcpu for vcpu in vm.vcpus.values() if vcpu.file.fds]
         if made and vcpus and slot > 1:
-            self._fill(pick(vcpus, named), slot, made)
+            self._fill(vcpus[named % len(vcpus)], slot, made)
 
     @staticmethod
     def _variant(variant: int) -> dict[str, int]:
