@@ -65,6 +65,7 @@ EXITS = {
     lib.KVM_EXIT_MMIO,  # no memory there at the moment
     lib.KVM_EXIT_INTERNAL_ERROR,
     lib.KVM_EXIT_INTR,
+    lib.KVM_EXIT_UNKNOWN,  # another thread has just begun to run the same vCPU
 }
 SLOTS = (2, 3, 511)
 
