@@ -26,6 +26,7 @@ from tests.attacks.victim import (
 )
 from tests.attacks.weaken import Weaken, weakened
 from tests.elisa.probe import Probe, Step, Table, What, attach, calls, events_taken, give, results
+from tests.elisa.smram import smram
 from tests.elisa.spinning import event_guest, send_ipi, wait_for
 from tests.elisa.test_events import (
     ASSERT_LEVEL,
@@ -168,3 +169,20 @@ def test_init_ends_trusted_code(guest: BareGuest, instance: ObjectInstance) -> N
         assert results(guest) == [None]
         sregs = guest.vcpu.get_sregs()
         assert (sregs.cr0 & 0x8000_0001, sregs.efer) == (0, 0)
+
+
+@pytest.mark.control("T11")
+def test_a_system_management_interrupt_saves_the_objects_state(
+    guest: BareGuest, instance: ObjectInstance
+) -> None:
+    """Where the guest's handler can read it: the interrupt comes in the object's code."""
+    with weakened(Weaken.INIT), smram(guest) as ram:
+        give(guest, call_it(attach(guest, instance)))
+        let_in(guest, instance)
+        guest.stop()
+        guest.vcpu.smi()
+        guest.start()
+        wait_for(lambda: ram.saved_rip != 0)
+        assert C + layout.IMAGE_OFFSET <= ram.saved_rip < C + layout.SHARED_OFFSET
+        assert (word(instance.shared, BEGUN_AT), word(instance.shared, ENDED_AT)) == (1, 0)
+        guest.stop()

@@ -178,7 +178,7 @@ THREATS: Final[tuple[Threat, ...]] = (
     ),
     Threat(
         "T11",
-        "an interrupt, an IPI, an NMI or a PV async page fault inside trusted code",
+        "an interrupt, an IPI, an NMI, an SMI or a PV async page fault inside trusted code",
         "I6: KVM injects nothing outside the default context; the return exits, and the event is "
         "delivered there",
         (
@@ -191,11 +191,13 @@ THREATS: Final[tuple[Threat, ...]] = (
             EVENTS + "test_many_events_and_calls",
             EVENTS + "test_interrupts_on_with_the_last_instruction",
             "tests/elisa/test_stopped_inside.py::test_an_interrupt_on_its_way",
+            "tests/elisa/test_system_management.py::test_a_system_management_interrupt",
         ),
         (
             WEAK + "events.py::test_an_event_runs_internal_code",
             WEAK + "events.py::test_an_event_ends_trusted_code",
             WEAK + "events.py::test_init_ends_trusted_code",
+            WEAK + "events.py::test_a_system_management_interrupt_saves_the_objects_state",
         ),
         residual="posted interrupts: the emulated processor has no APICv, which the kernel "
         "inhibits for such VMs. Asynchronous page faults are interrupts when a page is there, and "

@@ -1,0 +1,49 @@
+"""I6: a system-management interrupt waits until the vCPU is back in its default context."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from pykvm.boot.bare import BareGuest
+from pykvm.elisa.objects import ObjectInstance
+from pykvm.kvm import Kvm
+from tests.elisa.probe import attach, calls, give, results
+from tests.elisa.smram import IN_HANDLER, smram
+from tests.elisa.spinning import LONG, RETURN_PAGE, Spin, event_guest, spin_object
+
+pytestmark = pytest.mark.elisa
+
+
+@pytest.fixture
+def guest(kvm: Kvm) -> Iterator[BareGuest]:
+    with event_guest(kvm) as guest:
+        yield guest
+
+
+@pytest.fixture
+def instance() -> Iterator[ObjectInstance]:
+    with spin_object().open() as instance:
+        yield instance
+
+
+@pytest.mark.attack("T11")
+def test_a_system_management_interrupt(guest: BareGuest, instance: ObjectInstance) -> None:
+    """Its handler finds the guest on the return page, not the object's registers."""
+    slot = attach(guest, instance).slot
+    give(guest, calls(slot, LONG), calls(slot, 7))
+    spin = Spin(instance)
+    marks: list[tuple[int, int]] = []
+    with smram(guest) as ram:
+        guest.start()
+        spin.wait_until_inside()
+        guest.stop()
+        guest.vcpu.smi()
+        guest.start(lambda mark: marks.append((mark, ram.saved_rip)))
+        spin.work_on()
+        assert (marks, ram.saved_rip) == ([], 0)
+        spin.release()
+        assert guest.wait(60) == 0
+    assert marks == [(IN_HANDLER, RETURN_PAGE)]
+    first, second = results(guest)
+    assert first
+    assert second == 0  # the object is called again after the handler
