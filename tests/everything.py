@@ -103,7 +103,7 @@ def _on_this_host(name: str, report: str, files: Sequence[str]) -> Job:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     argparse.ArgumentParser(description=__doc__).parse_args(arguments)
-    side_by_side.exit_on_signals()
+    side_by_side.end_on_signals()
     os.chdir(ROOT)
     REPORTS.mkdir(parents=True, exist_ok=True)
     for report in REPORTS.glob("*.xml"):

@@ -18,8 +18,9 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import IO, Final
+
+from pykvm.cli.signals import exit_on_signals
 
 _PATIENCE: Final = 20.0  # seconds, for what was interrupted to end by itself
 _PR_SET_PDEATHSIG: Final = 1
@@ -142,14 +143,9 @@ def summary(jobs: Sequence[Job], statuses: Sequence[int]) -> int:
     return 1 if failed else 0
 
 
-def exit_on_signals() -> None:
-    """Let SIGTERM and SIGHUP end this process as an exception does, so that nothing is left."""
-
-    def leave(number: int, _: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    signal.signal(signal.SIGTERM, leave)
-    signal.signal(signal.SIGHUP, leave)
+def end_on_signals() -> None:
+    """Let what ends this process do so as an exception, so that no job is left."""
+    exit_on_signals()
     # A shell without job control starts what it runs in the background with Ctrl-C ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -168,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("commands", nargs="+", metavar="COMMAND", help="a command line each")
     options = parser.parse_args(arguments)
-    exit_on_signals()
+    end_on_signals()
     jobs = [Job(command, shlex.split(command)) for command in options.commands]
     try:
         return summary(jobs, run(jobs, options.processors))

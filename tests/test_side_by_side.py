@@ -152,7 +152,7 @@ def test_every_test_is_in_one_part_of_make_test() -> None:
     assert {job.after for job in todo[2:]} == {todo[0].name}
     required = [word for job in todo for word in job.command if word.startswith("PYKVM_REQUIRE")]
     assert required == [f"PYKVM_REQUIRE={tiers}" for tiers in ("elisa,kvm", "elisa", "kvm")]
-    with_kvm, with_elisa = "tests/kvm/test_state.py", "tests/elisa/test_events.py"
+    with_kvm, with_elisa = "tests/kvm/test_state.py", "tests/elisa/inside/test_events.py"
     assert [with_kvm in job.command for job in todo[2:]] == [True, False, True]
     assert [with_elisa in job.command for job in todo[2:]] == [True, True, False]
     reports = {word for job in todo for word in job.command if "junitxml" in word}

@@ -14,6 +14,7 @@
  * result[0] calls with odd registers that came back
  * result[1] result of the last of them
  */
+#include "descriptors.h"
 #include "runtime.h"
 
 enum { RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8, R9, R10, R11, R12, R13, R14, R15, FLAGS, WORDS };
@@ -34,35 +35,16 @@ struct user_area {
 #define STACK_BYTES 2048 /* below the area, in the same page */
 
 extern const uint8_t user_page[], user_registers[], user_time_call[], user_time_empty[];
-extern uint8_t interrupt_table[256][16];
 void user_run(uint64_t rip, uint64_t rsp);
 void user_return(void);
 
 uint64_t user_kernel_rsp, user_task_segment;
 
 /* Those of the VMM, and data and code for CPL 3 behind them. */
-static uint64_t descriptors[7];
-
-static void allow_user_mode(void)
-{
-	struct {
-		uint16_t limit;
-		uint64_t base;
-	} __attribute__((packed)) table;
-
-	__asm__ volatile("sgdt %0" : "=m"(table));
-	memcpy(descriptors, (const void *)table.base, 5 * sizeof(*descriptors));
-	descriptors[5] = 0x00cff3000000ffff;
-	descriptors[6] = 0x00affb000000ffff;
-	/* Bits 16 to 39 of the low half, 56 to 63, then the high half: the base of the TSS. */
-	user_task_segment = (descriptors[3] >> 16 & 0xffffff) |
-			    (descriptors[3] >> 56 & 0xff) << 24 | descriptors[4] << 32;
-	table.limit = sizeof(descriptors) - 1;
-	table.base = (uint64_t)descriptors;
-	__asm__ volatile("lgdt %0" : : "m"(table));
-	interrupt_handler(0x80, user_return);
-	interrupt_table[0x80][5] = 0xee; /* callable from CPL 3 */
-}
+static uint64_t descriptors[VMM_DESCRIPTORS + 2] = {
+	[VMM_DESCRIPTORS] = 0x00cff3000000ffff,
+	[VMM_DESCRIPTORS + 1] = 0x00affb000000ffff,
+};
 
 static void check_alignment(void)
 {
@@ -109,7 +91,7 @@ uint32_t guest_main(void)
 
 	ASSERT(2 * calls * sizeof(*sample) <= boot_info->samples_size);
 	touch_for_writing(boot_info->samples, 2 * calls * sizeof(*sample));
-	allow_user_mode();
+	user_task_segment = load_descriptors(descriptors, VMM_DESCRIPTORS + 2, user_return);
 	if (boot_info->param[4] & 1)
 		check_alignment();
 	area->target = boot_info->param[6];

@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from typing import Any
 
-from pykvm.cli.testbed import exit_on_signals
+from pykvm.cli.signals import exit_on_signals
 from pykvm.host.kernel_series import DEFAULT_SERIES, SERIES
 from pykvm.testbed import selftests
 

@@ -3,17 +3,16 @@
 import argparse
 import os
 import shlex
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+from pykvm.cli.signals import exit_on_signals
 from pykvm.errors import PykvmError
 from pykvm.host.kernel_series import DEFAULT_SERIES, SERIES
 from pykvm.testbed import Testbed, session
 
-__all__ = ["add_also", "add_parser", "exit_on_signals", "run"]
+__all__ = ["add_also", "add_parser", "run"]
 
 _SHELL = ["bash", "-i"]
 
@@ -93,16 +92,6 @@ def add_also(parser: argparse.ArgumentParser) -> None:
         help="build the patched modules with PATCH on top, for tests only: what comes out calls "
         "itself a test build (may be given several times)",
     )
-
-
-def exit_on_signals() -> None:
-    """Let SIGTERM and SIGHUP end this process as an exception does: what is open gets closed."""
-
-    def leave(number: int, _: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    signal.signal(signal.SIGTERM, leave)
-    signal.signal(signal.SIGHUP, leave)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -8,13 +8,12 @@ kernel. The result is cached by everything that goes into it.
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
 from pykvm.errors import PykvmError
-from pykvm.host import cache
+from pykvm.host import cache, kernel_make
 from pykvm.host.kernel_packages import (
     Headers,
     Source,
@@ -214,7 +213,7 @@ def _unpack(source: Source, patches: list[Path]) -> Path:
         command += ["--wildcards", *(f"{top}/{member}" for member in members)]
         log = cache.log_path("kernel-unpack")
         log.write_text("")
-        if _run(command, out, log) != 0:
+        if kernel_make.run(command, out, log) != 0:
             if patches and "Not found in archive" in log.read_text():
                 raise _does_not_apply(patches[0], log)
             raise CompileFailed(
@@ -263,7 +262,7 @@ def _build_into(
     jobs = len(os.sched_getaffinity(0))
     command = ["make", "-C", str(headers.path), f"M={kvm}", f"kvm_tree={work}"]
     command += [*_MAKE_VARIABLES, f"-j{jobs}", "modules"]
-    if _run(command, work, log) != 0:
+    if kernel_make.run(command, work, log) != 0:
         raise CompileFailed(
             f"the KVM modules for {headers.release} do not compile{_first_error(log)}; read {log}"
         )
@@ -275,7 +274,7 @@ def _build_into(
 
 def _applies(patch: Path, work: Path, log: Path) -> bool:
     command = ["patch", "-p1", "--batch", "--forward", "-i", str(patch.resolve())]
-    return _run(command, work, log) == 0
+    return kernel_make.run(command, work, log) == 0
 
 
 def _mark_as_test_build(work: Path, patches: list[Path]) -> None:
@@ -306,20 +305,3 @@ def _first_reject(log: Path) -> str:
         elif failed := re.match(r"Hunk #\d+ FAILED at \d+", line):
             return f" ({file}: {failed[0]})"
     return ""
-
-
-def _run(command: list[str], directory: Path, log: Path) -> int:
-    # The kernel's Makefiles listen to the environment; a user's KCFLAGS or ARCH is not meant.
-    environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
-    with log.open("a") as output:
-        output.write(f"$ {' '.join(command)}\n")
-        output.flush()
-        return subprocess.run(
-            command,
-            cwd=directory,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            check=False,
-        ).returncode

@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 from pykvm.errors import PykvmError
-from pykvm.host import cache
+from pykvm.host import cache, kernel_make
 from pykvm.host.kernel_packages import Source
 
 __all__ = ["SelftestsFailed", "build", "programs"]
@@ -81,7 +81,7 @@ def _build_into(out: Path, source: Source, cures: str) -> None:
     top = f"linux-source-{source.series}"
     command = ["tar", "-xJf", str(source.tarball), "-C", str(tree), "--strip-components=1"]
     command += ["--wildcards", *(f"{top}/{member}" for member in _UNPACKED)]
-    if _run(command, tree, log) != 0:
+    if kernel_make.run(command, tree, log) != 0:
         raise SelftestsFailed(
             f"cannot unpack the selftests from {source.tarball}, see {log}; "
             f"type: apt-get install --reinstall linux-source-{source.series}"
@@ -91,8 +91,8 @@ def _build_into(out: Path, source: Source, cures: str) -> None:
     make = ["make", "ARCH=x86_64", "CC=gcc"]
     flags = [f"KHDR_INCLUDES=-isystem {tree}/usr/include", f"EXTRA_CFLAGS={cures}"]
     if (
-        _run(["make", "ARCH=x86", jobs, "headers"], tree, log) != 0
-        or _run([*make, *flags, jobs, "all"], tests, log) != 0
+        kernel_make.run(["make", "ARCH=x86", jobs, "headers"], tree, log) != 0
+        or kernel_make.run([*make, *flags, jobs, "all"], tests, log) != 0
     ):
         raise SelftestsFailed(
             f"KVM's selftests of Linux {source.series} do not compile; read {log}"
@@ -100,7 +100,7 @@ def _build_into(out: Path, source: Source, cures: str) -> None:
     listed = subprocess.run(
         [*make, "-s", "--eval", _LIST, "pykvm-list"],
         cwd=tests,
-        env=_environment(),
+        env=kernel_make.environment(),
         capture_output=True,
         text=True,
         check=True,
@@ -108,27 +108,7 @@ def _build_into(out: Path, source: Source, cures: str) -> None:
     for name in listed:
         (out / name).parent.mkdir(exist_ok=True)
         # Stripped, since what runs on the emulated host is read from an emulated disc.
-        if _run(["strip", "-o", str(out / name), str(tests / name)], out, log) != 0:
+        if kernel_make.run(["strip", "-o", str(out / name), str(tests / name)], out, log) != 0:
             raise SelftestsFailed(f"the selftest {name} was not built; read {log}")
     (out / "programs").write_text("".join(f"{name}\n" for name in listed))
     shutil.rmtree(tree)
-
-
-def _environment() -> dict[str, str]:
-    # The kernel's Makefiles listen to the environment; a user's CFLAGS or ARCH is not meant.
-    return {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
-
-
-def _run(command: list[str], directory: Path, log: Path) -> int:
-    with log.open("a") as output:
-        output.write(f"$ {' '.join(command)}\n")
-        output.flush()
-        return subprocess.run(
-            command,
-            cwd=directory,
-            env=_environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            check=False,
-        ).returncode

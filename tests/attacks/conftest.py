@@ -7,23 +7,9 @@ import pytest
 from pykvm.boot.bare import BareGuest
 from pykvm.kvm import Kvm
 from tests.attacks.leap import Leaper
-from tests.elisa.host_state import quiet_kernel
+from tests.elisa.fixtures import counter, kvm, quiet
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _quiet(request: pytest.FixtureRequest) -> Iterator[None]:
-    """No attack leaves trouble in the kernel's log."""
-    if request.node.get_closest_marker("elisa") is None:
-        yield
-        return
-    with quiet_kernel():
-        yield
-
-
-@pytest.fixture(scope="module")
-def kvm() -> Iterator[Kvm]:
-    with Kvm() as kvm:
-        yield kvm
+__all__ = ["counter", "guest", "kvm", "quiet"]
 
 
 @pytest.fixture

@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
         "all series count",
     )
     options = parser.parse_args(arguments)
-    side_by_side.exit_on_signals()
+    side_by_side.end_on_signals()
     started = time.monotonic()
     known = everything.reports() if options.after_tests else []
     if options.after_tests:

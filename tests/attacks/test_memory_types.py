@@ -12,7 +12,7 @@ from pykvm.paging.entries import MemoryType
 from tests.attacks.host_addresses import host_address
 from tests.attacks.host_tables import RECKLESS, HostMemory, HostTables, both_contexts, read_list
 from tests.attacks.weaken import Weaken, weakened
-from tests.elisa.probe import Probe, Step, What, Wild, attach, calls, give, prepare, results, run
+from tests.elisa.probe import Step, What, Wild, attach, calls, give, probe_guest, results, run
 
 pytestmark = pytest.mark.elisa
 
@@ -25,8 +25,7 @@ WORD = 0x1234_5678_9ABC_DEF0
 
 @pytest.fixture
 def prober(kvm: Kvm) -> Iterator[BareGuest]:
-    with BareGuest(kvm, Probe()) as guest:
-        prepare(guest)
+    with probe_guest(kvm) as guest:
         yield guest
 
 

@@ -1,6 +1,6 @@
 """T11, the controls: events that KVM delivers in the middle of trusted code."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -25,18 +25,18 @@ from tests.attacks.victim import (
     word,
 )
 from tests.attacks.weaken import Weaken, weakened
-from tests.elisa.probe import Probe, Step, Table, What, attach, calls, events_taken, give, results
-from tests.elisa.smram import smram
-from tests.elisa.spinning import event_guest, send_ipi, wait_for
-from tests.elisa.test_events import (
+from tests.elisa.interrupts import (
     ASSERT_LEVEL,
+    EVENTS,
     INIT_DELIVERY,
-    MSI_ADDRESS,
     NMI,
-    NMI_DELIVERY,
     SELF_IPI,
     VECTOR,
+    send_ipi,
 )
+from tests.elisa.probe import Probe, Step, Table, What, attach, calls, events_taken, give, results
+from tests.elisa.smram import smram
+from tests.elisa.spinning import event_guest, wait_for
 
 pytestmark = [pytest.mark.elisa, pytest.mark.weakened]
 
@@ -52,14 +52,6 @@ DECLARATION = SharedObject(
 BEGUN_AT, ENDED_AT, RELEASE_AT, TURNS_AT = 8, 16, 24, 32
 IDT_SIZE, GDT_SIZE = 0x1000, 64
 TRIPLE_FAULT = 2
-
-Inject = Callable[[BareGuest], object]
-EVENTS: dict[str, tuple[int, Inject]] = {
-    "interrupt of the host": (VECTOR, lambda g: g.vm.signal_msi(MSI_ADDRESS, VECTOR)),
-    "NMI": (NMI, lambda g: g.vm.signal_msi(MSI_ADDRESS, NMI_DELIVERY)),
-    "interrupt of another vCPU": (VECTOR, lambda g: send_ipi(g, VECTOR | ASSERT_LEVEL)),
-    "NMI of another vCPU": (NMI, lambda g: send_ipi(g, NMI_DELIVERY | ASSERT_LEVEL)),
-}
 
 
 @pytest.fixture

@@ -5,14 +5,13 @@ from collections.abc import Iterator
 import pytest
 
 from pykvm.boot.bare import BareGuest
-from pykvm.boot.compiler import GUEST_SOURCES
-from pykvm.elisa.objects import ObjectInstance, SharedObject
+from pykvm.elisa.objects import ObjectInstance
 from pykvm.kvm import ElisaExit, Exit, Hlt, Kvm
 from pykvm.memory.layout import CROSSING_GVA
 from pykvm.paging.entries import PAGE_SIZE, Access
 from tests.attacks.victim import AT_GATE
 from tests.attacks.weaken import Weaken, weakened
-from tests.elisa.probe import Probe, Step, What, attach, faults, give, prepare, results, run
+from tests.elisa.probe import Step, What, attach, faults, give, probe_guest, results, run
 from tests.elisa.test_mode_lock import (
     CODE,
     CR4,
@@ -29,15 +28,8 @@ pytestmark = [pytest.mark.elisa, pytest.mark.weakened]
 
 @pytest.fixture
 def guest(kvm: Kvm) -> Iterator[BareGuest]:
-    with BareGuest(kvm, Probe()) as guest:
-        prepare(guest)
+    with probe_guest(kvm) as guest:
         yield guest
-
-
-@pytest.fixture
-def counter() -> Iterator[ObjectInstance]:
-    with SharedObject("counter", GUEST_SOURCES / "objects" / "counter.c").open() as instance:
-        yield instance
 
 
 @pytest.mark.control("T7")

@@ -45,7 +45,7 @@ USER_MODE: Final = "tests/guest/test_user_mode.py::"
 FIRE: Final = "tests/switch/fire/test_under_fire.py::"
 BOUNDED: Final = "tests/switch/test_bounded_work.py::"
 WEAK: Final = "tests/attacks/test_weakened_"
-EVENTS: Final = "tests/elisa/test_events.py::"
+EVENTS: Final = "tests/elisa/inside/test_events.py::"
 FEATURES: Final = "tests/elisa/test_hidden_features.py::"
 CONTEXTS: Final = "tests/elisa/test_contexts.py::"
 TOOLCHAIN: Final = "tests/elisa/test_toolchain.py::"
@@ -118,7 +118,7 @@ THREATS: Final[tuple[Threat, ...]] = (
             "tests/elisa/test_mode_lock.py::test_modes_without_vmfunc",
             "tests/elisa/test_mode_lock.py::test_without_smap",
             "tests/elisa/test_mode_lock.py::test_a_list_for_five_levels",
-            "tests/elisa/test_stopped_inside.py::test_another_mode",
+            "tests/elisa/inside/test_stopped_inside.py::test_another_mode",
         ),
         (
             WEAK + "modes.py::test_any_mode_reaches_a_context",
@@ -182,16 +182,13 @@ THREATS: Final[tuple[Threat, ...]] = (
         "I6: KVM injects nothing outside the default context; the return exits, and the event is "
         "delivered there",
         (
-            EVENTS + "test_an_interrupt_of_the_host",
-            EVENTS + "test_an_nmi",
-            EVENTS + "test_an_interrupt_of_another_vcpu",
-            EVENTS + "test_an_nmi_of_another_vcpu",
+            EVENTS + "test_an_event",
             EVENTS + "test_the_timer",
             EVENTS + "test_init",
             EVENTS + "test_many_events_and_calls",
             EVENTS + "test_interrupts_on_with_the_last_instruction",
-            "tests/elisa/test_stopped_inside.py::test_an_interrupt_on_its_way",
-            "tests/elisa/test_system_management.py::test_a_system_management_interrupt",
+            "tests/elisa/inside/test_stopped_inside.py::test_an_interrupt_on_its_way",
+            "tests/elisa/inside/test_system_management.py::test_a_system_management_interrupt",
         ),
         (
             WEAK + "events.py::test_an_event_runs_internal_code",

@@ -2,7 +2,8 @@
 
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -14,7 +15,7 @@ from pykvm.boot.elf import ElfFile
 from pykvm.elisa.attachment import Attachment
 from pykvm.elisa.objects import ObjectInstance
 from pykvm.elisa.toolchain import crossing_images
-from pykvm.kvm import ElisaExit, Exit, Io, lib
+from pykvm.kvm import ElisaExit, Exit, Io, Kvm, lib
 from pykvm.memory import layout
 
 WILD = Path(__file__).with_name("objects") / "wild.c"
@@ -107,6 +108,14 @@ def prepare(guest: BareGuest) -> None:
     """Lay the guest's own pages of the crossing where the calls need them."""
     pages = crossing_images()
     guest.map_crossing(pages.entry_page, pages.return_page, pages.call_offset)
+
+
+@contextmanager
+def probe_guest(kvm: Kvm) -> Iterator[BareGuest]:
+    """A guest that does what `give` says, prepared."""
+    with BareGuest(kvm, Probe()) as guest:
+        prepare(guest)
+        yield guest
 
 
 def attach(

@@ -5,11 +5,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pykvm.boot import boot_info
 from pykvm.boot.bare import BareGuest
 from pykvm.elisa.objects import ObjectInstance, SharedObject
 from pykvm.elisa.toolchain import crossing_images
-from pykvm.kvm import Io, Kvm, Vcpu
+from pykvm.kvm import Kvm
 from pykvm.memory import layout
 from tests.elisa.probe import Probe, prepare
 
@@ -26,7 +25,7 @@ CROSSING_AREA = range(C + layout.GATE_DATA_OFFSET, C + (1 << 30))
 """All that the gate and the sub contexts of these tests map, and more."""
 
 
-def spin_object(guests: int = 2) -> SharedObject:
+def spin_object(guests: int = 3) -> SharedObject:
     return SharedObject("spin", SPIN, guests=guests)
 
 
@@ -82,20 +81,6 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.001)
-
-
-def send_ipi(guest: BareGuest, command: int) -> Vcpu:
-    """Let a second vCPU of the guest send one interrupt; returns that vCPU.
-
-    command: the interrupt command register in x2APIC mode (SDM vol. 3A, figure 11-28).
-    """
-    image = Probe().image()
-    vcpu = guest.vm.create_vcpu(1)
-    guest.start_vcpu(vcpu, image.address_of("second_start"), layout.STACK_GPA + 0x1000, command)
-    exit = vcpu.run()
-    assert isinstance(exit, Io), exit
-    assert exit.port == boot_info.FINISH_PORT, exit
-    return vcpu
 
 
 def crossing_with_sti() -> tuple[bytes, bytes, int]:

@@ -21,7 +21,6 @@ from pykvm.paging.entries import PAGE_SIZE, Access
 from pykvm.switch import SwitchConfig
 from pykvm.switch._native import lib as switch
 from pykvm.switch.hosted import HostedSwitch
-from tests.elisa.host_state import quiet_kernel
 from tests.elisa.probe import (
     WILD,
     Probe,
@@ -40,31 +39,6 @@ pytestmark = pytest.mark.elisa
 
 C = layout.CROSSING_GVA
 OBJECTS = GUEST_SOURCES / "objects"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quiet() -> Iterator[None]:
-    with quiet_kernel():
-        yield
-
-
-@pytest.fixture(scope="module")
-def kvm() -> Iterator[Kvm]:
-    with Kvm() as kvm:
-        yield kvm
-
-
-@pytest.fixture
-def guest(kvm: Kvm) -> Iterator[BareGuest]:
-    with BareGuest(kvm, Probe()) as guest:
-        prepare(guest)
-        yield guest
-
-
-@pytest.fixture
-def counter() -> Iterator[ObjectInstance]:
-    with SharedObject("counter", OBJECTS / "counter.c", guests=4).open() as instance:
-        yield instance
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import pytest
 from pykvm.boot.bare import BareGuest
 from pykvm.boot.compiler import GUEST_SOURCES
 from pykvm.elisa.objects import ObjectInstance, SharedObject
-from pykvm.kvm import Kvm
 from pykvm.memory import layout
 from pykvm.paging.entries import PAGE_SIZE, Access
 from tests.elisa.probe import (
@@ -20,7 +19,6 @@ from tests.elisa.probe import (
     attach,
     faults,
     give,
-    prepare,
     results,
     run,
 )
@@ -53,13 +51,6 @@ INSIDE = {
     "own window": C + layout.SHARED_OFFSET + PAGE_SIZE,
     "another's window": C + layout.SHARED_OFFSET + 2 * PAGE_SIZE,
 }
-
-
-@pytest.fixture
-def guest(kvm: Kvm) -> Iterator[BareGuest]:
-    with BareGuest(kvm, Probe()) as guest:
-        prepare(guest)
-        yield guest
 
 
 @pytest.fixture

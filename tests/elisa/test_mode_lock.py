@@ -3,17 +3,16 @@ opcode for the guest, and works again when the mode is back."""
 
 import errno
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 from pykvm.boot.bare import BareGuest
-from pykvm.boot.compiler import GUEST_SOURCES
-from pykvm.elisa.objects import ObjectInstance, SharedObject
-from pykvm.kvm import ElisaExit, Exit, Hlt, IoctlError, Kvm, Shutdown, Struct, lib
+from pykvm.elisa.objects import ObjectInstance
+from pykvm.kvm import ElisaExit, Exit, Hlt, IoctlError, Shutdown, Struct, lib
 from pykvm.memory import layout
 from pykvm.paging.entries import PAGE_SIZE, Access
-from tests.elisa.probe import Probe, Step, What, attach, faults, give, prepare, results, run
+from tests.elisa.probe import Step, What, attach, faults, give, results, run
 
 pytestmark = pytest.mark.elisa
 
@@ -24,19 +23,6 @@ PSE, PAE, PGE, SMEP, SMAP = 1 << 4, 1 << 5, 1 << 7, 1 << 20, 1 << 21
 LME, LMA, NXE = 1 << 8, 1 << 10, 1 << 11
 CR0 = PE | ET | NE | WP | PG
 CR4 = PAE | SMEP | SMAP  # of these guests
-
-
-@pytest.fixture
-def guest(kvm: Kvm) -> Iterator[BareGuest]:
-    with BareGuest(kvm, Probe()) as guest:
-        prepare(guest)
-        yield guest
-
-
-@pytest.fixture
-def counter() -> Iterator[ObjectInstance]:
-    with SharedObject("counter", GUEST_SOURCES / "objects" / "counter.c").open() as instance:
-        yield instance
 
 
 def try_vmfunc(index: int = 0) -> Step:

@@ -1,7 +1,6 @@
 """The patch's statistics (KVM_GET_STATS_FD): each moves with what it counts, and not otherwise."""
 
 import os
-from collections.abc import Iterator
 
 import pytest
 
@@ -24,14 +23,12 @@ from tests.elisa.context_requests import (
 )
 from tests.elisa.probe import (
     WILD,
-    Probe,
     Step,
     What,
     Wild,
     attach,
     calls,
     give,
-    prepare,
     results,
     run,
 )
@@ -50,13 +47,6 @@ def wild_object() -> SharedObject:
 
 def read(stats: Stats, names: tuple[str, ...]) -> dict[str, int]:
     return {name: stats.value(name) for name in names}
-
-
-@pytest.fixture
-def guest(kvm: Kvm) -> Iterator[BareGuest]:
-    with BareGuest(kvm, Probe()) as guest:
-        prepare(guest)
-        yield guest
 
 
 def test_what_they_are(machine: Machine) -> None:

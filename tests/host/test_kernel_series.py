@@ -14,21 +14,21 @@ _NEW, _OLD = "6.12.117+deb12-cloud-amd64", "6.12.99+deb12-cloud-amd64"
 
 # What `apt-cache madison` says: package, version, where from.
 _MADISON = f"""\
-linux-headers-{_NEW} | 6.12.117-1 | http://deb.debian.org bookworm/main amd64 Packages
-linux-headers-6.12.117+deb12-common | 6.12.117-1 | http://deb.debian.org bookworm/main Packages
-linux-kbuild-6.12.117+deb12 | 6.12.117-1 | http://deb.debian.org bookworm/main amd64 Packages
-linux-image-{_NEW}-unsigned | 6.12.117-1 | http://deb.debian.org bookworm/main amd64 Packages
-linux-headers-{_OLD} | 6.12.99-2 | http://deb.debian.org bookworm/main amd64 Packages
-linux-headers-{_OLD} | 6.12.99-10 | http://deb.debian.org bookworm/main amd64 Packages
-linux-headers-6.12.99+deb12-common | 6.12.99-2 | http://deb.debian.org bookworm/main Packages
-linux-headers-6.12.99+deb12-common | 6.12.99-10 | http://deb.debian.org bookworm/main Packages
-linux-kbuild-6.12 | 6.12.99-2 | http://deb.debian.org bookworm/main amd64 Packages
-linux-kbuild-6.12 | 6.12.99-10 | http://deb.debian.org bookworm/main amd64 Packages
-linux-image-{_OLD} | 6.12.99-2 | http://deb.debian.org bookworm/main amd64 Packages
-linux-image-{_OLD} | 6.12.99-10 | http://deb.debian.org bookworm/main amd64 Packages
-linux-source-6.12 | 6.12.99-2 | http://deb.debian.org bookworm/main amd64 Packages
-linux-source-6.12 | 6.12.99-10 | http://deb.debian.org bookworm/main amd64 Packages
-linux-source-6.12 | 6.12.117-1 | http://deb.debian.org bookworm/main Sources
+linux-headers-{_NEW} | 6.12.117-1 | http://mirror.example bookworm/main amd64 Packages
+linux-headers-6.12.117+deb12-common | 6.12.117-1 | http://mirror.example bookworm/main Packages
+linux-kbuild-6.12.117+deb12 | 6.12.117-1 | http://mirror.example bookworm/main amd64 Packages
+linux-image-{_NEW}-unsigned | 6.12.117-1 | http://mirror.example bookworm/main amd64 Packages
+linux-headers-{_OLD} | 6.12.99-2 | http://mirror.example bookworm/main amd64 Packages
+linux-headers-{_OLD} | 6.12.99-10 | http://mirror.example bookworm/main amd64 Packages
+linux-headers-6.12.99+deb12-common | 6.12.99-2 | http://mirror.example bookworm/main Packages
+linux-headers-6.12.99+deb12-common | 6.12.99-10 | http://mirror.example bookworm/main Packages
+linux-kbuild-6.12 | 6.12.99-2 | http://mirror.example bookworm/main amd64 Packages
+linux-kbuild-6.12 | 6.12.99-10 | http://mirror.example bookworm/main amd64 Packages
+linux-image-{_OLD} | 6.12.99-2 | http://mirror.example bookworm/main amd64 Packages
+linux-image-{_OLD} | 6.12.99-10 | http://mirror.example bookworm/main amd64 Packages
+linux-source-6.12 | 6.12.99-2 | http://mirror.example bookworm/main amd64 Packages
+linux-source-6.12 | 6.12.99-10 | http://mirror.example bookworm/main amd64 Packages
+linux-source-6.12 | 6.12.117-1 | http://mirror.example bookworm/main Sources
 """
 
 

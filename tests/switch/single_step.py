@@ -38,12 +38,10 @@ def _step(pid: int) -> int:
     return _peek(_PEEKUSER, pid, _RIP)
 
 
-def single_steps(address: int, call: Callable[[], object]) -> Generator[int, None, None]:
-    """Stop before every instruction of the first execution of the function at `address`.
-
-    `call` runs in a forked child: only what it writes to shared mappings is kept. The child is
-    killed where it stands when the generator ends or is closed.
-    """
+@contextlib.contextmanager
+def _traced(call: Callable[[], object]) -> Generator[int, None, None]:
+    """The PID of a forked child that stopped before it makes `call`; killed at the end, wherever
+    it stands. Only what it wrote to shared mappings is kept."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -54,6 +52,20 @@ def single_steps(address: int, call: Callable[[], object]) -> Generator[int, Non
             os._exit(0)
     try:
         os.waitpid(pid, 0)
+        yield pid
+    finally:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):  # ended, waited for
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def single_steps(address: int, call: Callable[[], object]) -> Generator[int, None, None]:
+    """Stop before every instruction of the first execution of the function at `address`.
+
+    `call` runs in a forked child: only what it writes to shared mappings is kept. The child is
+    killed where it stands when the generator ends or is closed.
+    """
+    with _traced(call) as pid:
         for _ in range(_SEARCH_LIMIT):
             if _step(pid) == address:
                 break
@@ -65,10 +77,6 @@ def single_steps(address: int, call: Callable[[], object]) -> Generator[int, Non
         while position != caller or _peek(_PEEKUSER, pid, _RSP) <= stack:
             yield position
             position = _step(pid)
-    finally:
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):  # ended, waited for
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
 
 
 def count_instructions(address: int, call: Callable[[], object]) -> int:
@@ -94,16 +102,7 @@ def killed_after(steps: int, address: int, call: Callable[[], object]) -> bool:
 
     As with `single_steps`, only what the child wrote to shared mappings is kept.
     """
-    pid = os.fork()
-    if pid == 0:
-        try:
-            _libc.ptrace(_TRACEME, 0, None, None)
-            os.kill(os.getpid(), signal.SIGSTOP)
-            call()
-        finally:
-            os._exit(0)
-    try:
-        os.waitpid(pid, 0)
+    with _traced(call) as pid:
         _run_to(pid, address)
         stack = _peek(_PEEKUSER, pid, _RSP)
         caller = _peek(_PEEKDATA, pid, stack)
@@ -111,6 +110,3 @@ def killed_after(steps: int, address: int, call: Callable[[], object]) -> bool:
             if _step(pid) == caller and _peek(_PEEKUSER, pid, _RSP) > stack:
                 return True
         return False
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)

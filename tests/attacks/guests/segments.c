@@ -9,6 +9,7 @@
  *
  * A jump is over at INT $0x80, wherever that comes from.
  */
+#include "descriptors.h"
 #include "runtime.h"
 
 struct jump {
@@ -23,7 +24,12 @@ struct jump {
 /* 0x08 to 0x18 are the VMM's: 64-bit code, data, and the TSS. tests/attacks/segments.py knows these. */
 enum { NARROW_CODE = 0x28, USER_NARROW_CODE = 0x33, USER_DATA = 0x3b, USER_CODE = 0x43 };
 
-static uint64_t descriptors[9];
+static uint64_t descriptors[] = {
+	[NARROW_CODE / 8] = 0x00cf9b000000ffff,
+	[USER_NARROW_CODE / 8] = 0x00cffb000000ffff,
+	[USER_DATA / 8] = 0x00cff3000000ffff,
+	[USER_CODE / 8] = 0x00affb000000ffff,
+};
 
 /* Addressed absolutely: all registers but RSP belong to what runs next. */
 uint64_t segments_task, segments_rsp, segments_result;
@@ -59,36 +65,13 @@ __asm__(".text\n"
 	"pop	%r15\n\tpop	%r14\n\tpop	%r13\n\tpop	%r12\n\tpop	%rbp\n\tpop	%rbx\n\t"
 	"ret\n");
 
-static void allow_other_segments(void)
-{
-	extern uint8_t interrupt_table[256][16];
-	struct {
-		uint16_t limit;
-		uint64_t base;
-	} __attribute__((packed)) table;
-
-	__asm__ volatile("sgdt %0" : "=m"(table));
-	memcpy(descriptors, (const void *)table.base, 5 * sizeof(*descriptors));
-	descriptors[NARROW_CODE / 8] = 0x00cf9b000000ffff;
-	descriptors[USER_NARROW_CODE / 8] = 0x00cffb000000ffff;
-	descriptors[USER_DATA / 8] = 0x00cff3000000ffff;
-	descriptors[USER_CODE / 8] = 0x00affb000000ffff;
-	/* Bits 16 to 39 of the low half, 56 to 63, then the high half: the base of the TSS. */
-	segments_task = (descriptors[3] >> 16 & 0xffffff) |
-			(descriptors[3] >> 56 & 0xff) << 24 | descriptors[4] << 32;
-	table.limit = sizeof(descriptors) - 1;
-	table.base = (uint64_t)descriptors;
-	__asm__ volatile("lgdt %0" : : "m"(table));
-	interrupt_handler(0x80, segments_return);
-	interrupt_table[0x80][5] = 0xee; /* callable from CPL 3 */
-}
-
 uint32_t guest_main(void)
 {
 	struct jump *jump = (struct jump *)boot_info->input;
 	uint64_t jumps = boot_info->input_size / sizeof(*jump);
 
-	allow_other_segments();
+	segments_task = load_descriptors(descriptors, sizeof(descriptors) / sizeof(*descriptors),
+					 segments_return);
 	for (uint64_t n = 0; n < jumps; n++) {
 		segments_jump(&jump[n]);
 		jump[n].result = segments_result;

@@ -3,7 +3,6 @@
 import errno
 import os
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -14,6 +13,7 @@ from pykvm.memory import layout
 from tests.elisa.child import CAP_SYS_ADMIN, in_child
 from tests.elisa.context_requests import Machine, good, revoke, set_slot
 from tests.elisa.host_state import host_state, locked_kib, nothing_stays, pinned_pages
+from tests.elisa.interrupts import signal
 from tests.elisa.probe import (
     Probe,
     Step,
@@ -30,21 +30,7 @@ from tests.elisa.spinning import LONG, C, Spin, event_guest, spin_object, wait_f
 
 pytestmark = pytest.mark.elisa
 
-MSI_ADDRESS = 0xFEE0_0000
-VECTOR = 0x55
 GENERAL = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", *(f"r{n}" for n in range(8, 16)))
-
-
-@pytest.fixture
-def guest(kvm: Kvm) -> Iterator[BareGuest]:
-    with event_guest(kvm) as guest:
-        yield guest
-
-
-@pytest.fixture
-def instance() -> Iterator[ObjectInstance]:
-    with spin_object(guests=3).open() as instance:
-        yield instance
 
 
 def start_over(guest: BareGuest, *steps: Step) -> None:
@@ -182,7 +168,7 @@ def test_while_the_guest_runs(guest: BareGuest, instance: ObjectInstance) -> Non
     guest.start()
     wait_for(lambda: guest.info.result[0] == 1)
     guest.vm.revoke_elisa_slot(0, attachment.slot)
-    guest.vm.signal_msi(MSI_ADDRESS, VECTOR)
+    signal(guest)
     check_refused(told(guest), attachment.slot)
     assert results(guest)[:2] != [3, None]
 
@@ -201,7 +187,7 @@ def test_halted(guest: BareGuest, instance: ObjectInstance) -> None:
     time.sleep(0.2)
     guest.vm.revoke_elisa_slot(0, attachment.slot)
     assert events_taken(guest) == 0
-    guest.vm.signal_msi(MSI_ADDRESS, VECTOR)
+    signal(guest)
     check_refused(told(guest), attachment.slot)
     assert events_taken(guest) == 1
 

@@ -1,29 +1,14 @@
 """I6: a system-management interrupt waits until the vCPU is back in its default context."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from pykvm.boot.bare import BareGuest
 from pykvm.elisa.objects import ObjectInstance
-from pykvm.kvm import Kvm
 from tests.elisa.probe import attach, calls, give, results
 from tests.elisa.smram import IN_HANDLER, smram
-from tests.elisa.spinning import LONG, RETURN_PAGE, Spin, event_guest, spin_object
+from tests.elisa.spinning import LONG, RETURN_PAGE, Spin
 
 pytestmark = pytest.mark.elisa
-
-
-@pytest.fixture
-def guest(kvm: Kvm) -> Iterator[BareGuest]:
-    with event_guest(kvm) as guest:
-        yield guest
-
-
-@pytest.fixture
-def instance() -> Iterator[ObjectInstance]:
-    with spin_object().open() as instance:
-        yield instance
 
 
 @pytest.mark.attack("T11")

@@ -1,7 +1,7 @@
 """I6: interrupts, NMIs and INIT that come while a vCPU is outside its default context wait until it
 is back, are taken right at the return page, once each, and disturb nothing."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -9,6 +9,17 @@ from pykvm.boot.bare import BareGuest
 from pykvm.elisa.objects import ObjectInstance
 from pykvm.kvm import Kvm, Stats
 from pykvm.memory import layout
+from tests.elisa.interrupts import (
+    ASSERT_LEVEL,
+    EVENTS,
+    INIT_DELIVERY,
+    NMI,
+    NMI_DELIVERY,
+    SELF_IPI,
+    VECTOR,
+    send_ipi,
+    signal,
+)
 from tests.elisa.probe import (
     Event,
     Probe,
@@ -29,33 +40,11 @@ from tests.elisa.spinning import (
     RETURN_PAGE,
     Spin,
     crossing_with_sti,
-    event_guest,
-    send_ipi,
-    spin_object,
 )
 
 pytestmark = pytest.mark.elisa
 
-VECTOR = 0x55
-NMI = 2
-NMI_DELIVERY = 4 << 8
-INIT_DELIVERY = 5 << 8
-ASSERT_LEVEL = 1 << 14
-MSI_ADDRESS = 0xFEE0_0000  # SDM vol. 3A 11.11.1: to the local APIC with id 0
-SELF_IPI = 0x83F
 SHORT = 1000  # turns: with interrupts off, the emulated host has to wait
-
-
-@pytest.fixture
-def guest(kvm: Kvm) -> Iterator[BareGuest]:
-    with event_guest(kvm) as guest:
-        yield guest
-
-
-@pytest.fixture
-def instance() -> Iterator[ObjectInstance]:
-    with spin_object().open() as instance:
-        yield instance
 
 
 class Counted:
@@ -120,37 +109,11 @@ def held_while_inside(
 
 
 @pytest.mark.attack("T11")
-def test_an_interrupt_of_the_host(guest: BareGuest, instance: ObjectInstance) -> None:
-    """As a device in the host raises it (KVM_SIGNAL_MSI)."""
-
-    def inject() -> None:
-        assert guest.vm.signal_msi(MSI_ADDRESS, VECTOR) == 1
-
-    (event,) = held_while_inside(guest, instance, inject)
-    check_at_return(event, VECTOR)
-
-
-@pytest.mark.attack("T11")
-def test_an_nmi(guest: BareGuest, instance: ObjectInstance) -> None:
-    def inject() -> None:
-        assert guest.vm.signal_msi(MSI_ADDRESS, NMI_DELIVERY) == 1
-
-    (event,) = held_while_inside(guest, instance, inject)
-    check_at_return(event, NMI)
-
-
-@pytest.mark.attack("T11")
-def test_an_interrupt_of_another_vcpu(guest: BareGuest, instance: ObjectInstance) -> None:
-    (event,) = held_while_inside(guest, instance, lambda: send_ipi(guest, VECTOR | ASSERT_LEVEL))
-    check_at_return(event, VECTOR)
-
-
-@pytest.mark.attack("T11")
-def test_an_nmi_of_another_vcpu(guest: BareGuest, instance: ObjectInstance) -> None:
-    (event,) = held_while_inside(
-        guest, instance, lambda: send_ipi(guest, NMI_DELIVERY | ASSERT_LEVEL)
-    )
-    check_at_return(event, NMI)
+@pytest.mark.parametrize("name", EVENTS)
+def test_an_event(guest: BareGuest, instance: ObjectInstance, name: str) -> None:
+    vector, inject = EVENTS[name]
+    (event,) = held_while_inside(guest, instance, lambda: inject(guest))
+    check_at_return(event, vector)
 
 
 def test_several_at_once(guest: BareGuest, instance: ObjectInstance) -> None:
@@ -159,7 +122,7 @@ def test_several_at_once(guest: BareGuest, instance: ObjectInstance) -> None:
 
     def inject() -> None:
         for data in (0x41, 0x71, NMI_DELIVERY, 0x61, 0x71):
-            guest.vm.signal_msi(MSI_ADDRESS, data)
+            signal(guest, data)
 
     taken = held_while_inside(guest, instance, inject)
     assert [event.vector for event in taken] == [NMI, 0x71, 0x61, 0x41]
@@ -273,7 +236,7 @@ def test_an_nmi_before_the_vcpu_goes_on_inside(guest: BareGuest, instance: Objec
     guest.stop()
     assert spin.inside
     guest.vcpu.nmi()
-    guest.vm.signal_msi(MSI_ADDRESS, VECTOR)
+    signal(guest)
     guest.start()
     spin.work_on()
     assert events_taken(guest) == 0

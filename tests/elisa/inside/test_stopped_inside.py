@@ -3,33 +3,19 @@
 The VMM is trusted, but what it asks for must not open a way that a guest could be led through.
 """
 
-from collections.abc import Iterator
-
 import pytest
 
 from pykvm.boot.bare import BareGuest
 from pykvm.elisa.objects import ObjectInstance
-from pykvm.kvm import ElisaExit, Kvm, UnexpectedExitError, lib
+from pykvm.kvm import ElisaExit, UnexpectedExitError, lib
+from tests.elisa.interrupts import VECTOR
 from tests.elisa.probe import attach, calls, events, events_taken, give, results
-from tests.elisa.spinning import LONG, RETURN_PAGE, Spin, event_guest, spin_object
+from tests.elisa.spinning import LONG, RETURN_PAGE, Spin
 
 pytestmark = pytest.mark.elisa
 
-VECTOR = 0x55
 SMAP = 1 << 21
 EXCEPTION = 0  # basic exit reason, SDM vol. 3D appendix C
-
-
-@pytest.fixture
-def guest(kvm: Kvm) -> Iterator[BareGuest]:
-    with event_guest(kvm) as guest:
-        yield guest
-
-
-@pytest.fixture
-def instance() -> Iterator[ObjectInstance]:
-    with spin_object().open() as instance:
-        yield instance
 
 
 def stop_inside(guest: BareGuest, instance: ObjectInstance) -> Spin:

@@ -1,0 +1,22 @@
+"""A guest that records what interrupts it, and an object in which it stays until it may go."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from pykvm.boot.bare import BareGuest
+from pykvm.elisa.objects import ObjectInstance
+from pykvm.kvm import Kvm
+from tests.elisa.spinning import event_guest, spin_object
+
+
+@pytest.fixture
+def guest(kvm: Kvm) -> Iterator[BareGuest]:
+    with event_guest(kvm) as guest:
+        yield guest
+
+
+@pytest.fixture
+def instance() -> Iterator[ObjectInstance]:
+    with spin_object().open() as instance:
+        yield instance
