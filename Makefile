@@ -28,7 +28,7 @@ help:
 	@echo "make lint    check style and types"
 	@echo "make selftests  compare KVM's own selftests, unpatched and patched, on SERIES='6.1 6.12'"
 	@echo "make fuzz    let guests write anything into their windows at any moment, for FUZZ_SECONDS=60"
-	@echo "make bench   measure the crossing, the switch and interrupts"
+	@echo "make bench   measure the crossing, its protections, attaching, the switch and interrupts"
 	@echo "make verify-gate  show that the gate is safe to enter at any byte"
 	@echo "make clean   remove everything that was built in this directory"
 
@@ -99,6 +99,8 @@ lint: setup
 
 bench: setup
 	$(VENV)/bin/pykvm bench crossing --json build/bench/crossing.json
+	$(VENV)/bin/pykvm bench protections --json build/bench/protections.json
+	$(VENV)/bin/pykvm bench attach --json build/bench/attach.json
 	$(VENV)/bin/pykvm bench switch --json build/bench/switch.json
 	$(VENV)/bin/pykvm bench interrupts --json build/bench/interrupts.json
 
