@@ -74,13 +74,13 @@ demo: setup
 
 # As many parts at a time as there are processors; their outputs follow one another.
 test: setup
-	$(VENV)/bin/python -m tests.everything
+	$(VENV)/bin/python -m tools.test_all
 
 # Two processors for each series: unpatched and patched hosts run at the same time. SELFTESTS may
 # hold --all, or names.
 SERIES := 6.1 6.12
 selftests: setup
-	$(VENV)/bin/python -m tests.side_by_side --processors 2 \
+	$(VENV)/bin/python -m tools.side_by_side --processors 2 \
 		$(foreach series,$(SERIES),"$(strip $(VENV)/bin/pykvm kernel selftests --series $(series) $(SELFTESTS))")
 
 FUZZ_SECONDS := 60
@@ -90,7 +90,7 @@ fuzz: setup
 # One line for each row of docs/threats.md; not 0 while a row falls short. ATTACKS may hold
 # --after-tests, which repeats nothing that make test has just run.
 attacks: setup
-	$(VENV)/bin/python -m tests.attacks.suite --series $(SERIES) $(ATTACKS)
+	$(VENV)/bin/python -m tools.attacks --series $(SERIES) $(ATTACKS)
 
 lint: setup
 	$(VENV)/bin/ruff check

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * What the VMM tells a bare-metal guest and what the guest reports back: one page at a fixed
- * address, and four I/O ports. pykvm/boot/boot_info.py holds the same for Python;
- * tests/boot/test_boot_info.py lets the C compiler compare the two.
+ * address, and four I/O ports. pykvm/machine/bare/boot_info.py holds the same for Python;
+ * tests/machine/bare/test_boot_info.py lets the C compiler compare the two.
  */
 #ifndef BOOT_INFO_H
 #define BOOT_INFO_H

@@ -97,7 +97,7 @@ def run_crossing(options: argparse.Namespace) -> int:
 
     def measure() -> dict[str, Any]:
         from pykvm.kvm import Kvm  # noqa: PLC0415
-        from pykvm.measure.crossing import measure_crossing  # noqa: PLC0415
+        from pykvm.measure.crossing_cost import measure_crossing  # noqa: PLC0415
 
         with Kvm() as kvm:
             crossing = measure_crossing(kvm, options.calls, ticks_scale(kvm))
@@ -125,7 +125,7 @@ def run_protections(options: argparse.Namespace) -> int:
 
     def measure() -> dict[str, Any]:
         from pykvm.kvm import Kvm  # noqa: PLC0415
-        from pykvm.measure.protections import measure_protections  # noqa: PLC0415
+        from pykvm.measure.protection_cost import measure_protections  # noqa: PLC0415
 
         with Kvm() as kvm:
             measured = measure_protections(kvm, options.calls, ticks_scale(kvm))
@@ -185,9 +185,9 @@ def run_switch(options: argparse.Namespace) -> int:
     _require("--repeats", [options.repeats], 1, 1000)
 
     def measure() -> dict[str, Any]:
-        from pykvm.boot.programs import SwitchPath  # noqa: PLC0415
         from pykvm.kvm import Kvm  # noqa: PLC0415
         from pykvm.measure.bursts import measure_bursts  # noqa: PLC0415
+        from pykvm.measure.programs import SwitchPath  # noqa: PLC0415
 
         points = []
         with Kvm() as kvm:

@@ -4,7 +4,8 @@ import argparse
 import time
 from typing import Any
 
-from pykvm.host import cache, cache_pruning
+from pykvm import cache
+from pykvm.cache import pruning as cache_pruning
 
 __all__ = ["add_parser", "run"]
 

@@ -88,10 +88,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
-    from pykvm.boot.programs import SwitchPath  # noqa: PLC0415
     from pykvm.kvm import Kvm  # noqa: PLC0415
-    from pykvm.measure.crossing import measure_crossing  # noqa: PLC0415
+    from pykvm.measure.crossing_cost import measure_crossing  # noqa: PLC0415
     from pykvm.measure.exchange import exchange  # noqa: PLC0415
+    from pykvm.measure.programs import SwitchPath  # noqa: PLC0415
 
     sides = [
         [frame.data for frame in side] for side in split_capture(read_capture(options.capture))

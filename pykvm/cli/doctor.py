@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from pykvm.host.checks import EMULATED, HOST, Check, emulated_host_usable, host_usable, run_checks
+from pykvm.doctor import EMULATED, HOST, Check, emulated_host_usable, host_usable, run_checks
 from pykvm.host.fingerprint import fingerprint
 
 __all__ = ["add_parser", "run"]

@@ -68,7 +68,7 @@ def on_suitable_host(
 
 
 def _measure_inside(arguments: list[str], files: Mapping[str, Path], out: Path) -> dict[str, Any]:
-    from pykvm.measure.images import build_images  # noqa: PLC0415
+    from pykvm.measure.prebuild import build_images  # noqa: PLC0415
     from pykvm.testbed import Testbed  # noqa: PLC0415
 
     build_images()  # here, where a compiler takes no time

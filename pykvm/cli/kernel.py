@@ -6,8 +6,9 @@ from typing import Any
 
 from pykvm.cli import selftests
 from pykvm.cli.testbed import add_also
-from pykvm.host import kernel, modules
-from pykvm.host.kernel_series import SERIES, newest_kernel
+from pykvm.kernel import build as kernel
+from pykvm.kernel import modules
+from pykvm.kernel.series import SERIES, newest_kernel
 
 __all__ = ["add_parser", "run"]
 

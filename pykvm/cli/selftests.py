@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from pykvm.cli.signals import exit_on_signals
-from pykvm.host.kernel_series import DEFAULT_SERIES, SERIES
+from pykvm.kernel.series import DEFAULT_SERIES, SERIES
 from pykvm.testbed import selftests
 
 __all__ = ["add_action", "run"]

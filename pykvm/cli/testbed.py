@@ -9,7 +9,7 @@ from typing import Any
 
 from pykvm.cli.signals import exit_on_signals
 from pykvm.errors import PykvmError
-from pykvm.host.kernel_series import DEFAULT_SERIES, SERIES
+from pykvm.kernel.series import DEFAULT_SERIES, SERIES
 from pykvm.testbed import Testbed, session
 
 __all__ = ["add_also", "add_parser", "run"]

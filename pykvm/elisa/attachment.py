@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Self
 
+from pykvm.elisa import crossing
 from pykvm.elisa.contexts import (
     ContextCost,
     ContextPlan,
@@ -19,9 +20,9 @@ from pykvm.elisa.contexts import (
 from pykvm.errors import PykvmError
 from pykvm.kvm import Context, IoctlError, KvmError, Vcpu, VcpuRunningError, Vm
 from pykvm.kvm._kvm import lib
-from pykvm.memory import layout
 from pykvm.memory.guest_memory import MemoryFile, Region, require_lockable
-from pykvm.paging.entries import PAGE_SIZE, Access
+from pykvm.paging.entries import Access
+from pykvm.sizes import PAGE_SIZE
 
 __all__ = ["Attachment", "AttachmentCost", "InsideContextError", "SlotsFullError"]
 
@@ -119,7 +120,7 @@ class Attachment:
 
         sub_bytes = sub_plan(0, 0).guest_table_bytes
         gate_bytes = gate.guest_table_bytes
-        own = sub_bytes + gate_bytes + PAGE_SIZE + layout.STACK_SIZE
+        own = sub_bytes + gate_bytes + PAGE_SIZE + crossing.STACK_SIZE
         require_lockable(own + memory.count * PAGE_SIZE)
         with MemoryFile(f"{name} contexts", own) as file:
             region = Region(file, 0, prefault=True)

@@ -3,7 +3,7 @@
 A context has two translations, both built here: its guest page table (GVA to GPA, found through
 the Anywhere Page Table whatever CR3 holds) and its EPT (GPA to page). The page at crossing base + x
 lies at the context's private GPA base + x, and the guest page table's own pages at
-`layout.PRIVATE_TABLES_OFFSET` from that base.
+`crossing.PRIVATE_TABLES_OFFSET` from that base.
 
 Invariants that hold by construction (the design of the mechanism numbers them):
 
@@ -30,11 +30,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from pykvm.elisa import crossing
 from pykvm.errors import PykvmError
-from pykvm.memory import layout
-from pykvm.paging.apt import fill_anywhere
-from pykvm.paging.entries import PAGE_SIZE, SIZE_2M, SIZE_4K, Access, EptEntry, X86Entry
+from pykvm.paging.anywhere_page_table import fill_anywhere
+from pykvm.paging.entries import SIZE_2M, SIZE_4K, Access, EptEntry, X86Entry
 from pykvm.paging.tables import PageTables, TableAddresses, TableNumbers
+from pykvm.sizes import PAGE_SIZE
 
 __all__ = [
     "ContextCost",
@@ -133,7 +134,7 @@ class ContextPlan:
         check_crossing_base(crossing_gva, levels)
         self._private_gpa = private_gpa
         self._exclude = exclude
-        self._tables_gpa = private_gpa + layout.PRIVATE_TABLES_OFFSET
+        self._tables_gpa = private_gpa + crossing.PRIVATE_TABLES_OFFSET
         self.pages: list[Page] = []
         self.levels = levels
         mappings = list(mappings)
@@ -146,14 +147,14 @@ class ContextPlan:
         self.ept: PageTables[EptEntry] = PageTables(EptEntry, TableNumbers())
         self.guest: PageTables[X86Entry] = PageTables(
             X86Entry,
-            TableAddresses(self._tables_gpa, layout.PRIVATE_TABLES_SIZE),
+            TableAddresses(self._tables_gpa, crossing.PRIVATE_TABLES_SIZE),
             levels=levels,
         )
         self._number = 0
         for mapping in mappings:
             gpa = private_gpa + mapping.offset
             size = mapping.page.count * PAGE_SIZE
-            large = mapping.offset >= layout.SHARED_OFFSET
+            large = mapping.offset >= crossing.SHARED_OFFSET
             access = _GUEST_ACCESS
             if user or mapping.user:
                 access |= Access.USER
@@ -168,7 +169,11 @@ class ContextPlan:
 
     def _map(self, gpa: int, page: Page, access: Access) -> int:
         first = self._number
-        if not layout.PRIVATE_GPA_FIRST <= gpa <= layout.PRIVATE_GPA_END - page.count * PAGE_SIZE:
+        if (
+            not crossing.PRIVATE_GPA_FIRST
+            <= gpa
+            <= crossing.PRIVATE_GPA_END - page.count * PAGE_SIZE
+        ):
             raise CrossingBaseError(
                 f"GPA {gpa:#x} is outside the private range: give the object less memory"
             )
@@ -209,12 +214,12 @@ def check_crossing_base(crossing_gva: int, levels: int = 4) -> None:
     maps below it.
     """
     half = 1 << (11 + 9 * levels)
-    low = layout.CROSSING_MIN_GVA <= crossing_gva < half
+    low = crossing.CROSSING_MIN_GVA <= crossing_gva < half
     high = (1 << 64) - half <= crossing_gva < 1 << 64
-    if crossing_gva % layout.CROSSING_ALIGN or not (low or high):
+    if crossing_gva % crossing.CROSSING_ALIGN or not (low or high):
         raise CrossingBaseError(
             f"no crossing area at {crossing_gva:#x}: use a canonical address from "
-            f"{layout.CROSSING_MIN_GVA:#x} on, a multiple of {layout.CROSSING_ALIGN:#x}"
+            f"{crossing.CROSSING_MIN_GVA:#x} on, a multiple of {crossing.CROSSING_ALIGN:#x}"
         )
 
 
@@ -226,16 +231,16 @@ def plan_gate(
     gate_page: address in this process of the page of gate code.
     """
     return ContextPlan(
-        layout.GATE_PRIVATE_GPA,
+        crossing.GATE_PRIVATE_GPA,
         crossing_gva,
         [
-            _Mapping(layout.GATE_OFFSET, UserPages(gate_page), READ_EXECUTE),
-            _Mapping(layout.GATE_LIST_OFFSET, ListPage(), READ_WRITE),
-            _Mapping(layout.GATE_DATA_OFFSET, EptpPage(), READ),
+            _Mapping(crossing.GATE_OFFSET, UserPages(gate_page), READ_EXECUTE),
+            _Mapping(crossing.GATE_LIST_OFFSET, ListPage(), READ_WRITE),
+            _Mapping(crossing.GATE_DATA_OFFSET, EptpPage(), READ),
         ],
         user=user,
         levels=levels,
-        exclude=(layout.PRIVATE_GPA_FIRST, layout.PRIVATE_GPA_END),
+        exclude=(crossing.PRIVATE_GPA_FIRST, crossing.PRIVATE_GPA_END),
     )
 
 
@@ -255,18 +260,18 @@ def plan_sub(
     env_page, stack: addresses in this process. memory: shared memory and windows.
     """
     return ContextPlan(
-        layout.SUB_PRIVATE_GPA,
+        crossing.SUB_PRIVATE_GPA,
         crossing_gva,
         [
             *(_Mapping(offset, pages, access) for offset, pages, access in image),
-            _Mapping(layout.LIST_OFFSET, ListPage(), READ_WRITE),
-            _Mapping(layout.ENV_OFFSET, UserPages(env_page), READ),
+            _Mapping(crossing.LIST_OFFSET, ListPage(), READ_WRITE),
+            _Mapping(crossing.ENV_OFFSET, UserPages(env_page), READ),
             _Mapping(
-                layout.STACK_OFFSET,
-                UserPages(stack, layout.STACK_SIZE // PAGE_SIZE),
+                crossing.STACK_OFFSET,
+                UserPages(stack, crossing.STACK_SIZE // PAGE_SIZE),
                 READ_WRITE,
             ),
-            _Mapping(layout.SHARED_OFFSET, memory, READ_WRITE, user=True),
+            _Mapping(crossing.SHARED_OFFSET, memory, READ_WRITE, user=True),
         ],
         user=user,
         levels=levels,

@@ -23,8 +23,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from pykvm.boot.compiler import CompilerMissingError
 from pykvm.errors import PykvmError
+from pykvm.toolchain.compiler import CompilerMissingError
 
 __all__ = [
     "VMFUNC",

@@ -16,16 +16,18 @@ from os import PathLike
 from pathlib import Path
 from typing import Final, Self
 
-from pykvm.closing import Closing
+from pykvm.closeable import Closeable
+from pykvm.elisa import crossing
 from pykvm.elisa.attachment import Attachment
 from pykvm.elisa.contexts import READ, READ_EXECUTE, READ_WRITE, UserPages
 from pykvm.elisa.protections import ALL, Protection
-from pykvm.elisa.toolchain import ImagePart, SubImage, build_object, crossing_images
+from pykvm.elisa.trusted_images import ImagePart, SubImage, build_object, crossing_images
 from pykvm.errors import PykvmError
 from pykvm.kvm import Vcpu, Vm
-from pykvm.memory import layout
+from pykvm.machine.bare import layout
 from pykvm.memory.guest_memory import MemoryFile, Region
-from pykvm.paging.entries import PAGE_SIZE, Access
+from pykvm.paging.entries import Access
+from pykvm.sizes import PAGE_SIZE
 
 __all__ = ["GuestNumberError", "ObjectInstance", "ObjectSizeError", "SharedObject"]
 
@@ -119,7 +121,7 @@ class SharedObject:
     def open(self) -> "ObjectInstance":
         """Compile (or take from the cache), allocate, and be ready to attach guests.
 
-        Raises what `pykvm.elisa.toolchain.build_object` raises, and MemoryTooSmallError.
+        Raises what `pykvm.elisa.trusted_images.build_object` raises, and MemoryTooSmallError.
         """
         return ObjectInstance(self, build_object(self.sources, without=frozenset(self.without)))
 
@@ -159,18 +161,18 @@ class _Image:
 
     def add_entry(self, user: bool, image: SubImage) -> None:
         entry = image.parts[0]
-        if entry.offset != layout.SUB_ENTRY_OFFSET or image.parts[1:] != self.rest:
+        if entry.offset != crossing.SUB_ENTRY_OFFSET or image.parts[1:] != self.rest:
             raise ValueError("images of one object differ in more than their sub entry page")
         at = self.entry_pages[user].address - self.region.host_address
         self.region.view(at, PAGE_SIZE)[:] = entry.data
         self.entries[user] = entry.data
 
     def parts(self, user: bool) -> list[tuple[int, UserPages, Access]]:
-        entry = (layout.SUB_ENTRY_OFFSET, self.entry_pages[user], READ_EXECUTE)
+        entry = (crossing.SUB_ENTRY_OFFSET, self.entry_pages[user], READ_EXECUTE)
         return [entry, *self.common]
 
 
-class ObjectInstance(Closing):
+class ObjectInstance(Closeable):
     """An open shared object: its memory, its code, the guests attached to it.
 
     memory: shared memory and windows, mapped in this process. `close()` detaches everything.
@@ -226,7 +228,7 @@ class ObjectInstance(Closing):
         vcpu: Vcpu,
         guest: int,
         *,
-        crossing_gva: int = layout.CROSSING_GVA,
+        crossing_gva: int = crossing.CROSSING_GVA,
         user: bool = False,
         levels: int = 4,
     ) -> Attachment:
@@ -250,7 +252,7 @@ class ObjectInstance(Closing):
             self._image.add_entry(
                 user, build_object(self.declaration.sources, user=True, without=left_out)
             )
-        env = self.declaration.env(crossing_gva + layout.SHARED_OFFSET, guest)
+        env = self.declaration.env(crossing_gva + crossing.SHARED_OFFSET, guest)
         attachment = Attachment.make(
             vm,
             vcpu,

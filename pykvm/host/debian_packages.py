@@ -15,8 +15,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pykvm import cache
 from pykvm.errors import PykvmError
-from pykvm.host import cache
 
 __all__ = [
     "Package",

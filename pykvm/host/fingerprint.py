@@ -10,8 +10,9 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from pykvm.host import kernel_packages, modules
 from pykvm.host.processor import read_processor
+from pykvm.kernel import modules
+from pykvm.kernel import packages as kernel_packages
 
 __all__ = ["commit", "fingerprint", "host_kind", "is_emulated"]
 

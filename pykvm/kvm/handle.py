@@ -6,7 +6,7 @@ import os
 import warnings
 from typing import Any, ClassVar
 
-from pykvm.closing import Closing
+from pykvm.closeable import Closeable
 from pykvm.kvm._kvm import ffi, lib
 from pykvm.kvm.errors import CapabilityMissingError, HandleClosedError, IoctlError
 from pykvm.kvm.ioctls import IOCTLS, Ioctl, Scope
@@ -27,7 +27,7 @@ def capability_number(capability: str | int) -> int:
     return number
 
 
-class Handle(Closing):
+class Handle(Closeable):
     """Owns one file descriptor; a context manager; closing twice is harmless."""
 
     scope: ClassVar[Scope]

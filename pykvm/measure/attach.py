@@ -11,14 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pykvm.boot.bare import BareGuest
-from pykvm.boot.compiler import GUEST_SOURCES
-from pykvm.boot.programs import CrossingProgram
 from pykvm.elisa.attachment import AttachmentCost
 from pykvm.elisa.objects import SharedObject
 from pykvm.host.fingerprint import is_emulated
 from pykvm.kvm import Kvm
+from pykvm.machine.bare.guest import BareGuest
+from pykvm.measure.programs import CrossingProgram
 from pykvm.measure.records import Samples, typical
+from pykvm.toolchain.compiler import GUEST_SOURCES
 
 __all__ = ["AttachCost", "measure_attach"]
 

@@ -5,17 +5,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pykvm.boot.bare import BareGuest
-from pykvm.boot.programs import BurstProgram, Phase, SendSample, SwitchPath, send_samples
 from pykvm.errors import PykvmError
 from pykvm.host.fingerprint import is_emulated
 from pykvm.kvm import Kvm
+from pykvm.machine.bare.guest import BareGuest
 from pykvm.measure.connect import SWITCH_SEED, connect
-from pykvm.measure.exits import ExitCounter, Exits
+from pykvm.measure.exit_counter import ExitCounter, Exits
+from pykvm.measure.programs import BurstProgram, Phase, SendSample, SwitchPath, send_samples
 from pykvm.measure.records import Samples
 from pykvm.switch.geometry import SwitchConfig
 from pykvm.switch.hosted import HostedSwitch
-from pykvm.switch.port_io import NativePort
+from pykvm.switch.native_port import NativePort
 
 __all__ = ["BURSTS", "SIZES", "BurstPoint", "BurstStuckError", "measure_bursts"]
 

@@ -2,9 +2,9 @@
 
 from typing import Final
 
-from pykvm.boot.bare import BareGuest
-from pykvm.boot.programs import SwitchPath
-from pykvm.elisa.toolchain import crossing_images
+from pykvm.elisa.trusted_images import crossing_images
+from pykvm.machine.bare.guest import BareGuest
+from pykvm.measure.programs import SwitchPath
 from pykvm.switch.hosted import HostedSwitch
 
 __all__ = ["SWITCH_SEED", "connect"]

@@ -7,8 +7,13 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final
 
-from pykvm.boot.bare import BareGuest
-from pykvm.boot.programs import (
+from pykvm.errors import PykvmError
+from pykvm.host.fingerprint import is_emulated
+from pykvm.kvm import Kvm
+from pykvm.machine.bare.guest import BareGuest
+from pykvm.measure.connect import SWITCH_SEED, connect
+from pykvm.measure.exit_counter import ExitCounter, Exits
+from pykvm.measure.programs import (
     ExchangeProgram,
     SendSample,
     SwitchPath,
@@ -16,11 +21,6 @@ from pykvm.boot.programs import (
     received_frames,
     send_samples,
 )
-from pykvm.errors import PykvmError
-from pykvm.host.fingerprint import is_emulated
-from pykvm.kvm import Kvm
-from pykvm.measure.connect import SWITCH_SEED, connect
-from pykvm.measure.exits import ExitCounter, Exits
 from pykvm.measure.records import typical
 from pykvm.switch.counters import SwitchCounters
 from pykvm.switch.geometry import SwitchConfig

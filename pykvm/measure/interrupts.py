@@ -11,17 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pykvm.boot.bare import BareGuest
-from pykvm.boot.compiler import GUEST_SOURCES
-from pykvm.boot.programs import InterruptProgram, InterruptSample, interrupt_samples
+from pykvm.elisa import crossing
 from pykvm.elisa.objects import SharedObject
-from pykvm.elisa.toolchain import crossing_images
+from pykvm.elisa.trusted_images import crossing_images
 from pykvm.errors import PykvmError
 from pykvm.host.fingerprint import is_emulated
 from pykvm.kvm import Kvm
-from pykvm.measure.exits import ExitCounter, Exits
+from pykvm.machine.bare.guest import BareGuest
+from pykvm.measure.exit_counter import ExitCounter, Exits
+from pykvm.measure.programs import InterruptProgram, InterruptSample, interrupt_samples
 from pykvm.measure.records import Samples
-from pykvm.memory import layout
+from pykvm.toolchain.compiler import GUEST_SOURCES
 
 __all__ = ["LEFT", "InterruptPoint", "LateTimerError", "measure_interrupts"]
 
@@ -106,7 +106,7 @@ def _point(
     valid = [one for one in samples if one.begun < one.deadline]
     if not valid:
         raise LateTimerError("every deadline passed before the call: run it with less load")
-    at_return = layout.CROSSING_GVA + layout.RETURN_OFFSET
+    at_return = crossing.CROSSING_GVA + crossing.RETURN_OFFSET
     behind = [one.handler - one.expected for one in valid if one.rip == at_return]
     return InterruptPoint(
         way,

@@ -1,1 +1,1 @@
-"""Guest physical memory (`guest_memory`) and the named addresses inside it (`layout`)."""
+"""Guest physical memory."""

@@ -25,13 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
-from pykvm.closing import Closing
+from pykvm.closeable import Closeable
 from pykvm.errors import PykvmError
+from pykvm.sizes import PAGE_SIZE
 
 __all__ = [
     "HUGE_1G",
     "HUGE_2M",
-    "PAGE_SIZE",
     "AddressError",
     "ClosedMemoryError",
     "GuestMemory",
@@ -47,7 +47,6 @@ __all__ = [
     "require_lockable",
 ]
 
-PAGE_SIZE: Final = 4096
 HUGE_2M: Final = 1 << 21
 HUGE_1G: Final = 1 << 30
 
@@ -94,7 +93,7 @@ class MemorySlot:
     read_only: bool
 
 
-class MemoryFile(Closing):
+class MemoryFile(Closeable):
     """Anonymous memory with a file descriptor, zeroed.
 
     name: shown in /proc/PID/maps, at most 249 bytes.
@@ -167,7 +166,7 @@ class MemoryFile(Closing):
         return f"<MemoryFile {self.name} {self.size:#x} bytes{' closed' * self.closed}>"
 
 
-class Region(Closing):
+class Region(Closeable):
     """A part of a `MemoryFile`, mapped into this process and placed at a GPA.
 
     gpa, offset, size: bytes, multiples of the file's page size (of 4096 for a small-page file);
@@ -291,7 +290,7 @@ class Region(Closing):
         return f"<Region {self.name} {self.gpa:#x}-{self.end:#x}{' closed' * self.closed}>"
 
 
-class GuestMemory(Closing):
+class GuestMemory(Closeable):
     """The memory that one VM sees: regions that do not overlap, addressed by GPA."""
 
     def __init__(self) -> None:

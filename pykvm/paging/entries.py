@@ -16,7 +16,6 @@ __all__ = [
     "ADDRESS_MASK",
     "ENTRIES",
     "EPTP",
-    "PAGE_SIZE",
     "SIZE_1G",
     "SIZE_2M",
     "SIZE_4K",
@@ -32,7 +31,6 @@ __all__ = [
     "size_name",
 ]
 
-PAGE_SIZE: Final = 4096
 ENTRIES: Final = 512  # in one table
 ADDRESS_MASK: Final = 0x000F_FFFF_FFFF_F000  # bits 12 to 51
 

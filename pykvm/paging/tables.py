@@ -36,7 +36,6 @@ from pykvm.errors import PykvmError
 from pykvm.paging.entries import (
     ADDRESS_MASK,
     ENTRIES,
-    PAGE_SIZE,
     SIZE_1G,
     SIZE_2M,
     SIZE_4K,
@@ -48,6 +47,7 @@ from pykvm.paging.entries import (
     size_name,
 )
 from pykvm.paging.walk import Span, Walk, spans, walk
+from pykvm.sizes import PAGE_SIZE
 
 __all__ = [
     "AddressRangeError",

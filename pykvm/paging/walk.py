@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pykvm.paging.entries import (
     ADDRESS_MASK,
     ENTRIES,
-    PAGE_SIZE,
     Access,
     Entry,
     MemoryType,
@@ -25,6 +24,7 @@ from pykvm.paging.entries import (
     page_size,
     size_name,
 )
+from pykvm.sizes import PAGE_SIZE
 
 __all__ = ["NestedWalk", "ReadTable", "Span", "Step", "Walk", "spans", "walk", "walk_nested"]
 

@@ -19,7 +19,7 @@ from pykvm.switch.counters import (
     read_counters,
 )
 from pykvm.switch.geometry import SwitchConfig, SwitchConfigError
-from pykvm.switch.port_io import NativePort, SwitchCallError
+from pykvm.switch.native_port import NativePort, SwitchCallError
 from pykvm.switch.switch import PortBusyError, PortStateError, Switch, SwitchMemoryError
 
 __all__ = [

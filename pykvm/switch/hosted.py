@@ -3,11 +3,11 @@
 import threading
 from typing import Final
 
-from pykvm.boot.compiler import GUEST_SOURCES
-from pykvm.closing import Closing
+from pykvm.closeable import Closeable
 from pykvm.elisa.objects import ObjectInstance, SharedObject
 from pykvm.switch.geometry import SwitchConfig
 from pykvm.switch.switch import Switch
+from pykvm.toolchain.compiler import GUEST_SOURCES
 
 __all__ = ["HostedSwitch"]
 
@@ -16,7 +16,7 @@ EPOCH: Final = 10.0
 the default of IEEE 802.1Q."""
 
 
-class HostedSwitch(Closing):
+class HostedSwitch(Closeable):
     """A switch that guests reach with VMFUNC, with VMCALL, or in their own memory.
 
     instance: the shared object; guest number and port number are the same. switch: its host's

@@ -17,7 +17,7 @@ import termios
 import time
 from pathlib import Path
 
-from pykvm.closing import Closing
+from pykvm.closeable import Closeable
 from pykvm.errors import PykvmError
 
 __all__ = [
@@ -136,7 +136,7 @@ def require_tools() -> None:
         )
 
 
-class Emulator(Closing):
+class Emulator(Closeable):
     """A running Bochs in `directory`, which holds all that its configuration names.
 
     Attributes:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pykvm.host import cache
+from pykvm import cache
 
 __all__ = ["directory"]
 

@@ -10,9 +10,10 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from pykvm import cache
 from pykvm.errors import PykvmError
-from pykvm.host import cache, debian_packages
-from pykvm.host.kernel_series import HostKernel
+from pykvm.host import debian_packages
+from pykvm.kernel.series import HostKernel
 from pykvm.testbed import rootfs
 
 __all__ = ["FlatKernel", "KernelImageError", "flatten", "unpacked"]

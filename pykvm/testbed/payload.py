@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pykvm import cache
 from pykvm.errors import PykvmError
-from pykvm.host import cache
 
 __all__ = ["Job", "PayloadError", "checkout_files", "module_files", "write", "write_modules"]
 

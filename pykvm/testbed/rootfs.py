@@ -16,8 +16,9 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from pykvm import cache
 from pykvm.errors import PykvmError
-from pykvm.host import cache, debian_packages
+from pykvm.host import debian_packages
 
 __all__ = [
     "PYTHON_PACKAGES",

@@ -14,9 +14,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from pykvm import cache
+from pykvm.cache import pruning as cache_pruning
 from pykvm.errors import PykvmError
-from pykvm.host import cache, cache_pruning, debian_packages
-from pykvm.host.kernel_series import HostKernel
+from pykvm.host import debian_packages
+from pykvm.kernel.series import HostKernel
 from pykvm.testbed import bochs, boot_disk, instances, kernel_image, payload, rootfs
 from pykvm.testbed.bochs import Emulator
 

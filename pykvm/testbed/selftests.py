@@ -19,9 +19,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from pykvm.errors import PykvmError
-from pykvm.host import kernel, kernel_selftests
-from pykvm.host.kernel_packages import find_source
-from pykvm.host.kernel_series import DEFAULT_SERIES, newest_kernel, packages_directory
+from pykvm.kernel import build as kernel
+from pykvm.kernel import selftests as kernel_selftests
+from pykvm.kernel.packages import find_source
+from pykvm.kernel.series import DEFAULT_SERIES, newest_kernel, packages_directory
 from pykvm.testbed.session import CommandTimeoutError, HostDiedError, Testbed
 
 __all__ = [

@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pykvm import cache
+from pykvm.cache import pruning as cache_pruning
 from pykvm.errors import PykvmError
-from pykvm.host import cache, cache_pruning
 from pykvm.host.fingerprint import commit
-from pykvm.host.kernel_series import DEFAULT_SERIES, newest_kernel
+from pykvm.kernel.series import DEFAULT_SERIES, newest_kernel
 from pykvm.testbed import instances, payload, saved_state
 from pykvm.testbed.bochs import Emulator, emulator_command
 
@@ -80,10 +81,10 @@ class Testbed:
         """For the checkout at `checkout` (default: the one pykvm was imported from).
 
         `progress` is told what is being waited for, when it takes long (default: standard error).
-        `series` is one of `pykvm.host.kernel_series.SERIES`; of it, the newest kernel runs.
+        `series` is one of `pykvm.kernel.series.SERIES`; of it, the newest kernel runs.
 
         Raises:
-            SeriesUnknown, KernelMissing: see `pykvm.host.kernel_series.newest_kernel`.
+            SeriesUnknown, KernelMissing: see `pykvm.kernel.series.newest_kernel`.
         """
         self.checkout = (checkout or Path(__file__).parents[2]).resolve()
         self._progress = progress or _Narrator()
@@ -210,7 +211,7 @@ class Testbed:
 
     def _built_modules(self, also: Sequence[Path]) -> Path:
         # Imported late: with stock or other modules nothing of it is needed.
-        from pykvm.host import kernel  # noqa: PLC0415
+        from pykvm.kernel import build as kernel  # noqa: PLC0415
 
         return kernel.build(self.kernel.release, also=also)
 

@@ -10,10 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from pykvm.elisa import crossing
 from pykvm.elisa.object_code import VMFUNC
-from pykvm.elisa.toolchain import SubImage
-from pykvm.memory import layout
-from pykvm.paging.entries import EPTP, PAGE_SIZE
+from pykvm.elisa.trusted_images import SubImage
+from pykvm.paging.entries import EPTP
+from pykvm.sizes import PAGE_SIZE
 from pykvm.verify import sub
 from pykvm.verify.emulator import STATUS_BITS, Emulator, Run, Stop
 from pykvm.verify.evaluate import Evaluated, compiled
@@ -23,13 +24,13 @@ from pykvm.verify.state import FLAGS, GENERAL, STATUS
 
 __all__ = ["BASES", "Comparison", "check_gate", "check_sub"]
 
-BASES: Final = (layout.CROSSING_GVA, layout.CROSSING_MIN_GVA, 0xFFFF_C900_0020_0000)
+BASES: Final = (crossing.CROSSING_GVA, crossing.CROSSING_MIN_GVA, 0xFFFF_C900_0020_0000)
 """Crossing bases that are tried: low, lowest, and in the kernel's half."""
 
 _INT3: Final = 0xCC
 _LOCK: Final = 0xF0
 _OPEN = "open"  # the symbolic run does not say how it goes on
-_PAGE_END: Final = layout.GATE_OFFSET + PAGE_SIZE
+_PAGE_END: Final = crossing.GATE_OFFSET + PAGE_SIZE
 _LONGEST: Final = 64  # instructions of one run
 _STATUS_MASK: Final = sum(1 << STATUS_BITS[flag] for flag in STATUS)
 _STOPS: Final = {
@@ -144,7 +145,7 @@ class _Oracle:
                 # Undefined flags: what comes next may depend on them.
                 return _Prediction(trace, _OPEN, path.end.value, {}, None)
             entry = (target - self.emulator.base + (1 << 63)) % (1 << 64) - (1 << 63)
-            if not 0 <= entry - layout.GATE_OFFSET < PAGE_SIZE:
+            if not 0 <= entry - crossing.GATE_OFFSET < PAGE_SIZE:
                 return _Prediction(trace, Stop.FETCH, End.FETCH.value, after, 0)
             registers = {name: content or 0 for name, content in after.items()}
 
@@ -153,7 +154,7 @@ class _Oracle:
     ) -> tuple[_CompiledPath, _Values, int | None]:
         """The path of a state, and the instruction whose load faults, if one does."""
         fitting = []
-        for path in self.paths[entry - layout.GATE_OFFSET]:
+        for path in self.paths[entry - crossing.GATE_OFFSET]:
             values = _Values(self.emulator.base, self.official, registers)
             faulted = self._load(path, values)
             verdicts = [values.of(condition) for condition in path.conditions]
@@ -198,7 +199,7 @@ class _States:
 
     def __init__(self, rng: random.Random, base: int, official: int) -> None:
         self.rng = rng
-        near = (layout.GATE_OFFSET, layout.GATE_LIST_OFFSET, layout.GATE_DATA_OFFSET)
+        near = (crossing.GATE_OFFSET, crossing.GATE_LIST_OFFSET, crossing.GATE_DATA_OFFSET)
         self.addresses = [base + offset for offset in near]
         self.official = official
 
@@ -257,8 +258,10 @@ def check_gate(
         source = _States(rng, base, official)
         for at, byte in enumerate(page):
             for _ in range(idle_states if byte == _INT3 else states):
-                emulator.write(layout.GATE_LIST_OFFSET, listed[:16])
-                _compare(comparison, emulator, oracle, layout.GATE_OFFSET + at, source.registers())
+                emulator.write(crossing.GATE_LIST_OFFSET, listed[:16])
+                _compare(
+                    comparison, emulator, oracle, crossing.GATE_OFFSET + at, source.registers()
+                )
     return comparison
 
 
@@ -363,12 +366,12 @@ class _Call:
         emulator = self.emulator
         emulator.write(sub.SLOT, eptp.to_bytes(8, "little"))
         self.at_entry, self.steps, self.called, self.wrong = registers, 0, 0, []
-        run = emulator.go(layout.SUB_ENTRY_OFFSET, registers, self._watch)
+        run = emulator.go(crossing.SUB_ENTRY_OFFSET, registers, self._watch)
         comparison.count(run, "a call and its return")
         self._require(run.stop == Stop.VMFUNC, f"stop by {run.stop}")
         self._require(self.called == 1, f"{self.called} calls of the object's function")
         after = emulator.get("rip") - emulator.base + 3
-        self._require(after == layout.RETURN_OFFSET, f"goes on at {after:#x}")
+        self._require(after == crossing.RETURN_OFFSET, f"goes on at {after:#x}")
         self._require(emulator.word(sub.SLOT) == 0, "the slot is not zero")
         for name, content in self._expected():
             self._require(run.registers[name] == content, f"{name} is {run.registers[name]:#x}")
@@ -402,7 +405,7 @@ class _Call:
         emulator, rng = self.emulator, self.rng
         pointer = emulator.get("rsp")
         self._require(pointer % 16 == 8, f"rsp is {pointer:#x}")
-        self._require(emulator.get("rcx") == emulator.address(layout.ENV_OFFSET), "rcx")
+        self._require(emulator.get("rcx") == emulator.address(crossing.ENV_OFFSET), "rcx")
         for name in ("rdi", "rsi", "rdx"):
             self._require(emulator.get(name) == self.at_entry[name], name)
         accesses = emulator.get("rflags") >> STATUS_BITS["ac"] & 1
@@ -413,7 +416,7 @@ class _Call:
         self.result = emulator.get("rax")
         flags = emulator.get("rflags") & ~_STATUS_MASK | rng.getrandbits(12) & _STATUS_MASK
         emulator.set("rflags", flags)
-        below = pointer - emulator.base + 8 - layout.STACK_OFFSET
-        emulator.write(layout.STACK_OFFSET, rng.randbytes(below))
+        below = pointer - emulator.base + 8 - crossing.STACK_OFFSET
+        emulator.write(crossing.STACK_OFFSET, rng.randbytes(below))
         emulator.set("rsp", pointer + 8)
         emulator.set("rip", back)

@@ -11,8 +11,8 @@ from typing import Final
 
 import z3
 
-from pykvm.memory import layout
-from pykvm.paging.entries import PAGE_SIZE
+from pykvm.elisa import crossing
+from pykvm.sizes import PAGE_SIZE
 from pykvm.verify.decode import Page
 from pykvm.verify.explore import STOPS, End, Finding, Path, Symptom, explore, symbols_in
 from pykvm.verify.state import (
@@ -29,16 +29,16 @@ from pykvm.verify.state import (
 
 __all__ = ["GATE_REGIONS", "OFFICIAL", "SLOT", "GateProof", "gate_memory", "prove_gate"]
 
-SLOT: Final = layout.GATE_LIST_OFFSET + 8
+SLOT: Final = crossing.GATE_LIST_OFFSET + 8
 """Where the transient slot lies, relative to the crossing base."""
 
 OFFICIAL: Final = z3.BitVec("official", 64)
 """The EPTP on the data page: any but zero."""
 
 GATE_REGIONS: Final = (
-    Region("code", layout.GATE_OFFSET, PAGE_SIZE, executable=True),
-    Region("list", layout.GATE_LIST_OFFSET, PAGE_SIZE, writable=True),
-    Region("data", layout.GATE_DATA_OFFSET, PAGE_SIZE),
+    Region("code", crossing.GATE_OFFSET, PAGE_SIZE, executable=True),
+    Region("list", crossing.GATE_LIST_OFFSET, PAGE_SIZE, writable=True),
+    Region("data", crossing.GATE_DATA_OFFSET, PAGE_SIZE),
 )
 """All that a gate context maps (`pykvm.verify.roots` compares)."""
 
@@ -50,7 +50,7 @@ _OVERWRITTEN: Final = frozenset({"rax", "rcx", "r8"})
 def gate_memory() -> Memory:
     """As a guest finds it: the slot empty (I1), the official EPTP on its page."""
     memory = Memory(GATE_REGIONS).with_word(SLOT, value(0))
-    return memory.with_word(layout.GATE_DATA_OFFSET, OFFICIAL)
+    return memory.with_word(crossing.GATE_DATA_OFFSET, OFFICIAL)
 
 
 @dataclass
@@ -85,19 +85,19 @@ class GateProof:
 
 def prove_gate(page: bytes) -> GateProof:
     """Follow every path from every byte of the built gate page."""
-    code = Page(layout.GATE_OFFSET, page)
+    code = Page(crossing.GATE_OFFSET, page)
     solver = Solver()
     proof = GateProof()
-    start = State.arbitrary(layout.GATE_OFFSET, gate_memory()).assume(OFFICIAL != 0)
+    start = State.arbitrary(crossing.GATE_OFFSET, gate_memory()).assume(OFFICIAL != 0)
     for at in range(len(page)):
-        entry = layout.GATE_OFFSET + at
+        entry = crossing.GATE_OFFSET + at
         paths = explore(replace(start, pc=entry), code, solver, _vmfunc)
         proof.paths[at] = paths
         for path in paths:
             proof.findings += _judge(path, entry, solver)
     if not any(path.end is End.OFFICIAL for path in proof.paths.get(0, [])):
         note = "the first byte does not lead to the sub context"
-        proof.findings.append(Finding(Symptom.ELSEWHERE, layout.GATE_OFFSET, note))
+        proof.findings.append(Finding(Symptom.ELSEWHERE, crossing.GATE_OFFSET, note))
     proof.questions = solver.questions
     return proof
 
@@ -130,7 +130,7 @@ def _vmfunc(state: State, solver: Solver) -> list[Path]:
     forged = z3.And(switches, slot == 1, transient != 0, transient != OFFICIAL)
     way(End.BROKEN, forged, symptom=Symptom.FORGED, note="at a VMFUNC")
     official = (switches, slot == 1, transient == OFFICIAL)
-    if state.pc == layout.SUB_ENTRY_OFFSET:
+    if state.pc == crossing.SUB_ENTRY_OFFSET:
         way(End.OFFICIAL, *official)
     else:
         note = f"at offset {state.pc:#x}"
@@ -138,7 +138,7 @@ def _vmfunc(state: State, solver: Solver) -> list[Path]:
     # A gate of this list. Its only executable page lies at the same distance from a multiple of
     # 2 MiB, so what follows this page is no code there either.
     gates = (switches, z3.UGE(slot, 2), z3.ULT(slot, _SLOTS))
-    inside = layout.GATE_OFFSET <= state.pc < layout.GATE_OFFSET + PAGE_SIZE
+    inside = crossing.GATE_OFFSET <= state.pc < crossing.GATE_OFFSET + PAGE_SIZE
     way(End.REENTRY if inside else End.FETCH, *gates)
     return paths
 

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pykvm.boot.compiler import GUEST_SOURCES
+from pykvm.elisa import crossing
 from pykvm.elisa.object_code import VMFUNC, find_vmfunc
-from pykvm.elisa.toolchain import build_object, crossing_images
-from pykvm.memory import layout
-from pykvm.paging.entries import PAGE_SIZE
+from pykvm.elisa.trusted_images import build_object, crossing_images
+from pykvm.sizes import PAGE_SIZE
+from pykvm.toolchain.compiler import GUEST_SOURCES
 from pykvm.verify.crosscheck import Comparison, check_gate, check_sub
 from pykvm.verify.explore import Finding, Symptom
 from pykvm.verify.gate import GateProof, prove_gate
@@ -63,8 +63,8 @@ def verify(seed: int, states: int) -> list[Section]:
 def _gate(page: bytes) -> Section:
     started = time.monotonic()
     proof = prove_gate(page)
-    last = layout.GATE_OFFSET + PAGE_SIZE - len(VMFUNC)
-    foreign = check_bytes([(layout.GATE_OFFSET, page)], [last])
+    last = crossing.GATE_OFFSET + PAGE_SIZE - len(VMFUNC)
+    foreign = check_bytes([(crossing.GATE_OFFSET, page)], [last])
     paths = sum(len(found) for found in proof.paths.values())
     covered = [
         f"{len(proof.paths)} entry offsets, {paths} paths, {proof.steps} instructions, "
@@ -93,7 +93,7 @@ def _subs(seed: int) -> list[Section]:
             image = build_object([Path(GUEST_SOURCES / "objects" / name)], user=user)
             proof = prove_sub(image, user=user)
             emulated = check_sub(image, user=user, seed=seed)
-            official = layout.SUB_ENTRY_OFFSET + PAGE_SIZE - len(VMFUNC)
+            official = crossing.SUB_ENTRY_OFFSET + PAGE_SIZE - len(VMFUNC)
             code = [(part.offset, part.data) for part in image.parts if part.executable]
             found = [*proof.findings, *check_bytes(code, [official]), *emulated.disagreements]
             findings += [f"{name}: {one}" for one in found]

@@ -11,6 +11,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import Final
 
+from pykvm.elisa import crossing
 from pykvm.elisa.contexts import (
     READ,
     READ_EXECUTE,
@@ -20,14 +21,14 @@ from pykvm.elisa.contexts import (
     plan_gate,
     plan_sub,
 )
-from pykvm.memory import layout
-from pykvm.paging.entries import PAGE_SIZE, Access
+from pykvm.paging.entries import Access
 from pykvm.paging.reach import Reach, reachable_from
+from pykvm.sizes import PAGE_SIZE
 from pykvm.verify.gate import GATE_REGIONS
 
 __all__ = ["BASES", "RootsProof", "check_roots"]
 
-BASES: Final = (layout.CROSSING_GVA, layout.CROSSING_MIN_GVA, 0xFFFF_C900_0020_0000)
+BASES: Final = (crossing.CROSSING_GVA, crossing.CROSSING_MIN_GVA, 0xFFFF_C900_0020_0000)
 """Crossing bases that are tried; with five levels of paging too."""
 
 _CODE: Final = 0x7000_0000
@@ -67,8 +68,8 @@ def _check(proof: RootsProof, gate_page: bytes, base: int, levels: int, user: bo
     words = _placed(gate, gate_page)
     sub = plan_sub(
         [
-            (layout.SUB_ENTRY_OFFSET, UserPages(0x1000), READ_EXECUTE),
-            (layout.IMAGE_OFFSET, UserPages(0x2000, 3), READ_EXECUTE),
+            (crossing.SUB_ENTRY_OFFSET, UserPages(0x1000), READ_EXECUTE),
+            (crossing.IMAGE_OFFSET, UserPages(0x2000, 3), READ_EXECUTE),
         ],
         0x8000,
         0x9000,
@@ -84,18 +85,18 @@ def _check(proof: RootsProof, gate_page: bytes, base: int, levels: int, user: bo
         return reachable_from(cr3, gate.ept, words.__getitem__, levels=levels)
 
     # From anywhere outside the private range, and from the root itself: what the model maps.
-    root = layout.GATE_PRIVATE_GPA + layout.PRIVATE_TABLES_OFFSET
+    root = crossing.GATE_PRIVATE_GPA + crossing.PRIVATE_TABLES_OFFSET
     modelled = sorted(
         ((base + one.offset) % (1 << 64), one.size, _access(one.writable, one.executable))
         for one in GATE_REGIONS
     )
-    for cr3 in (0, 0x1000, layout.PRIVATE_GPA_FIRST - PAGE_SIZE, layout.PRIVATE_GPA_END, root):
+    for cr3 in (0, 0x1000, crossing.PRIVATE_GPA_FIRST - PAGE_SIZE, crossing.PRIVATE_GPA_END, root):
         found = sorted((one.gva, one.size, one.access) for one in reach(cr3))
         if found != modelled:
             proof.findings.append(f"{name}: CR3 {cr3:#x} reaches {found}")
     # From the gate's own pages: no code.
     private = gate.ept.spans(
-        layout.PRIVATE_GPA_FIRST, layout.PRIVATE_GPA_END - layout.PRIVATE_GPA_FIRST
+        crossing.PRIVATE_GPA_FIRST, crossing.PRIVATE_GPA_END - crossing.PRIVATE_GPA_FIRST
     )
     for span in private:
         for cr3 in range(span.start, span.end, PAGE_SIZE):

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import z3
 
-from pykvm.memory import layout
+from pykvm.elisa import crossing
 
 __all__ = [
     "BASE",
@@ -144,8 +144,8 @@ class Memory:
 
 
 SLOT_OFFSETS: Final = {
-    layout.GATE_LIST_OFFSET: layout.GATE_LIST_OFFSET + 8,
-    layout.LIST_OFFSET: layout.LIST_OFFSET + 8,
+    crossing.GATE_LIST_OFFSET: crossing.GATE_LIST_OFFSET + 8,
+    crossing.LIST_OFFSET: crossing.LIST_OFFSET + 8,
 }
 """Where the transient slot lies, by the offset of the list page: in a gate, in a sub context."""
 

@@ -10,9 +10,9 @@ from typing import Final
 
 import z3
 
-from pykvm.elisa.toolchain import SubImage
-from pykvm.memory import layout
-from pykvm.paging.entries import PAGE_SIZE
+from pykvm.elisa import crossing
+from pykvm.elisa.trusted_images import SubImage
+from pykvm.sizes import PAGE_SIZE
 from pykvm.verify.decode import Page
 from pykvm.verify.explore import End, Finding, Path, Symptom, explore, symbols_in
 from pykvm.verify.semantics import Event, step
@@ -32,7 +32,7 @@ from pykvm.verify.state import (
 
 __all__ = ["SLOT", "SubProof", "prove_sub", "sub_regions"]
 
-SLOT: Final = layout.LIST_OFFSET + 8
+SLOT: Final = crossing.LIST_OFFSET + 8
 """Where the transient slot lies in a sub context, relative to the crossing base."""
 
 _KEPT: Final = ("rbx", "rbp", "rsp", "r12", "r13", "r14", "r15")  # AMD64 ABI 3.2.1
@@ -52,9 +52,9 @@ def sub_regions(image: SubImage) -> tuple[Region, ...]:
     ]
     return (
         *parts,
-        Region("list", layout.LIST_OFFSET, PAGE_SIZE, writable=True),
-        Region("environment", layout.ENV_OFFSET, PAGE_SIZE),
-        Region("stack", layout.STACK_OFFSET, layout.STACK_SIZE, writable=True),
+        Region("list", crossing.LIST_OFFSET, PAGE_SIZE, writable=True),
+        Region("environment", crossing.ENV_OFFSET, PAGE_SIZE),
+        Region("stack", crossing.STACK_OFFSET, crossing.STACK_SIZE, writable=True),
     )
 
 
@@ -83,12 +83,12 @@ def prove_sub(image: SubImage, *, user: bool = False) -> SubProof:
     user: built for callers in user mode, where RFLAGS.AC has to be clear while the object runs;
     for callers in kernel mode it has to be set, or SMAP would keep the object off its windows.
     """
-    (part,) = (part for part in image.parts if part.offset == layout.SUB_ENTRY_OFFSET)
-    page = Page(layout.SUB_ENTRY_OFFSET, part.data)
+    (part,) = (part for part in image.parts if part.offset == crossing.SUB_ENTRY_OFFSET)
+    page = Page(crossing.SUB_ENTRY_OFFSET, part.data)
     solver = Solver()
     proof = SubProof()
     memory = Memory(sub_regions(image)).with_word(SLOT, z3.BitVec("slot", 64))
-    start = State.arbitrary(layout.SUB_ENTRY_OFFSET, memory).set_flags(df=truth(False))
+    start = State.arbitrary(crossing.SUB_ENTRY_OFFSET, memory).set_flags(df=truth(False))
     judge = _Judge(proof, solver, image, user)
     judge.first(start, page)
     proof.calls = explore(start, page, solver, _vmfunc)
@@ -122,7 +122,7 @@ def _after_object(state: State, solver: Solver) -> State:
         registers[name] = fresh(_OBJECT)
     registers["rsp"] = z3.simplify(registers["rsp"] + value(8))
     top = solver.constant(state.conditions, state.relative(registers["rsp"]))
-    stack = range(layout.STACK_OFFSET, layout.STACK_OFFSET + layout.STACK_SIZE)
+    stack = range(crossing.STACK_OFFSET, crossing.STACK_OFFSET + crossing.STACK_SIZE)
     # What lies below the caller's frame is the object's.
     known = {
         at: byte
@@ -147,7 +147,7 @@ class _Judge:
         self.user = user
 
     def found(self, symptom: Symptom, note: str) -> None:
-        self.proof.findings.append(Finding(symptom, layout.SUB_ENTRY_OFFSET, note))
+        self.proof.findings.append(Finding(symptom, crossing.SUB_ENTRY_OFFSET, note))
 
     def require(self, state: State, claim: Expression, symptom: Symptom, note: str) -> None:
         if not self.solver.certain(state.conditions, claim):
@@ -191,12 +191,12 @@ class _Judge:
                 z3.And(*(registers[n] == z3.BitVec(n, 64) for n in ("rdi", "rsi", "rdx"))),
                 "an argument is not the guest's",
             ),
-            (registers["rcx"] == BASE + value(layout.ENV_OFFSET), "rcx is not the environment"),
+            (registers["rcx"] == BASE + value(crossing.ENV_OFFSET), "rcx is not the environment"),
             (z3.URem(pointer, value(16)) == 8, "the stack is not aligned as the ABI asks"),
             (
                 z3.And(
-                    z3.UGT(pointer, layout.STACK_OFFSET + layout.STACK_SIZE // 2),
-                    z3.ULT(pointer, layout.STACK_OFFSET + layout.STACK_SIZE),
+                    z3.UGT(pointer, crossing.STACK_OFFSET + crossing.STACK_SIZE // 2),
+                    z3.ULT(pointer, crossing.STACK_OFFSET + crossing.STACK_SIZE),
                 ),
                 "the stack is not the context's own",
             ),
@@ -215,7 +215,7 @@ class _Judge:
         if not self.ended(path, End.DEFAULT):
             return
         state = path.state
-        if state.pc != layout.RETURN_OFFSET:
+        if state.pc != crossing.RETURN_OFFSET:
             self.found(Symptom.ELSEWHERE, f"the return goes on at {state.pc:#x}")
         self.require(state, state.memory.word(SLOT) == 0, Symptom.OPEN, "on the return")
         for name in _CLEARED:

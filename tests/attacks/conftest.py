@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from pykvm.boot.bare import BareGuest
 from pykvm.kvm import Kvm
+from pykvm.machine.bare.guest import BareGuest
 from tests.attacks.leap import Leaper
-from tests.elisa.fixtures import counter, kvm, quiet
+from tests.rigs.fixtures import counter, kvm, quiet
 
 __all__ = ["counter", "guest", "kvm", "quiet"]
 

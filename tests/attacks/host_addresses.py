@@ -3,10 +3,11 @@
 import os
 import struct
 
-from pykvm.boot.bare import BareGuest
+from pykvm.machine.bare.guest import BareGuest
 from pykvm.memory.guest_memory import GuestMemory
-from pykvm.paging.entries import EPTP, PAGE_SIZE, Access, EptEntry
+from pykvm.paging.entries import EPTP, Access, EptEntry
 from pykvm.paging.tables import PageTables, TableAddresses
+from pykvm.sizes import PAGE_SIZE
 
 
 def host_address(address: int) -> int:

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, Self
 
-from pykvm.closing import Closing
+from pykvm.closeable import Closeable
+from pykvm.elisa import crossing
 from pykvm.elisa.objects import SharedObject
 from pykvm.elisa.protections import Protection
-from pykvm.memory import layout
-from pykvm.paging.entries import ADDRESS_MASK, EPTP, PAGE_SIZE, EptEntry
+from pykvm.paging.entries import ADDRESS_MASK, EPTP, EptEntry
 from pykvm.paging.walk import walk
+from pykvm.sizes import PAGE_SIZE
 from tests.attacks.victim import C
-from tests.elisa.probe import WILD, Wild
+from tests.rigs.probe import WILD, Wild
 
 RECKLESS: Final = SharedObject(
     "wild", WILD, shared=16 * PAGE_SIZE, guests=2, without={Protection.CODE_CHECK}
@@ -31,7 +32,7 @@ _PROGRAM_HEADER: Final = struct.Struct("<IIQQQQQQ")
 _NOWHERE: Final = (1 << 64) - 1
 
 
-class HostMemory(Closing):
+class HostMemory(Closeable):
     """Host physical memory as /proc/kcore has it: an ELF core whose segments are the kernel's."""
 
     def __init__(self) -> None:
@@ -111,11 +112,11 @@ class HostTables:
 
 def read_list(slot: int) -> tuple[int, int]:
     """Arguments with which wild.c returns what its caller's EPTP list holds for a slot."""
-    return Wild.READ, C + layout.LIST_OFFSET + 8 * slot
+    return Wild.READ, C + crossing.LIST_OFFSET + 8 * slot
 
 
 def both_contexts(memory: HostMemory, gate_eptp: int) -> tuple[HostTables, HostTables]:
     """Gate and sub context, from the gate's EPTP: its data page has the other one."""
     gate = HostTables.read(memory, gate_eptp)
-    data = gate.page(layout.GATE_PRIVATE_GPA + layout.GATE_DATA_OFFSET)
+    data = gate.page(crossing.GATE_PRIVATE_GPA + crossing.GATE_DATA_OFFSET)
     return gate, HostTables.read(memory, memory.table(data)[0])

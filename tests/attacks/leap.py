@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Final
 
-from pykvm.boot.bare import BareGuest
-from pykvm.boot.compiler import build_guest
-from pykvm.boot.elf import ElfFile
-from pykvm.memory import layout
-from pykvm.paging.entries import PAGE_SIZE, Access
+from pykvm.elisa import crossing
+from pykvm.machine.bare import layout
+from pykvm.machine.bare.build import build_guest
+from pykvm.machine.bare.guest import BareGuest
+from pykvm.paging.entries import Access
+from pykvm.sizes import PAGE_SIZE
+from pykvm.toolchain.elf import ElfFile
 from tests.attacks.victim import GUESTS
 
 OWN_PAGES: Final = Access.READ | Access.WRITE | Access.EXECUTE
@@ -95,8 +97,8 @@ def give_leaps(guest: BareGuest, *leaps: Leap) -> None:
     for leap in leaps:
         if leap.behind:
             pages |= {(leap.behind - 3) // PAGE_SIZE, (leap.behind + 13) // PAGE_SIZE}
-    own = {(layout.CROSSING_GVA + layout.RETURN_OFFSET) // PAGE_SIZE}
-    own |= {layout.CROSSING_GVA // PAGE_SIZE}
+    own = {(crossing.CROSSING_GVA + crossing.RETURN_OFFSET) // PAGE_SIZE}
+    own |= {crossing.CROSSING_GVA // PAGE_SIZE}
     for number, page in enumerate(sorted(pages)):
         assert page not in own, "a leap cannot start on the guest's entry or return page"
         gpa = layout.RX_LOG_GPA + number * PAGE_SIZE

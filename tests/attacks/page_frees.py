@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from pykvm.paging.entries import ADDRESS_MASK, PAGE_SIZE
+from pykvm.paging.entries import ADDRESS_MASK
+from pykvm.sizes import PAGE_SIZE
 from tests.attacks.host_tables import HostTables
-from tests.elisa.tracefs import kprobes
+from tests.rigs.tracefs import kprobes
 
 _PAGE_STRUCT: Final = 64  # bytes of struct page on x86-64
 _PROBES: Final = (

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from pykvm.boot.bare import BareGuest
-from pykvm.boot.compiler import build_guest
-from pykvm.boot.elf import ElfFile
-from pykvm.memory import layout
-from pykvm.paging.entries import PAGE_SIZE, Access
+from pykvm.machine.bare import layout
+from pykvm.machine.bare.build import build_guest
+from pykvm.machine.bare.guest import BareGuest
+from pykvm.paging.entries import Access
+from pykvm.sizes import PAGE_SIZE
+from pykvm.toolchain.elf import ElfFile
 from tests.attacks.victim import GUESTS
 
 VMFUNC: Final = b"\x0f\x01\xd4"

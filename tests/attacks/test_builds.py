@@ -4,7 +4,7 @@ takes what it needs from the cache."""
 import pytest
 
 from pykvm.elisa.protections import Protection
-from pykvm.elisa.toolchain import build_object, crossing_images
+from pykvm.elisa.trusted_images import build_object, crossing_images
 from tests.attacks.host_tables import RECKLESS
 from tests.attacks.leap import Leaper
 from tests.attacks.segments import Jumper

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from pykvm.kvm import Kvm
-from tests.elisa.context_requests import (
+from tests.rigs.context_requests import (
     EPTP,
     LIST,
     Machine,
@@ -25,7 +25,7 @@ from tests.elisa.context_requests import (
     revoke,
     set_slot,
 )
-from tests.elisa.host_state import host_state, nothing_stays, pinned_pages
+from tests.rigs.host_state import host_state, nothing_stays, pinned_pages
 
 pytestmark = pytest.mark.elisa
 

@@ -2,13 +2,14 @@
 
 import pytest
 
-from pykvm.boot.bare import BareGuest
+from pykvm.elisa import crossing
 from pykvm.elisa.objects import ObjectInstance
 from pykvm.elisa.protections import Protection
-from pykvm.elisa.toolchain import crossing_images
+from pykvm.elisa.trusted_images import crossing_images
 from pykvm.kvm import ElisaExit, Exit, Kvm, lib
-from pykvm.memory import layout
-from pykvm.paging.entries import PAGE_SIZE
+from pykvm.machine.bare import layout
+from pykvm.machine.bare.guest import BareGuest
+from pykvm.sizes import PAGE_SIZE
 from tests.attacks.host_addresses import forge_ept, guest_page, host_address
 from tests.attacks.leap import OWN_PAGES, Leap, Leaper, Register, give_leaps, left
 from tests.attacks.victim import (
@@ -27,7 +28,7 @@ from tests.attacks.victim import (
     vault,
 )
 from tests.attacks.weak_contexts import WeakAttachment
-from tests.elisa.probe import run
+from tests.rigs.probe import run
 
 pytestmark = pytest.mark.elisa
 
@@ -74,8 +75,8 @@ def test_the_transient_slot_from_anywhere(kvm: Kvm, guest: BareGuest) -> None:
         slot = join(guest, instance).slot
         home_stack(guest)
         serve = C + instance.symbols["serve"]
-        places = [C + layout.SUB_ENTRY_OFFSET + n for n in (8, 15, 22, 29)]
-        places += [serve, serve + 5, serve + 6, C + layout.GATE_OFFSET + 0xFD8]
+        places = [C + crossing.SUB_ENTRY_OFFSET + n for n in (8, 15, 22, 29)]
+        places += [serve, serve + 5, serve + 6, C + crossing.GATE_OFFSET + 0xFD8]
         stray = [Leap(place, TRANSIENT) for place in places]
         stray.append(copy_secret(instance, TRANSIENT))
         leaps = [*stray]
@@ -134,7 +135,7 @@ def forged_context(guest: BareGuest, instance: ObjectInstance) -> int:
     fetch += b"\x31\xc0\x31\xc9\x0f\x01\xd4"  # VMFUNC(0, 0)
     fetch += b"\xff\x25\0\0\0\0" + back.to_bytes(8, "little")
     guest.memory.write(CODE, fetch)
-    guest.map(C + layout.SUB_ENTRY_OFFSET, CODE, PAGE_SIZE, OWN_PAGES)
+    guest.map(C + crossing.SUB_ENTRY_OFFSET, CODE, PAGE_SIZE, OWN_PAGES)
     for page in (FOUND, OBJECT):
         guest.map(page, page, PAGE_SIZE, OWN_PAGES)
     pages = {gpa: guest_page(guest.memory, gpa) for gpa in range(0, OBJECT, PAGE_SIZE)}
@@ -145,7 +146,7 @@ def forged_context(guest: BareGuest, instance: ObjectInstance) -> int:
 def store_in(gate: bytes) -> int:
     """Address of the gate's store into the list: `mov %r8, transient(%rip)`."""
     assert gate.count(b"\x4c\x89\x05") == 1
-    return C + layout.GATE_OFFSET + gate.index(b"\x4c\x89\x05")
+    return C + crossing.GATE_OFFSET + gate.index(b"\x4c\x89\x05")
 
 
 @pytest.mark.attack("T3")

@@ -14,10 +14,11 @@ from typing import Final
 
 import pytest
 
-from pykvm.boot.bare import BareGuest
+from pykvm.elisa import crossing
 from pykvm.kvm import ElisaExit, Exit, Io, Kvm, Shutdown, Stopped, lib
-from pykvm.memory import layout
-from pykvm.paging.entries import PAGE_SIZE
+from pykvm.machine.bare import layout
+from pykvm.machine.bare.guest import BareGuest
+from pykvm.sizes import PAGE_SIZE
 from tests.attacks.leap import OWN_PAGES
 from tests.attacks.victim import (
     AT_DEFAULT,
@@ -37,10 +38,10 @@ pytestmark = pytest.mark.elisa
 VMFUNC: Final = b"\x0f\x01\xd4"
 HOME_PORT: Final = 0x77
 OUT: Final = bytes([0xE6, HOME_PORT])  # in place of what the return page does
-GATE: Final = C + layout.GATE_OFFSET
-SUB_ENTRY: Final = C + layout.SUB_ENTRY_OFFSET
+GATE: Final = C + crossing.GATE_OFFSET
+SUB_ENTRY: Final = C + crossing.SUB_ENTRY_OFFSET
 TRANSIENT: Final = lib.KVM_ELISA_SLOT_TRANSIENT
-IN_LIST: Final = C + layout.GATE_LIST_OFFSET
+IN_LIST: Final = C + crossing.GATE_LIST_OFFSET
 
 GENERAL: Final = (
     *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp"),
@@ -52,7 +53,7 @@ FLAGS_ALWAYS: Final = 0x202
 # Addresses that this context maps or that an attacker would try, and odd numbers.
 TEMPTING: Final = (
     *(IN_LIST + n for n in (0, 8, 16, -8)),
-    *(C + layout.GATE_DATA_OFFSET, GATE, GATE + 0xFD8, SUB_ENTRY, WINDOW),
+    *(C + crossing.GATE_DATA_OFFSET, GATE, GATE + 0xFD8, SUB_ENTRY, WINDOW),
     *(0, 1, TRANSIENT, 0x1000 | 0x1E, (1 << 64) - 1, 1 << 63),
 )
 

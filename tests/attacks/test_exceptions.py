@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-from pykvm.boot.bare import BareGuest
+from pykvm.elisa import crossing
 from pykvm.elisa.objects import ObjectInstance
 from pykvm.kvm import Kvm, lib
-from pykvm.memory import layout
-from pykvm.paging.entries import PAGE_SIZE, Access
+from pykvm.machine.bare import layout
+from pykvm.machine.bare.guest import BareGuest
+from pykvm.paging.entries import Access
+from pykvm.sizes import PAGE_SIZE
 from tests.attacks.leap import FLAGS, OWN_PAGES, Leap, Leaper, Register, give_leaps, left
 from tests.attacks.victim import (
     AT_GATE,
@@ -35,7 +37,7 @@ from tests.attacks.victim import (
     vault,
 )
 from tests.attacks.weak_contexts import Edit, edited_object
-from tests.elisa.probe import run
+from tests.rigs.probe import run
 
 pytestmark = pytest.mark.elisa
 
@@ -92,7 +94,7 @@ def hijack(guest: BareGuest, instance: ObjectInstance, slot: int, **how: int) ->
 def breakpoints(instance: ObjectInstance) -> dict[str, int]:
     """Instructions of the sub context to stop at."""
     return {
-        "sub entry": C + layout.SUB_ENTRY_OFFSET,
+        "sub entry": C + crossing.SUB_ENTRY_OFFSET,
         "object": C + instance.symbols["elisa_serve"],
         "return": C + instance.symbols["serve"] + 5,
     }

@@ -6,11 +6,12 @@ own page tables, and the stack as well. A guest has put there what it likes.
 
 import pytest
 
-from pykvm.boot.bare import BareGuest
+from pykvm.elisa import crossing
 from pykvm.elisa.objects import ObjectInstance
 from pykvm.kvm import Kvm, lib
-from pykvm.memory import layout
-from pykvm.paging.entries import PAGE_SIZE
+from pykvm.machine.bare import layout
+from pykvm.machine.bare.guest import BareGuest
+from pykvm.sizes import PAGE_SIZE
 from tests.attacks.leap import OWN_PAGES, Leap, Register, give_leaps
 from tests.attacks.test_exceptions import FAULTY
 from tests.attacks.victim import (
@@ -25,7 +26,7 @@ from tests.attacks.victim import (
 )
 from tests.attacks.weak_contexts import Edit, edited_object
 from tests.attacks.weaken import Weaken, weakened
-from tests.elisa.probe import run
+from tests.rigs.probe import run
 
 pytestmark = pytest.mark.elisa
 
@@ -34,8 +35,8 @@ WRITES: Edit = (r"\(void\)READ_ONCE\(\*\(uint64_t \*\)a2\);", "WRITE_ONCE(*(uint
 
 # Mapped, but not writable: an EPT violation, not a page fault.
 READ_ONLY = {
-    "environment": C + layout.ENV_OFFSET,
-    "its own code": C + layout.IMAGE_OFFSET,
+    "environment": C + crossing.ENV_OFFSET,
+    "its own code": C + crossing.IMAGE_OFFSET,
 }
 RET = b"\xc3"
 
@@ -44,7 +45,7 @@ def emulated_return(guest: BareGuest, instance: ObjectInstance, slot: int, point
     """A call that makes the object write to `pointer`. In the guest's own memory, a RET lies at
     each address of the object's code, and internal code's address everywhere on the stack."""
     code = (C + instance.symbols["elisa_serve"]) & -PAGE_SIZE
-    stack = C + layout.STACK_OFFSET + layout.STACK_SIZE - PAGE_SIZE
+    stack = C + crossing.STACK_OFFSET + crossing.STACK_SIZE - PAGE_SIZE
     internal = C + instance.symbols["vault_copy"]
     contents = (RET * PAGE_SIZE, internal.to_bytes(8, "little") * (PAGE_SIZE // 8))
     for number, (gva, content) in enumerate(zip((code, stack), contents, strict=True)):

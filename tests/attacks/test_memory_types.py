@@ -4,15 +4,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from pykvm.boot.bare import BareGuest
+from pykvm.elisa import crossing
 from pykvm.elisa.objects import ObjectInstance
 from pykvm.kvm import Kvm
-from pykvm.memory import layout
+from pykvm.machine.bare import layout
+from pykvm.machine.bare.guest import BareGuest
 from pykvm.paging.entries import MemoryType
 from tests.attacks.host_addresses import host_address
 from tests.attacks.host_tables import RECKLESS, HostMemory, HostTables, both_contexts, read_list
 from tests.attacks.weaken import Weaken, weakened
-from tests.elisa.probe import Step, What, Wild, attach, calls, give, probe_guest, results, run
+from tests.rigs.probe import Step, What, Wild, attach, calls, give, probe_guest, results, run
 
 pytestmark = pytest.mark.elisa
 
@@ -41,7 +42,7 @@ def tables(guest: BareGuest, instance: ObjectInstance, memory: HostMemory) -> li
     slot = attachment.slot
     instance.shared[:8] = WORD.to_bytes(8, "little")
     cr3 = layout.PAGE_TABLES_GPA | WRITE_THROUGH | CACHE_DISABLE
-    read = (Wild.READ, layout.CROSSING_GVA + layout.SHARED_OFFSET)
+    read = (Wild.READ, crossing.CROSSING_GVA + crossing.SHARED_OFFSET)
     give(
         guest,
         Step(What.WRITE_MSR, PAT, UNCACHED),
@@ -57,7 +58,7 @@ def tables(guest: BareGuest, instance: ObjectInstance, memory: HostMemory) -> li
     secret = host_address(instance.memory.host_address)
     assert memory.read(secret, 8) == WORD.to_bytes(8, "little")  # this is the host's memory
     found = both_contexts(memory, gate_eptp)
-    assert found[1].page(layout.SUB_PRIVATE_GPA + layout.SHARED_OFFSET) == secret
+    assert found[1].page(crossing.SUB_PRIVATE_GPA + crossing.SHARED_OFFSET) == secret
     costs = (attachment.cost.gate, attachment.cost.sub)  # all tables have been found:
     assert [len(each.levels) for each in found] == [cost.ept_tables for cost in costs]
     assert all(each.leaves for each in found)

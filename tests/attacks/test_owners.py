@@ -5,14 +5,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from pykvm.boot.bare import BareGuest
+from pykvm.elisa import crossing
 from pykvm.elisa.contexts import ContextPlan, ListPage, UserPages
 from pykvm.elisa.objects import ObjectInstance
-from pykvm.elisa.toolchain import crossing_images
+from pykvm.elisa.trusted_images import crossing_images
 from pykvm.kvm import Context, Exit, IoctlError, Kvm, Vcpu, lib
-from pykvm.memory import layout
+from pykvm.machine.bare import layout
+from pykvm.machine.bare.guest import BareGuest
 from pykvm.memory.guest_memory import MemoryFile, Region
-from pykvm.paging.entries import PAGE_SIZE, Access
+from pykvm.paging.entries import Access
+from pykvm.sizes import PAGE_SIZE
 from tests.attacks.leap import Leap, Leaper, Register, give_leaps, left
 from tests.attacks.test_entries import copy_secret, failed, home_stack
 from tests.attacks.victim import (
@@ -30,7 +32,7 @@ from tests.attacks.victim import (
 )
 from tests.attacks.weak_contexts import WeakAttachment
 from tests.attacks.weaken import Weaken, weakened
-from tests.elisa.probe import Probe, run
+from tests.rigs.probe import Probe, run
 
 pytestmark = pytest.mark.elisa
 
@@ -114,7 +116,7 @@ def test_a_gate_that_opens_another_vcpus_slot(guest: BareGuest) -> None:
 
 # ---- T25: a context of another VM ----------------------------------------------------------------
 
-OTHERS_PAGE = layout.IMAGE_OFFSET + 0xD_0000  # of the crossing area: free in the vault
+OTHERS_PAGE = crossing.IMAGE_OFFSET + 0xD_0000  # of the crossing area: free in the vault
 OTHERS_SECRET = 0x07E4_5EC4_E700_0003
 OWN_WINDOW = WINDOW + WINDOW_PAGES * PAGE_SIZE  # of guest 1 in the sub context
 

@@ -4,14 +4,16 @@ import struct
 
 import pytest
 
-from pykvm.boot.bare import BareGuest
+from pykvm.elisa import crossing
 from pykvm.elisa.contexts import ContextPlan
 from pykvm.elisa.objects import ObjectInstance, SharedObject
 from pykvm.elisa.protections import Protection
 from pykvm.kvm import Kvm, lib
-from pykvm.memory import layout
+from pykvm.machine.bare import layout
+from pykvm.machine.bare.guest import BareGuest
 from pykvm.memory.guest_memory import MemoryFile, Region
-from pykvm.paging.entries import PAGE_SIZE, Access
+from pykvm.paging.entries import Access
+from pykvm.sizes import PAGE_SIZE
 from tests.attacks.leap import Leap, Leaper, Register, give_leaps, left
 from tests.attacks.victim import (
     AT_GATE,
@@ -31,14 +33,14 @@ from tests.attacks.victim import (
     vault,
 )
 from tests.attacks.weak_contexts import WeakAttachment, also_map, window_pages
-from tests.elisa.probe import WILD, Probe, Wild, calls, give, results, run
+from tests.rigs.probe import WILD, Probe, Wild, calls, give, results, run
 
 pytestmark = pytest.mark.elisa
 
 READ_WRITE = Access.READ | Access.WRITE
 # Present, writable, accessed, dirty: nothing is left to set. Not user, for SMEP and SMAP are on.
 ENTRY = 0x63
-SUB = layout.SUB_PRIVATE_GPA
+SUB = crossing.SUB_PRIVATE_GPA
 TABLES_AT = PAGE_SIZE  # of the window: crafted tables, PML4 first
 STACK_AT = 7 * PAGE_SIZE  # of the window: a stack that leads home
 
@@ -56,7 +58,7 @@ def table(entries: dict[int, int], like: bytes | bytearray = bytes(PAGE_SIZE)) -
 
 def home(instance: ObjectInstance, at: int) -> int:
     """Behind the call in the sub entry page, were that page mapped at `at`."""
-    return at + instance.symbols["serve"] - layout.SUB_ENTRY_OFFSET + 5
+    return at + instance.symbols["serve"] - crossing.SUB_ENTRY_OFFSET + 5
 
 
 def internal_code(instance: ObjectInstance, base: int) -> dict[int, int]:
@@ -67,7 +69,7 @@ def internal_code(instance: ObjectInstance, base: int) -> dict[int, int]:
         0: layout.ENTRY_PAGE_GPA,
         2: SUB + instance.symbols["vault_copy"],
         3: layout.RETURN_PAGE_GPA,
-        5: SUB + layout.SUB_ENTRY_OFFSET,
+        5: SUB + crossing.SUB_ENTRY_OFFSET,
         6: layout.RETURN_PAGE_GPA,
     }
 
@@ -87,7 +89,7 @@ def craft(guest: BareGuest, instance: ObjectInstance, window_gpa: int) -> tuple[
     to run the vault's internal code on arguments of the guest's, and CR3 for it."""
     gpa = window_gpa + TABLES_AT
     own = guest.memory.read(layout.PAGE_TABLES_GPA, PAGE_SIZE)
-    data = {index(SHARED, 1) + n: SUB + layout.SHARED_OFFSET + n * PAGE_SIZE for n in range(32)}
+    data = {index(SHARED, 1) + n: SUB + crossing.SHARED_OFFSET + n * PAGE_SIZE for n in range(32)}
     pages = [
         table({index(C, 4): gpa + PAGE_SIZE}, own),
         table({index(C, 3): gpa + 2 * PAGE_SIZE}),
@@ -132,14 +134,14 @@ def test_cr3_names_the_window_where_the_sub_context_has_it(kvm: Kvm, guest: Bare
     """There a walk would find the tables; the gate has nothing there, and the guest stops in it."""
     with vault() as instance:
         join(guest, instance)
-        gpa = SUB + layout.SHARED_OFFSET + SHARED_PAGES * PAGE_SIZE
+        gpa = SUB + crossing.SHARED_OFFSET + SHARED_PAGES * PAGE_SIZE
         guest.add_region(instance.window_region(0, gpa))
         cr3, leap = craft(guest, instance, gpa)
         give_leaps(guest, leap)
         exit = stop_at(run(guest), AT_GATE)
         assert exit.cause == lib.KVM_ELISA_EXIT_VIOLATION
         assert exit.gpa >> 12 == cr3 >> 12
-        assert exit.rip == C + layout.GATE_OFFSET  # not one instruction of the gate
+        assert exit.rip == C + crossing.GATE_OFFSET  # not one instruction of the gate
         assert untouched(instance)
         assert still_serves(kvm, instance)
 
@@ -175,20 +177,20 @@ def even_base(instance: ObjectInstance) -> int:
 
 
 def private_pages() -> dict[str, int]:
-    gate, sub = layout.GATE_PRIVATE_GPA, layout.SUB_PRIVATE_GPA
+    gate, sub = crossing.GATE_PRIVATE_GPA, crossing.SUB_PRIVATE_GPA
     pages = {
-        "gate code": gate + layout.GATE_OFFSET,
-        "gate list": gate + layout.GATE_LIST_OFFSET,
-        "gate data": gate + layout.GATE_DATA_OFFSET,
-        "sub entry": sub + layout.SUB_ENTRY_OFFSET,
-        "sub list": sub + layout.LIST_OFFSET,
-        "sub environment": sub + layout.ENV_OFFSET,
-        "sub stack": sub + layout.STACK_OFFSET,
-        "object code": sub + layout.IMAGE_OFFSET,
-        "shared memory": sub + layout.SHARED_OFFSET,
+        "gate code": gate + crossing.GATE_OFFSET,
+        "gate list": gate + crossing.GATE_LIST_OFFSET,
+        "gate data": gate + crossing.GATE_DATA_OFFSET,
+        "sub entry": sub + crossing.SUB_ENTRY_OFFSET,
+        "sub list": sub + crossing.LIST_OFFSET,
+        "sub environment": sub + crossing.ENV_OFFSET,
+        "sub stack": sub + crossing.STACK_OFFSET,
+        "object code": sub + crossing.IMAGE_OFFSET,
+        "shared memory": sub + crossing.SHARED_OFFSET,
     }
     for number in range(5):
-        gpa = layout.PRIVATE_TABLES_OFFSET + number * PAGE_SIZE
+        gpa = crossing.PRIVATE_TABLES_OFFSET + number * PAGE_SIZE
         if number:
             pages[f"gate table {number}"] = gate + gpa
         pages[f"sub table {number}"] = sub + gpa
@@ -214,7 +216,7 @@ def test_cr3_names_a_page_of_a_context(guest: BareGuest, name: str) -> None:
         cr3 = own_tables_at(guest, private_pages()[name])
         give_leaps(guest, Leap(slot=slot), Leap(slot=slot, cr3=cr3))
         exit = stop_at(run(guest), AT_GATE)
-        assert exit.rip == base + layout.GATE_OFFSET  # not one instruction of the gate
+        assert exit.rip == base + crossing.GATE_OFFSET  # not one instruction of the gate
         assert left(guest)[1] is None
         assert knocks(instance) == 1
         assert untouched(instance)
@@ -225,7 +227,7 @@ def test_cr3_names_the_gates_root(kvm: Kvm, guest: BareGuest) -> None:
     """The one page that may be named: to the sub context it is a GPA like any other."""
     with vault() as instance:
         slot = join(guest, instance, even_base(instance)).slot
-        cr3 = own_tables_at(guest, layout.GATE_PRIVATE_GPA + layout.PRIVATE_TABLES_OFFSET)
+        cr3 = own_tables_at(guest, crossing.GATE_PRIVATE_GPA + crossing.PRIVATE_TABLES_OFFSET)
         give_leaps(guest, Leap(slot=slot), Leap(slot=slot, cr3=cr3))
         assert run(guest) == []
         assert knocks(instance) == 2
@@ -246,7 +248,7 @@ def test_a_gate_that_maps_every_gpa_lets_levels_shift(guest: BareGuest) -> None:
         weak = WeakAttachment(guest, instance, change_gate=everywhere, crossing_gva=base)
         slot = weak.enter_through_gate()
         window, shared = (base + n * PAGE_SIZE for n in (0x20, 0x21))
-        data = SUB + layout.SHARED_OFFSET
+        data = SUB + crossing.SHARED_OFFSET
         entries = internal_code(instance, base)
         entries |= {0x20: data + SHARED_PAGES * PAGE_SIZE, 0x21: data}
         notes = [
@@ -259,7 +261,7 @@ def test_a_gate_that_maps_every_gpa_lets_levels_shift(guest: BareGuest) -> None:
         put(instance.window(0), 0x800, home(instance, base + 5 * PAGE_SIZE))
         put(instance.window(0), 0x808, back_stack(guest))
         guest.map(base + 6 * PAGE_SIZE, layout.RETURN_PAGE_GPA, PAGE_SIZE, READ_WRITE | 4)
-        cr3 = own_tables_at(guest, SUB + layout.PRIVATE_TABLES_OFFSET + PAGE_SIZE)
+        cr3 = own_tables_at(guest, SUB + crossing.PRIVATE_TABLES_OFFSET + PAGE_SIZE)
         registers = {
             Register.RDI: window,
             Register.RSI: shared,
@@ -295,11 +297,11 @@ def test_writable_code_is_rewritten(kvm: Kvm) -> None:
     addresses. An object that writes where its caller says is no longer the same."""
     with wild_declaration().open() as instance, BareGuest(kvm, Probe()) as guest:
         (code,) = [
-            pages for offset, pages, _ in instance._image.common if offset == layout.IMAGE_OFFSET
+            pages for offset, pages, _ in instance._image.common if offset == crossing.IMAGE_OFFSET
         ]
         weak = WeakAttachment(guest, instance, extra=[(ALIAS, code, READ_WRITE)])
         slot = weak.enter_through_gate()
-        at = C + ALIAS + instance.symbols["elisa_serve"] - layout.IMAGE_OFFSET
+        at = C + ALIAS + instance.symbols["elisa_serve"] - crossing.IMAGE_OFFSET
         spoiled = int.from_bytes(SPOILED.ljust(8, b"\xcc"), "little")
         give(
             guest,
@@ -317,7 +319,7 @@ def test_writable_code_is_rewritten(kvm: Kvm) -> None:
 def test_writable_tables_are_rewritten(kvm: Kvm) -> None:
     """The guest puts its window in the place of the object's environment, and is somebody else."""
     with wild_declaration().open() as instance, BareGuest(kvm, Probe()) as guest:
-        tables_gpa = SUB + layout.PRIVATE_TABLES_OFFSET
+        tables_gpa = SUB + crossing.PRIVATE_TABLES_OFFSET
 
         def reach_tables(plan: ContextPlan) -> None:
             plan.guest.map(C + ALIAS, tables_gpa, 8 * PAGE_SIZE, Access(7))
@@ -325,10 +327,10 @@ def test_writable_tables_are_rewritten(kvm: Kvm) -> None:
         weak = WeakAttachment(guest, instance, change_sub=reach_tables, tables=READ_WRITE)
         slot = weak.enter_through_gate()
         last = 3  # root, then one table of each level: the last one has the crossing area
-        env = C + ALIAS + last * PAGE_SIZE + 8 * index(C + layout.ENV_OFFSET, 1)
-        forged = instance.declaration.env(C + layout.SHARED_OFFSET, 1)
+        env = C + ALIAS + last * PAGE_SIZE + 8 * index(C + crossing.ENV_OFFSET, 1)
+        forged = instance.declaration.env(C + crossing.SHARED_OFFSET, 1)
         instance.window(0)[: len(forged)] = forged
-        window = SUB + layout.SHARED_OFFSET + PAGE_SIZE
+        window = SUB + crossing.SHARED_OFFSET + PAGE_SIZE
         give(
             guest,
             calls(slot, Wild.HELLO),

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import pytest
 
-from pykvm.boot.bare import BareGuest
 from pykvm.elisa.protections import Protection
 from pykvm.kvm import Kvm
+from pykvm.machine.bare.guest import BareGuest
 from tests.attacks.leap import FLAGS, Leap, Register, give_leaps, left
 from tests.attacks.test_state import LETTER, LETTER_AT, opens, post
 from tests.attacks.victim import (
@@ -21,7 +21,7 @@ from tests.attacks.victim import (
     vault,
 )
 from tests.attacks.weak_contexts import Edit, edited_object
-from tests.elisa.probe import run
+from tests.rigs.probe import run
 
 pytestmark = pytest.mark.elisa
 

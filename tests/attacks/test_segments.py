@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from pykvm.boot.bare import BareGuest
+from pykvm.elisa import crossing
 from pykvm.elisa.objects import ObjectInstance
 from pykvm.kvm import ElisaExit, Kvm, lib
-from pykvm.memory import layout
+from pykvm.machine.bare.guest import BareGuest
 from tests.attacks.segments import LOW, RSP, Jump, Jumper, Segments, give_jumps, landed
 from tests.attacks.victim import (
     AT_DEFAULT,
@@ -20,13 +20,13 @@ from tests.attacks.victim import (
     vault,
 )
 from tests.attacks.weak_contexts import WeakAttachment, crossing_anywhere
-from tests.elisa.probe import run
+from tests.rigs.probe import run
 
 pytestmark = pytest.mark.elisa
 
 TRANSIENT = lib.KVM_ELISA_SLOT_TRANSIENT
 TRIPLE_FAULT = 2  # SDM vol. 3D, appendix C
-GATE = C + layout.GATE_OFFSET
+GATE = C + crossing.GATE_OFFSET
 OFFICIAL = 0xFD8  # in the gate page: its second entry, behind the jump
 LAST = 0xFFD  # and its last VMFUNC
 
@@ -69,7 +69,7 @@ PLACES = {
     "low half of the gate's address": GATE % LOW,
     "low half of the official path": GATE % LOW + OFFICIAL,
     "low half of the last instruction": GATE % LOW + LAST,
-    "low half of the sub entry": (C + layout.SUB_ENTRY_OFFSET) % LOW,
+    "low half of the sub entry": (C + crossing.SUB_ENTRY_OFFSET) % LOW,
     "across 4 GiB": 0,
 }
 
@@ -104,9 +104,9 @@ def test_a_gate_below_4_gib_is_other_instructions(jumper: BareGuest) -> None:
     with vault() as instance, crossing_anywhere():
         weak = WeakAttachment(jumper, instance, crossing_gva=LOW_CROSSING, own_pages=False)
         slot = weak.enter_through_gate()
-        gate = LOW_CROSSING + layout.GATE_OFFSET
+        gate = LOW_CROSSING + crossing.GATE_OFFSET
         ways = (Segments.KERNEL, Segments.NARROW_KERNEL)
-        landing = LOW_CROSSING + layout.RETURN_OFFSET
+        landing = LOW_CROSSING + crossing.RETURN_OFFSET
         give_jumps(jumper, *(Jump(way, gate, slot) for way in ways), landing=landing)
         exit = stopped_in_gate(jumper)
         registers = jumper.vcpu.get_regs()
@@ -123,7 +123,7 @@ def test_a_gate_below_4_gib_is_other_instructions(jumper: BareGuest) -> None:
 
 USER = [Segments.USER, Segments.NARROW_USER]
 GATE_PLACES = {"start": 0, "inside": 0x10, "official path": OFFICIAL, "last instruction": LAST}
-RETURN = C + layout.RETURN_OFFSET
+RETURN = C + crossing.RETURN_OFFSET
 
 
 @pytest.mark.attack("T29")

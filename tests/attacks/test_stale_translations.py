@@ -7,14 +7,15 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from pykvm.boot.bare import BareGuest
-from pykvm.closing import Closing
+from pykvm.closeable import Closeable
+from pykvm.elisa import crossing
 from pykvm.elisa.attachment import Attachment
 from pykvm.elisa.objects import ObjectInstance
-from pykvm.elisa.toolchain import crossing_images
-from pykvm.memory import layout
+from pykvm.elisa.trusted_images import crossing_images
+from pykvm.machine.bare import layout
+from pykvm.machine.bare.guest import BareGuest
 from pykvm.memory.guest_memory import MemoryFile, Region
-from pykvm.paging.entries import PAGE_SIZE
+from pykvm.sizes import PAGE_SIZE
 from tests.attacks.host_addresses import host_address
 from tests.attacks.host_tables import (
     RECKLESS,
@@ -28,8 +29,8 @@ from tests.attacks.page_frees import base_of_pages, flushed_before, traced_frees
 from tests.attacks.test_entries import failed
 from tests.attacks.victim import SHARED, C, put
 from tests.attacks.weaken import Weaken, weakened
-from tests.elisa.probe import Wild, run
-from tests.elisa.tracefs import mount_tracefs
+from tests.rigs.probe import Wild, run
+from tests.rigs.tracefs import mount_tracefs
 
 pytestmark = pytest.mark.elisa
 
@@ -80,8 +81,8 @@ class Used:
         self.instance = filled(WORD)
         self.places = [
             C + self.instance.symbols["elisa_serve"],
-            C + layout.SUB_ENTRY_OFFSET + 8,
-            C + layout.GATE_OFFSET + 0xFD8,
+            C + crossing.SUB_ENTRY_OFFSET + 8,
+            C + crossing.GATE_OFFSET + 0xFD8,
         ]
         give_leaps(guest, *(Leap(place) for place in self.places))  # for the pages of its own
         self._guest, self._memory = guest, memory
@@ -93,12 +94,12 @@ class Used:
         (eptp,) = words(guest)
         assert eptp
         _, sub = both_contexts(memory, eptp)
-        self.list_page = sub.page(layout.SUB_PRIVATE_GPA + layout.LIST_OFFSET)
+        self.list_page = sub.page(crossing.SUB_PRIVATE_GPA + crossing.LIST_OFFSET)
         self.frames = [
             host_address(self.instance.memory.host_address + page * PAGE_SIZE)
             for page in range(PAGES)
         ]
-        first = layout.SUB_PRIVATE_GPA + layout.SHARED_OFFSET
+        first = crossing.SUB_PRIVATE_GPA + crossing.SHARED_OFFSET
         assert [sub.page(first + page * PAGE_SIZE) for page in range(PAGES)] == self.frames
         self.touch()
 
@@ -121,7 +122,7 @@ class Used:
         self.instance.close()
 
 
-class Heir(Closing):
+class Heir(Closeable):
     """Much memory of another owner: some of it is what the object had."""
 
     def __init__(self) -> None:

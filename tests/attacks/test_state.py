@@ -3,13 +3,13 @@ on the return."""
 
 import pytest
 
-from pykvm.boot.bare import BareGuest
-from pykvm.boot.compiler import GUEST_SOURCES
 from pykvm.elisa.objects import ObjectInstance, SharedObject
 from pykvm.elisa.protections import Protection
 from pykvm.kvm import Kvm
-from pykvm.memory import layout
-from pykvm.paging.entries import PAGE_SIZE
+from pykvm.machine.bare import layout
+from pykvm.machine.bare.guest import BareGuest
+from pykvm.sizes import PAGE_SIZE
+from pykvm.toolchain.compiler import GUEST_SOURCES
 from tests.attacks.leap import FLAGS, OWN_PAGES, Leap, Leaper, Register, give_leaps, left
 from tests.attacks.victim import (
     KNOCK,
@@ -29,7 +29,7 @@ from tests.attacks.victim import (
     word,
 )
 from tests.attacks.weak_contexts import Edit, WeakAttachment, weak_gate, weak_sub_entry
-from tests.elisa.probe import run
+from tests.rigs.probe import run
 
 pytestmark = pytest.mark.elisa
 

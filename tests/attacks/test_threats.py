@@ -4,16 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.attacks import suite
-from tests.attacks.document import DOCUMENT, document
 from tests.attacks.marks import marked
 from tests.attacks.threats import THREATS, Threat
+from tools import attacks as suite
+from tools.threats_document import DOCUMENT, document
 
 pytestmark = pytest.mark.unit
 
 
 def test_the_document_is_what_the_table_says() -> None:
-    again = "run python -m tests.attacks.document"
+    again = "run python -m tools.threats_document"
     assert DOCUMENT.read_text() == document(), again
 
 

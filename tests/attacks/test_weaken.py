@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.attacks import suite, weaken
+from tests.attacks import weaken
 from tests.attacks.marks import ROOT
 from tests.attacks.weaken import NotWeakenedError, Weaken, weakened
+from tools import attacks as suite
 
 
 @pytest.mark.unit

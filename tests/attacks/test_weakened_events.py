@@ -4,12 +4,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from pykvm.boot.bare import BareGuest
+from pykvm.elisa import crossing
 from pykvm.elisa.attachment import Attachment
 from pykvm.elisa.objects import ObjectInstance, SharedObject
 from pykvm.kvm import ElisaExit, Kvm, UnexpectedExitError, lib
-from pykvm.memory import layout
-from pykvm.paging.entries import PAGE_SIZE, Access
+from pykvm.machine.bare import layout
+from pykvm.machine.bare.guest import BareGuest
+from pykvm.paging.entries import Access
+from pykvm.sizes import PAGE_SIZE
 from tests.attacks.test_exceptions import GDT_AT, IDT_AT, TRAP_GATE, handler
 from tests.attacks.victim import (
     AT_SUB,
@@ -25,7 +27,7 @@ from tests.attacks.victim import (
     word,
 )
 from tests.attacks.weaken import Weaken, weakened
-from tests.elisa.interrupts import (
+from tests.rigs.interrupts import (
     ASSERT_LEVEL,
     EVENTS,
     INIT_DELIVERY,
@@ -34,9 +36,9 @@ from tests.elisa.interrupts import (
     VECTOR,
     send_ipi,
 )
-from tests.elisa.probe import Probe, Step, Table, What, attach, calls, events_taken, give, results
-from tests.elisa.smram import smram
-from tests.elisa.spinning import event_guest, wait_for
+from tests.rigs.probe import Probe, Step, Table, What, attach, calls, events_taken, give, results
+from tests.rigs.smram import smram
+from tests.rigs.spinning import event_guest, wait_for
 
 pytestmark = [pytest.mark.elisa, pytest.mark.weakened]
 
@@ -175,6 +177,6 @@ def test_a_system_management_interrupt_saves_the_objects_state(
         guest.vcpu.smi()
         guest.start()
         wait_for(lambda: ram.saved_rip != 0)
-        assert C + layout.IMAGE_OFFSET <= ram.saved_rip < C + layout.SHARED_OFFSET
+        assert C + crossing.IMAGE_OFFSET <= ram.saved_rip < C + crossing.SHARED_OFFSET
         assert (word(instance.shared, BEGUN_AT), word(instance.shared, ENDED_AT)) == (1, 0)
         guest.stop()

@@ -3,8 +3,8 @@ leads a guest to internal code that no entry leads to."""
 
 import pytest
 
-from pykvm.boot.bare import BareGuest
 from pykvm.elisa.objects import ObjectInstance
+from pykvm.machine.bare.guest import BareGuest
 from tests.attacks.leap import Leap, Register, give_leaps
 from tests.attacks.test_exceptions import (
     BAD_POINTERS,
@@ -19,7 +19,7 @@ from tests.attacks.test_exceptions import (
 )
 from tests.attacks.victim import SECRET, SHARED, WINDOW, C, join, put, stolen, vault
 from tests.attacks.weaken import Weaken, weakened
-from tests.elisa.probe import run
+from tests.rigs.probe import run
 
 pytestmark = pytest.mark.elisa
 

@@ -5,10 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from pykvm.boot.bare import BareGuest
 from pykvm.kvm import HIDDEN_FEATURES, HiddenFeature, Kvm
+from pykvm.machine.bare.guest import BareGuest
 from tests.attacks.weaken import Weaken, weakened
-from tests.elisa.probe import Probe, Step, What, faults, give, results, run
 from tests.elisa.test_hidden_features import (
     CR4,
     FEATURE_CONTROL,
@@ -18,6 +17,7 @@ from tests.elisa.test_hidden_features import (
     VMX_ENABLED,
     leaves_with,
 )
+from tests.rigs.probe import Probe, Step, What, faults, give, results, run
 
 pytestmark = [pytest.mark.elisa, pytest.mark.weakened]
 

@@ -7,10 +7,10 @@ import pytest
 
 from pykvm.kvm import Kvm, lib
 from tests.attacks.weaken import Weaken, weakened
-from tests.elisa.child import CAP_IPC_LOCK, in_child
-from tests.elisa.context_requests import PAGE, Request, chain, good, leaf, new_machine
-from tests.elisa.host_state import nothing_stays, pinned_pages
 from tests.elisa.test_limits import PAGES, close, sends
+from tests.rigs.child import CAP_IPC_LOCK, in_child
+from tests.rigs.context_requests import PAGE, Request, chain, good, leaf, new_machine
+from tests.rigs.host_state import nothing_stays, pinned_pages
 
 pytestmark = [pytest.mark.elisa, pytest.mark.weakened]
 

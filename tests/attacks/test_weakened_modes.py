@@ -4,14 +4,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from pykvm.boot.bare import BareGuest
+from pykvm.elisa.crossing import CROSSING_GVA
 from pykvm.elisa.objects import ObjectInstance
 from pykvm.kvm import ElisaExit, Exit, Hlt, Kvm
-from pykvm.memory.layout import CROSSING_GVA
-from pykvm.paging.entries import PAGE_SIZE, Access
+from pykvm.machine.bare.guest import BareGuest
+from pykvm.paging.entries import Access
+from pykvm.sizes import PAGE_SIZE
 from tests.attacks.victim import AT_GATE
 from tests.attacks.weaken import Weaken, weakened
-from tests.elisa.probe import Step, What, attach, faults, give, probe_guest, results, run
 from tests.elisa.test_mode_lock import (
     CODE,
     CR4,
@@ -22,6 +22,7 @@ from tests.elisa.test_mode_lock import (
     try_vmfunc,
     vmfunc_in,
 )
+from tests.rigs.probe import Step, What, attach, faults, give, probe_guest, results, run
 
 pytestmark = [pytest.mark.elisa, pytest.mark.weakened]
 

@@ -1,6 +1,6 @@
 """The table of threats: what a guest tries, what stops it, and the tests that show both.
 
-`python -m tests.attacks.document` writes docs/threats.md from it; test_threats.py holds the table
+`python -m tools.threats_document` writes docs/threats.md from it; test_threats.py holds the table
 against the tests.
 """
 
@@ -48,7 +48,7 @@ WEAK: Final = "tests/attacks/test_weakened_"
 EVENTS: Final = "tests/elisa/inside/test_events.py::"
 FEATURES: Final = "tests/elisa/test_hidden_features.py::"
 CONTEXTS: Final = "tests/elisa/test_contexts.py::"
-TOOLCHAIN: Final = "tests/elisa/test_toolchain.py::"
+TOOLCHAIN: Final = "tests/elisa/test_trusted_images.py::"
 
 THREATS: Final[tuple[Threat, ...]] = (
     Threat(

@@ -6,15 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from pykvm.boot.bare import BareGuest
+from pykvm.elisa import crossing
 from pykvm.elisa.attachment import Attachment
 from pykvm.elisa.objects import ObjectInstance, SharedObject
 from pykvm.elisa.protections import Protection
-from pykvm.elisa.toolchain import SubImage, crossing_images
+from pykvm.elisa.trusted_images import SubImage, crossing_images
 from pykvm.kvm import ElisaExit, Exit, Kvm, lib
-from pykvm.memory import layout
-from pykvm.paging.entries import PAGE_SIZE
-from tests.elisa.probe import Probe, attach, calls, give, prepare, results, run
+from pykvm.machine.bare.guest import BareGuest
+from pykvm.sizes import PAGE_SIZE
+from tests.rigs.probe import Probe, attach, calls, give, prepare, results, run
 
 HERE: Final = Path(__file__).parent
 VAULT: Final = HERE / "objects" / "vault.c"
@@ -29,8 +29,8 @@ WORD_AT: Final = 48
 
 SHARED_PAGES: Final = 16
 WINDOW_PAGES: Final = 8
-C: Final = layout.CROSSING_GVA
-SHARED: Final = C + layout.SHARED_OFFSET  # where the sub context maps the shared memory,
+C: Final = crossing.CROSSING_GVA
+SHARED: Final = C + crossing.SHARED_OFFSET  # where the sub context maps the shared memory,
 WINDOW: Final = SHARED + SHARED_PAGES * PAGE_SIZE  # and window 0
 
 DECLARATION: Final = SharedObject(

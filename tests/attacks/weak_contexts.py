@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Final
 from unittest import mock
 
-from pykvm.boot import compiler
-from pykvm.boot.bare import BareGuest
-from pykvm.boot.elf import ElfFile
-from pykvm.elisa import attachment, contexts, toolchain
+from pykvm.elisa import attachment, contexts, crossing
+from pykvm.elisa import trusted_images as toolchain
 from pykvm.elisa.contexts import ContextPlan, UserPages, plan_gate, plan_sub
 from pykvm.elisa.objects import ObjectInstance
 from pykvm.elisa.protections import ALL, Without
-from pykvm.elisa.toolchain import SubImage, build_object, crossing_images
+from pykvm.elisa.trusted_images import SubImage, build_object, crossing_images
 from pykvm.kvm import Context, Vcpu
-from pykvm.memory import layout
+from pykvm.machine.bare.guest import BareGuest
 from pykvm.memory.guest_memory import MemoryFile, Region
-from pykvm.paging.entries import PAGE_SIZE, Access
+from pykvm.paging.entries import Access
+from pykvm.sizes import PAGE_SIZE
+from pykvm.toolchain import compiler
+from pykvm.toolchain.elf import ElfFile
 
 CROSSING: Final = compiler.GUEST_SOURCES / "crossing"
 
@@ -100,7 +101,7 @@ class WeakAttachment:
         change_sub: Callable[[ContextPlan], object] = lambda plan: None,
         extra: Sequence[tuple[int, UserPages, Access]] = (),
         tables: Access = Access.READ,
-        crossing_gva: int = layout.CROSSING_GVA,
+        crossing_gva: int = crossing.CROSSING_GVA,
         own_pages: bool = True,
         vcpu: Vcpu | None = None,
     ) -> None:
@@ -112,7 +113,7 @@ class WeakAttachment:
             )
         self._guest = guest
         declaration = instance.declaration
-        env = declaration.env(crossing_gva + layout.SHARED_OFFSET, 0)
+        env = declaration.env(crossing_gva + crossing.SHARED_OFFSET, 0)
         image = [*instance._image.parts(user=False), *extra]
         memory = UserPages(instance.memory.host_address, instance.memory.size // PAGE_SIZE)
 
@@ -123,7 +124,7 @@ class WeakAttachment:
         self._view(gate_code, PAGE_SIZE)[:] = (
             gate_page or crossing_images(frozenset(declaration.without)).gate_page
         )
-        env_page, stack = self._take(PAGE_SIZE), self._take(layout.STACK_SIZE)
+        env_page, stack = self._take(PAGE_SIZE), self._take(crossing.STACK_SIZE)
         self._view(env_page, len(env))[:] = env
 
         sub = plan_sub(image, env_page, stack, memory, crossing_gva)

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from pykvm.cli.main import main
-from pykvm.host import modules
 from pykvm.host.fingerprint import is_emulated
+from pykvm.kernel import modules
 
 
 @pytest.mark.unit

@@ -3,7 +3,7 @@
 import pytest
 
 from pykvm.cli.main import main
-from pykvm.host import modules
+from pykvm.kernel import modules
 
 
 @pytest.mark.unit

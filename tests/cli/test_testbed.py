@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pykvm.host.kernel_series import SERIES, KernelMissing, newest_kernel
+from pykvm.kernel.series import SERIES, KernelMissing, newest_kernel
 
 pytestmark = pytest.mark.unit
 

@@ -6,8 +6,8 @@ from typing import Any
 from hypothesis import strategies as st
 
 from pykvm.kvm import lib
-from tests.elisa.context_requests import PAGE, Request
-from tests.elisa.tiny_guest import Kind
+from tests.rigs.context_requests import PAGE, Request
+from tests.rigs.tiny_guest import Kind
 
 NOWHERE = 9999
 """A descriptor that is not open."""

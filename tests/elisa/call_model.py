@@ -12,8 +12,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from pykvm.kvm import lib
-from tests.elisa.context_requests import EPTP, LARGE, LIST, PAGE, USER, WB, R, Request, W, X
-from tests.elisa.tiny_guest import ARENA_PAGES, TABLES_LAST, Arena, Kind, RunArea
+from tests.rigs.context_requests import EPTP, LARGE, LIST, PAGE, USER, WB, R, Request, W, X
+from tests.rigs.tiny_guest import ARENA_PAGES, TABLES_LAST, Arena, Kind, RunArea
 
 HIGHEST_VCPU_ID = 2**31 - 1
 

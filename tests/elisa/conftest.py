@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from pykvm.boot.bare import BareGuest
 from pykvm.kvm import Kvm
-from tests.elisa.context_requests import Machine, new_machine
-from tests.elisa.fixtures import counter, kvm, quiet
-from tests.elisa.probe import probe_guest
+from pykvm.machine.bare.guest import BareGuest
+from tests.rigs.context_requests import Machine, new_machine
+from tests.rigs.fixtures import counter, kvm, quiet
+from tests.rigs.probe import probe_guest
 
 __all__ = ["counter", "guest", "kvm", "machine", "quiet"]
 

@@ -7,21 +7,23 @@ from contextlib import ExitStack
 
 import pytest
 
-from pykvm.boot.bare import BareGuest, GuestTimeoutError
-from pykvm.boot.boot_info import FAILURE_PORT
-from pykvm.boot.compiler import GUEST_SOURCES
-from pykvm.boot.programs import SwitchPath
+from pykvm.elisa import crossing
 from pykvm.elisa.attachment import InsideContextError
 from pykvm.elisa.objects import GuestNumberError, ObjectInstance, SharedObject
 from pykvm.elisa.protections import Protection
 from pykvm.kvm import ElisaExit, Exit, Io, Kvm, MmioWrite, UnexpectedExitError, lib
+from pykvm.machine.bare import layout
+from pykvm.machine.bare.boot_info import FAILURE_PORT
+from pykvm.machine.bare.guest import BareGuest, GuestTimeoutError
 from pykvm.measure.connect import connect
-from pykvm.memory import layout
-from pykvm.paging.entries import PAGE_SIZE, Access
+from pykvm.measure.programs import SwitchPath
+from pykvm.paging.entries import Access
+from pykvm.sizes import PAGE_SIZE
 from pykvm.switch import SwitchConfig
 from pykvm.switch._native import lib as switch
 from pykvm.switch.hosted import HostedSwitch
-from tests.elisa.probe import (
+from pykvm.toolchain.compiler import GUEST_SOURCES
+from tests.rigs.probe import (
     WILD,
     Probe,
     Step,
@@ -37,7 +39,7 @@ from tests.elisa.probe import (
 
 pytestmark = pytest.mark.elisa
 
-C = layout.CROSSING_GVA
+C = crossing.CROSSING_GVA
 OBJECTS = GUEST_SOURCES / "objects"
 
 
@@ -190,18 +192,22 @@ def test_vmfunc_numbers(guest: BareGuest, counter: ObjectInstance) -> None:
 
 # ---- where a sub context ends --------------------------------------------------------------------
 
-TABLES_GPA = layout.SUB_PRIVATE_GPA + layout.PRIVATE_TABLES_OFFSET
+TABLES_GPA = crossing.SUB_PRIVATE_GPA + crossing.PRIVATE_TABLES_OFFSET
 VIOLATIONS = {
-    "write to its code": ((Wild.WRITE, C + layout.IMAGE_OFFSET), "write", layout.IMAGE_OFFSET),
+    "write to its code": ((Wild.WRITE, C + crossing.IMAGE_OFFSET), "write", crossing.IMAGE_OFFSET),
     "write to its entry": (
-        (Wild.WRITE, C + layout.SUB_ENTRY_OFFSET),
+        (Wild.WRITE, C + crossing.SUB_ENTRY_OFFSET),
         "write",
-        layout.SUB_ENTRY_OFFSET,
+        crossing.SUB_ENTRY_OFFSET,
     ),
-    "write to its environment": ((Wild.WRITE, C + layout.ENV_OFFSET), "write", layout.ENV_OFFSET),
-    "code in its environment": ((Wild.RUN, C + layout.ENV_OFFSET), "fetch", layout.ENV_OFFSET),
-    "code on its stack": ((Wild.RUN, C + layout.STACK_OFFSET), "fetch", layout.STACK_OFFSET),
-    "code in the list": ((Wild.RUN, C + layout.LIST_OFFSET), "fetch", layout.LIST_OFFSET),
+    "write to its environment": (
+        (Wild.WRITE, C + crossing.ENV_OFFSET),
+        "write",
+        crossing.ENV_OFFSET,
+    ),
+    "code in its environment": ((Wild.RUN, C + crossing.ENV_OFFSET), "fetch", crossing.ENV_OFFSET),
+    "code on its stack": ((Wild.RUN, C + crossing.STACK_OFFSET), "fetch", crossing.STACK_OFFSET),
+    "code in the list": ((Wild.RUN, C + crossing.LIST_OFFSET), "fetch", crossing.LIST_OFFSET),
 }
 
 
@@ -221,7 +227,7 @@ def test_access_that_the_sub_context_refuses(
         slot,
     )
     assert exit.access == access
-    assert (exit.gva, exit.gpa) == (C + offset, layout.SUB_PRIVATE_GPA + offset)
+    assert (exit.gva, exit.gpa) == (C + offset, crossing.SUB_PRIVATE_GPA + offset)
     assert exit.gva_valid
     assert "in the sub context" in str(exit)
 
@@ -232,17 +238,17 @@ UNMAPPED = {
     "the guest's stack": (Wild.WRITE, layout.STACK_TOP_GPA - 8),
     "the guest's code": (Wild.RUN, layout.IMAGE_GPA),
     "the window as the guest sees it": (Wild.READ, layout.WINDOW_GPA),
-    "the entry page": (Wild.READ, C + layout.ENTRY_OFFSET),
-    "the gate page": (Wild.RUN, C + layout.GATE_OFFSET),
-    "the gate's data": (Wild.READ, C + layout.GATE_DATA_OFFSET),
-    "the gate's list": (Wild.WRITE, C + layout.GATE_LIST_OFFSET + 8),
-    "below the stack": (Wild.WRITE, C + layout.STACK_OFFSET - 8),
-    "above the stack": (Wild.READ, C + layout.STACK_OFFSET + layout.STACK_SIZE),
-    "behind the windows": (Wild.READ, C + layout.SHARED_OFFSET + 3 * PAGE_SIZE),
-    "its own page tables": (Wild.WRITE, C + layout.PRIVATE_TABLES_OFFSET),
+    "the entry page": (Wild.READ, C + crossing.ENTRY_OFFSET),
+    "the gate page": (Wild.RUN, C + crossing.GATE_OFFSET),
+    "the gate's data": (Wild.READ, C + crossing.GATE_DATA_OFFSET),
+    "the gate's list": (Wild.WRITE, C + crossing.GATE_LIST_OFFSET + 8),
+    "below the stack": (Wild.WRITE, C + crossing.STACK_OFFSET - 8),
+    "above the stack": (Wild.READ, C + crossing.STACK_OFFSET + crossing.STACK_SIZE),
+    "behind the windows": (Wild.READ, C + crossing.SHARED_OFFSET + 3 * PAGE_SIZE),
+    "its own page tables": (Wild.WRITE, C + crossing.PRIVATE_TABLES_OFFSET),
     "page tables by their GPA": (Wild.WRITE, TABLES_GPA),
     # Mapped, but as user pages: SMEP refuses before the EPT would (it has no X there, either).
-    "code in shared memory": (Wild.RUN, C + layout.SHARED_OFFSET),
+    "code in shared memory": (Wild.RUN, C + crossing.SHARED_OFFSET),
 }
 
 
@@ -275,7 +281,7 @@ def test_instructions_that_leave_the_sub_context(
     exit = elisa_exit(run(guest))
     assert (exit.cause, exit.at) == (lib.KVM_ELISA_EXIT_REFUSED, lib.KVM_ELISA_AT_SUB)
     assert exit.vmx_exit_reason == reason
-    assert C + layout.IMAGE_OFFSET <= exit.rip < C + layout.SHARED_OFFSET
+    assert C + crossing.IMAGE_OFFSET <= exit.rip < C + crossing.SHARED_OFFSET
     assert elisa_exit([guest.vcpu.run()]) == exit  # it repeats
     with pytest.raises(InsideContextError, match=r"or revoke\(\) the attachment"):
         attachment.detach()
@@ -300,7 +306,7 @@ def test_revoked_where_it_stopped(guest: BareGuest, wild: ObjectInstance) -> Non
 def test_revoked_while_it_runs(
     kvm: Kvm, guest: BareGuest, counter: ObjectInstance, how: str
 ) -> None:
-    """From inside an endless loop; the others and their objects go on. Closing does the same."""
+    """From inside an endless loop; the others and their objects go on. Closeable does the same."""
     with SharedObject("wild", WILD, guests=2, without={Protection.CODE_CHECK}).open() as wild:
         attachment = attach(guest, wild)
         give(guest, calls(attachment.slot, Wild.LOOP))
@@ -402,7 +408,7 @@ def test_page_tables_where_the_sub_context_has_the_window(guest: BareGuest) -> N
     declaration = SharedObject("counter", OBJECTS / "counter.c", window=6 * PAGE_SIZE, guests=2)
     with declaration.open() as counter:
         slot = attach(guest, counter).slot
-        gpa = layout.SUB_PRIVATE_GPA + layout.SHARED_OFFSET + declaration.windows_offset
+        gpa = crossing.SUB_PRIVATE_GPA + crossing.SHARED_OFFSET + declaration.windows_offset
         guest.add_region(counter.window_region(0, gpa))
         cr3 = gpa + PAGE_SIZE
         tables = crafted_tables(guest, cr3)
@@ -415,7 +421,7 @@ def test_page_tables_where_the_sub_context_has_the_window(guest: BareGuest) -> N
             slot,
         )
         assert exit.gpa >> 12 == cr3 >> 12
-        assert exit.rip == C + layout.GATE_OFFSET  # not one instruction of the gate
+        assert exit.rip == C + crossing.GATE_OFFSET  # not one instruction of the gate
         assert number(counter.shared) == 0
 
 

@@ -54,16 +54,16 @@ from tests.elisa.call_model import (
     free_of_tables,
     judge,
 )
-from tests.elisa.context_requests import EPTP, LIST, PAGE
-from tests.elisa.host_state import (
+from tests.elisa.model_runs import run_vcpu
+from tests.rigs.context_requests import EPTP, LIST, PAGE
+from tests.rigs.host_state import (
     VmStatistics,
     host_state,
     locked_kib,
     pinned_pages,
     quiet_kernel,
 )
-from tests.elisa.model_runs import run_vcpu
-from tests.elisa.tiny_guest import (
+from tests.rigs.tiny_guest import (
     Arena,
     Kind,
     RunArea,

@@ -6,6 +6,7 @@ from array import array
 
 import pytest
 
+from pykvm.elisa import crossing
 from pykvm.elisa.contexts import (
     READ_EXECUTE,
     ContextPlan,
@@ -15,14 +16,14 @@ from pykvm.elisa.contexts import (
     plan_gate,
     plan_sub,
 )
-from pykvm.elisa.toolchain import crossing_images
-from pykvm.memory import layout
-from pykvm.paging.entries import EPTP, PAGE_SIZE, Access, EptEntry
+from pykvm.elisa.trusted_images import crossing_images
+from pykvm.paging.entries import EPTP, Access, EptEntry
 from pykvm.paging.reach import reachable_from
+from pykvm.sizes import PAGE_SIZE
 
 pytestmark = pytest.mark.unit
 
-BASES = [layout.CROSSING_GVA, 5 << 30, 0xFFFF_FFFF_8000_0000, 0xFFFF_C900_0020_0000]
+BASES = [crossing.CROSSING_GVA, 5 << 30, 0xFFFF_FFFF_8000_0000, 0xFFFF_C900_0020_0000]
 MEMORY_PAGES = 1200  # more than one 2 MiB page, and a rest
 
 
@@ -40,8 +41,8 @@ def gate_plan(base: int) -> ContextPlan:
 def sub_plan(base: int, *, user: bool = False) -> ContextPlan:
     return plan_sub(
         [
-            (layout.SUB_ENTRY_OFFSET, UserPages(0x1000), READ_EXECUTE),
-            (layout.IMAGE_OFFSET, UserPages(0x2000, 3), READ_EXECUTE),
+            (crossing.SUB_ENTRY_OFFSET, UserPages(0x1000), READ_EXECUTE),
+            (crossing.IMAGE_OFFSET, UserPages(0x2000, 3), READ_EXECUTE),
         ],
         0x8000,
         0x9000,
@@ -79,9 +80,9 @@ def test_any_cr3_outside_the_private_range_finds_the_same_gate(base: int) -> Non
             for reach in reachable_from(cr3, plan.ept, words.__getitem__)
             if reach.access & Access.EXECUTE
         )
-        for cr3 in (0, 0x1000, layout.PRIVATE_GPA_FIRST - PAGE_SIZE, layout.PRIVATE_GPA_END)
+        for cr3 in (0, 0x1000, crossing.PRIVATE_GPA_FIRST - PAGE_SIZE, crossing.PRIVATE_GPA_END)
     }
-    assert found == {((base + layout.GATE_OFFSET, PAGE_SIZE, 0),)}
+    assert found == {((base + crossing.GATE_OFFSET, PAGE_SIZE, 0),)}
 
 
 @pytest.mark.attack("T6")
@@ -92,12 +93,12 @@ def test_i3_no_private_page_of_the_gate_read_as_root_reaches_code(base: int) -> 
     private = [
         span.start + at
         for span in plan.ept.spans(
-            layout.PRIVATE_GPA_FIRST, layout.PRIVATE_GPA_END - layout.PRIVATE_GPA_FIRST
+            crossing.PRIVATE_GPA_FIRST, crossing.PRIVATE_GPA_END - crossing.PRIVATE_GPA_FIRST
         )
         for at in range(0, span.size, PAGE_SIZE)
     ]
     assert len(private) == 3 + len(plan.guest)
-    root = layout.GATE_PRIVATE_GPA + layout.PRIVATE_TABLES_OFFSET
+    root = crossing.GATE_PRIVATE_GPA + crossing.PRIVATE_TABLES_OFFSET
     for cr3 in private:
         code = [
             reach
@@ -130,9 +131,9 @@ def test_i3_with_five_levels(base: int) -> None:
     """The same for guests with CR4.LA57, and GVAs that only they have."""
     gate, tables = complete(plan_gate(0x7000_0000, base, levels=5))
     words = page_words(gate, tables)
-    root = layout.GATE_PRIVATE_GPA + layout.PRIVATE_TABLES_OFFSET
+    root = crossing.GATE_PRIVATE_GPA + crossing.PRIVATE_TABLES_OFFSET
     for span in gate.ept.spans(
-        layout.PRIVATE_GPA_FIRST, layout.PRIVATE_GPA_END - layout.PRIVATE_GPA_FIRST
+        crossing.PRIVATE_GPA_FIRST, crossing.PRIVATE_GPA_END - crossing.PRIVATE_GPA_FIRST
     ):
         for cr3 in range(span.start, span.end, PAGE_SIZE):
             code = {
@@ -140,8 +141,8 @@ def test_i3_with_five_levels(base: int) -> None:
                 for reach in reachable_from(cr3, gate.ept, words.__getitem__, levels=5)
                 if reach.access & Access.EXECUTE
             }
-            assert code == ({base + layout.GATE_OFFSET} if cr3 == root else set()), hex(cr3)
-    assert (gate.levels, gate.gva) == (5, base + layout.GATE_DATA_OFFSET)
+            assert code == ({base + crossing.GATE_OFFSET} if cr3 == root else set()), hex(cr3)
+    assert (gate.levels, gate.gva) == (5, base + crossing.GATE_DATA_OFFSET)
 
 
 @pytest.mark.attack("T16")
@@ -182,7 +183,7 @@ def test_i8_only_what_the_guest_can_write_is_a_user_page_of_a_supervisor(
         (span.start - base, span.size): bool(span.access & Access.USER)
         for span in plan.guest.spans()
     }
-    memory = (layout.SHARED_OFFSET, MEMORY_PAGES * PAGE_SIZE)
+    memory = (crossing.SHARED_OFFSET, MEMORY_PAGES * PAGE_SIZE)
     assert kinds.pop(memory) is True
     assert set(kinds.values()) == {user}
     assert sum(size for _, size in kinds) == (4 + 1 + 1 + 4) * PAGE_SIZE
@@ -202,14 +203,14 @@ def test_the_range_told_to_the_kernel_holds_all_that_is_mapped(base: int) -> Non
 def test_the_list_is_writable_in_both_contexts_and_the_official_eptp_in_none() -> None:
     gate, sub = gate_plan(BASES[0]), sub_plan(BASES[0])
     for plan, gpa in (
-        (gate, layout.GATE_PRIVATE_GPA + layout.GATE_LIST_OFFSET),
-        (sub, layout.SUB_PRIVATE_GPA + layout.LIST_OFFSET),
+        (gate, crossing.GATE_PRIVATE_GPA + crossing.GATE_LIST_OFFSET),
+        (sub, crossing.SUB_PRIVATE_GPA + crossing.LIST_OFFSET),
     ):
         walked = plan.ept.walk(gpa)
         assert walked.access == Access.READ | Access.WRITE
         numbered = [page for page in plan.pages for _ in range(page.count)]
         assert isinstance(numbered[walked.page or 0], ListPage)
-    data = gate.ept.walk(layout.GATE_PRIVATE_GPA + layout.GATE_DATA_OFFSET)
+    data = gate.ept.walk(crossing.GATE_PRIVATE_GPA + crossing.GATE_DATA_OFFSET)
     assert data.access == Access.READ
 
 
@@ -227,7 +228,7 @@ def test_what_an_attachment_costs_is_what_the_documentation_says() -> None:
 
 @pytest.mark.attack("T8")
 @pytest.mark.parametrize(
-    "base", [0, 0x1000, 4 << 30, layout.CROSSING_GVA + 0x1000, 1 << 47, -1 << 30, 1 << 64]
+    "base", [0, 0x1000, 4 << 30, crossing.CROSSING_GVA + 0x1000, 1 << 47, -1 << 30, 1 << 64]
 )
 def test_a_crossing_area_where_none_can_lie_is_refused(base: int) -> None:
     with pytest.raises(CrossingBaseError, match="use a canonical address"):

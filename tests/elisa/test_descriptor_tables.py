@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 import pytest
 
-from pykvm.boot.bare import BareGuest
-from pykvm.boot.compiler import GUEST_SOURCES
+from pykvm.elisa import crossing
 from pykvm.elisa.objects import ObjectInstance, SharedObject
-from pykvm.memory import layout
-from pykvm.paging.entries import PAGE_SIZE, Access
-from tests.elisa.probe import (
+from pykvm.machine.bare import layout
+from pykvm.machine.bare.guest import BareGuest
+from pykvm.paging.entries import Access
+from pykvm.sizes import PAGE_SIZE
+from pykvm.toolchain.compiler import GUEST_SOURCES
+from tests.rigs.probe import (
     Probe,
     Step,
     Table,
@@ -26,10 +28,10 @@ from tests.elisa.probe import (
 pytestmark = pytest.mark.elisa
 
 INVALID_OPCODE = 6
-C = layout.CROSSING_GVA
+C = crossing.CROSSING_GVA
 GUESTS = 2
-FIRST = C + layout.GATE_DATA_OFFSET  # what the contexts of these tests map begins here
-END = C + layout.SHARED_OFFSET + (1 + GUESTS) * PAGE_SIZE  # one page shared, a window each
+FIRST = C + crossing.GATE_DATA_OFFSET  # what the contexts of these tests map begins here
+END = C + crossing.SHARED_OFFSET + (1 + GUESTS) * PAGE_SIZE  # one page shared, a window each
 
 IDT_LIMIT = 0xFFF
 GDT_SIZE = 5 * 8  # null, code, data, TSS
@@ -39,17 +41,17 @@ OTHER_SELECTOR = 0x28  # of the descriptor behind the guest's own ones
 READ_WRITE = Access.READ | Access.WRITE
 
 INSIDE = {
-    "gate's data": C + layout.GATE_DATA_OFFSET,
-    "gate's list": C + layout.GATE_LIST_OFFSET,
+    "gate's data": C + crossing.GATE_DATA_OFFSET,
+    "gate's list": C + crossing.GATE_LIST_OFFSET,
     "between": C - 0x100_0000,
-    "gate page": C + layout.GATE_OFFSET,
-    "sub entry page": C + layout.SUB_ENTRY_OFFSET,
-    "list page": C + layout.LIST_OFFSET,
-    "stack": C + layout.STACK_OFFSET,
-    "image": C + layout.IMAGE_OFFSET,
-    "shared memory": C + layout.SHARED_OFFSET,
-    "own window": C + layout.SHARED_OFFSET + PAGE_SIZE,
-    "another's window": C + layout.SHARED_OFFSET + 2 * PAGE_SIZE,
+    "gate page": C + crossing.GATE_OFFSET,
+    "sub entry page": C + crossing.SUB_ENTRY_OFFSET,
+    "list page": C + crossing.LIST_OFFSET,
+    "stack": C + crossing.STACK_OFFSET,
+    "image": C + crossing.IMAGE_OFFSET,
+    "shared memory": C + crossing.SHARED_OFFSET,
+    "own window": C + crossing.SHARED_OFFSET + PAGE_SIZE,
+    "another's window": C + crossing.SHARED_OFFSET + 2 * PAGE_SIZE,
 }
 
 
@@ -202,7 +204,7 @@ def descriptor(base: int, limit: int, kind: int) -> bytes:
 
 
 SEGMENTS = {
-    "gate page": (C + layout.GATE_OFFSET, TSS_LIMIT, OFF),
+    "gate page": (C + crossing.GATE_OFFSET, TSS_LIMIT, OFF),
     "own window": (INSIDE["own window"] + 8, TSS_LIMIT, OFF),
     "last byte": (FIRST - TSS_LIMIT, TSS_LIMIT, OFF),
     "ends before": (FIRST - TSS_LIMIT - 1, TSS_LIMIT, ON),
@@ -316,7 +318,7 @@ def test_another_object_somewhere_else(guest: BareGuest, counter: ObjectInstance
     second_area = 0x3B4C_F4C0_0000
     first = attach(guest, counter)
     second = counter.attach(guest.vm, guest.vcpu, 1, crossing_gva=second_area)
-    place = second_area + layout.GATE_OFFSET
+    place = second_area + crossing.GATE_OFFSET
     map_copy(guest, place)
 
     def on_mark(value: int) -> None:

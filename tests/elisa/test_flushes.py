@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.elisa.context_requests import EPTP, Machine, R, Request, chain, good, leaf, set_slot
-from tests.elisa.tracefs import kprobes
+from tests.rigs.context_requests import EPTP, Machine, R, Request, chain, good, leaf, set_slot
+from tests.rigs.tracefs import kprobes
 
 pytestmark = pytest.mark.elisa
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 
-from pykvm.boot.bare import BareGuest
 from pykvm.kvm import (
     HIDDEN_FEATURES,
     CpuidEntry,
@@ -19,7 +18,8 @@ from pykvm.kvm import (
     find_leaf,
     without_hidden_features,
 )
-from tests.elisa.probe import Probe, Step, What, faults, give, results, run
+from pykvm.machine.bare.guest import BareGuest
+from tests.rigs.probe import Probe, Step, What, faults, give, results, run
 
 pytestmark = pytest.mark.elisa
 

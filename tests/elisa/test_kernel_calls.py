@@ -10,12 +10,12 @@ from dataclasses import replace
 
 import pytest
 
-from pykvm.boot.compiler import GUEST_SOURCES
 from pykvm.elisa.objects import SharedObject
 from pykvm.kvm import IoctlError, Kvm, Vm, lib
 from pykvm.memory.guest_memory import LockLimitError
-from tests.elisa.child import CAP_IPC_LOCK, CAP_SYS_ADMIN, in_child
-from tests.elisa.context_requests import (
+from pykvm.toolchain.compiler import GUEST_SOURCES
+from tests.rigs.child import CAP_IPC_LOCK, CAP_SYS_ADMIN, in_child
+from tests.rigs.context_requests import (
     EPTP,
     LARGE,
     LIST,
@@ -36,7 +36,7 @@ from tests.elisa.context_requests import (
     set_slot,
     table,
 )
-from tests.elisa.host_state import (
+from tests.rigs.host_state import (
     host_state,
     locked_kib,
     nothing_stays,

@@ -13,13 +13,13 @@ from contextlib import contextmanager
 
 import pytest
 
-from pykvm.boot.bare import BareGuest
-from pykvm.boot.programs import BurstProgram, Phase, SwitchPath
 from pykvm.kvm import Kvm
+from pykvm.machine.bare.guest import BareGuest
 from pykvm.measure.connect import connect
+from pykvm.measure.programs import BurstProgram, Phase, SwitchPath
 from pykvm.switch import SwitchConfig
 from pykvm.switch.hosted import HostedSwitch
-from tests.elisa.host_state import nothing_stays, quiet_kernel
+from tests.rigs.host_state import nothing_stays, quiet_kernel
 
 pytestmark = pytest.mark.elisa
 

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from pykvm.boot.bare import BareGuest, GuestTimeoutError
 from pykvm.elisa.objects import SharedObject
 from pykvm.elisa.protections import Protection
 from pykvm.kvm import Context, Kvm, UnexpectedExitError
 from pykvm.kvm.handle import Handle
-from tests.elisa.context_requests import PAGE, Machine, Memory, good, set_slot
-from tests.elisa.host_state import HostState, locked_kib, nothing_stays, pinned_pages
-from tests.elisa.probe import WILD, Probe, Wild, attach, calls, give, prepare, results, run
+from pykvm.machine.bare.guest import BareGuest, GuestTimeoutError
+from tests.rigs.context_requests import PAGE, Machine, Memory, good, set_slot
+from tests.rigs.host_state import HostState, locked_kib, nothing_stays, pinned_pages
+from tests.rigs.probe import WILD, Probe, Wild, attach, calls, give, prepare, results, run
 
 pytestmark = pytest.mark.elisa
 

@@ -7,8 +7,8 @@ import resource
 import pytest
 
 from pykvm.kvm import IoctlError, Kvm, ffi, lib
-from tests.elisa.child import CAP_IPC_LOCK, CAP_SYS_ADMIN, in_child
-from tests.elisa.context_requests import (
+from tests.rigs.child import CAP_IPC_LOCK, CAP_SYS_ADMIN, in_child
+from tests.rigs.context_requests import (
     EPTP,
     PAGE,
     Machine,
@@ -22,7 +22,7 @@ from tests.elisa.context_requests import (
     new_machine,
     set_slot,
 )
-from tests.elisa.host_state import host_state, locked_kib, nothing_stays
+from tests.rigs.host_state import host_state, locked_kib, nothing_stays
 
 pytestmark = pytest.mark.elisa
 

@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 import pytest
 
-from pykvm.boot.bare import BareGuest
 from pykvm.elisa.objects import ObjectInstance
 from pykvm.kvm import ElisaExit, Exit, Hlt, IoctlError, Shutdown, Struct, lib
-from pykvm.memory import layout
-from pykvm.paging.entries import PAGE_SIZE, Access
-from tests.elisa.probe import Step, What, attach, faults, give, results, run
+from pykvm.machine.bare import layout
+from pykvm.machine.bare.guest import BareGuest
+from pykvm.paging.entries import Access
+from pykvm.sizes import PAGE_SIZE
+from tests.rigs.probe import Step, What, attach, faults, give, results, run
 
 pytestmark = pytest.mark.elisa
 

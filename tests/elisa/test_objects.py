@@ -5,17 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from pykvm.boot.bare import BareGuest
-from pykvm.boot.compiler import GUEST_SOURCES, CompileError, SourceMissingError
 from pykvm.elisa import GuestNumberError, ObjectSizeError, SharedObject
 from pykvm.elisa.objects import ENV
 from pykvm.elisa.protections import Protection
-from pykvm.elisa.toolchain import MissingEntryError, UndefinedSymbolError, build_object
+from pykvm.elisa.trusted_images import MissingEntryError, UndefinedSymbolError, build_object
 from pykvm.errors import PykvmError
 from pykvm.kvm import Kvm
-from pykvm.memory import layout
-from pykvm.paging.entries import PAGE_SIZE
-from tests.elisa.probe import WILD, Probe, Step, What, calls, give, prepare, results, run
+from pykvm.machine.bare import layout
+from pykvm.machine.bare.guest import BareGuest
+from pykvm.sizes import PAGE_SIZE
+from pykvm.toolchain.compiler import GUEST_SOURCES, CompileError, SourceMissingError
+from tests.rigs.probe import WILD, Probe, Step, What, calls, give, prepare, results, run
 
 UNCHECKED = frozenset({Protection.CODE_CHECK})
 COUNTER = GUEST_SOURCES / "objects" / "counter.c"

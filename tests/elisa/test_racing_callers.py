@@ -22,8 +22,8 @@ from pathlib import Path
 import pytest
 
 from pykvm.kvm import Kvm, lib
-from tests.elisa.host_state import nothing_stays, quiet_kernel
-from tests.elisa.tiny_guest import (
+from tests.rigs.host_state import nothing_stays, quiet_kernel
+from tests.rigs.tiny_guest import (
     Arena,
     Kind,
     context_request,

@@ -4,13 +4,13 @@ import os
 
 import pytest
 
-from pykvm.boot.bare import BareGuest
-from pykvm.boot.compiler import GUEST_SOURCES
 from pykvm.elisa.objects import ObjectInstance, SharedObject
 from pykvm.elisa.protections import Protection
 from pykvm.kvm import ElisaExit, Kvm, Stats
-from pykvm.memory import layout
-from tests.elisa.context_requests import (
+from pykvm.machine.bare import layout
+from pykvm.machine.bare.guest import BareGuest
+from pykvm.toolchain.compiler import GUEST_SOURCES
+from tests.rigs.context_requests import (
     EPTP,
     LIST,
     Machine,
@@ -21,7 +21,7 @@ from tests.elisa.context_requests import (
     leaf,
     set_slot,
 )
-from tests.elisa.probe import (
+from tests.rigs.probe import (
     WILD,
     Step,
     What,
@@ -32,7 +32,7 @@ from tests.elisa.probe import (
     results,
     run,
 )
-from tests.elisa.spinning import LONG, Spin, event_guest, spin_object
+from tests.rigs.spinning import LONG, Spin, event_guest, spin_object
 
 pytestmark = pytest.mark.elisa
 

@@ -7,14 +7,14 @@ from contextlib import contextmanager
 
 import pytest
 
-from pykvm.boot.bare import BareGuest
+from pykvm.elisa import crossing
 from pykvm.elisa.objects import SharedObject
 from pykvm.elisa.protections import Protection
 from pykvm.kvm import Kvm
-from pykvm.memory import layout
-from tests.elisa.context_requests import Machine, good, revoke, set_slot
-from tests.elisa.probe import WILD, Probe, Wild, attach, calls, give, prepare, run
-from tests.elisa.tracefs import TRACING, mount_tracefs
+from pykvm.machine.bare.guest import BareGuest
+from tests.rigs.context_requests import Machine, good, revoke, set_slot
+from tests.rigs.probe import WILD, Probe, Wild, attach, calls, give, prepare, run
+from tests.rigs.tracefs import TRACING, mount_tracefs
 
 pytestmark = pytest.mark.elisa
 
@@ -73,11 +73,11 @@ def test_violation(kvm: Kvm) -> None:
     ):
         prepare(guest)
         slot = attach(guest, wild).slot
-        give(guest, calls(slot, Wild.WRITE, layout.CROSSING_GVA + layout.IMAGE_OFFSET, 1))
+        give(guest, calls(slot, Wild.WRITE, crossing.CROSSING_GVA + crossing.IMAGE_OFFSET, 1))
         assert len(run(guest)) == 1
     (line,) = [line for line in lines if line.startswith("kvm_elisa_violation")]
     assert re.search(rf"\bslot {slot}\b", line), line
-    gpa = layout.SUB_PRIVATE_GPA + layout.IMAGE_OFFSET
+    gpa = crossing.SUB_PRIVATE_GPA + crossing.IMAGE_OFFSET
     assert f"{gpa:x}" in line
 
 

@@ -5,10 +5,11 @@ Built into the cache, from which the emulated host takes what it would have to c
 
 import pytest
 
-from pykvm.boot.compiler import GUEST_SOURCES, build_guest
-from pykvm.boot.programs import CrossingProgram, ExchangeProgram, SwitchPath, Way
-from pykvm.elisa.toolchain import build_object
-from pykvm.memory import layout
+from pykvm.elisa.trusted_images import build_object
+from pykvm.machine.bare import layout
+from pykvm.machine.bare.build import build_guest
+from pykvm.measure.programs import CrossingProgram, ExchangeProgram, SwitchPath, Way
+from pykvm.toolchain.compiler import GUEST_SOURCES
 
 pytestmark = pytest.mark.unit
 

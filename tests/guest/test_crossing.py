@@ -10,20 +10,22 @@ from dataclasses import dataclass
 
 import pytest
 
-from pykvm.boot.bare import BareGuest
-from pykvm.boot.compiler import GUEST_SOURCES, build_guest
-from pykvm.boot.elf import ElfFile
-from pykvm.boot.programs import CrossingProgram, Way, way_samples
+from pykvm.elisa import crossing
 from pykvm.elisa.objects import ObjectInstance, SharedObject
-from pykvm.elisa.toolchain import crossing_images
+from pykvm.elisa.trusted_images import crossing_images
 from pykvm.kvm import ElisaExit, Kvm, UnexpectedExitError, lib
-from pykvm.memory import layout
+from pykvm.machine.bare import layout
+from pykvm.machine.bare.build import build_guest
+from pykvm.machine.bare.guest import BareGuest
+from pykvm.measure.programs import CrossingProgram, Way, way_samples
 from pykvm.paging.entries import Access
+from pykvm.toolchain.compiler import GUEST_SOURCES
+from pykvm.toolchain.elf import ElfFile
 
 pytestmark = pytest.mark.elisa
 
-GATE = layout.CROSSING_GVA + layout.GATE_OFFSET
-GATE_LIST = layout.CROSSING_GVA + layout.GATE_LIST_OFFSET
+GATE = crossing.CROSSING_GVA + crossing.GATE_OFFSET
+GATE_LIST = crossing.CROSSING_GVA + crossing.GATE_LIST_OFFSET
 FORGED = 0x1234_5000 | 0x1E  # an EPTP: write-back, four levels
 
 

@@ -12,16 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from pykvm.boot import compiler
-from pykvm.boot.elf import ElfFile
-from pykvm.elisa.toolchain import PAGE_SIZE, VMFUNC, crossing_images
-from pykvm.memory import layout
+from pykvm.elisa import crossing
+from pykvm.elisa.trusted_images import VMFUNC, crossing_images
+from pykvm.sizes import PAGE_SIZE
+from pykvm.toolchain import compiler
+from pykvm.toolchain.elf import ElfFile
 
 pytestmark = pytest.mark.unit
 
-GATE = layout.GATE_OFFSET
-SLOT = layout.GATE_LIST_OFFSET + 8  # the transient slot, relative to the crossing base
-DATA = layout.GATE_DATA_OFFSET
+GATE = crossing.GATE_OFFSET
+SLOT = crossing.GATE_LIST_OFFSET + 8  # the transient slot, relative to the crossing base
+DATA = crossing.GATE_DATA_OFFSET
 LAST_VMFUNC = PAGE_SIZE - len(VMFUNC)
 
 # Instructions with a memory operand in last place (AT&T syntax) that read it only.
@@ -158,8 +159,8 @@ def test_short_displacements_would_be_unsafe(tmp_path: Path) -> None:
     source = compiler.GUEST_SOURCES / "crossing" / "gate.S"
     near = {
         "ELISA_GATE_OFFSET": GATE,
-        "ELISA_GATE_LIST_OFFSET": layout.LIST_OFFSET,
-        "ELISA_GATE_DATA_OFFSET": layout.LIST_OFFSET + PAGE_SIZE,
+        "ELISA_GATE_LIST_OFFSET": crossing.LIST_OFFSET,
+        "ELISA_GATE_DATA_OFFSET": crossing.LIST_OFFSET + PAGE_SIZE,
     }
     compiled = compiler.compile_source(source, tmp_path / "gate.o", defines=near)
     page = ElfFile.parse(compiled.read_bytes()).section(".elisa.gate").data

@@ -6,8 +6,10 @@ from contextlib import ExitStack
 
 import pytest
 
-from pykvm.boot.bare import BareGuest, GuestAssertionError
-from pykvm.boot.programs import (
+from pykvm.kvm import Kvm
+from pykvm.machine.bare.guest import BareGuest, GuestAssertionError
+from pykvm.measure.connect import connect
+from pykvm.measure.programs import (
     BurstProgram,
     ExchangeProgram,
     Phase,
@@ -16,8 +18,6 @@ from pykvm.boot.programs import (
     received_frames,
     send_samples,
 )
-from pykvm.kvm import Kvm
-from pykvm.measure.connect import connect
 from pykvm.switch import SwitchConfig
 from pykvm.switch.hosted import HostedSwitch
 

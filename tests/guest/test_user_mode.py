@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from pykvm.boot.bare import BareGuest
-from pykvm.boot.compiler import GUEST_SOURCES
-from pykvm.boot.user_mode import UserProgram, map_user_pages, user_samples
 from pykvm.elisa.objects import ObjectInstance, SharedObject
 from pykvm.elisa.protections import Protection
-from pykvm.elisa.toolchain import build_object, crossing_images
+from pykvm.elisa.trusted_images import build_object, crossing_images
 from pykvm.host.fingerprint import is_emulated
 from pykvm.kvm import ElisaExit, Kvm, UnexpectedExitError, lib
+from pykvm.machine.bare.guest import BareGuest
+from pykvm.measure.user_mode import UserProgram, map_user_pages, user_samples
+from pykvm.toolchain.compiler import GUEST_SOURCES
 
-UNALIGNED = Path(__file__).parents[1] / "elisa" / "objects" / "unaligned.c"
+UNALIGNED = Path(__file__).parents[1] / "rigs" / "objects" / "unaligned.c"
 COUNTER = GUEST_SOURCES / "objects" / "counter.c"
 EXCEPTION, TRIPLE_FAULT = 0, 2  # SDM vol. 3D, appendix C
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pykvm.host import modules
 from pykvm.host.fingerprint import commit, fingerprint, host_kind
 from pykvm.host.processor import read_processor
+from pykvm.kernel import modules
 
 ROOT = Path(__file__).resolve().parents[2]
 

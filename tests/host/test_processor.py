@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pykvm.host import modules
 from pykvm.host.processor import MsrUnreadable, VmxCapabilities, read_msr, read_processor
+from pykvm.kernel import modules
 
 INTEL = """\
 processor\t: 0

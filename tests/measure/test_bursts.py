@@ -2,10 +2,10 @@
 
 import pytest
 
-from pykvm.boot.programs import SendSample, SwitchPath
 from pykvm.measure.bursts import BurstStuckError, _points, phases_of
 from pykvm.measure.exchange import Exchange
-from pykvm.measure.exits import Exits
+from pykvm.measure.exit_counter import Exits
+from pykvm.measure.programs import SendSample, SwitchPath
 
 pytestmark = pytest.mark.unit
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from pykvm.boot.programs import SwitchPath, Way
 from pykvm.host.fingerprint import is_emulated
 from pykvm.kvm import Kvm
 from pykvm.measure.bursts import measure_bursts
-from pykvm.measure.crossing import Crossing, measure_crossing
+from pykvm.measure.crossing_cost import Crossing, measure_crossing
+from pykvm.measure.programs import SwitchPath, Way
 
 pytestmark = pytest.mark.elisa
 

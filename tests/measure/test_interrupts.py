@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from pykvm.boot.programs import InterruptProgram, InterruptSample, interrupt_samples
+from pykvm.elisa import crossing
 from pykvm.host.fingerprint import is_emulated
 from pykvm.kvm import Kvm
-from pykvm.measure.exits import Exits
+from pykvm.measure.exit_counter import Exits
 from pykvm.measure.interrupts import LateTimerError, _point, measure_interrupts
-from pykvm.memory import layout
+from pykvm.measure.programs import InterruptProgram, InterruptSample, interrupt_samples
 
-RETURN_PAGE = layout.CROSSING_GVA + layout.RETURN_OFFSET
+RETURN_PAGE = crossing.CROSSING_GVA + crossing.RETURN_OFFSET
 NO_EXITS = Exits({"exits": 0, "irq_exits": 0}, 0)
 
 

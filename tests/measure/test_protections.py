@@ -9,8 +9,8 @@ import pytest
 from pykvm.elisa.protections import Protection
 from pykvm.host.fingerprint import is_emulated
 from pykvm.kvm import Kvm
-from pykvm.measure.images import build_images
-from pykvm.measure.protections import MEASURED, Protections, measure_protections
+from pykvm.measure.prebuild import build_images
+from pykvm.measure.protection_cost import MEASURED, Protections, measure_protections
 
 STORED = Path(__file__).parents[2] / "benchmarks" / "expected.json"
 EXPECTED = json.loads(STORED.read_text())["protections"]

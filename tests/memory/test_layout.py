@@ -4,7 +4,9 @@ from itertools import pairwise
 
 import pytest
 
-from pykvm.memory import layout
+from pykvm.elisa import crossing
+from pykvm.machine.bare import layout
+from pykvm.machine.x86 import kvm_pages
 
 pytestmark = pytest.mark.unit
 
@@ -14,9 +16,9 @@ def _indexes(gva: int) -> list[int]:
 
 
 def test_crossing_base() -> None:
-    assert layout.CROSSING_GVA % layout.CROSSING_ALIGN == 0
-    assert layout.CROSSING_MIN_GVA <= layout.CROSSING_GVA < 1 << 47
-    pml4, pdpt, pd, pt = _indexes(layout.CROSSING_GVA)
+    assert crossing.CROSSING_GVA % crossing.CROSSING_ALIGN == 0
+    assert crossing.CROSSING_MIN_GVA <= crossing.CROSSING_GVA < 1 << 47
+    pml4, pdpt, pd, pt = _indexes(crossing.CROSSING_GVA)
     assert pt == 0
     assert len({pml4, pdpt, pd}) == 3
     # Crossing pages use PT indexes 0 to 0xf.
@@ -26,16 +28,16 @@ def test_crossing_base() -> None:
 def test_crossing_area_has_no_overlaps() -> None:
     page = 0x1000
     places = [
-        (layout.ENTRY_OFFSET, page),
-        (layout.GATE_OFFSET, page),
-        (layout.SUB_ENTRY_OFFSET, page),
-        (layout.RETURN_OFFSET, page),
-        (layout.LIST_OFFSET, page),
-        (layout.ENV_OFFSET, page),
-        (layout.STACK_OFFSET, layout.STACK_SIZE),
-        (layout.IMAGE_OFFSET, layout.IMAGE_MAX_SIZE),
-        (layout.PRIVATE_TABLES_OFFSET, layout.PRIVATE_TABLES_SIZE),
-        (layout.SHARED_OFFSET, layout.SHARED_ALIGN),
+        (crossing.ENTRY_OFFSET, page),
+        (crossing.GATE_OFFSET, page),
+        (crossing.SUB_ENTRY_OFFSET, page),
+        (crossing.RETURN_OFFSET, page),
+        (crossing.LIST_OFFSET, page),
+        (crossing.ENV_OFFSET, page),
+        (crossing.STACK_OFFSET, crossing.STACK_SIZE),
+        (crossing.IMAGE_OFFSET, crossing.IMAGE_MAX_SIZE),
+        (crossing.PRIVATE_TABLES_OFFSET, crossing.PRIVATE_TABLES_SIZE),
+        (crossing.SHARED_OFFSET, crossing.SHARED_ALIGN),
     ]
     for (start, size), (following, _) in pairwise(places):
         assert start % page == size % page == 0
@@ -44,27 +46,27 @@ def test_crossing_area_has_no_overlaps() -> None:
     assert [offset for offset, _ in places[:4]] == [0, page, 2 * page, 3 * page]
     # A stack that runs over or under meets nothing.
     taken = {start + at for start, size in places for at in range(0, size, page)}
-    assert layout.STACK_OFFSET - page not in taken
-    assert layout.STACK_OFFSET + layout.STACK_SIZE not in taken
+    assert crossing.STACK_OFFSET - page not in taken
+    assert crossing.STACK_OFFSET + crossing.STACK_SIZE not in taken
 
 
 def test_gate_data_lies_clear_of_the_crossing_area() -> None:
-    for offset in (layout.GATE_LIST_OFFSET, layout.GATE_DATA_OFFSET):
+    for offset in (crossing.GATE_LIST_OFFSET, crossing.GATE_DATA_OFFSET):
         assert offset % 0x1000 == 0
         assert offset + 0x1000 <= 0
-        assert layout.CROSSING_MIN_GVA + offset >= 4 << 30
-    assert layout.GATE_LIST_OFFSET != layout.GATE_DATA_OFFSET
+        assert crossing.CROSSING_MIN_GVA + offset >= 4 << 30
+    assert crossing.GATE_LIST_OFFSET != crossing.GATE_DATA_OFFSET
 
 
 def test_private_range() -> None:
-    assert layout.PRIVATE_GPA_FIRST == 256 << 30
-    assert layout.PRIVATE_GPA_END <= 1 << 39  # what a client processor can address
-    assert layout.RAM_LIMIT_GPA <= layout.PRIVATE_GPA_FIRST
-    for base in (layout.SUB_PRIVATE_GPA, layout.GATE_PRIVATE_GPA):
-        assert layout.PRIVATE_GPA_FIRST <= base < layout.PRIVATE_GPA_END
-        assert base % layout.CROSSING_ALIGN == 0
+    assert crossing.PRIVATE_GPA_FIRST == 256 << 30
+    assert crossing.PRIVATE_GPA_END <= 1 << 39  # what a client processor can address
+    assert layout.RAM_LIMIT_GPA <= crossing.PRIVATE_GPA_FIRST
+    for base in (crossing.SUB_PRIVATE_GPA, crossing.GATE_PRIVATE_GPA):
+        assert crossing.PRIVATE_GPA_FIRST <= base < crossing.PRIVATE_GPA_END
+        assert base % crossing.CROSSING_ALIGN == 0
     # 64 GiB of shared memory and windows lie below the gate's pages.
-    assert layout.GATE_PRIVATE_GPA - layout.SUB_PRIVATE_GPA == 64 << 30
+    assert crossing.GATE_PRIVATE_GPA - crossing.SUB_PRIVATE_GPA == 64 << 30
 
 
 def test_bare_guest_areas_follow_each_other() -> None:
@@ -84,6 +86,6 @@ def test_bare_guest_areas_follow_each_other() -> None:
     ]
     for (start, size), (following, _) in pairwise(areas):
         assert start + size <= following
-    assert layout.RX_LOG_GPA + layout.RX_LOG_SIZE <= layout.RAM_SIZE < layout.IDENTITY_MAP_GPA
-    assert layout.KVM_TSS_GPA + 3 * 0x1000 <= layout.WINDOW_GPA
+    assert layout.RX_LOG_GPA + layout.RX_LOG_SIZE <= layout.RAM_SIZE < kvm_pages.IDENTITY_MAP_GPA
+    assert kvm_pages.KVM_TSS_GPA + 3 * 0x1000 <= layout.WINDOW_GPA
     assert layout.WINDOW_GPA < layout.DIRECT_GPA < layout.RAM_LIMIT_GPA

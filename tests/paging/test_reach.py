@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pykvm.memory import layout
-from pykvm.paging.apt import fill_anywhere
+from pykvm.elisa import crossing
+from pykvm.paging.anywhere_page_table import fill_anywhere
 from pykvm.paging.entries import EPTP, Access, EptEntry, X86Entry
 from pykvm.paging.reach import Reach, reachable_from
 from pykvm.paging.tables import PageTables, TableAddresses, TableNumbers
@@ -20,7 +20,7 @@ from pykvm.paging.walk import walk_nested
 pytestmark = pytest.mark.unit
 
 R, W, X, U = Access.READ, Access.WRITE, Access.EXECUTE, Access.USER
-PRIVATE = (layout.PRIVATE_GPA_FIRST, layout.PRIVATE_GPA_END)
+PRIVATE = (crossing.PRIVATE_GPA_FIRST, crossing.PRIVATE_GPA_END)
 
 CODE, LIST, DATA, TABLES = 0, 1, 2, 3  # page numbers of a gate context
 
@@ -49,16 +49,16 @@ class Gate:
 
 
 def _gate(
-    list_words: list[int], *, base: int = layout.CROSSING_GVA, exclude: tuple[int, int] = PRIVATE
+    list_words: list[int], *, base: int = crossing.CROSSING_GVA, exclude: tuple[int, int] = PRIVATE
 ) -> Gate:
-    private = layout.GATE_PRIVATE_GPA
+    private = crossing.GATE_PRIVATE_GPA
     places = [
-        (layout.GATE_OFFSET, private + 0x1000, CODE, R | X),
-        (layout.GATE_LIST_OFFSET, private + 0x4000, LIST, R | W),
-        (layout.GATE_DATA_OFFSET, private + 0x5000, DATA, R),
+        (crossing.GATE_OFFSET, private + 0x1000, CODE, R | X),
+        (crossing.GATE_LIST_OFFSET, private + 0x4000, LIST, R | W),
+        (crossing.GATE_DATA_OFFSET, private + 0x5000, DATA, R),
     ]
-    root = private + layout.PRIVATE_TABLES_OFFSET
-    guest = PageTables(X86Entry, TableAddresses(root, layout.PRIVATE_TABLES_SIZE))
+    root = private + crossing.PRIVATE_TABLES_OFFSET
+    guest = PageTables(X86Entry, TableAddresses(root, crossing.PRIVATE_TABLES_SIZE))
     ept = PageTables(EptEntry, TableNumbers())
     for offset, gpa, page, access in places:
         guest.map(base + offset, gpa, 4096, access | R | X)
@@ -84,8 +84,8 @@ def test_gate_reaches_no_code_from_its_own_pages(frames: list[int]) -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.integers(3, (1 << 26) - 2))
 def test_other_crossing_bases(block: int) -> None:
-    base = block * layout.CROSSING_ALIGN + (layout.CROSSING_MIN_GVA & ~0x1FFFFF)
-    if base < (1 << 47) - layout.CROSSING_ALIGN:
+    base = block * crossing.CROSSING_ALIGN + (crossing.CROSSING_MIN_GVA & ~0x1FFFFF)
+    if base < (1 << 47) - crossing.CROSSING_ALIGN:
         assert _gate([], base=base).executable() == []
 
 
@@ -97,9 +97,9 @@ def test_from_anywhere_else_exactly_the_gate_page_can_be_executed() -> None:
     for cr3 in [*outside, gate.root]:
         found = [reach for reach in gate.reach(cr3) if reach.access & X]
         assert [(reach.gva, reach.size, reach.page, reach.access) for reach in found] == [
-            (layout.CROSSING_GVA + layout.GATE_OFFSET, 4096, CODE, R | X)
+            (crossing.CROSSING_GVA + crossing.GATE_OFFSET, 4096, CODE, R | X)
         ]
-    inside = [PRIVATE[0], layout.SUB_PRIVATE_GPA + 0x1000, PRIVATE[1] - 4096]
+    inside = [PRIVATE[0], crossing.SUB_PRIVATE_GPA + 0x1000, PRIVATE[1] - 4096]
     for cr3 in inside:
         assert gate.reach(cr3) == []
 
@@ -107,11 +107,11 @@ def test_from_anywhere_else_exactly_the_gate_page_can_be_executed() -> None:
 def test_control_a_list_page_that_names_a_table_leads_to_code() -> None:
     """The check is able to fail: a present entry in the list page that names the PDPT."""
     gate = _gate([])
-    tables = layout.GATE_PRIVATE_GPA + layout.PRIVATE_TABLES_OFFSET
-    pdpt = gate.pages[TABLES][layout.CROSSING_GVA >> 39 & 511] & ~0xFFF
+    tables = crossing.GATE_PRIVATE_GPA + crossing.PRIVATE_TABLES_OFFSET
+    pdpt = gate.pages[TABLES][crossing.CROSSING_GVA >> 39 & 511] & ~0xFFF
     assert tables < pdpt < tables + 0x10000
     gate.pages[LIST][17] = pdpt | 1
-    list_gpa = layout.GATE_PRIVATE_GPA + 0x4000
+    list_gpa = crossing.GATE_PRIVATE_GPA + 0x4000
     found = gate.executable()
     assert (list_gpa, CODE) in [(cr3, reach.page) for cr3, reach in found]
     for cr3, reach in found:
@@ -123,7 +123,7 @@ def test_control_a_list_page_that_names_a_table_leads_to_code() -> None:
 def test_control_without_the_excluded_range_private_gpas_pass_the_gate() -> None:
     """Why I3 is needed: filled everywhere, the gate lets in a CR3 that names the sub context's."""
     gate = _gate([], exclude=(0, 0))
-    found = gate.reach(layout.SUB_PRIVATE_GPA + layout.SHARED_OFFSET)
+    found = gate.reach(crossing.SUB_PRIVATE_GPA + crossing.SHARED_OFFSET)
     assert [reach.page for reach in found if reach.access & X] == [CODE]
 
 

@@ -13,9 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pykvm.paging.apt import fill_anywhere
+from pykvm.paging.anywhere_page_table import fill_anywhere
 from pykvm.paging.entries import (
-    PAGE_SIZE,
     SIZE_1G,
     SIZE_2M,
     SIZE_4K,
@@ -35,6 +34,7 @@ from pykvm.paging.tables import (
     TableLimitError,
     TableNumbers,
 )
+from pykvm.sizes import PAGE_SIZE
 
 pytestmark = pytest.mark.unit
 

@@ -8,7 +8,7 @@ from array import array
 import pytest
 
 from pykvm.memory.guest_memory import GuestMemory
-from pykvm.paging.apt import fill_anywhere
+from pykvm.paging.anywhere_page_table import fill_anywhere
 from pykvm.paging.entries import SIZE_1G, SIZE_2M, Access, EptEntry, X86Entry
 from pykvm.paging.tables import PageTables, TableAddresses, TableNumbers
 from pykvm.paging.walk import Span, walk, walk_nested

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from pykvm.host.kernel_series import SERIES
+from pykvm.kernel.series import SERIES
 from pykvm.testbed import Testbed
 
 pytestmark = pytest.mark.testbed
 
 _LOOK = (
     "import os, platform, sys\n"
-    "from pykvm.host import modules\n"
+    "from pykvm.kernel import modules\n"
     "from pykvm.kvm import Kvm\n"
     "with Kvm() as kvm, kvm.create_vm() as vm, vm.create_vcpu(0): pass\n"
     "found = modules.status()\n"

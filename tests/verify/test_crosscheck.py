@@ -2,9 +2,9 @@
 
 import pytest
 
-from pykvm.boot.compiler import GUEST_SOURCES
 from pykvm.elisa.protections import Protection
-from pykvm.elisa.toolchain import build_object, crossing_images
+from pykvm.elisa.trusted_images import build_object, crossing_images
+from pykvm.toolchain.compiler import GUEST_SOURCES
 from pykvm.verify.crosscheck import check_gate, check_sub
 from pykvm.verify.gate import prove_gate
 from pykvm.verify.roots import check_roots

@@ -6,12 +6,12 @@ that a changed source cannot make one vacuous.
 
 import pytest
 
-from pykvm.boot.compiler import GUEST_SOURCES
+from pykvm.elisa import crossing
 from pykvm.elisa.object_code import VMFUNC
 from pykvm.elisa.protections import Protection
-from pykvm.elisa.toolchain import ImagePart, SubImage, build_object, crossing_images
-from pykvm.memory import layout
-from pykvm.paging.entries import PAGE_SIZE
+from pykvm.elisa.trusted_images import ImagePart, SubImage, build_object, crossing_images
+from pykvm.sizes import PAGE_SIZE
+from pykvm.toolchain.compiler import GUEST_SOURCES
 from pykvm.verify.decode import Page
 from pykvm.verify.explore import Finding, Symptom
 from pykvm.verify.gate import prove_gate
@@ -20,7 +20,7 @@ from pykvm.verify.sub import prove_sub
 
 pytestmark = pytest.mark.unit
 
-GATE = layout.GATE_OFFSET
+GATE = crossing.GATE_OFFSET
 NOP = b"\x90"
 
 
@@ -101,13 +101,13 @@ def test_a_build_without_the_check() -> None:
 @pytest.mark.parametrize("slot", [0, 2])
 def test_the_wrong_slot_compared(gate: Planter, slot: int) -> None:
     """Another slot is loaded for the comparison: a guest's value in slot 1 goes through."""
-    wanted = layout.GATE_LIST_OFFSET + 8 * slot - gate.load_slot.end
+    wanted = crossing.GATE_LIST_OFFSET + 8 * slot - gate.load_slot.end
     code = gate.page[gate.load_slot.offset - GATE :][:3] + wanted.to_bytes(4, "little", signed=True)
     assert Symptom.FORGED in gate_symptoms(gate.put(gate.load_slot.offset, code))
 
 
 def test_the_data_page_compared_with_itself(gate: Planter) -> None:
-    wanted = layout.GATE_DATA_OFFSET - gate.load_slot.end
+    wanted = crossing.GATE_DATA_OFFSET - gate.load_slot.end
     code = gate.page[gate.load_slot.offset - GATE :][:3] + wanted.to_bytes(4, "little", signed=True)
     assert Symptom.FORGED in gate_symptoms(gate.put(gate.load_slot.offset, code))
 
@@ -204,7 +204,7 @@ def with_page(built: SubImage, change: bytes, at: int) -> SubImage:
     parts = []
     for part in built.parts:
         data = part.data
-        if part.offset == layout.SUB_ENTRY_OFFSET:
+        if part.offset == crossing.SUB_ENTRY_OFFSET:
             data = data[:at] + change + data[at + len(change) :]
             assert data != part.data
             assert len(data) == len(part.data)
@@ -246,13 +246,13 @@ def test_flags_of_the_guest() -> None:
 def test_something_before_the_slot_is_cleared() -> None:
     """The first two instructions swapped: one that stores RSP, and the one that clears."""
     built = image(False)
-    page = next(p.data for p in built.parts if p.offset == layout.SUB_ENTRY_OFFSET)
-    code = Page(layout.SUB_ENTRY_OFFSET, page)
-    first = code.at(layout.SUB_ENTRY_OFFSET)
+    page = next(p.data for p in built.parts if p.offset == crossing.SUB_ENTRY_OFFSET)
+    code = Page(crossing.SUB_ENTRY_OFFSET, page)
+    first = code.at(crossing.SUB_ENTRY_OFFSET)
     second = code.at(first.end)
     moved = bytearray()
     for one, other in ((second, first), (first, second)):
-        start = one.offset - layout.SUB_ENTRY_OFFSET
+        start = one.offset - crossing.SUB_ENTRY_OFFSET
         raw = bytearray(page[start : start + one.length])
         # RIP-relative operands keep their targets: the displacement moves with the instruction.
         at = one.length - (8 if one is first else 4)
@@ -267,15 +267,15 @@ def test_something_before_the_slot_is_cleared() -> None:
 def test_each_register_left_on_the_return(user: bool) -> None:
     """Every instruction between the call and the VMFUNC is needed."""
     built = image(user)
-    page = next(p.data for p in built.parts if p.offset == layout.SUB_ENTRY_OFFSET)
-    code = Page(layout.SUB_ENTRY_OFFSET, page)
+    page = next(p.data for p in built.parts if p.offset == crossing.SUB_ENTRY_OFFSET)
+    code = Page(crossing.SUB_ENTRY_OFFSET, page)
     (back,) = prove_sub(built, user=user).returns
     tried = 0
     for offset in back.state.trace[:-1]:
         one = code.at(offset)
         if one.text.startswith("mov %rax"):
             continue  # without it the result is lost, which harms nobody
-        changed = with_page(built, NOP * one.length, offset - layout.SUB_ENTRY_OFFSET)
+        changed = with_page(built, NOP * one.length, offset - crossing.SUB_ENTRY_OFFSET)
         assert sub_symptoms(changed, user), one.text
         tried += 1
     assert tried >= 9

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from pykvm.boot.bare import BareGuest
 from pykvm.elisa.objects import ObjectInstance
 from pykvm.kvm import Kvm
-from tests.elisa.spinning import event_guest, spin_object
+from pykvm.machine.bare.guest import BareGuest
+from tests.rigs.spinning import event_guest, spin_object
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 import pytest
 
-from pykvm.boot.bare import BareGuest
 from pykvm.elisa.objects import ObjectInstance
 from pykvm.kvm import Kvm, Stats
-from pykvm.memory import layout
-from tests.elisa.interrupts import (
+from pykvm.machine.bare import layout
+from pykvm.machine.bare.guest import BareGuest
+from tests.rigs.interrupts import (
     ASSERT_LEVEL,
     EVENTS,
     INIT_DELIVERY,
@@ -20,7 +20,7 @@ from tests.elisa.interrupts import (
     send_ipi,
     signal,
 )
-from tests.elisa.probe import (
+from tests.rigs.probe import (
     Event,
     Probe,
     Step,
@@ -33,7 +33,7 @@ from tests.elisa.probe import (
     prepare,
     results,
 )
-from tests.elisa.spinning import (
+from tests.rigs.spinning import (
     CROSSING_AREA,
     ENTRY_PAGE,
     LONG,

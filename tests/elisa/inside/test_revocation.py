@@ -6,15 +6,16 @@ import time
 
 import pytest
 
-from pykvm.boot.bare import BareGuest
+from pykvm.elisa import crossing
 from pykvm.elisa.objects import ObjectInstance
 from pykvm.kvm import ElisaExit, Exit, IoctlError, Kvm, UnexpectedExitError, lib
-from pykvm.memory import layout
-from tests.elisa.child import CAP_SYS_ADMIN, in_child
-from tests.elisa.context_requests import Machine, good, revoke, set_slot
-from tests.elisa.host_state import host_state, locked_kib, nothing_stays, pinned_pages
-from tests.elisa.interrupts import signal
-from tests.elisa.probe import (
+from pykvm.machine.bare import layout
+from pykvm.machine.bare.guest import BareGuest
+from tests.rigs.child import CAP_SYS_ADMIN, in_child
+from tests.rigs.context_requests import Machine, good, revoke, set_slot
+from tests.rigs.host_state import host_state, locked_kib, nothing_stays, pinned_pages
+from tests.rigs.interrupts import signal
+from tests.rigs.probe import (
     Probe,
     Step,
     What,
@@ -26,7 +27,7 @@ from tests.elisa.probe import (
     results,
     run,
 )
-from tests.elisa.spinning import LONG, C, Spin, event_guest, spin_object, wait_for
+from tests.rigs.spinning import LONG, C, Spin, event_guest, spin_object, wait_for
 
 pytestmark = pytest.mark.elisa
 
@@ -57,7 +58,7 @@ def check_revoked(exit: Exit, slot: int) -> None:
         lib.KVM_ELISA_AT_SUB,
         slot,
     )
-    assert C < exit.rip < C + layout.SHARED_OFFSET
+    assert C < exit.rip < C + crossing.SHARED_OFFSET
     assert "revoked context in the sub context" in str(exit)
 
 

@@ -5,12 +5,12 @@ The VMM is trusted, but what it asks for must not open a way that a guest could 
 
 import pytest
 
-from pykvm.boot.bare import BareGuest
 from pykvm.elisa.objects import ObjectInstance
 from pykvm.kvm import ElisaExit, UnexpectedExitError, lib
-from tests.elisa.interrupts import VECTOR
-from tests.elisa.probe import attach, calls, events, events_taken, give, results
-from tests.elisa.spinning import LONG, RETURN_PAGE, Spin
+from pykvm.machine.bare.guest import BareGuest
+from tests.rigs.interrupts import VECTOR
+from tests.rigs.probe import attach, calls, events, events_taken, give, results
+from tests.rigs.spinning import LONG, RETURN_PAGE, Spin
 
 pytestmark = pytest.mark.elisa
 

@@ -2,11 +2,11 @@
 
 import pytest
 
-from pykvm.boot.bare import BareGuest
 from pykvm.elisa.objects import ObjectInstance
-from tests.elisa.probe import attach, calls, give, results
-from tests.elisa.smram import IN_HANDLER, smram
-from tests.elisa.spinning import LONG, RETURN_PAGE, Spin
+from pykvm.machine.bare.guest import BareGuest
+from tests.rigs.probe import attach, calls, give, results
+from tests.rigs.smram import IN_HANDLER, smram
+from tests.rigs.spinning import LONG, RETURN_PAGE, Spin
 
 pytestmark = pytest.mark.elisa
 

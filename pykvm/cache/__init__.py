@@ -1,0 +1,139 @@
+"""Built parts, kept by the content of what they were built from.
+
+An entry is a directory named by a hash of all its inputs, so it never goes stale: other inputs
+are another entry. It is built under a temporary name and renamed when complete, and a lock per
+entry lets several processes ask for the same one. Its time is that of its last use, by which
+`pykvm.cache.pruning` removes what nobody wants any more.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+from pykvm.errors import PykvmError
+
+__all__ = ["CacheError", "entry", "key", "lock_entry", "log_path", "root"]
+
+_CHUNK = 1 << 20
+
+
+class CacheError(PykvmError):
+    """The cache directory cannot be written."""
+
+
+def root() -> Path:
+    """The cache directory: `$PYKVM_CACHE`, else `$XDG_CACHE_HOME/pykvm`, else `~/.cache/pykvm`."""
+    if explicit := os.environ.get("PYKVM_CACHE"):
+        return Path(explicit).absolute()
+    if xdg := os.environ.get("XDG_CACHE_HOME"):
+        return Path(xdg).absolute() / "pykvm"
+    return Path.home() / ".cache" / "pykvm"
+
+
+def key(*inputs: bytes | str | int | Path) -> str:
+    """Hash `inputs` into a key of 32 hexadecimal digits; a `Path` stands for its file's content.
+
+    Every input is hashed with its length and kind, so that neighbours cannot run together.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for item in inputs:
+        if isinstance(item, Path):
+            digest.update(b"file %d\0" % item.stat().st_size)
+            with item.open("rb") as file:
+                while chunk := file.read(_CHUNK):
+                    digest.update(chunk)
+        else:
+            data = item if isinstance(item, bytes) else str(item).encode()
+            digest.update(b"%s %d\0" % (type(item).__name__.encode(), len(data)))
+            digest.update(data)
+    return digest.hexdigest()[:32]
+
+
+def entry(kind: str, key: str, build: Callable[[Path], None]) -> Path:
+    """The entry `key` of this `kind`, built first if it is not there.
+
+    `build` gets an empty directory to fill. If it raises, nothing is kept and the next caller
+    starts anew. The result is shared: treat it as read-only.
+
+    Raises:
+        CacheError: the cache directory cannot be created or written.
+        Whatever `build` raises.
+    """
+    final = root() / kind / key
+    try:
+        lock = lock_entry(final)
+    except OSError as error:
+        if final.is_dir():  # a cache that we may only read; it appeared by rename, so it is whole
+            return final
+        raise _unwritable(error) from error
+    with lock:
+        if not final.is_dir():
+            _build(final, build)
+        with contextlib.suppress(OSError):  # somebody else's
+            os.utime(final)
+    return final
+
+
+def lock_entry(entry: Path, *, wait: bool = True) -> TextIO:
+    """Lock `entry`, which need not exist; closing the returned file gives the lock up.
+
+    Raises:
+        BlockingIOError: another process has it, and we are not to wait.
+        OSError: the cache directory cannot be written.
+    """
+    path = entry.with_name(f".{entry.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    how = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
+    while True:
+        lock = path.open("w")
+        try:
+            fcntl.flock(lock, how)
+            # Pruning removes the lock of an entry along with it: that file locks nothing more.
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                return lock
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            lock.close()
+            raise
+        lock.close()
+
+
+def _build(final: Path, build: Callable[[Path], None]) -> None:
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a builder that was killed
+    partial.mkdir()
+    try:
+        build(partial)
+        partial.rename(final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def log_path(name: str) -> Path:
+    """Where the log `name` of a failed build is kept; the directory exists afterwards.
+
+    Raises:
+        CacheError: the directory cannot be created.
+    """
+    directory = root() / "logs"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(error) from error
+    return directory / f"{name}.log"
+
+
+def _unwritable(error: OSError) -> CacheError:
+    return CacheError(
+        f"cannot write the cache at {root()} ({error.strerror}); "
+        "set PYKVM_CACHE to a directory that you may write"
+    )

@@ -1,0 +1,1 @@
+"""The patched KVM: kernel series, packages, the build, loading, and KVM's selftests."""

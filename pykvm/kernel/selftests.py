@@ -1,0 +1,115 @@
+"""Build KVM's own selftests from the distribution's source of a kernel series.
+
+They are `tools/testing/selftests/kvm` of the kernel, with its headers as it would install them.
+They need no kernel tree when they run, only the C library that this machine links them with.
+"""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from pykvm import cache
+from pykvm.errors import PykvmError
+from pykvm.kernel import make as kernel_make
+from pykvm.kernel.packages import Source
+
+__all__ = ["SelftestsFailed", "build", "programs"]
+
+_SELFTESTS = "tools/testing/selftests"
+
+# What `make headers` and the selftests read.
+_UNPACKED = (
+    "Kbuild",
+    "Kconfig",
+    "Makefile",
+    "arch/x86/Makefile*",
+    "arch/x86/entry/syscalls",
+    "arch/x86/include",
+    "arch/x86/tools",
+    "include/asm-generic",
+    "include/uapi",
+    "scripts",
+    "tools/arch/x86",
+    "tools/build",
+    "tools/include",
+    "tools/lib/*.c",
+    "tools/scripts",
+    f"{_SELFTESTS}/*.h",
+    f"{_SELFTESTS}/*.mk",
+    f"{_SELFTESTS}/kselftest",
+    f"{_SELFTESTS}/kvm",
+    f"{_SELFTESTS}/rseq",
+    "usr/include/Makefile",
+    "usr/include/headers_check.pl",
+)
+
+# Slips of a stable series, each by its cure on the compiler's command line. 6.1.192: the stable
+# updates brought dirty_log_test a macro that was called ASSERT_EQ before 6.7, and <asm/kvm.h> a
+# macro of <linux/stddef.h>, which steal_time.c includes only afterwards.
+_CURES = {"6.1": "-DTEST_ASSERT_EQ=ASSERT_EQ -include linux/stddef.h"}
+
+# Prints the programs' names, which the Makefile gives as paths below $(OUTPUT).
+_LIST = "pykvm-list: ; @printf '%s\\n' $(patsubst $(OUTPUT)/%,%,$(TEST_GEN_PROGS))"
+
+
+class SelftestsFailed(PykvmError):
+    """The selftests cannot be unpacked, or do not compile."""
+
+
+def build(source: Source) -> Path:
+    """The directory with the selftests of `source`; `programs` lists them.
+
+    Raises:
+        SelftestsFailed: they cannot be unpacked, or one of them does not compile.
+    """
+    stat = source.tarball.stat()
+    cures = _CURES.get(source.series, "")
+    key = cache.key(source.package, stat.st_size, stat.st_mtime_ns, cures, Path(__file__))
+    return cache.entry("kvm-selftests", key, lambda out: _build_into(out, source, cures))
+
+
+def programs(selftests: Path) -> list[str]:
+    """Names of the programs below `selftests`, such as `x86_64/cpuid_test`, sorted."""
+    return sorted((selftests / "programs").read_text().split())
+
+
+def _build_into(out: Path, source: Source, cures: str) -> None:
+    log = cache.log_path(f"kvm-selftests-{source.series}")
+    log.write_text("")
+    tree = out / "tree"  # inside `out`, so that the cache removes it whatever happens
+    tree.mkdir()
+    top = f"linux-source-{source.series}"
+    command = ["tar", "-xJf", str(source.tarball), "-C", str(tree), "--strip-components=1"]
+    command += ["--wildcards", *(f"{top}/{member}" for member in _UNPACKED)]
+    if kernel_make.run(command, tree, log) != 0:
+        raise SelftestsFailed(
+            f"cannot unpack the selftests from {source.tarball}, see {log}; "
+            f"type: apt-get install --reinstall linux-source-{source.series}"
+        )
+    jobs = f"-j{len(os.sched_getaffinity(0))}"
+    tests = tree / _SELFTESTS / "kvm"
+    make = ["make", "ARCH=x86_64", "CC=gcc"]
+    flags = [f"KHDR_INCLUDES=-isystem {tree}/usr/include", f"EXTRA_CFLAGS={cures}"]
+    if (
+        kernel_make.run(["make", "ARCH=x86", jobs, "headers"], tree, log) != 0
+        or kernel_make.run([*make, *flags, jobs, "all"], tests, log) != 0
+    ):
+        raise SelftestsFailed(
+            f"KVM's selftests of Linux {source.series} do not compile; read {log}"
+        )
+    listed = subprocess.run(
+        [*make, "-s", "--eval", _LIST, "pykvm-list"],
+        cwd=tests,
+        env=kernel_make.environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    for name in listed:
+        (out / name).parent.mkdir(exist_ok=True)
+        # Stripped, since what runs on the emulated host is read from an emulated disc.
+        if kernel_make.run(["strip", "-o", str(out / name), str(tests / name)], out, log) != 0:
+            raise SelftestsFailed(f"the selftest {name} was not built; read {log}")
+    (out / "programs").write_text("".join(f"{name}\n" for name in listed))
+    shutil.rmtree(tree)

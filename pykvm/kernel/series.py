@@ -1,0 +1,237 @@
+"""The kernel series that there is a patch for, and the kernels of them that Debian has.
+
+Where headers and source of one kernel are installed, they are used. Otherwise both are fetched
+as packages and unpacked into the cache: installing the headers of a newer series would bring its
+whole kernel along, and a boot menu entry for it.
+"""
+
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pykvm import cache
+from pykvm.errors import PykvmError
+from pykvm.host import debian_packages
+from pykvm.kernel import packages as kernel_packages
+
+__all__ = [
+    "DEFAULT_SERIES",
+    "SERIES",
+    "HostKernel",
+    "KernelMissing",
+    "SeriesUnknown",
+    "find_kernel",
+    "newest_kernel",
+    "packages_directory",
+    "place",
+]
+
+SERIES = ("6.1", "6.12")
+DEFAULT_SERIES = "6.1"
+
+# Small, and everything that the emulated host needs is in it.
+_FLAVOUR = "cloud-amd64"
+
+# 6.1.0-56-cloud-amd64, 6.12.117+deb12-cloud-amd64: upstream version and Debian's count, flavour.
+_RELEASE = re.compile(r"(?P<abi>(?P<series>\d+\.\d+)\.\d+(?:-\d+|\+\w+))-(?P<flavour>\S+)")
+
+
+class KernelMissing(PykvmError):
+    """Debian has no kernel with matching headers and source, as far as this machine knows."""
+
+
+class SeriesUnknown(PykvmError):
+    """There is no patch for this series."""
+
+
+@dataclass(frozen=True)
+class HostKernel:
+    """One kernel of the distribution, with headers and source of the same version.
+
+    Attributes:
+        series: "6.1".
+        release: What `uname -r` says on it, "6.1.0-56-cloud-amd64".
+        package: Version of its Debian packages, "6.1.192-2".
+        installed: Whether headers and source are installed, and need not be fetched.
+    """
+
+    series: str
+    release: str
+    package: str
+    installed: bool
+
+
+def newest_kernel(series: str = DEFAULT_SERIES) -> HostKernel:
+    """The newest cloud kernel of `series`: an installed one if there is any, else apt's.
+
+    Raises:
+        SeriesUnknown: `series` is none of `SERIES`.
+        KernelMissing: there is none.
+    """
+    if series not in SERIES:
+        raise SeriesUnknown(f"no KVM patch for Linux {series}, only for: {', '.join(SERIES)}")
+    for release in reversed(kernel_packages.installed_headers()):
+        match = _RELEASE.fullmatch(release)
+        if not match or match["series"] != series or match["flavour"] != _FLAVOUR:
+            continue
+        if package := _installed(release, series):
+            return HostKernel(series, release, package, installed=True)
+    for known in _known_to_apt(series):
+        if known.release.endswith(f"-{_FLAVOUR}"):
+            return known
+    raise KernelMissing(
+        f"Debian has no cloud kernel of the {series} series with headers and source of one "
+        "version, as far as this machine knows; run: apt-get update"
+    )
+
+
+def find_kernel(release: str) -> HostKernel | None:
+    """The kernel called `release`, if its headers and source are installed or apt has them."""
+    match = _RELEASE.fullmatch(release)
+    if match is None:
+        return None
+    series = match["series"]
+    if package := _installed(release, series):
+        return HostKernel(series, release, package, installed=True)
+    known = (kernel for kernel in _known_to_apt(series) if kernel.release == release)
+    return next(known, None)
+
+
+def place(release: str) -> Path:
+    """Where headers and source of `release` are, fetched if need be.
+
+    Where neither knows the kernel it is where they would be installed, so that what is missing
+    there can be named.
+
+    Raises:
+        PackageError: see `packages_directory`.
+    """
+    kernel = find_kernel(release)
+    return kernel_packages.SRC if kernel is None else packages_directory(kernel)
+
+
+def packages_directory(kernel: HostKernel) -> Path:
+    """The directory with the headers and the source of `kernel`, as `/usr/src` has them.
+
+    Raises:
+        PackageError: a package cannot be fetched.
+    """
+    if kernel.installed:
+        return kernel_packages.SRC
+
+    def build(directory: Path) -> None:
+        names = _headers_of(kernel.release)
+        names += [_kbuild(kernel.release, kernel.package), f"linux-source-{kernel.series}"]
+        for name in names:
+            package = debian_packages.exact(name, kernel.package)
+            (archive,) = debian_packages.fetch([package])
+            debian_packages.unpack(archive, directory)
+            archive.unlink()  # the source is large, and nobody wants the archive again
+        # One line that includes the Makefile of the part that all flavours share, by a path
+        # that holds only where the packages are installed.
+        makefile = directory / f"usr/src/linux-headers-{kernel.release}/Makefile"
+        makefile.write_text(makefile.read_text().replace("include /usr/src/", "include ../"))
+
+    key = cache.key("headers and source", kernel.release, kernel.package)
+    return cache.entry("kernel-packages", key, build) / "usr/src"
+
+
+def _installed(release: str, series: str) -> str:
+    """Version of the installed packages of `release`; empty if one is missing or another's."""
+    if release not in kernel_packages.installed_headers():
+        return ""
+    try:
+        headers = kernel_packages.find_headers(release)
+        source = kernel_packages.find_source(series)
+    except PykvmError:
+        return ""
+    return headers.package if headers.package == source.package else ""
+
+
+def _known_to_apt(series: str) -> list[HostKernel]:
+    """Every kernel of `series` that apt has all packages of, newest first.
+
+    Kept until the machine's package lists change, because asking apt takes a second.
+    """
+
+    def ask(directory: Path) -> None:
+        found = [(each.release, each.package) for each in _ask_apt(series)]
+        (directory / "kernels.json").write_text(json.dumps(found, indent=1))
+
+    key = cache.key("kernels", series, debian_packages.lists_fingerprint(), Path(__file__))
+    kept = cache.entry("kernel-lists", key, ask) / "kernels.json"
+    rows = json.loads(kept.read_text())
+    return [HostKernel(series, release, package, installed=False) for release, package in rows]
+
+
+def _ask_apt(series: str) -> Iterator[HostKernel]:
+    names = _apt_cache("pkgnames", "linux-").split()
+    headers = [name for name in names if name.startswith(f"linux-headers-{series}.")]
+    releases = [name.removeprefix("linux-headers-") for name in headers]
+    releases = [name for name in releases if _RELEASE.fullmatch(name) and "common" not in name]
+    releases.sort(key=kernel_packages.by_number, reverse=True)
+    source = f"linux-source-{series}"
+    images = [name for name in names if name.startswith(f"linux-image-{series}.")]
+    kbuilds = [name for name in names if name.startswith("linux-kbuild-")]
+    versions = _versions([*headers, *images, *kbuilds, source])
+    for release in releases:
+        for package in _newest_first(versions.get(f"linux-headers-{release}", set())):
+            image = f"linux-image-{release}"
+            alternatives = [
+                *([name] for name in (*_headers_of(release), source)),
+                [image, f"{image}-unsigned"],
+                _kbuild_names(release),
+            ]
+            if all(
+                any(package in versions.get(name, ()) for name in names) for names in alternatives
+            ):
+                yield HostKernel(series, release, package, installed=False)
+
+
+def _headers_of(release: str) -> list[str]:
+    shared = "common-rt" if "-rt-" in release else "common"
+    return [f"linux-headers-{release}", f"linux-headers-{_abi(release)}-{shared}"]
+
+
+def _kbuild_names(release: str) -> list[str]:
+    # One for each version since Debian 13's kernels, one for the series before.
+    abi = _abi(release)
+    return [f"linux-kbuild-{abi}", f"linux-kbuild-{'.'.join(abi.split('.')[:2])}"]
+
+
+def _kbuild(release: str, package: str) -> str:
+    names = _kbuild_names(release)
+    versions = _versions(names)
+    return next((name for name in names if package in versions.get(name, ())), names[0])
+
+
+def _abi(release: str) -> str:
+    match = _RELEASE.fullmatch(release)
+    return match["abi"] if match else release
+
+
+def _versions(names: list[str]) -> dict[str, set[str]]:
+    """The versions of each of the packages `names` that apt has."""
+    found: dict[str, set[str]] = {}
+    for line in _apt_cache("madison", *names).splitlines():
+        name, version, origin = (field.strip() for field in line.split("|", 2))
+        if origin.endswith("Packages"):
+            found.setdefault(name, set()).add(version)
+    return found
+
+
+def _newest_first(versions: set[str]) -> list[str]:
+    return sorted(versions, key=kernel_packages.by_number, reverse=True)
+
+
+def _apt_cache(*arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            ["apt-cache", *arguments], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return ""
+    return done.stdout

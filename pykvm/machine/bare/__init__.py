@@ -1,0 +1,1 @@
+"""Bare-metal guests: one program on one vCPU, no firmware, no kernel."""

@@ -1,0 +1,55 @@
+"""Builds bare-metal guest programs: start.S, the runtime, and a program's own sources."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from pykvm.elisa import crossing
+from pykvm.machine.bare import layout
+from pykvm.toolchain import compiler
+from pykvm.toolchain.compiler import GUEST_SOURCES
+from pykvm.toolchain.elf import ElfFile
+
+__all__ = ["GUEST_DEFINES", "GUEST_FLAGS", "build_guest"]
+
+GUEST_FLAGS: Final = ("-fno-pie",)
+"""Further compiler options: a guest is linked for one address."""
+
+GUEST_DEFINES: Final[dict[str, str | int]] = {
+    "GUEST_IMAGE_GPA": layout.IMAGE_GPA,
+    "ELISA_RETURN_OFFSET": crossing.RETURN_OFFSET,
+}
+"""The addresses that guests and their linker script know."""
+
+
+def build_guest(
+    sources: Sequence[str | Path],
+    *,
+    objects: Sequence[str | Path] = (),
+    defines: Mapping[str, str | int] | None = None,
+) -> ElfFile:
+    """Compile and link a bare-metal 64-bit guest at `layout.IMAGE_GPA`, with start.S and runtime.
+
+    Names without a directory are looked up in guest/bare. `objects` are sources of a shared object
+    to link in for direct calls, and further sources in general; they are compiled alike.
+
+    Raises:
+        SourceMissingError, CompileError, LinkError, CompilerMissingError, CacheError.
+    """
+    bare = GUEST_SOURCES / "bare"
+    paths = [bare / "start.S", bare / "runtime.c"]
+    paths += [_find(source, bare) for source in sources]
+    paths += [_find(source, GUEST_SOURCES / "objects") for source in objects]
+    image = compiler.build(
+        "bare-guest",
+        paths,
+        bare / "guest.ld",
+        flags=GUEST_FLAGS,
+        defines={**GUEST_DEFINES, **(defines or {})},
+    )
+    return ElfFile.parse(image.read_bytes(), paths[-1].stem)
+
+
+def _find(source: str | Path, directory: Path) -> Path:
+    path = Path(source)
+    return (directory / path) if path.parent == Path() and not path.is_file() else path.resolve()

@@ -1,0 +1,411 @@
+"""Bare-metal 64-bit guests: built, run, and listened to.
+
+A guest is one program from guest/bare on one vCPU, without firmware and without an operating
+system. `BareGuest.__init__` builds the machine from top to bottom in boot order::
+
+    program = CrossingProgram(calls=1000, ways=[Way.DIRECT])
+    with Kvm() as kvm, BareGuest(kvm, program) as guest:
+        status = guest.run()
+        print(guest.console, way_samples(guest.samples(), program))
+
+Whatever the guest cannot go on from is an exception: `GuestAssertionError` with file and line,
+`GuestFaultError` with the exception that it took, `UnexpectedExitError` with a report.
+"""
+
+import ctypes
+import threading
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+from pykvm import sizes
+from pykvm.closeable import Closeable
+from pykvm.elisa import crossing
+from pykvm.errors import PykvmError
+from pykvm.kvm import Io, Kvm, MpState, Stopped, Vcpu
+from pykvm.machine.bare import boot_info, layout
+from pykvm.machine.bare.boot_info import BootInfo
+from pykvm.machine.x86 import kvm_pages, long_mode
+from pykvm.memory.guest_memory import GuestMemory, MemorySlot, Region
+from pykvm.paging.entries import SIZE_2M, Access, X86Entry
+from pykvm.paging.tables import PageTables, TableAddresses
+from pykvm.sizes import PAGE_SIZE
+from pykvm.toolchain import elf
+from pykvm.toolchain.elf import ElfFile
+
+__all__ = [
+    "BareGuest",
+    "GuestAssertionError",
+    "GuestFaultError",
+    "GuestTimeoutError",
+    "ImageAddressError",
+    "InputTooLargeError",
+    "Program",
+]
+
+_READ: Final = Access.READ
+_READ_WRITE: Final = Access.READ | Access.WRITE
+_READ_EXECUTE: Final = Access.READ | Access.EXECUTE
+
+_SAMPLES_SIZE: Final = 4 * sizes.MIB
+"""Bytes for measurements, behind the frames' log."""
+
+_VECTORS: Final = {
+    0: "division error",
+    1: "debug exception",
+    3: "breakpoint",
+    6: "invalid opcode",
+    8: "double fault",
+    11: "segment not present",
+    12: "stack fault",
+    13: "general protection fault",
+    14: "page fault",
+    17: "alignment fault",
+}
+
+
+class GuestAssertionError(PykvmError):
+    """An ASSERT of a guest program failed. `file`, `line`, `expression`; `console` so far."""
+
+    def __init__(self, file: str, line: int, expression: str, values: str, console: str) -> None:
+        super().__init__(f"{file}:{line}: the guest asserts {expression}{values}")
+        self.file = file
+        self.line = line
+        self.expression = expression
+        self.console = console
+
+
+class GuestFaultError(PykvmError):
+    """A guest program took an exception. Numbers as the processor gave them."""
+
+    def __init__(self, vector: int, error_code: int, rip: int, cr2: int) -> None:
+        name = _VECTORS.get(vector, f"exception {vector}")
+        where = f", address {cr2:#x}" if vector == 14 else ""
+        super().__init__(
+            f"{name} in the guest at rip {rip:#x}, error code {error_code:#x}{where}: "
+            "disassemble its image there"
+        )
+        self.vector = vector
+        self.error_code = error_code
+        self.rip = rip
+        self.cr2 = cr2
+
+
+class GuestTimeoutError(PykvmError):
+    """A guest did not finish in time; it has been stopped."""
+
+
+class ImageAddressError(PykvmError, ValueError):
+    """A guest image with a segment outside the room for programs."""
+
+
+class InputTooLargeError(PykvmError, ValueError):
+    """More input or parameters than a guest has room for."""
+
+
+class Program(Protocol):
+    """A guest program and its parameters; an `input()` is optional."""
+
+    def image(self) -> ElfFile: ...
+    def params(self) -> list[int]: ...
+
+
+class BareGuest(Closeable):
+    """One virtual machine with one vCPU that runs one program.
+
+    memory: bytes of RAM from GPA 0, at least `layout.RAM_SIZE`. name: of its memory file.
+    contexts: objects may be attached, where this KVM can (that takes CAP_SYS_ADMIN). irqchip:
+    interrupt controllers and a local APIC in the kernel, in which a halted vCPU waits.
+
+    `info` is the page that guest and VMM share, live. `memory` is what the guest sees, `vm` and
+    `vcpu` are the handles. Attach objects and add regions before the first `run`.
+    """
+
+    def __init__(
+        self,
+        kvm: Kvm,
+        program: Program,
+        *,
+        memory: int = layout.RAM_SIZE,
+        name: str = "guest",
+        contexts: bool = True,
+        irqchip: bool = False,
+    ) -> None:
+        image = program.image()
+        # Memory, then the machine around it.
+        self.memory = GuestMemory.create(max(memory, layout.RAM_SIZE), name=name)
+        self.vm = kvm.create_vm()
+        self._console = bytearray()
+        self._slots = 0
+        self._thread: threading.Thread | None = None
+        self._outcome: int | BaseException | None = None
+        self._irqchip = irqchip
+        self._contexts = contexts and kvm.elisa_version() > 0
+        try:
+            if self._contexts:
+                self.vm.enable_elisa_contexts()
+            if irqchip:
+                self.vm.create_irqchip()
+            self.vm.set_identity_map_address(kvm_pages.IDENTITY_MAP_GPA)
+            self.vm.set_tss_address(kvm_pages.KVM_TSS_GPA)
+            for region in self.memory.regions:
+                self._set_slot(region)
+
+            # What lies in the memory: program, page tables, descriptors, the page of information.
+            self._load(image)
+            self._tables = PageTables(
+                X86Entry, TableAddresses(layout.PAGE_TABLES_GPA, layout.PAGE_TABLES_SIZE)
+            )
+            self._map_ram(image)
+            self.memory.write(layout.GDT_GPA, long_mode.descriptors())
+            self._write_info(program)
+
+            # The processor, in 64-bit mode at the image's first instruction.
+            self.vcpu = self.vm.create_vcpu(0)
+            self.start_vcpu(self.vcpu, image.entry, layout.STACK_TOP_GPA, layout.BOOT_INFO_GPA)
+            self.vcpu.console(boot_info.CONSOLE_PORT)
+        except BaseException:
+            self.close()
+            raise
+
+    # ---- before it runs ---------------------------------------------------------------------
+
+    def start_vcpu(self, vcpu: Vcpu, entry: int, stack: int, argument: int) -> None:
+        """Let a vCPU begin at `entry` in 64-bit mode, with RSP and RDI; its own is set already."""
+        cpuid = long_mode.supported_features(
+            self.vm.kvm, contexts=self._contexts, irqchip=self._irqchip
+        )
+        vcpu.set_cpuid(cpuid)
+        long_mode.enter(vcpu, self._tables.root, cpuid)
+        # Interrupts on: Bochs keeps the host's own from a guest that has them off.
+        vcpu.set_regs(rip=entry, rsp=stack, rdi=argument, rflags=0x202)
+        if self._irqchip:  # all but the first would wait for the first to start them
+            vcpu.set_mp_state(MpState.RUNNABLE)
+
+    def add_region(self, region: Region, access: Access = _READ_WRITE) -> None:
+        """Give the guest more memory, at GVA = GPA; the guest closes the region."""
+        self.memory.add(region)
+        self._set_slot(region)
+        self._tables.map(region.gpa, region.gpa, region.size, access, max_page=SIZE_2M)
+        self._tables.store(self.memory.write)
+
+    def map(self, gva: int, gpa: int, size: int, access: Access) -> None:
+        """Map `size` bytes of the guest's memory at a further GVA; multiples of 4096."""
+        self._tables.map(gva, gpa, size, access)
+        self._tables.store(self.memory.write)
+
+    def map_crossing(
+        self,
+        entry_page: bytes,
+        return_page: bytes,
+        call_offset: int,
+        *,
+        crossing_gva: int = crossing.CROSSING_GVA,
+    ) -> None:
+        """Lay the guest's own pages of the crossing around its GVA (`CrossingImages`)."""
+        for page, gpa, offset in (
+            (entry_page, layout.ENTRY_PAGE_GPA, crossing.ENTRY_OFFSET),
+            (return_page, layout.RETURN_PAGE_GPA, crossing.RETURN_OFFSET),
+        ):
+            self.memory.write(gpa, page)
+            self._tables.map(crossing_gva + offset, gpa, PAGE_SIZE, _READ_EXECUTE)
+        self._tables.store(self.memory.write)
+        self.info.elisa_call = crossing_gva + crossing.ENTRY_OFFSET + call_offset
+
+    def set_attachment(self, index: int, gate_slot: int, window: Region | None) -> None:
+        """Tell the guest of an attached object and give it the window, if there is one."""
+        attachment = self.info.attachment[index]
+        attachment.gate_slot = gate_slot
+        if window is not None:
+            self.add_region(window)
+            attachment.window = window.gpa
+            attachment.window_size = window.size
+
+    def set_direct(self, memory: Region, env: bytes) -> None:
+        """Map an object's whole memory, for calls of a copy of its code in the guest.
+
+        env: struct elisa_env with addresses in `memory`.
+        """
+        self.add_region(memory)
+        ctypes.memmove(ctypes.addressof(self.info.direct), env, len(env))
+
+    def set_input(self, data: bytes) -> None:
+        """What the program works on. Raises InputTooLargeError."""
+        if len(data) > layout.CAPTURE_SIZE:
+            raise InputTooLargeError(
+                f"{len(data)} bytes of input, a guest takes {layout.CAPTURE_SIZE}: send fewer"
+            )
+        self.memory.write(layout.CAPTURE_GPA, data)
+        self.info.input = layout.CAPTURE_GPA
+        self.info.input_size = len(data)
+
+    # ---- running ----------------------------------------------------------------------------
+
+    def run(self, on_mark: Callable[[int], object] | None = None) -> int:
+        """Run until the program finishes; return its status.
+
+        on_mark is called with the value of each mark, while the guest waits.
+
+        Raises GuestAssertionError, GuestFaultError, UnexpectedExitError; GuestTimeoutError if
+        `stop` was called.
+        """
+        while True:
+            exit = self.vcpu.run()
+            match exit:
+                case Io(port=boot_info.MARK_PORT, is_write=True):
+                    if on_mark is not None:
+                        on_mark(exit.value)
+                case Io(port=boot_info.FINISH_PORT, is_write=True):
+                    return exit.value
+                case Io(port=boot_info.FAILURE_PORT, is_write=True):
+                    raise self._failure()
+                case Stopped():
+                    raise GuestTimeoutError(f"the guest was stopped {self._where()}")
+                case _:
+                    raise self.vcpu.unexpected(exit)
+
+    def start(self, on_mark: Callable[[int], object] | None = None) -> None:
+        """`run` in a thread of its own; `wait` has the outcome."""
+        if self._thread is not None:
+            raise RuntimeError("the guest runs already: wait() for it first")
+
+        def body() -> None:
+            try:
+                self._outcome = self.run(on_mark)
+            except BaseException as error:
+                self._outcome = error
+
+        self._outcome = None
+        self._thread = threading.Thread(target=body, name="vcpu", daemon=True)
+        self._thread.start()
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The status of a started guest, after at most `timeout` seconds.
+
+        Raises what `run` raises; GuestTimeoutError if it did not finish, and stops it.
+        """
+        if self._thread is None:
+            raise RuntimeError("the guest has not been started: start() it first")
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            self.vcpu.stop()
+            self._thread.join()
+            self._thread = None
+            if isinstance(self._outcome, int):  # it finished at the last moment
+                return self._outcome
+            raise GuestTimeoutError(
+                f"the guest did not finish in {timeout} s, {self._where()}: give it more time"
+            ) from (self._outcome if isinstance(self._outcome, BaseException) else None)
+        self._thread = None
+        if isinstance(self._outcome, BaseException):
+            raise self._outcome
+        assert self._outcome is not None
+        return self._outcome
+
+    def stop(self) -> None:
+        """Stop a started guest and wait until it has; harmless if it does not run."""
+        if self._thread is not None:
+            self.vcpu.stop()
+            self._thread.join()
+            self._thread = None
+
+    # ---- what it left -----------------------------------------------------------------------
+
+    @property
+    def console(self) -> str:
+        """Everything that the guest has printed."""
+        self._console += self.vcpu.read_console()
+        return self._console.decode("utf-8", "replace")
+
+    def log(self, size: int) -> bytes:
+        """The first `size` bytes of the log of received frames."""
+        return self.memory.read(layout.RX_LOG_GPA, size)
+
+    def samples(self, size: int = _SAMPLES_SIZE) -> bytes:
+        """The first `size` bytes of the measurements."""
+        return self.memory.read(self.info.samples, size)
+
+    def results(self) -> list[int]:
+        """`result` of the page of information: what the numbers mean is the program's choice."""
+        return list(self.info.result)
+
+    # ---- end --------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Stop the guest and give everything back. Harmless twice."""
+        self.stop()
+        self.vm.close()
+        self.memory.close()
+
+    # ---- steps of the construction ----------------------------------------------------------
+
+    def _set_slot(self, region: Region) -> None:
+        self.vm.set_memory(
+            MemorySlot(self._slots, region.gpa, region.size, region.host_address, region.read_only)
+        )
+        self._slots += 1
+
+    def _load(self, image: ElfFile) -> None:
+        for segment in image.segments:
+            end = segment.address + segment.size
+            if segment.address < layout.IMAGE_GPA or end > layout.IMAGE_END_GPA:
+                raise ImageAddressError(
+                    f"segment {segment.address:#x}-{end:#x} of the image: link it between "
+                    f"{layout.IMAGE_GPA:#x} and {layout.IMAGE_END_GPA:#x}"
+                )
+            self.memory.write(segment.address, segment.data)
+
+    def _map_ram(self, image: ElfFile) -> None:
+        """GVA = GPA, page 0 absent; program pages with their own rights, the rest writable."""
+        first = layout.NULL_PAGE_GPA + PAGE_SIZE
+        self._tables.map(first, first, layout.IMAGE_GPA - first, _READ_WRITE)
+        for segment in image.segments:
+            access = _READ
+            access |= Access.WRITE if segment.flags & elf.PF_W else 0
+            access |= Access.EXECUTE if segment.flags & elf.PF_X else 0
+            size = -(-segment.size // PAGE_SIZE) * PAGE_SIZE
+            self._tables.map(segment.address, segment.address, size, access)
+        first = layout.IMAGE_END_GPA
+        self._tables.map(first, first, self.memory.size - first, _READ_WRITE, max_page=SIZE_2M)
+        self._tables.store(self.memory.write)
+
+    def _write_info(self, program: Program) -> None:
+        # Live: fields of the structure are the guest's memory.
+        view: Any = self.memory.view(layout.BOOT_INFO_GPA, ctypes.sizeof(BootInfo))
+        self.info = BootInfo.from_buffer(view)
+        self.info.magic = boot_info.MAGIC
+        self.info.log = layout.RX_LOG_GPA
+        self.info.log_size = layout.RX_LOG_SIZE - _SAMPLES_SIZE
+        self.info.samples = layout.RX_LOG_GPA + self.info.log_size
+        self.info.samples_size = _SAMPLES_SIZE
+        params = program.params()
+        if len(params) > boot_info.PARAMS:
+            raise InputTooLargeError(f"{len(params)} parameters, a guest takes {boot_info.PARAMS}")
+        for index, value in enumerate(params):
+            self.info.param[index] = value
+        data = getattr(program, "input", None)
+        if data is not None:
+            self.set_input(data())
+
+    # ---- reports ----------------------------------------------------------------------------
+
+    def _failure(self) -> PykvmError:
+        failure = self.info.failure
+        if failure.rip:
+            return GuestFaultError(failure.left, failure.right, failure.rip, failure.cr2)
+        expression = self._string(failure.expression)
+        values = ""
+        if failure.left != failure.right:
+            values = f" ({failure.left:#x} and {failure.right:#x})"
+        file = self._string(failure.file)
+        return GuestAssertionError(file, failure.line, expression, values, self.console)
+
+    def _string(self, address: int) -> str:
+        region = self.memory.region_at(address)
+        data = bytes(region.view(address - region.gpa, min(4096, region.end - address)))
+        return data.split(b"\0")[0].decode("utf-8", "replace")
+
+    def _where(self) -> str:
+        """For a stopped guest: where it was, and what it printed last."""
+        text = self.console.strip().splitlines()
+        printed = f' after printing "{text[-1]}"' if text else ""
+        return f"at rip {self.vcpu.get_regs().rip:#x}{printed}"

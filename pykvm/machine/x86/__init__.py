@@ -1,0 +1,1 @@
+"""What x86 machines have in common: the processor's first mode, KVM's own pages."""

@@ -1,0 +1,95 @@
+"""The processor of a 64-bit guest: its features, its descriptors, its first mode.
+
+Source: SDM vol. 3A, 2.5 (control registers), 3.4.5 (descriptors), 10.8.5 (entering long mode).
+"""
+
+import struct
+from collections.abc import Sequence
+from typing import Final
+
+from pykvm.kvm import CpuidEntry, Kvm, Vcpu, find_leaf, without_hidden_features
+from pykvm.machine.bare import layout
+
+__all__ = ["CODE_SELECTOR", "DATA_SELECTOR", "descriptors", "enter", "supported_features"]
+
+_CR0_PE: Final = 1 << 0
+_CR0_ET: Final = 1 << 4
+_CR0_NE: Final = 1 << 5
+_CR0_WP: Final = 1 << 16
+_CR0_PG: Final = 1 << 31
+_CR4_PAE: Final = 1 << 5
+_CR4_SMEP: Final = 1 << 20
+_CR4_SMAP: Final = 1 << 21
+_EFER_LME: Final = 1 << 8
+_EFER_LMA: Final = 1 << 10
+_EFER_NXE: Final = 1 << 11
+
+# CPUID bits: leaf 1, ECX; leaf 7, EBX.
+_TSC_DEADLINE: Final = 1 << 24
+_SMEP: Final = 1 << 7
+_SMAP: Final = 1 << 20
+
+# Flat 64-bit code and data for ring 0, an available TSS.
+_CODE: Final = 0x00AF_9B00_0000_FFFF
+_DATA: Final = 0x00CF_9300_0000_FFFF
+CODE_SELECTOR: Final = 0x08
+DATA_SELECTOR: Final = 0x10
+_TSS_SELECTOR: Final = 0x18
+_TSS_LIMIT: Final = 0x67
+
+
+def supported_features(kvm: Kvm, *, contexts: bool, irqchip: bool) -> list[CpuidEntry]:
+    """The CPUID leaves of a guest: all that KVM has to offer, less what does not fit.
+
+    contexts: the VM has them enabled, so the features that nobody has checked with them go.
+    irqchip: the local APIC is KVM's, so its timer's TSC-deadline mode can be had.
+    """
+    entries = kvm.supported_cpuid()
+    if contexts:
+        entries = without_hidden_features(entries)
+    leaf = find_leaf(entries, 1)
+    # KVM_GET_SUPPORTED_CPUID leaves this bit out: it depends on who is the local APIC.
+    if irqchip and leaf and kvm.check_extension("KVM_CAP_TSC_DEADLINE_TIMER"):
+        leaf.ecx |= _TSC_DEADLINE
+    return entries
+
+
+def descriptors() -> bytes:
+    """The global descriptor table, for `layout.GDT_GPA`: null, code, data, TSS."""
+    base = layout.TSS_GPA
+    tss = _TSS_LIMIT | (base & 0xFFFFFF) << 16 | 0x89 << 40 | (base >> 24 & 0xFF) << 56
+    return struct.pack("<5Q", 0, _CODE, _DATA, tss, base >> 32)
+
+
+def enter(vcpu: Vcpu, page_tables: int, cpuid: Sequence[CpuidEntry]) -> None:
+    """Set 64-bit mode with paging, as if the guest had just arrived there.
+
+    page_tables: GPA of the root. cpuid: what the vCPU has; SMEP and SMAP go on where it has them,
+    as supervisor attachments need.
+    """
+    leaf = find_leaf(cpuid, 7)
+    features = leaf.ebx if leaf else 0
+    sregs = vcpu.get_sregs()
+    for name in ("cs", "ds", "es", "fs", "gs", "ss"):
+        segment = getattr(sregs, name)
+        code = name == "cs"
+        segment.base = 0
+        segment.limit = 0xFFFFFFFF
+        segment.selector = CODE_SELECTOR if code else DATA_SELECTOR
+        segment.type = 0xB if code else 0x3
+        segment.present = segment.s = segment.g = 1
+        segment.dpl = segment.avl = segment.unusable = 0
+        segment.l = int(code)
+        segment.db = int(not code)
+    task = sregs.tr
+    task.base, task.limit, task.selector = layout.TSS_GPA, _TSS_LIMIT, _TSS_SELECTOR
+    task.type, task.present, task.s, task.g, task.unusable = 0xB, 1, 0, 0, 0
+    sregs.gdt.base, sregs.gdt.limit = layout.GDT_GPA, len(descriptors()) - 1
+    sregs.idt.base, sregs.idt.limit = layout.IDT_GPA, 0  # the guest's runtime sets its own
+    sregs.cr0 = _CR0_PE | _CR0_ET | _CR0_NE | _CR0_WP | _CR0_PG
+    sregs.cr3 = page_tables
+    sregs.cr4 = _CR4_PAE
+    sregs.cr4 |= _CR4_SMEP if features & _SMEP else 0
+    sregs.cr4 |= _CR4_SMAP if features & _SMAP else 0
+    sregs.efer = _EFER_LME | _EFER_LMA | _EFER_NXE
+    vcpu.set_sregs(sregs)

@@ -1,0 +1,41 @@
+"""Everything that measurements compile, in one place, to be built before it is needed."""
+
+from pykvm.elisa.trusted_images import build_object, crossing_images
+from pykvm.measure.programs import (
+    BurstProgram,
+    CrossingProgram,
+    ExchangeProgram,
+    InterruptProgram,
+    SwitchPath,
+)
+from pykvm.measure.protection_cost import MEASURED
+from pykvm.measure.user_mode import UserProgram
+from pykvm.toolchain.compiler import GUEST_SOURCES
+
+__all__ = ["build_images"]
+
+
+def build_images() -> None:
+    """Compile guests, objects and the crossing, or find them in the cache.
+
+    Raises what `pykvm.elisa.trusted_images.build_object` raises.
+    """
+    crossing_images()
+    for source in ("objects/nop.c", "objects/counter.c", "objects/work.c", "switch/switch.c"):
+        build_object([GUEST_SOURCES / source])
+    nop = [GUEST_SOURCES / "objects" / "nop.c"]
+    build_object(nop, user=True)
+    for one in MEASURED:
+        without = frozenset({one.protection})
+        crossing_images(without)
+        # Callers in user mode get theirs beside that of kernel mode.
+        for user in {False, one.user}:
+            build_object(nop, user=user, without=without)
+    for program in (
+        CrossingProgram(1, []),
+        InterruptProgram(1, [], 0),
+        ExchangeProgram(SwitchPath.VMFUNC, 0),
+        BurstProgram(SwitchPath.VMFUNC, b"", b"", []),
+        UserProgram(),
+    ):
+        program.image()

@@ -1,0 +1,76 @@
+"""The bare-metal guest program user.c, which calls objects from user mode (CPL 3).
+
+Its kernel runs as in other guests; a page of code and a page of data are mapped for user mode
+besides, and so are the guest's own pages of the crossing.
+"""
+
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+from pykvm.elisa import crossing
+from pykvm.machine.bare import layout
+from pykvm.machine.bare.build import build_guest
+from pykvm.machine.bare.guest import BareGuest
+from pykvm.paging.entries import Access
+from pykvm.sizes import PAGE_SIZE
+from pykvm.toolchain.elf import ElfFile
+
+__all__ = ["UserProgram", "map_user_pages", "user_samples"]
+
+_CODE_GVA: Final = 0x10_0000_0000
+_DATA_GVA: Final = 0x10_0010_0000
+_CALL: Final = 6  # the parameter that names elisa_call
+_READ_EXECUTE: Final = Access.READ | Access.EXECUTE | Access.USER
+_READ_WRITE: Final = Access.READ | Access.WRITE | Access.USER
+
+
+@dataclass(frozen=True)
+class UserProgram:
+    """user.c: `calls` calls with every register and flag odd, then `timed` calls, one by one.
+
+    alignment: with CR0.AM and RFLAGS.AC on. odd_stack: with rsp at an odd address. argument: the
+    first one of the odd calls. Results: odd calls that came back, and what the last one returned.
+    """
+
+    calls: int = 0
+    timed: int = 0
+    alignment: bool = False
+    odd_stack: bool = False
+    argument: int = 0
+
+    def image(self) -> ElfFile:
+        return build_guest(["user.c", "user_mode.S"])
+
+    def params(self) -> list[int]:
+        how = int(self.alignment) | int(self.odd_stack) << 1
+        return [self.calls, self.timed, _CODE_GVA, _DATA_GVA, how, self.argument]
+
+    def input(self) -> bytes:
+        return bytes(PAGE_SIZE)
+
+
+def map_user_pages(
+    guest: BareGuest,
+    program: UserProgram,
+    entry_page: bytes,
+    return_page: bytes,
+    call_offset: int,
+) -> None:
+    """As `BareGuest.map_crossing`, for user mode; and the program's own user pages."""
+    guest.map(_CODE_GVA, program.image().address_of("user_page"), PAGE_SIZE, _READ_EXECUTE)
+    guest.map(_DATA_GVA, guest.info.input, PAGE_SIZE, _READ_WRITE)
+    for page, gpa, offset in (
+        (entry_page, layout.ENTRY_PAGE_GPA, crossing.ENTRY_OFFSET),
+        (return_page, layout.RETURN_PAGE_GPA, crossing.RETURN_OFFSET),
+    ):
+        guest.memory.write(gpa, page)
+        guest.map(crossing.CROSSING_GVA + offset, gpa, PAGE_SIZE, _READ_EXECUTE)
+    # Not in info.elisa_call: the runtime would touch the pages, from kernel mode.
+    guest.info.param[_CALL] = crossing.CROSSING_GVA + crossing.ENTRY_OFFSET + call_offset
+
+
+def user_samples(samples: bytes | memoryview, timed: int) -> tuple[list[int], list[int]]:
+    """Time stamp counter ticks of nothing, and of each timed call."""
+    ticks = struct.unpack_from(f"<{2 * timed}Q", samples)
+    return list(ticks[:timed]), list(ticks[timed:])

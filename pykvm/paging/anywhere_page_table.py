@@ -1,0 +1,94 @@
+"""The Anywhere Page Table: the same page at every GPA that nothing else is mapped at.
+
+`VMFUNC` leaves CR3 as the guest set it, and the EPT that it switches to decides what lies at that
+GPA. So every empty entry of every table of a context is made to lead, level by level, to the page
+that holds the root of the context's guest page table: whatever the guest put into CR3, the walk
+starts there. The tables in between repeat one entry 512 times, so one for each level serves all of
+them: three more pages for an EPT of four levels, whatever the number of GPAs.
+
+The page is mapped for reading only, which is all that the processor's walk needs: the entries of
+the guest page table have their accessed and dirty bits set (`X86Entry`), and the EPTP does not
+enable EPT accessed and dirty flags.
+"""
+
+from pykvm.paging.entries import ENTRIES, Access, EptEntry, page_size
+from pykvm.paging.tables import AddressRangeError, AlignmentError, PageTables
+from pykvm.sizes import PAGE_SIZE
+
+__all__ = ["fill_anywhere"]
+
+
+def fill_anywhere(
+    ept: PageTables[EptEntry], target: int, *, exclude: tuple[int, int] | None = None
+) -> None:
+    """Map every GPA that is not mapped yet to the one 4 KiB page at target, read-only.
+
+    target: address of the page that holds the root of the guest page table, or, where the tables
+        hold indices, its number times 4096.
+    exclude: first GPA and one past the last of a range that stays as it is: what is mapped there
+        remains, what is absent remains absent. Gate contexts exclude the private range, so that
+        no CR3 that passes a gate names anything that a sub context maps to something else than its
+        root.
+
+    To be called last: afterwards nothing can be mapped outside the excluded range. Shared tables
+    to which nothing leads are not made: the kernel refuses them.
+
+    Raises AlignmentError, AddressRangeError; TableLimitError, which leaves the tables
+    half filled: build them anew.
+    """
+    first, last = exclude or (0, 0)
+    if (first | last | target) & (PAGE_SIZE - 1):
+        raise AlignmentError(
+            f"root page {target:#x}, excluded range {first:#x} to {last:#x}: align to 4096"
+        )
+    if not 0 <= first <= last <= 1 << (12 + 9 * ept.levels):
+        raise AddressRangeError(f"excluded range {first:#x} to {last:#x}: first come, last within")
+    filler = _Filler(ept, target, first, last)
+    for number in range(len(ept)):
+        if ept.base(number) is not None:
+            filler.fill(number)
+
+
+class _Filler:
+    """The shared entries of each level, made when they are first needed."""
+
+    def __init__(self, ept: PageTables[EptEntry], target: int, first: int, last: int) -> None:
+        self.ept = ept
+        self.first = first
+        self.last = last
+        self.entries: dict[int, int] = {1: int(EptEntry.leaf(1, target, Access.READ))}
+
+    def entry(self, level: int) -> int:
+        """What goes into an empty entry of a table of this level."""
+        if level not in self.entries:
+            shared = self.ept.add_table(level - 1, None, self.entry(level - 1))
+            self.entries[level] = self.ept.entry_to(shared, Access.READ)
+        return self.entries[level]
+
+    def fill(self, number: int) -> None:
+        table, level = self.ept.table(number), self.ept.level(number)
+        if 0 not in table:
+            return
+        base, size = self.ept.base(number) or 0, page_size(level)
+        # Entries wholly outside: before index `low` and from index `high` on; wholly inside: from
+        # `low` rounded up to `high` rounded down. At most two are cut by a bound.
+        low = self._index(self.first - base, size)
+        high = self._index(self.last - base + size - 1, size)
+        if self.first == self.last or low >= high:
+            low = high = 0
+        for start, stop in ((0, low), (high, ENTRIES)):
+            if 0 in table[start:stop]:
+                entry = self.entry(level)
+                # A comprehension over 512 words, for the few tables that are partly empty.
+                table[start:stop] = type(table)("Q", [word or entry for word in table[start:stop]])
+        for index in {low, high - 1} if low < high else ():
+            here = base + index * size
+            inside = self.first <= here and here + size <= self.last
+            if not inside and not table[index]:
+                child = self.ept.add_table(level - 1, here)
+                self.ept.link(number, index, child)
+                self.fill(child)
+
+    @staticmethod
+    def _index(offset: int, size: int) -> int:
+        return min(max(offset // size, 0), ENTRIES)

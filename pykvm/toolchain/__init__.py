@@ -1,0 +1,1 @@
+"""A compiler for freestanding code, and a reader of its ELF files."""

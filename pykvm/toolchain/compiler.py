@@ -1,0 +1,206 @@
+"""GCC for code that runs without an operating system: bare-metal guests and shared objects.
+
+Results are kept by content: sources, the headers that they include, linker script and options.
+The compiler's own version is not part of the key, so that a machine without a compiler (the
+emulated host) can use what was built elsewhere; after an upgrade of GCC, remove the cache.
+"""
+
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from pykvm import cache
+from pykvm.errors import PykvmError
+
+__all__ = [
+    "GUEST_SOURCES",
+    "CompileError",
+    "CompilerMissingError",
+    "LinkError",
+    "SourceMissingError",
+    "build",
+    "compile_source",
+    "link",
+]
+
+GUEST_SOURCES: Final = Path(__file__).resolve().parents[2] / "guest"
+"""The directory of everything that runs in a guest or a sub context."""
+
+_INCLUDE_DIRECTORIES: Final = (GUEST_SOURCES / "include", GUEST_SOURCES / "bare")
+_INCLUDE: Final = re.compile(r'^[ \t]*#[ \t]*include[ \t]*["<]([^">]+)[">]', re.MULTILINE)
+
+# No SSE: nobody saves a guest's vector registers around a crossing, and these guests never switch
+# SSE on. No red zone: an exception would overwrite it. No CET landing pads: nothing checks them.
+_COMMON_FLAGS: Final = (
+    "-std=gnu11",
+    "-O2",
+    "-Wall",
+    "-Wextra",
+    "-ffreestanding",
+    "-nostdlib",
+    "-mgeneral-regs-only",
+    "-mno-red-zone",
+    "-fno-stack-protector",
+    "-fcf-protection=none",
+    "-fno-asynchronous-unwind-tables",
+    "-ffunction-sections",
+    "-fdata-sections",
+)
+OBJECT_FLAGS: Final = ("-fPIE", "-fvisibility=hidden", "-fno-jump-tables")
+"""Further options for shared objects, which run wherever the crossing base is, and hold no
+indirect branch that a guest could train."""
+
+
+class CompilerMissingError(PykvmError):
+    """There is no GCC on this machine, and the cache does not hold the result."""
+
+
+class SourceMissingError(PykvmError):
+    """A source file does not exist."""
+
+
+class CompileError(PykvmError):
+    """GCC refused a source; the message holds what GCC said."""
+
+
+class LinkError(PykvmError):
+    """The linker refused the whole; the message holds what it said."""
+
+
+def build(
+    kind: str,
+    sources: Sequence[Path],
+    script: Path,
+    *,
+    flags: Sequence[str] = (),
+    defines: Mapping[str, str | int] | None = None,
+) -> Path:
+    """Compile `sources`, link them with `script`, and return the cached ELF file.
+
+    `defines` are preprocessor macros and, where the value is a number, linker symbols too.
+
+    Raises:
+        SourceMissingError, CompileError, LinkError, CompilerMissingError, CacheError.
+    """
+    values = dict(sorted((defines or {}).items()))
+
+    def make(directory: Path) -> None:
+        compiled = [
+            compile_source(source, directory / f"{index}.o", flags=flags, defines=values)
+            for index, source in enumerate(sources)
+        ]
+        link(compiled, script, directory / "image.elf", symbols=values)
+        for file in compiled:
+            file.unlink()
+
+    return cache.entry(kind, content_key(sources, script, flags, values), make) / "image.elf"
+
+
+def content_key(
+    sources: Sequence[Path],
+    script: Path,
+    flags: Sequence[str],
+    defines: Mapping[str, str | int],
+) -> str:
+    """The cache key of a build: everything that decides its result, but no directory.
+
+    Headers are found by following `#include` lines with literal names.
+
+    Raises:
+        SourceMissingError: a source does not exist.
+    """
+    parts: list[bytes | str | int | Path] = [*_COMMON_FLAGS, *flags, script]
+    for name, value in sorted(defines.items()):
+        parts += [name, value]
+    for source in sources:
+        if not source.is_file():
+            raise SourceMissingError(f"no source file {source}; check its name")
+        parts += [source.name, source]
+        parts += [part for header in _headers(source) for part in (header.name, header)]
+    return cache.key(*parts)
+
+
+def compile_source(
+    source: Path,
+    target: Path,
+    *,
+    flags: Sequence[str] = (),
+    defines: Mapping[str, str | int] | None = None,
+) -> Path:
+    """Compile one C or assembly source into the object file `target`, and return that.
+
+    Raises:
+        CompileError, CompilerMissingError.
+    """
+    done = _run(
+        [
+            *("-c", *_COMMON_FLAGS, *flags),
+            *(f"-D{name}={value}" for name, value in (defines or {}).items()),
+            *(f"-I{directory}" for directory in _INCLUDE_DIRECTORIES),
+            # __FILE__ must not depend on where the sources lie.
+            f"-fmacro-prefix-map={GUEST_SOURCES}/=",
+            f"-fmacro-prefix-map={source.parent}/=",
+            *(str(source), "-o", str(target)),
+        ]
+    )
+    if done.returncode:
+        raise CompileError(f"cannot compile {source.name}; gcc says:\n{done.stderr.rstrip()}")
+    return target
+
+
+def link(
+    files: Iterable[Path],
+    script: Path,
+    target: Path,
+    *,
+    symbols: Mapping[str, str | int] | None = None,
+) -> Path:
+    """Link `files` statically with the linker script `script` into `target`, and return that.
+
+    Raises:
+        LinkError, CompilerMissingError.
+    """
+    numbers = {name: value for name, value in (symbols or {}).items() if isinstance(value, int)}
+    done = _run(
+        [
+            *("-static", "-nostdlib", "-no-pie", f"-Wl,-T,{script}"),
+            *("-Wl,--gc-sections", "-Wl,--orphan-handling=error", "-Wl,--build-id=none"),
+            *("-Wl,-z,max-page-size=4096", "-Wl,-z,noexecstack"),
+            *(f"-Wl,--defsym={name}={value:#x}" for name, value in numbers.items() if value >= 0),
+            *(*map(str, files), "-o", str(target)),
+        ]
+    )
+    if done.returncode:
+        raise LinkError(f"cannot link {target.name}; the linker says:\n{done.stderr.rstrip()}")
+    return target
+
+
+def _run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    gcc = shutil.which("gcc")
+    if gcc is None:
+        raise CompilerMissingError("no gcc on this machine; apt-get install gcc")
+    with tempfile.TemporaryDirectory(prefix="pykvm-gcc-") as directory:
+        return subprocess.run(
+            [gcc, *arguments], cwd=directory, capture_output=True, text=True, check=False
+        )
+
+
+def _headers(source: Path) -> list[Path]:
+    """All headers that `source` includes, directly or not, that are not the compiler's own."""
+    found: list[Path] = []
+    waiting = [source]
+    while waiting:
+        file = waiting.pop()
+        for name in _INCLUDE.findall(file.read_text(errors="replace")):
+            for directory in (file.parent, *_INCLUDE_DIRECTORIES):
+                header = directory / name
+                if header.is_file():
+                    if header not in found:
+                        found.append(header)
+                        waiting.append(header)
+                    break
+    return sorted(found)

@@ -1,0 +1,38 @@
+"""The build of KVM's selftests: its refusals; what comes out of it runs in tests/testbed."""
+
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from pykvm.kernel import selftests as kernel_selftests
+from pykvm.kernel.packages import Source
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYKVM_CACHE", str(tmp_path / "cache"))
+
+
+def test_source_that_is_no_archive(tmp_path: Path) -> None:
+    tarball = tmp_path / "linux-source-6.1.tar.xz"
+    tarball.write_bytes(b"no archive")
+    with pytest.raises(kernel_selftests.SelftestsFailed, match="cannot unpack the selftests"):
+        kernel_selftests.build(Source("6.1", tarball, ""))
+
+
+def test_source_without_selftests(tmp_path: Path) -> None:
+    tarball = tmp_path / "linux-source-6.1.tar.xz"
+    makefile = tmp_path / "Makefile"
+    makefile.write_text("all:\n")
+    with tarfile.open(tarball, "w:xz") as archive:
+        archive.add(makefile, "linux-source-6.1/Makefile")
+    with pytest.raises(kernel_selftests.SelftestsFailed, match=r"--reinstall linux-source-6\.1"):
+        kernel_selftests.build(Source("6.1", tarball, ""))
+
+
+def test_programs_are_sorted(tmp_path: Path) -> None:
+    (tmp_path / "programs").write_text("x86_64/b_test\nz_test\na_test\n")
+    assert kernel_selftests.programs(tmp_path) == ["a_test", "x86_64/b_test", "z_test"]

@@ -1,0 +1,35 @@
+"""Fixtures of tests on the patched KVM, for the conftest.py of each folder with such tests."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from pykvm.elisa.objects import ObjectInstance, SharedObject
+from pykvm.kvm import Kvm
+from pykvm.toolchain.compiler import GUEST_SOURCES
+from tests.rigs.host_state import quiet_kernel
+
+__all__ = ["counter", "kvm", "quiet"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No test of a whole file on the patched KVM leaves trouble in the kernel's log."""
+    if request.node.get_closest_marker("elisa") is None:
+        yield
+        return
+    with quiet_kernel():
+        yield
+
+
+@pytest.fixture(scope="module")
+def kvm() -> Iterator[Kvm]:
+    with Kvm() as kvm:
+        yield kvm
+
+
+@pytest.fixture
+def counter() -> Iterator[ObjectInstance]:
+    source = GUEST_SOURCES / "objects" / "counter.c"
+    with SharedObject("counter", source, guests=4).open() as instance:
+        yield instance

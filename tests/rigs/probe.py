@@ -1,0 +1,208 @@
+"""The guest program probe.c: its steps, and a run that goes on behind what KVM refuses."""
+
+import struct
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+
+from pykvm.elisa.attachment import Attachment
+from pykvm.elisa.objects import ObjectInstance
+from pykvm.elisa.trusted_images import crossing_images
+from pykvm.kvm import ElisaExit, Exit, Io, Kvm, lib
+from pykvm.machine.bare import boot_info, layout
+from pykvm.machine.bare.build import build_guest
+from pykvm.machine.bare.guest import BareGuest
+from pykvm.toolchain.elf import ElfFile
+
+WILD = Path(__file__).with_name("objects") / "wild.c"
+
+_STEP = struct.Struct("<IIQQQQQQ")
+_EVENT = struct.Struct("<6Q")
+
+
+class What(IntEnum):
+    CALL = 0
+    VMFUNC = 1
+    MARK = 2
+    READ = 3
+    WRITE = 4
+    CALL_WITH_CR3 = 5
+    READ_MSR = 6
+    WRITE_MSR = 7
+    READ_CONTROL = 8
+    WRITE_CONTROL = 9
+    CPUID = 10
+    LOAD_TABLE = 11
+    STORE_TABLE = 12
+    INTERRUPTS = 13
+    ARM_TIMER = 14
+    WAIT = 15
+    HALT = 16
+    TIME = 17
+
+
+class Table(IntEnum):
+    """First argument of LOAD_TABLE and STORE_TABLE."""
+
+    GDT = 0
+    IDT = 1
+    LDT = 2
+    TASK = 3
+
+
+class Wild(IntEnum):
+    """First argument of wild.c."""
+
+    HELLO = 0
+    READ = 1
+    WRITE = 2
+    RUN = 3
+    LOOP = 4
+    CPUID = 5
+    VMCALL = 6
+
+
+_ATTEMPT = 0x100
+"""Of a step's `what`, and of `done` after a fault."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of probe.c. attempt: it may take an exception, and the next step follows."""
+
+    what: What
+    a: int = 0
+    b: int = 0
+    c: int = 0
+    slot: int = 0
+    cr3: int = 0
+    attempt: bool = False
+
+    def pack(self) -> bytes:
+        what = self.what | (_ATTEMPT if self.attempt else 0)
+        return _STEP.pack(what, self.slot, self.a, self.b, self.c, self.cr3, 0, 0)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """probe.c. The steps may be given later, with `give`. events: take interrupts, record them."""
+
+    steps: Sequence[Step] = field(default=())
+    events: bool = False
+
+    def image(self) -> ElfFile:
+        return build_guest(["probe.c", "attempt.c", "events.c"])
+
+    def params(self) -> list[int]:
+        return [int(self.events)]
+
+    def input(self) -> bytes:
+        return b"".join(step.pack() for step in self.steps)
+
+
+def prepare(guest: BareGuest) -> None:
+    """Lay the guest's own pages of the crossing where the calls need them."""
+    pages = crossing_images()
+    guest.map_crossing(pages.entry_page, pages.return_page, pages.call_offset)
+
+
+@contextmanager
+def probe_guest(kvm: Kvm) -> Iterator[BareGuest]:
+    """A guest that does what `give` says, prepared."""
+    with BareGuest(kvm, Probe()) as guest:
+        prepare(guest)
+        yield guest
+
+
+def attach(
+    guest: BareGuest, instance: ObjectInstance, number: int = 0, *, index: int = 0
+) -> Attachment:
+    """Attach, and map the window of attachment `index` as well."""
+    attachment = instance.attach(guest.vm, guest.vcpu, number)
+    gpa = layout.WINDOW_GPA + index * layout.WINDOW_STRIDE
+    guest.set_attachment(index, attachment.slot, instance.window_region(number, gpa))
+    return attachment
+
+
+def give(guest: BareGuest, *steps: Step) -> None:
+    """What to do, before the first run."""
+    guest.set_input(Probe(steps).input())
+
+
+def calls(slot: int, *arguments: int) -> Step:
+    a, b, c = (*arguments, 0, 0, 0)[:3]
+    return Step(What.CALL, a, b, c, slot)
+
+
+def results(guest: BareGuest) -> list[int | None]:
+    """The result of each step, None if it has not come back."""
+    return [result if done == 1 else None for result, done in _ends(guest)]
+
+
+def faults(guest: BareGuest) -> list[int | None]:
+    """The vector of the exception that each step took, None if it took none."""
+    return [done - _ATTEMPT if done >= _ATTEMPT else None for _, done in _ends(guest)]
+
+
+def _ends(guest: BareGuest) -> list[tuple[int, int]]:
+    data = guest.memory.read(guest.info.input, guest.info.input_size)
+    return [(result, done) for *_, result, done in _STEP.iter_unpack(data)]
+
+
+@dataclass(frozen=True)
+class Event:
+    """struct event of events.h: an interrupt or NMI, and where the handler found that it came."""
+
+    vector: int
+    time: int
+    rip: int
+    rflags: int
+    rsp: int
+
+
+def events_taken(guest: BareGuest) -> int:
+    """How many events the guest has taken; also while it runs."""
+    return int(guest.info.result[1])
+
+
+def events(guest: BareGuest) -> list[Event]:
+    """All events in the order in which they were taken."""
+    data = guest.samples(events_taken(guest) * _EVENT.size)
+    return [Event(*words[:5]) for words in _EVENT.iter_unpack(data)]
+
+
+def run(guest: BareGuest, on_mark: Callable[[int], object] | None = None) -> list[Exit]:
+    """Run to the end, skipping each VMFUNC that fails in the default context.
+
+    Returns the exits of these, and as the last one whatever else stopped the guest, if anything:
+    `Stopped` after a minute.
+    """
+    deadline = threading.Timer(60, guest.vcpu.stop)
+    deadline.daemon = True
+    deadline.start()
+    try:
+        return _run(guest, on_mark)
+    finally:
+        deadline.cancel()
+
+
+def _run(guest: BareGuest, on_mark: Callable[[int], object] | None) -> list[Exit]:
+    seen: list[Exit] = []
+    while True:
+        exit = guest.vcpu.run()
+        match exit:
+            case Io(port=boot_info.FINISH_PORT):
+                assert exit.value == 0
+                return seen
+            case Io(port=boot_info.MARK_PORT):
+                assert on_mark is not None
+                on_mark(exit.value)
+            case ElisaExit(cause=lib.KVM_ELISA_EXIT_VMFUNC, at=lib.KVM_ELISA_AT_DEFAULT):
+                seen.append(exit)
+                guest.vcpu.set_regs(rip=exit.rip + 3)
+            case _:
+                seen.append(exit)
+                return seen

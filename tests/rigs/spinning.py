@@ -1,0 +1,91 @@
+"""A guest that stays inside an object for as long as a test wants (objects/spin.c)."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pykvm.elisa import crossing
+from pykvm.elisa.objects import ObjectInstance, SharedObject
+from pykvm.elisa.trusted_images import crossing_images
+from pykvm.kvm import Kvm
+from pykvm.machine.bare.guest import BareGuest
+from tests.rigs.probe import Probe, prepare
+
+SPIN = Path(__file__).with_name("objects") / "spin.c"
+
+LONG = 1 << 40
+"""Turns that nobody waits for."""
+
+C = crossing.CROSSING_GVA
+# The guest's own, in its default context: where the VMFUNC stands that leads to the gate.
+ENTRY_PAGE = range(C + crossing.ENTRY_OFFSET, C + crossing.ENTRY_OFFSET + 0x1000)
+RETURN_PAGE = C + crossing.RETURN_OFFSET
+CROSSING_AREA = range(C + crossing.GATE_DATA_OFFSET, C + (1 << 30))
+"""All that the gate and the sub contexts of these tests map, and more."""
+
+
+def spin_object(guests: int = 3) -> SharedObject:
+    return SharedObject("spin", SPIN, guests=guests)
+
+
+@contextmanager
+def event_guest(kvm: Kvm, *, name: str = "guest") -> Iterator[BareGuest]:
+    """A guest with a local APIC, which records what interrupts it."""
+    with BareGuest(kvm, Probe(events=True), irqchip=True, name=name) as guest:
+        prepare(guest)
+        yield guest
+
+
+class Spin:
+    """What the host sees of the object, and the word that lets it go."""
+
+    def __init__(self, instance: ObjectInstance) -> None:
+        self._words = instance.shared.cast("Q")
+
+    @property
+    def begun(self) -> int:
+        return self._words[0]
+
+    @property
+    def ended(self) -> int:
+        return self._words[1]
+
+    @property
+    def inside(self) -> bool:
+        return self.begun != self.ended
+
+    @property
+    def turns(self) -> int:
+        return self._words[3]
+
+    def hold(self) -> None:
+        self._words[2] = 0
+
+    def release(self) -> None:
+        self._words[2] = 1
+
+    def wait_until_inside(self, calls: int = 1) -> None:
+        wait_for(lambda: self.begun == calls and self.turns > 0)
+
+    def work_on(self, turns: int = 20_000) -> None:
+        """Let the object make some more turns: the vCPU has been entered again, and runs."""
+        now = self.turns
+        wait_for(lambda: self.turns >= now + turns)
+        assert self.inside
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    """Until it holds; AssertionError after `seconds`."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.001)
+
+
+def crossing_with_sti() -> tuple[bytes, bytes, int]:
+    """The guest's pages of the crossing, with STI right before the VMFUNC of the entry page: the
+    interrupts that it lets in wait for one more instruction (SDM vol. 3A, 6.8.1)."""
+    images = crossing_images()
+    entry = images.entry_page[:-6] + bytes.fromhex("31C0 FB 0F01D4")
+    return entry, images.return_page, len(entry) - 6

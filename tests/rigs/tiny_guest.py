@@ -1,0 +1,346 @@
+"""A guest of four pages and contexts of four, for tests that make and lose many of them.
+
+All code stands in one page, at the same guest address everywhere: in the guest's own page, in an
+object's, in a gate's, in a sub context's. Where a page has nothing to do it holds HLT, so that a
+vCPU that comes out anywhere else than it should stops there. There is no stack and no handler: an
+exception ends in KVM_EXIT_SHUTDOWN.
+
+The contexts here are no protection: they share page tables with the guest. They are about the
+kernel's part alone.
+"""
+
+import ctypes
+import errno
+import functools
+import mmap
+import os
+import signal
+import struct
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Final
+
+from pykvm.kvm import Kvm, ffi, find_leaf, lib, without_hidden_features
+from pykvm.kvm.cpuid import pack_cpuid
+from tests.rigs.context_requests import (
+    EPTP,
+    LIST,
+    PAGE,
+    USER,
+    R,
+    Request,
+    W,
+    X,
+    chain,
+    leaf,
+)
+
+CODE_GVA: Final = 3 * PAGE
+LIST_GVA: Final = 6 * PAGE
+EPTP_GVA: Final = 5 * PAGE
+
+# Pages of an `Arena`; the first four are the guest's memory, at the same GPA.
+ROOT, _LEVEL3, _LEVEL2, CODE, OBJECT, GATE, SUB, DATA = range(8)
+GUEST_PAGES: Final = 4
+ARENA_PAGES: Final = 8
+
+_HLT: Final = b"\xf4"
+_TO_SLOT: Final = bytes.fromhex("31C0 89F9 0F01D4")  # xor eax,eax; mov ecx,edi; vmfunc
+_WHILE_RSI: Final = bytes.fromhex("85F6 75FC")  # test esi,esi; jnz the test
+_HOME: Final = bytes.fromhex("31C0 31C9 0F01D4")  # xor eax,eax; xor ecx,ecx; vmfunc
+# mov rax,[EPTP]; mov [list + 8],rax; xor eax,eax; mov ecx,1; vmfunc
+_TO_SUB: Final = (
+    bytes.fromhex("488B0425 00500000 48890425 08600000 31C0 B901000000") + _TO_SLOT[-3:]
+)
+_CLEAR: Final = bytes.fromhex("48C70425 08600000 00000000")  # mov qword [list + 8],0
+
+INNER: Final = len(_TO_SLOT)
+"""Offset of the first instruction behind the guest's VMFUNC."""
+BEHIND_OBJECT: Final = INNER + len(_WHILE_RSI + _HOME)
+_SUB: Final = INNER + len(_TO_SUB)
+BEHIND_SUB: Final = _SUB + len(_CLEAR + _WHILE_RSI + _HOME)
+LOOPS: Final = frozenset(
+    CODE_GVA + start + offset for start in (INNER, _SUB + len(_CLEAR)) for offset in (0, 2)
+)
+"""Addresses of the instructions that loop while RSI is not 0."""
+
+
+def _page(start: int = 0, code: bytes = b"") -> bytes:
+    return (_HLT * start + code).ljust(PAGE, _HLT)
+
+
+_ACCESSED_TABLE: Final = 0x23  # present, writable, accessed: SDM vol. 3A, table 4-15
+_LARGE_PAGE: Final = 0xE3  # also dirty, 2 MiB
+
+CONTENTS: Final = b"".join(
+    [
+        *(
+            struct.pack("<Q", entry).ljust(PAGE, b"\0")
+            for entry in (_LEVEL3 * PAGE | _ACCESSED_TABLE, _LEVEL2 * PAGE | _ACCESSED_TABLE)
+        ),
+        struct.pack("<Q", _LARGE_PAGE).ljust(PAGE, b"\0"),
+        _page(0, _TO_SLOT),
+        _page(INNER, _WHILE_RSI + _HOME),
+        _page(INNER, _TO_SUB),
+        _page(_SUB, _CLEAR + _WHILE_RSI + _HOME),
+    ]
+)
+
+
+class Kind(Enum):
+    """What a context is made for. OBJECT: returns by itself. GATE: leads to another context. SUB:
+    returns, if entered through a gate; its first instruction otherwise is HLT. BARE: maps one page
+    of data, so that the next fetch of an instruction is an EPT violation."""
+
+    OBJECT = "object"
+    GATE = "gate"
+    SUB = "sub"
+    BARE = "bare"
+
+
+TABLES: Final = 4
+"""Table pages of each context."""
+
+USER_PAGES: Final = {Kind.OBJECT: 4, Kind.GATE: 4, Kind.SUB: 4, Kind.BARE: 1}
+"""Pages that each pins."""
+
+_COMMON = ((0, leaf(0, R)), (1, leaf(1, R)), (2, leaf(2, R)), (3, leaf(3, R | X)))
+_LEAVES: Final = {
+    Kind.OBJECT: _COMMON,
+    Kind.GATE: (*_COMMON, (5, leaf(4, R)), (6, leaf(5, R | W))),
+    Kind.SUB: (*_COMMON, (6, leaf(4, R | W))),
+    Kind.BARE: ((7, leaf(0, R | W)),),
+}
+
+
+@functools.cache
+def _tables(kind: Kind) -> tuple[bytes, ...]:
+    entries = [0] * 8
+    for gpa_page, entry in _LEAVES[kind]:
+        entries[gpa_page] = entry
+    return tuple(chain(*entries))
+
+
+def context_request(kind: Kind, arena: int, *, vcpu_id: int = 0, target: int = -1) -> Request:
+    """arena: its address. vcpu_id: whose list a GATE and a SUB write to. target: a GATE's."""
+    user = [(arena + page * PAGE, USER, 0) for page in (ROOT, _LEVEL3, _LEVEL2)]
+    list_page, eptp = (0, LIST, vcpu_id), (0, EPTP, target)
+    pages = {
+        Kind.OBJECT: [*user, (arena + OBJECT * PAGE, USER, 0)],
+        Kind.GATE: [*user, (arena + GATE * PAGE, USER, 0), eptp, list_page],
+        Kind.SUB: [*user, (arena + SUB * PAGE, USER, 0), list_page],
+        Kind.BARE: [(arena + DATA * PAGE, USER, 0)],
+    }
+    return Request(list(_tables(kind)), pages[kind])
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_READ_WRITE: Final = mmap.PROT_READ | mmap.PROT_WRITE
+_MAP_FIXED: Final = 0x10
+
+
+class Arena:
+    """Eight pages of this process with the guest's memory and the contexts' pages, which can be
+    taken away, and put back at the same address."""
+
+    def __init__(self) -> None:
+        self.address = self._map(0, _READ_WRITE)
+        ctypes.memmove(self.address, CONTENTS, len(CONTENTS))
+
+    @staticmethod
+    def _map(address: int, protection: int) -> int:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_MAP_FIXED if address else 0)
+        mapped = _libc.mmap(address, ARENA_PAGES * PAGE, protection, flags, -1, 0)
+        assert mapped not in (None, 2**64 - 1)
+        return int(mapped)
+
+    def put_back(self) -> None:
+        """Fresh pages with the right contents, in place of whatever is there."""
+        self._map(self.address, _READ_WRITE)
+        ctypes.memmove(self.address, CONTENTS, len(CONTENTS))
+
+    def take_away(self) -> None:
+        """Nothing is there any more; the addresses stay reserved, lest others get them."""
+        self._map(self.address, 0)
+
+    def protect(self) -> None:
+        """Read-only from now on."""
+        assert _libc.mprotect(self.address, ARENA_PAGES * PAGE, mmap.PROT_READ) == 0
+
+    def close(self) -> None:
+        assert _libc.munmap(self.address, ARENA_PAGES * PAGE) == 0
+
+
+# ---- calls ---------------------------------------------------------------------------------------
+
+
+def raw(fd: int, name: str, argument: Any = 0) -> int:
+    """An ioctl, without looking at anything before: its result, or -errno."""
+    word = argument if isinstance(argument, int) else int(ffi.cast("uintptr_t", argument))
+    return int(lib.pykvm_ioctl(fd, getattr(lib, name), word))
+
+
+def create_context(vm: int, request: Request) -> int:
+    create, keep = request.packed()
+    result = raw(vm, "KVM_ELISA_CREATE_CONTEXT", create)
+    del keep
+    return result
+
+
+def set_slot(vcpu: int, slot: int, fd: int) -> int:
+    return raw(vcpu, "KVM_ELISA_SET_SLOT", ffi.new("struct kvm_elisa_slot *", (slot, fd)))
+
+
+def revoke(vm: int, vcpu_id: int, slot: int) -> int:
+    return raw(vm, "KVM_ELISA_REVOKE", ffi.new("struct kvm_elisa_revoke *", (vcpu_id, slot)))
+
+
+def enable(vm: int, flags: int, *limits: int) -> int:
+    request = ffi.new("struct kvm_enable_cap *", {"cap": lib.KVM_CAP_ELISA})
+    request.args = (flags, *limits)
+    return raw(vm, "KVM_ENABLE_CAP", request)
+
+
+def set_memory(vm: int, arena: int, pages: int = GUEST_PAGES, *, slot: int = 0) -> int:
+    """pages: 0 takes the slot away."""
+    region = ffi.new("struct kvm_userspace_memory_region *", {"slot": slot})
+    region.memory_size, region.userspace_addr = pages * PAGE, arena
+    return raw(vm, "KVM_SET_USER_MEMORY_REGION", region)
+
+
+# ---- the vCPU ------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _cpuid(kvm: Kvm) -> Any:
+    entries = without_hidden_features(kvm.supported_cpuid())
+    leaf7 = find_leaf(entries, 7)
+    assert leaf7
+    assert leaf7.ebx >> 20 & 1, "no SMAP"
+    return pack_cpuid(entries)
+
+
+def prepare(kvm: Kvm, vcpu: int) -> None:
+    """64-bit mode with SMAP; descriptor tables at address 0, with nothing in them."""
+    assert raw(vcpu, "KVM_SET_CPUID2", _cpuid(kvm)) == 0
+    sregs = ffi.new("struct kvm_sregs *")
+    assert raw(vcpu, "KVM_GET_SREGS", sregs) == 0
+    for name in ("cs", "ds", "es", "fs", "gs", "ss"):
+        segment, code = getattr(sregs, name), name == "cs"
+        segment.base, segment.limit, segment.selector = 0, 0xFFFFFFFF, 8 if code else 16
+        segment.type, segment.l, segment.db = (0xB, 1, 0) if code else (3, 0, 1)
+        segment.present = segment.s = segment.g = 1
+        segment.dpl = segment.unusable = 0
+    sregs.tr.base, sregs.tr.limit, sregs.tr.type, sregs.tr.unusable = 0, 0x67, 0xB, 0
+    sregs.tr.present, sregs.tr.s, sregs.tr.g = 1, 0, 0
+    sregs.ldt.unusable = 1
+    for tables in (sregs.gdt, sregs.idt):
+        tables.base = tables.limit = 0
+    sregs.cr0, sregs.cr3 = 0x8000_0031, ROOT * PAGE  # PG, NE, ET, PE
+    sregs.cr4, sregs.efer = 1 << 5 | 1 << 21, 1 << 8 | 1 << 10  # PAE, SMAP; LME, LMA
+    assert raw(vcpu, "KVM_SET_SREGS", sregs) == 0
+
+
+TABLES_LAST: Final = 0x67
+"""Last guest address at which the processor of `prepare` has a descriptor table; the first is 0."""
+
+
+@dataclass(frozen=True)
+class End:
+    """How KVM_RUN ended: its result, the exit if that is 0, and RIP. elisa: cause, place, slot,
+    VMX exit reason."""
+
+    result: int
+    exit_reason: int
+    elisa: tuple[int, int, int, int]
+    rip: int
+
+
+class RunArea:
+    """struct kvm_run of a vCPU, mapped; that alone keeps the vCPU's file open."""
+
+    def __init__(self, vcpu: int, size: int) -> None:
+        self._map = mmap.mmap(vcpu, size)
+
+    def run(self, vcpu: int, *, immediate: bool = False) -> End:
+        self._map[1] = int(immediate)
+        result = raw(vcpu, "KVM_RUN")
+        self._map[1] = 0
+        (reason,) = struct.unpack_from("<I", self._map, 8)
+        regs = ffi.new("struct kvm_regs *")
+        assert raw(vcpu, "KVM_GET_REGS", regs) == 0
+        return End(result, reason, struct.unpack_from("<4I", self._map, 32), regs.rip)
+
+    def close(self) -> None:
+        self._map.close()
+
+
+def set_registers(vcpu: int, *, slot: int | None = None, loop: bool = False) -> None:
+    """slot: begin anew, with VMFUNC(0, slot); None: go on. loop: what a context with a loop does
+    from now on."""
+    regs = ffi.new("struct kvm_regs *")
+    if slot is None:
+        assert raw(vcpu, "KVM_GET_REGS", regs) == 0
+    else:
+        regs.rip, regs.rdi = CODE_GVA, slot
+    # Interrupts on: the emulated processor has to be able to stop it.
+    regs.rflags, regs.rsi = 0x202, int(loop)
+    assert raw(vcpu, "KVM_SET_REGS", regs) == 0
+
+
+def run_into_loop(vcpu: int, area: RunArea) -> End:
+    """KVM_RUN until it is in the loop of a context; a signal ends it, later each time."""
+    old = signal.signal(signal.SIGALRM, lambda *_: None)
+    patience = 0.002
+    try:
+        while True:
+            signal.setitimer(signal.ITIMER_REAL, patience, patience)
+            end = area.run(vcpu)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            if end.result != -errno.EINTR or end.rip in LOOPS:
+                return end
+            assert patience < 5, f"not in a loop: {end}"
+            patience *= 2
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+
+
+def crossings_work(kvm: Kvm) -> None:
+    """Through a gate into a sub context and back, and into an object and back, in a new VM."""
+    arena = Arena()
+    fds = []
+
+    def new(fd: int) -> int:
+        assert fd >= 0, os.strerror(-fd)
+        fds.append(fd)
+        return fd
+
+    try:
+        vm = new(raw(kvm.fileno(), "KVM_CREATE_VM"))
+        assert enable(vm, lib.KVM_ELISA_CONTEXTS) == 0
+        assert set_memory(vm, arena.address) == 0
+        vcpu = new(raw(vm, "KVM_CREATE_VCPU"))
+        prepare(kvm, vcpu)
+        thing = new(create_context(vm, context_request(Kind.OBJECT, arena.address)))
+        sub = new(create_context(vm, context_request(Kind.SUB, arena.address)))
+        gate = context_request(Kind.GATE, arena.address, target=sub)
+        assert set_slot(vcpu, 2, new(create_context(vm, gate))) == 0
+        assert set_slot(vcpu, 3, thing) == 0
+        area = RunArea(vcpu, kvm.vcpu_mmap_size())
+        for slot, behind in ((2, BEHIND_SUB), (3, BEHIND_OBJECT)):
+            set_registers(vcpu, slot=slot)
+            end = area.run(vcpu)
+            assert (end.result, end.exit_reason) == (0, lib.KVM_EXIT_HLT), end
+            assert end.rip == CODE_GVA + behind + 1, end
+        area.close()
+    finally:
+        for fd in fds:
+            os.close(fd)
+        arena.close()

@@ -1,0 +1,53 @@
+"""The base class of everything that has to be closed."""
+
+import pytest
+
+from pykvm.closeable import Closeable
+from pykvm.elisa.objects import ObjectInstance
+from pykvm.kvm import Handle, Vcpu, Vm
+from pykvm.machine.bare.guest import BareGuest
+from pykvm.memory.guest_memory import GuestMemory, MemoryFile, Region
+from pykvm.switch.hosted import HostedSwitch
+from pykvm.testbed.bochs import Emulator
+
+pytestmark = pytest.mark.unit
+
+
+class Door(Closeable):
+    def __init__(self) -> None:
+        self.closed = 0
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_with() -> None:
+    with Door() as door:
+        assert isinstance(door, Door)
+        assert door.closed == 0
+    assert door.closed == 1
+
+
+def test_an_exception_passes() -> None:
+    door = Door()
+    with pytest.raises(KeyError, match="through"), door:
+        raise KeyError("through")
+    assert door.closed == 1
+
+
+def test_who_must_define_close() -> None:
+    with pytest.raises(NotImplementedError), Closeable():
+        pass
+
+
+OWNERS = (
+    *(BareGuest, Emulator, GuestMemory, Handle, HostedSwitch),
+    *(MemoryFile, ObjectInstance, Region, Vcpu, Vm),
+)
+
+
+@pytest.mark.parametrize("owner", OWNERS)
+def test_who_is_one(owner: type[Closeable]) -> None:
+    assert issubclass(owner, Closeable)
+    assert owner.close is not Closeable.close
+    assert owner.__exit__ is Closeable.__exit__

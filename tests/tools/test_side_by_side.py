@@ -1,0 +1,184 @@
+"""Commands side by side: their order, their outputs, and that nothing of them stays."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tools import side_by_side, test_all
+from tools.side_by_side import Job
+
+pytestmark = pytest.mark.unit
+
+
+def _python(name: str, code: str, **environment: str | None) -> Job:
+    return Job(name, [sys.executable, "-c", f"import os, sys, time\n{code}"], environment)
+
+
+def test_outputs_follow_one_another(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    slow = "for n in range(3): print('a', n, flush=True); time.sleep(0.2)"
+    jobs = [_python("one", slow), _python("two", "print('b'); print('c', file=sys.stderr)")]
+    assert side_by_side.run(jobs, interval=0.01) == [0, 0]
+    lines = capfdbinary.readouterr().out.decode().splitlines()
+    shown = [line for line in lines if not line.startswith("====")]
+    assert shown[:3] == ["a 0", "a 1", "a 2"]
+    assert sorted(shown[3:]) == ["b", "c"]
+    assert lines[0] == "==== one"
+    assert lines[4].startswith("==== one: well, ")
+
+
+def test_statuses_and_environment(capfd: pytest.CaptureFixture[str]) -> None:
+    os.environ["PYKVM_TO_UNSET"] = "1"
+    code = "sys.exit(int(os.environ['STATUS']) + ('PYKVM_TO_UNSET' in os.environ))"
+    jobs = [_python(str(n), code, STATUS=str(n), PYKVM_TO_UNSET=None) for n in (0, 3, 5)]
+    try:
+        statuses = side_by_side.run(jobs, interval=0.01)
+    finally:
+        del os.environ["PYKVM_TO_UNSET"]
+    assert statuses == [0, 3, 5]
+    assert side_by_side.summary(jobs, statuses) == 1
+    assert "==== FAILED: 3, 5" in capfd.readouterr().out
+    assert side_by_side.summary(jobs[:1], statuses[:1]) == 0
+
+
+@pytest.mark.parametrize(("processors", "most"), [(1, 2), (2, 1), (3, 1)])
+def test_as_many_as_there_are_processors(
+    processors: int, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    code = (
+        f"here = {str(tmp_path)!r}; mine = os.path.join(here, str(os.getpid()))\n"
+        "open(mine, 'w').close(); time.sleep(0.3); found = len(os.listdir(here))\n"
+        "os.unlink(mine); sys.exit(found)"
+    )
+    found = side_by_side.run([_python(str(n), code) for n in range(4)], processors, 0.01)
+    assert max(found) == most
+
+
+def test_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    made = tmp_path / "made"
+    first = _python("first", f"time.sleep(0.5); open({str(made)!r}, 'w').close()")
+    other = _python("other", f"sys.exit(os.path.exists({str(made)!r}))")
+    third = _python("third", f"sys.exit(os.path.exists({str(made)!r}))")
+    jobs = [first, other, dataclasses.replace(third, after="first")]
+    assert side_by_side.run(jobs, interval=0.01) == [0, 0, 1]
+
+
+def _started(tmp_path: Path, stubborn: bool) -> subprocess.Popen[str]:
+    """Two commands side by side, each with a child, once all four have said who they are."""
+    code = (
+        "import os, signal, sys, time\n"
+        f"if {stubborn}: signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "os.fork()\n"
+        f"open(os.path.join({str(tmp_path)!r}, str(os.getpid())), 'w').close()\n"
+        "time.sleep(60)\n"
+    )
+    (tmp_path.parent / "program.py").write_text(code)
+    command = f"{sys.executable} {tmp_path.parent / 'program.py'}"
+    two = "import os; os.sched_getaffinity = lambda _: {0, 1}\n"
+    two += "from tools import side_by_side; side_by_side._PATIENCE = 1\n"
+    two += f"raise SystemExit(side_by_side.main([{command!r}, {command!r}]))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", two],
+        cwd=test_all.ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        # As a shell without job control starts what it runs in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # noqa: PLW1509
+    )
+    deadline = time.monotonic() + 20
+    while len(list(tmp_path.iterdir())) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return process
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_nothing_stays_of_what_was_interrupted(
+    number: signal.Signals, status: int, stubborn: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "pids").mkdir()
+    with _started(tmp_path / "pids", stubborn) as process:
+        process.send_signal(number)
+        assert process.wait(20) == status
+    assert _still_there(tmp_path / "pids") == []
+
+
+def test_nothing_stays_of_one_that_was_killed(tmp_path: Path) -> None:
+    (tmp_path / "pids").mkdir()
+    with _started(tmp_path / "pids", stubborn=False) as process:
+        process.kill()
+        process.wait(20)
+        pids = {int(path.name) for path in (tmp_path / "pids").iterdir()}
+    # The commands end by SIGTERM, and look after their own children: those of this test do not.
+    deadline = time.monotonic() + 10
+    while len(_still_there(tmp_path / "pids")) > 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for pid in pids.intersection(_still_there(tmp_path / "pids")):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _still_there(directory: Path) -> list[int]:
+    def alive(pid: int) -> bool:
+        try:
+            return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+        except OSError:
+            return False
+
+    return [int(path.name) for path in directory.iterdir() if alive(int(path.name))]
+
+
+def test_every_test_is_in_one_part_of_make_test() -> None:
+    todo = test_all.jobs()
+    assert [job.name for job in todo] == [
+        "on this host",
+        "on this host, what takes long",
+        "on the emulated host, Linux 6.12: elisa or kvm",
+        "on the emulated host, Linux 6.1: elisa",
+        "on the emulated host, Linux 6.1: kvm and not elisa",
+    ]
+    here = [word for job in todo[:2] for word in job.command if word.startswith("tests/")]
+    assert sorted(here) == test_all.all_files()
+    assert {job.after for job in todo[2:]} == {todo[0].name}
+    required = [word for job in todo for word in job.command if word.startswith("PYKVM_REQUIRE")]
+    assert required == [f"PYKVM_REQUIRE={tiers}" for tiers in ("elisa,kvm", "elisa", "kvm")]
+    with_kvm, with_elisa = "tests/kvm/test_state.py", "tests/elisa/inside/test_events.py"
+    assert [with_kvm in job.command for job in todo[2:]] == [True, False, True]
+    assert [with_elisa in job.command for job in todo[2:]] == [True, True, False]
+    reports = {word for job in todo for word in job.command if "junitxml" in word}
+    assert len(reports) == len(todo)
+
+
+def test_reports_count_for_the_same_sources_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(test_all, "ROOT", tmp_path)
+    (tmp_path / "tests").mkdir()
+    source = tmp_path / "tests/test_made.py"
+    source.write_text("pytestmark = pytest.mark.unit\n")
+    directory = tmp_path / test_all.REPORTS
+    directory.mkdir(parents=True)
+    (directory / "checkout").write_text(test_all.checkout_key())
+    assert test_all.reports() == []
+    names = ["host", "host-later", "6.12-elisa-kvm", "6.1-elisa", "6.1-kvm"]
+    for name in names:
+        (directory / f"{name}.xml").touch()
+    assert [report.stem for report in test_all.reports()] == names
+    (tmp_path / "tests/made.so").touch()  # built, no source
+    assert test_all.reports()
+    source.write_text("pytestmark = pytest.mark.kvm\n")
+    assert test_all.reports() == []
+    (directory / "checkout").write_text(test_all.checkout_key())
+    assert test_all.reports()
+    (directory / "6.1-kvm.xml").unlink()
+    assert test_all.reports() == []

@@ -1,0 +1,166 @@
+"""`make attacks`: every attack and every control, here and on emulated hosts, row by row.
+
+The controls that need a kernel without a defence run on a host of their own, whose modules are
+built with weaken.patch. Where several series are named, a row must hold on each. Exit status 0 only
+if each attack held, each control succeeded, nothing was skipped, and no row has an open part.
+"""
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+from xml.etree import ElementTree
+
+from pykvm.kernel.series import DEFAULT_SERIES, SERIES
+from tests.attacks.marks import ROOT
+from tests.attacks.threats import THREATS, Threat
+from tests.attacks.weaken import PATCH
+from tools import side_by_side, test_all
+from tools.side_by_side import Job
+
+RESULTS: Final = Path("build") / "attacks"  # below build/, so that it comes back from inside
+_TIERS: Final = re.compile(r"mark\.(elisa|kvm)\b")
+_WEAKENED: Final = re.compile(r"mark\.weakened\b")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    text: str
+    good: bool
+
+
+def judge(threat: Threat, outcomes: Mapping[str, set[str]]) -> Verdict:
+    """outcomes: by test, as path::function, what its cases ended with."""
+    tests = [*threat.attacks, *threat.controls]
+    wrong = [test for test in tests if outcomes.get(test, {"not run"}) != {"passed"}]
+    if wrong:
+        ends = (f"{test}: {', '.join(sorted(outcomes.get(test, {'not run'})))}" for test in wrong)
+        return Verdict("FAILED: " + "; ".join(ends), False)
+    if threat.open:
+        tried = "held as far as tried; " if threat.attacks else ""
+        return Verdict(f"{tried}OPEN: {threat.open}", False)
+    if threat.no_control:
+        return Verdict(f"held; no control: {threat.no_control}", True)
+    return Verdict("held; control succeeded", True)
+
+
+def outcomes_of(report: Path) -> dict[str, set[str]]:
+    """What pytest's JUnit report says, by test."""
+    found: dict[str, set[str]] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        path = case.attrib["classname"].replace(".", "/") + ".py"
+        name = case.attrib["name"].split("[")[0]
+        ends = {"failure": "failed", "error": "failed", "skipped": "skipped"}
+        kinds = [ends[child.tag] for child in case if child.tag in ends]
+        found.setdefault(f"{path}::{name}", set()).add(kinds[0] if kinds else "passed")
+    return found
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of pytest. where: what it is run with, up to the interpreter."""
+
+    name: str
+    where: tuple[str, ...]
+    expression: str
+    files: tuple[str, ...]
+
+    @property
+    def report(self) -> Path:
+        return RESULTS / f"{self.name}.xml"
+
+    def command(self) -> list[str]:
+        options = ["-q", "-m", self.expression, f"--junitxml={self.report}"]
+        return [*self.where, "-m", "pytest", *options, *self.files]
+
+
+def plan(series: str) -> tuple[Run, Run, Run]:
+    """What runs here, on the emulated host, and on the one with weakened modules."""
+    tests = {test for threat in THREATS for test in (*threat.attacks, *threat.controls)}
+    files = sorted({test.split("::")[0] for test in tests})
+    builds = "tests/attacks/test_builds.py"  # what the emulated host cannot compile itself
+    marked = "(attack or control)"
+    testbed = [str(Path(sys.executable).with_name("pykvm")), "testbed", "--series", series]
+    return (
+        Run(
+            "host",
+            (sys.executable,),
+            f"{marked} and not elisa and not kvm or unit and not testbed",
+            (builds, *files),
+        ),
+        Run(
+            f"inside-{series}",
+            (*testbed, "--", "python"),
+            f"{marked} and (elisa or kvm) and not weakened",
+            _with(_TIERS, files),
+        ),
+        Run(
+            f"weakened-{series}",
+            (*testbed, "--also", str(PATCH), "--", "python"),
+            f"{marked} and weakened",
+            _with(_WEAKENED, files),
+        ),
+    )
+
+
+def _job(run: Run, after: str) -> Job:
+    # What the emulated hosts cannot compile themselves is built here first.
+    return Job(f"attacks: {run.name}", run.command(), {"PYKVM_REQUIRE": None}, after)
+
+
+def _with(mark: re.Pattern[str], files: Iterable[str]) -> tuple[str, ...]:
+    return tuple(file for file in files if mark.search((ROOT / file).read_text()))
+
+
+def all_outcomes(reports: Iterable[Path]) -> dict[str, set[str]]:
+    """By test, over all `reports`; a skip counts only where no other report has the test."""
+    found: dict[str, set[str]] = {}
+    for report in reports:
+        for test, ends in outcomes_of(report).items():
+            found.setdefault(test, set()).update(ends)
+    return {test: ends - {"skipped"} or ends for test, ends in found.items()}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Try every row of docs/threats.md.")
+    parser.add_argument("--series", choices=SERIES, nargs="+", default=[DEFAULT_SERIES])
+    parser.add_argument(
+        "--after-tests",
+        action="store_true",
+        help="do not repeat what `make test` has just run on the same sources; its results on "
+        "all series count",
+    )
+    options = parser.parse_args(arguments)
+    side_by_side.end_on_signals()
+    started = time.monotonic()
+    known = test_all.reports() if options.after_tests else []
+    if options.after_tests:
+        print(f"attacks: {'using the' if known else 'no'} results of make test", flush=True)
+    runs = [run for series in options.series for run in plan(series)]
+    todo = [run for run in dict.fromkeys(runs) if not known or "weakened" in run.name]
+    (ROOT / RESULTS).mkdir(parents=True, exist_ok=True)
+    for report in (ROOT / RESULTS).glob("*.xml"):
+        report.unlink()
+    first = f"attacks: {todo[0].name}"
+    jobs = [_job(todo[0], ""), *(_job(run, "" if known else first) for run in todo[1:])]
+    try:
+        status = side_by_side.summary(jobs, side_by_side.run(jobs))
+    except KeyboardInterrupt:
+        return 130
+    made = (ROOT / run.report for run in todo)
+    outcomes = all_outcomes([*known, *(report for report in made if report.exists())])
+    verdicts = [(threat.row, judge(threat, outcomes)) for threat in THREATS]
+    for row, verdict in verdicts:
+        print(f"{row:<4} {verdict.text}")
+    short = sum(not verdict.good for _, verdict in verdicts)
+    seconds = time.monotonic() - started
+    print(f"attacks: {len(verdicts)} rows, {short} fall short, {seconds:.0f} s")
+    return 1 if short or status else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""`make test`: every test, on this host and on the emulated Intel host with each kernel series.
+
+Each part leaves a report in pytest's JUnit format in `build/tests`.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from pykvm import cache
+from pykvm.kernel.series import DEFAULT_SERIES, SERIES
+from pykvm.testbed import payload
+from tools import side_by_side
+from tools.side_by_side import Job
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+REPORTS: Final = Path("build") / "tests"  # below build/, so that they come back from inside
+
+# By series, what its emulated host runs. The default one has two parts, so that they end together.
+_INSIDE: Final = (
+    *((series, "elisa or kvm") for series in SERIES if series != DEFAULT_SERIES),
+    (DEFAULT_SERIES, "elisa"),
+    (DEFAULT_SERIES, "kvm and not elisa"),
+)
+
+
+_STATE: Final = "checkout"
+_MADE: Final = re.compile(r"\.(so|pyc)$")
+
+# On this host, while the emulated ones run: the longest.
+_LATER: Final = ("tests/switch", "tests/verify")
+
+
+def files_with(tiers: Sequence[str]) -> list[str]:
+    """Test files that use a mark of `tiers`; on the emulated host, importing all takes a minute."""
+    marks = re.compile(rf"mark\.({'|'.join(tiers)})\b")
+    return [file for file in all_files() if marks.search((ROOT / file).read_text())]
+
+
+def checkout_key() -> str:
+    """A hash of the checkout's sources, by which reports can be told to be of another state."""
+    names = payload.checkout_files(ROOT)
+    sources = (n for n in sorted(names) if not n.startswith("build/") and not _MADE.search(n))
+    return cache.key(*(item for name in sources for item in (name, ROOT / name)))
+
+
+def reports() -> list[Path]:
+    """What `make test` left: a report of each part; none unless all are of this very checkout."""
+    found = [ROOT / REPORTS / f"{name}.xml" for name in _report_names()]
+    state = ROOT / REPORTS / _STATE
+    if not state.is_file() or state.read_text() != checkout_key():
+        return []
+    return found if all(report.is_file() for report in found) else []
+
+
+def _report_names() -> list[str]:
+    options = [word for job in jobs() for word in job.command if word.startswith("--junitxml=")]
+    return [Path(option.partition("=")[2]).stem for option in options]
+
+
+def all_files() -> list[str]:
+    """Every test file, relative to the checkout."""
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py"))
+
+
+def jobs() -> list[Job]:
+    """What there is to run, in the order in which it starts."""
+    later = {*files_with(["testbed"]), *(f for f in all_files() if f.startswith(_LATER))}
+    first = "on this host"
+    found = [
+        _on_this_host(first, "host", [file for file in all_files() if file not in later]),
+        _on_this_host("on this host, what takes long", "host-later", sorted(later)),
+    ]
+    pykvm = str(Path(sys.executable).with_name("pykvm"))
+    for series, expression in _INSIDE:
+        tiers = [tier for tier in ("elisa", "kvm") if tier in expression.split(" and not ")[0]]
+        report = REPORTS / f"{series}-{'-'.join(tiers)}.xml"
+        pytest = ["python", "-m", "pytest", "-m", expression, f"--junitxml={report}"]
+        found.append(
+            Job(
+                f"on the emulated host, Linux {series}: {expression}",
+                [
+                    *(pykvm, "testbed", "--series", series),
+                    *("--env", f"PYKVM_REQUIRE={','.join(tiers)}"),
+                    *("--", *pytest, *files_with(tiers)),
+                ],
+                # Guests and objects that were built here need not be built slowly there.
+                after=first,
+            )
+        )
+    return found
+
+
+def _on_this_host(name: str, report: str, files: Sequence[str]) -> Job:
+    command = [sys.executable, "-m", "pytest", f"--junitxml={REPORTS / report}.xml", *files]
+    # What pytest compiles is taken along, too.
+    return Job(name, command, {"PYTHONDONTWRITEBYTECODE": None, "PYKVM_REQUIRE": "unit,testbed"})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    argparse.ArgumentParser(description=__doc__).parse_args(arguments)
+    side_by_side.end_on_signals()
+    os.chdir(ROOT)
+    REPORTS.mkdir(parents=True, exist_ok=True)
+    for report in REPORTS.glob("*.xml"):
+        report.unlink()
+    (REPORTS / _STATE).write_text(checkout_key())
+    try:
+        todo = jobs()
+        return side_by_side.summary(todo, side_by_side.run(todo))
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
