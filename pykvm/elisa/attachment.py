@@ -18,7 +18,7 @@ from pykvm.elisa.contexts import (
     plan_sub,
 )
 from pykvm.errors import PykvmError
-from pykvm.kvm import Context, IoctlError, KvmError, Vcpu, VcpuRunningError, Vm
+from pykvm.kvm import Context, IoctlError, KvmError, Vcpu, VcpuRunningError
 from pykvm.kvm._kvm import lib
 from pykvm.memory.guest_memory import MemoryFile, Region, require_lockable
 from pykvm.paging.entries import Access
@@ -58,7 +58,7 @@ def _take_slot(vcpu: Vcpu) -> int:
     raise SlotsFullError(f"vCPU {vcpu.id} has {SLOTS - FIRST_SLOT} attachments: detach one")
 
 
-def _create(vm: Vm, vcpu: Vcpu, plan: ContextPlan, sub: Context | None) -> Context:
+def _create(vcpu: Vcpu, plan: ContextPlan, sub: Context | None) -> Context:
     """Hand a complete plan to the kernel."""
     pages: list[tuple[int, int, int]] = []
     for page in plan.pages:
@@ -72,7 +72,7 @@ def _create(vm: Vm, vcpu: Vcpu, plan: ContextPlan, sub: Context | None) -> Conte
             case EptpPage():
                 assert sub is not None
                 pages.append((0, lib.KVM_ELISA_PAGE_EPTP, sub.fileno()))
-    return vm.create_elisa_context(
+    return vcpu.vm.create_elisa_context(
         plan.ept.tobytes(), pages, gva=plan.gva, size=plan.size, la57=plan.levels == 5
     )
 
@@ -98,7 +98,6 @@ class Attachment:
     @classmethod
     def make(
         cls,
-        vm: Vm,
         vcpu: Vcpu,
         *,
         name: str,
@@ -137,16 +136,16 @@ class Attachment:
             region.close()
             raise
         try:
-            attachment._install(vm, sub, gate)
+            attachment._install(sub, gate)
         except BaseException:
             _slots_in_use[vcpu].discard(attachment.slot)
             attachment.close()
             raise
         return attachment
 
-    def _install(self, vm: Vm, sub: ContextPlan, gate: ContextPlan) -> None:
-        self._contexts.append(_create(vm, self._vcpu, sub, None))
-        self._contexts.append(_create(vm, self._vcpu, gate, self._contexts[0]))
+    def _install(self, sub: ContextPlan, gate: ContextPlan) -> None:
+        self._contexts.append(_create(self._vcpu, sub, None))
+        self._contexts.append(_create(self._vcpu, gate, self._contexts[0]))
         self._vcpu.set_elisa_slot(self.slot, self._contexts[1])
         self.attached = True
 

@@ -1,10 +1,10 @@
 """Shared objects: what several guests share, and the trusted code that alone touches it.
 
-An object is declared once, opened once, and attached to any number of vCPUs, in any VMs::
+An object is declared once, opened once, and attached to any number of guests::
 
     counter = SharedObject("counter", "counter.c", shared=4096, window=4096, guests=2)
     with counter.open() as instance:
-        attachment = instance.attach(vm, vcpu, guest=0)
+        attachment = instance.attach(guest)
         ...                      # the guest calls elisa_call(a0, a1, a2, attachment.slot)
         attachment.detach()
 """
@@ -20,11 +20,11 @@ from pykvm.closeable import Closeable
 from pykvm.elisa import crossing
 from pykvm.elisa.attachment import Attachment
 from pykvm.elisa.contexts import READ, READ_EXECUTE, READ_WRITE, UserPages
+from pykvm.elisa.guest import Guest
 from pykvm.elisa.protections import ALL, Protection
 from pykvm.elisa.trusted_images import ImagePart, SubImage, build_object, crossing_images
 from pykvm.errors import PykvmError
-from pykvm.kvm import Vcpu, Vm
-from pykvm.machine.bare import layout
+from pykvm.kvm import Vcpu
 from pykvm.memory.guest_memory import MemoryFile, Region
 from pykvm.paging.entries import Access
 from pykvm.sizes import PAGE_SIZE
@@ -207,7 +207,7 @@ class ObjectInstance(Closeable):
         size = self.declaration.window_size
         return self.memory.view(self.declaration.windows_offset + guest * size, size)
 
-    def window_region(self, guest: int, gpa: int = layout.WINDOW_GPA) -> Region:
+    def window_region(self, guest: int, gpa: int) -> Region:
         """A guest's window as a memory region for its default context, at gpa.
 
         Raises GuestNumberError, ObjectSizeError (no windows).
@@ -217,22 +217,49 @@ class ObjectInstance(Closeable):
         offset = self.declaration.windows_offset + guest * size
         return Region(self._file, gpa, offset=offset, size=size)
 
-    def direct_region(self, gpa: int = layout.DIRECT_GPA) -> Region:
+    def direct_region(self, gpa: int) -> Region:
         """All of the object's memory as a region: for the directly mapped baseline, which
         isolates nothing."""
         return Region(self._file, gpa)
 
-    def attach(
+    def attach(self, guest: Guest, number: int | None = None, *, user: bool = False) -> Attachment:
+        """Attach a guest: its vCPU gains the object, it is shown its window and told its slot.
+
+        number: the guest's number in the object, by default the lowest that is free. user: for
+        callers in user mode (CPL 3) instead of kernel mode.
+
+        Raises what `attach_vcpu` raises, and what the guest's `join` does; nothing stays behind.
+        """
+        if number is None:
+            number = self._free_number()
+        attachment = self.attach_vcpu(
+            guest.vcpu,
+            number,
+            crossing_gva=guest.crossing_gva,
+            user=user,
+            levels=guest.paging_levels,
+        )
+        try:
+            window = None
+            if self.declaration.window:
+                window = self.window_region(number, guest.next_window_gpa())
+            images = crossing_images(frozenset(self.declaration.without))
+            guest.join(images, attachment.slot, window, user=user)
+        except BaseException:
+            attachment.close()
+            raise
+        return attachment
+
+    def attach_vcpu(
         self,
-        vm: Vm,
         vcpu: Vcpu,
-        guest: int,
+        number: int,
         *,
         crossing_gva: int = crossing.CROSSING_GVA,
         user: bool = False,
         levels: int = 4,
     ) -> Attachment:
-        """Give a vCPU access to the object as guest number `guest`.
+        """Give a vCPU access to the object as guest `number`; the guest itself learns nothing.
 
         crossing_gva: where the guest maps its entry page. user: for callers in user mode (CPL 3)
         instead of kernel mode. levels: of the guest's paging, 5 with CR4.LA57.
@@ -242,21 +269,20 @@ class ObjectInstance(Closeable):
         Raises GuestNumberError, CrossingBaseError, SlotsFullError, LockLimitError, and errors of
         the kernel; nothing stays behind then. With user, what `build_object` raises.
         """
-        self._check_guest(guest)
-        if guest in self._attachments and self._attachments[guest].attached:
+        self._check_guest(number)
+        if self._is_attached(number):
             raise GuestNumberError(
-                f"guest {guest} of {self.declaration.name} is attached already: detach it first"
+                f"guest {number} of {self.declaration.name} is attached already: detach it first"
             )
         if user and user not in self._image.entries:
             left_out = frozenset(self.declaration.without)
             self._image.add_entry(
                 user, build_object(self.declaration.sources, user=True, without=left_out)
             )
-        env = self.declaration.env(crossing_gva + crossing.SHARED_OFFSET, guest)
+        env = self.declaration.env(crossing_gva + crossing.SHARED_OFFSET, number)
         attachment = Attachment.make(
-            vm,
             vcpu,
-            name=f"{self.declaration.name} {guest}",
+            name=f"{self.declaration.name} {number}",
             image=self._image.parts(user),
             gate_page=self._image.gate_page,
             memory=UserPages(self.memory.host_address, self.memory.size // PAGE_SIZE),
@@ -265,8 +291,20 @@ class ObjectInstance(Closeable):
             user=user,
             levels=levels,
         )
-        self._attachments[guest] = attachment
+        self._attachments[number] = attachment
         return attachment
+
+    def _is_attached(self, number: int) -> bool:
+        return number in self._attachments and self._attachments[number].attached
+
+    def _free_number(self) -> int:
+        for number in range(self.declaration.guests):
+            if not self._is_attached(number):
+                return number
+        raise GuestNumberError(
+            f"{self.declaration.name} has {self.declaration.guests} guests already: "
+            "detach one, or declare more guests"
+        )
 
     def _check_guest(self, guest: int) -> None:
         if not 0 <= guest < self.declaration.guests:

@@ -75,7 +75,7 @@ def measure_attach(kvm: Kvm, repeats: int, scale: float) -> AttachCost:
         for _ in range(repeats):
             for end in ("detach", "revoke"):
                 timed("nothing", lambda: None)
-                attachment = timed("attach", lambda: instance.attach(guest.vm, guest.vcpu, 0))
+                attachment = timed("attach", lambda: instance.attach_vcpu(guest.vcpu, 0))
                 timed(end, getattr(attachment, end))
     counted = is_emulated()
     overhead = int(typical(ticks.pop("nothing"), counted=counted))

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from pykvm.elisa.trusted_images import crossing_images
+from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.measure.programs import SwitchPath
 from pykvm.switch.hosted import HostedSwitch
@@ -19,17 +19,15 @@ def connect(guest: BareGuest, hosted: HostedSwitch, port: int, path: SwitchPath)
     Raises what `ObjectInstance.attach` raises; PortStateError for a port in use.
     """
     instance = hosted.instance
-    slot = 0
     match path:
         case SwitchPath.VMFUNC:
-            images = crossing_images()
-            guest.map_crossing(images.entry_page, images.return_page, images.call_offset)
-            slot = instance.attach(guest.vm, guest.vcpu, port).slot
+            instance.attach(guest, port)
         case SwitchPath.VMCALL:
             guest.vm.enable_user_hypercalls()
             guest.vcpu.set_hypercall(0, hosted.switch.hypercall, hosted.switch.native_env(port))
         case SwitchPath.DIRECT:
-            memory = instance.direct_region()
+            memory = instance.direct_region(layout.DIRECT_GPA)
             guest.set_direct(memory, instance.declaration.env(memory.gpa, port))
-    guest.set_attachment(0, slot, instance.window_region(port))
+    if path is not SwitchPath.VMFUNC:
+        guest.announce(0, instance.window_region(port, guest.next_window_gpa()))
     hosted.switch.enable(port)

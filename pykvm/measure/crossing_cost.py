@@ -86,9 +86,7 @@ def measure_crossing(
     with nop.open() as instance, BareGuest(kvm, program, name="crossing") as guest:
         guest.vm.enable_user_hypercalls()
         guest.vcpu.set_hypercall(0, NULL_HYPERCALL)
-        guest.map_crossing(images.entry_page, images.return_page, images.call_offset)
-        attachment = instance.attach(guest.vm, guest.vcpu, 0)
-        guest.set_attachment(0, attachment.slot, instance.window_region(0))
+        instance.attach(guest)
         counter = ExitCounter(guest.vcpu)
         guest.run(counter.mark)
         ticks = way_samples(guest.samples(), program)

@@ -13,7 +13,6 @@ from typing import Any, Final
 
 from pykvm.elisa import crossing
 from pykvm.elisa.objects import SharedObject
-from pykvm.elisa.trusted_images import crossing_images
 from pykvm.errors import PykvmError
 from pykvm.host.fingerprint import is_emulated
 from pykvm.kvm import Kvm
@@ -80,14 +79,11 @@ def measure_interrupts(
     """
     program = InterruptProgram(count, left, _LEAD)
     declared = SharedObject("work", GUEST_SOURCES / "objects" / "work.c", guests=1)
-    images = crossing_images()
     with (
         declared.open() as instance,
         BareGuest(kvm, program, name="interrupts", irqchip=True) as guest,
     ):
-        guest.map_crossing(images.entry_page, images.return_page, images.call_offset)
-        attachment = instance.attach(guest.vm, guest.vcpu, 0)
-        guest.set_attachment(0, attachment.slot, instance.window_region(0))
+        instance.attach(guest)
         counter = ExitCounter(guest.vcpu)
         guest.run(counter.mark)
         parts = interrupt_samples(guest.samples(), program)

@@ -13,7 +13,6 @@ from typing import Any, Final
 
 from pykvm.elisa.objects import SharedObject
 from pykvm.elisa.protections import Protection
-from pykvm.elisa.trusted_images import crossing_images
 from pykvm.host.fingerprint import is_emulated
 from pykvm.kvm import Kvm
 from pykvm.machine.bare.guest import BareGuest
@@ -120,11 +119,9 @@ def measure_protections(kvm: Kvm, calls: int, scale: float) -> Protections:
 def _from_user_mode(kvm: Kvm, calls: int, scale: float, without: frozenset[Protection]) -> Samples:
     program = UserProgram(timed=calls)
     nop = SharedObject("nop", GUEST_SOURCES / "objects" / "nop.c", guests=1, without=without)
-    images = crossing_images(without)
     with nop.open() as instance, BareGuest(kvm, program, name="user mode") as guest:
-        map_user_pages(guest, program, images.entry_page, images.return_page, images.call_offset)
-        attachment = instance.attach(guest.vm, guest.vcpu, 0, user=True)
-        guest.set_attachment(0, attachment.slot, instance.window_region(0))
+        instance.attach(guest, user=True)
+        map_user_pages(guest, program)
         guest.run()
         empty, ticks = user_samples(guest.samples(), calls)
     counted = is_emulated()

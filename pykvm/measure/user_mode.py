@@ -8,8 +8,6 @@ import struct
 from dataclasses import dataclass
 from typing import Final
 
-from pykvm.elisa import crossing
-from pykvm.machine.bare import layout
 from pykvm.machine.bare.build import build_guest
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.paging.entries import Access
@@ -50,24 +48,12 @@ class UserProgram:
         return bytes(PAGE_SIZE)
 
 
-def map_user_pages(
-    guest: BareGuest,
-    program: UserProgram,
-    entry_page: bytes,
-    return_page: bytes,
-    call_offset: int,
-) -> None:
-    """As `BareGuest.map_crossing`, for user mode; and the program's own user pages."""
+def map_user_pages(guest: BareGuest, program: UserProgram) -> None:
+    """Map the program's own user pages, and tell it the entry page of the attached object."""
     guest.map(_CODE_GVA, program.image().address_of("user_page"), PAGE_SIZE, _READ_EXECUTE)
     guest.map(_DATA_GVA, guest.info.input, PAGE_SIZE, _READ_WRITE)
-    for page, gpa, offset in (
-        (entry_page, layout.ENTRY_PAGE_GPA, crossing.ENTRY_OFFSET),
-        (return_page, layout.RETURN_PAGE_GPA, crossing.RETURN_OFFSET),
-    ):
-        guest.memory.write(gpa, page)
-        guest.map(crossing.CROSSING_GVA + offset, gpa, PAGE_SIZE, _READ_EXECUTE)
     # Not in info.elisa_call: the runtime would touch the pages, from kernel mode.
-    guest.info.param[_CALL] = crossing.CROSSING_GVA + crossing.ENTRY_OFFSET + call_offset
+    guest.info.param[_CALL] = guest.elisa_call
 
 
 def user_samples(samples: bytes | memoryview, timed: int) -> tuple[list[int], list[int]]:

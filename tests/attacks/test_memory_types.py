@@ -13,7 +13,7 @@ from pykvm.paging.entries import MemoryType
 from tests.attacks.host_addresses import host_address
 from tests.attacks.host_tables import RECKLESS, HostMemory, HostTables, both_contexts, read_list
 from tests.attacks.weaken import Weaken, weakened
-from tests.rigs.probe import Step, What, Wild, attach, calls, give, probe_guest, results, run
+from tests.rigs.probe import Step, What, Wild, calls, give, probe_guest, results, run
 
 pytestmark = pytest.mark.elisa
 
@@ -38,7 +38,7 @@ def memory() -> Iterator[HostMemory]:
 
 def tables(guest: BareGuest, instance: ObjectInstance, memory: HostMemory) -> list[HostTables]:
     """Of both contexts, after calls with every memory type of the guest's turned to uncached."""
-    attachment = attach(guest, instance)
+    attachment = instance.attach(guest)
     slot = attachment.slot
     instance.shared[:8] = WORD.to_bytes(8, "little")
     cr3 = layout.PAGE_TABLES_GPA | WRITE_THROUGH | CACHE_DISABLE

@@ -76,7 +76,7 @@ def test_a_gate_for_another_vcpu(guest: BareGuest) -> None:
         other = second_vcpu(guest)
         weak = WeakAttachment(guest, instance, vcpu=other)
         home_stack(guest)
-        own = instance.attach(guest.vm, guest.vcpu, 1).slot
+        own = instance.attach_vcpu(guest.vcpu, 1).slot
         assert refused(guest.vcpu, own + 1, weak.gate)
         assert refused(guest.vcpu, own + 1, weak.sub)
         other.set_elisa_slot(SLOT, weak.gate)
@@ -141,9 +141,8 @@ class Neighbour:
             change_sub=self._replace_list,
             extra=[(OTHERS_PAGE, UserPages(private), Access.READ)],
         )
-        pages = crossing_images()
-        guest.map_crossing(pages.entry_page, pages.return_page, pages.call_offset)
-        guest.set_attachment(0, SLOT, instance.window_region(1))
+        guest.map_crossing(crossing_images())
+        guest.announce(SLOT, instance.window_region(1, guest.next_window_gpa()))
 
     def _replace_list(self, plan: ContextPlan) -> None:
         at = plan.pages.index(ListPage())

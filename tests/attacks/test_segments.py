@@ -39,8 +39,8 @@ def jumper(kvm: Kvm) -> Iterator[BareGuest]:
 
 def join(guest: BareGuest, instance: ObjectInstance, *, user: bool = False) -> int:
     """Attach as guest 0; the slot of its gate. The guest's own pages are for `give_jumps`."""
-    slot = instance.attach(guest.vm, guest.vcpu, 0, user=user).slot
-    guest.set_attachment(0, slot, instance.window_region(0))
+    slot = instance.attach_vcpu(guest.vcpu, 0, user=user).slot
+    guest.announce(slot, instance.window_region(0, guest.next_window_gpa()))
     return slot
 
 

@@ -76,8 +76,7 @@ class Used:
     """An object that the guest uses: it has read each page of it from inside."""
 
     def __init__(self, guest: BareGuest, memory: HostMemory) -> None:
-        pages = crossing_images()
-        guest.map_crossing(pages.entry_page, pages.return_page, pages.call_offset)
+        guest.map_crossing(crossing_images())
         self.instance = filled(WORD)
         self.places = [
             C + self.instance.symbols["elisa_serve"],
@@ -86,7 +85,7 @@ class Used:
         ]
         give_leaps(guest, *(Leap(place) for place in self.places))  # for the pages of its own
         self._guest, self._memory = guest, memory
-        self.attachment: Attachment = self.instance.attach(guest.vm, guest.vcpu, 0)
+        self.attachment: Attachment = self.instance.attach_vcpu(guest.vcpu, 0)
         what, at = read_list(self.attachment.slot)
         registers = {Register.RDI: what, Register.RSI: at}
         again(guest, Leap(slot=self.attachment.slot, registers=registers))
@@ -176,13 +175,13 @@ def pages_under_an_old_eptp(guest: BareGuest, memory: HostMemory) -> None:
         used.attachment.detach()
         for _ in range(2):  # until each takes the pages that the other has left
             for instance in (old, new):
-                instance.attach(guest.vm, guest.vcpu, 0).detach()
-        used.attachment = old.attach(guest.vm, guest.vcpu, 0)
+                instance.attach_vcpu(guest.vcpu, 0).detach()
+        used.attachment = old.attach_vcpu(guest.vcpu, 0)
         _, sub = used.contexts_in(used.attachment.slot)
         used.touch()
         used.attachment.detach()
         for _ in range(ATTEMPTS):
-            attachment = new.attach(guest.vm, guest.vcpu, 0)
+            attachment = new.attach_vcpu(guest.vcpu, 0)
             if used.contexts_in(attachment.slot)[1].eptp == sub.eptp:
                 break
             attachment.detach()

@@ -36,7 +36,7 @@ from tests.rigs.interrupts import (
     VECTOR,
     send_ipi,
 )
-from tests.rigs.probe import Probe, Step, Table, What, attach, calls, events_taken, give, results
+from tests.rigs.probe import Probe, Step, Table, What, calls, events_taken, give, results
 from tests.rigs.smram import smram
 from tests.rigs.spinning import event_guest, wait_for
 
@@ -117,7 +117,7 @@ def test_an_event_runs_internal_code(guest: BareGuest, instance: ObjectInstance,
     handler is what no entry leads to, with arguments of the guest's."""
     _, inject = EVENTS[name]
     with weakened(Weaken.EVENTS | Weaken.TABLES):
-        attachment = attach(guest, instance)
+        attachment = instance.attach(guest)
         guest.map(WINDOW, layout.WINDOW_GPA, WINDOW_PAGES * PAGE_SIZE, Access.READ | Access.WRITE)
         give(
             guest,
@@ -139,7 +139,7 @@ def test_an_event_ends_trusted_code(guest: BareGuest, instance: ObjectInstance, 
     """With its tables elsewhere the guest loses the event, and the object its caller, half done."""
     _, inject = EVENTS[name]
     with weakened(Weaken.EVENTS):
-        give(guest, call_it(attach(guest, instance)))
+        give(guest, call_it(instance.attach(guest)))
         let_in(guest, instance)
         inject(guest)
         exit = stopped(guest)
@@ -153,7 +153,7 @@ def test_an_event_ends_trusted_code(guest: BareGuest, instance: ObjectInstance, 
 def test_init_ends_trusted_code(guest: BareGuest, instance: ObjectInstance) -> None:
     """The vCPU starts at its reset vector while the object's work is half done."""
     with weakened(Weaken.INIT):
-        give(guest, call_it(attach(guest, instance)))
+        give(guest, call_it(instance.attach(guest)))
         let_in(guest, instance)
         send_ipi(guest, INIT_DELIVERY | ASSERT_LEVEL)
         with pytest.raises(Exception, match="the guest") as caught:
@@ -171,7 +171,7 @@ def test_a_system_management_interrupt_saves_the_objects_state(
 ) -> None:
     """Where the guest's handler can read it: the interrupt comes in the object's code."""
     with weakened(Weaken.INIT), smram(guest) as ram:
-        give(guest, call_it(attach(guest, instance)))
+        give(guest, call_it(instance.attach(guest)))
         let_in(guest, instance)
         guest.stop()
         guest.vcpu.smi()

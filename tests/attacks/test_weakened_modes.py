@@ -22,7 +22,7 @@ from tests.elisa.test_mode_lock import (
     try_vmfunc,
     vmfunc_in,
 )
-from tests.rigs.probe import Step, What, attach, faults, give, probe_guest, results, run
+from tests.rigs.probe import Step, What, faults, give, probe_guest, results, run
 
 pytestmark = [pytest.mark.elisa, pytest.mark.weakened]
 
@@ -45,7 +45,7 @@ def test_any_mode_reaches_a_context(guest: BareGuest, counter: ObjectInstance, n
             guest.vcpu.stop()  # it cannot come back from there
 
     with weakened(Weaken.MODE):
-        slot = attach(guest, counter).slot
+        slot = counter.attach(guest).slot
         guest.map(LONG_MODE_CODE, CODE, PAGE_SIZE, Access.READ | Access.EXECUTE)
         give(guest, Step(What.MARK, 0), Step(What.MARK, slot))
         run(guest, on_mark)
@@ -60,7 +60,7 @@ def test_any_mode_reaches_a_context(guest: BareGuest, counter: ObjectInstance, n
 def test_without_smap_the_object_serves(guest: BareGuest, counter: ObjectInstance) -> None:
     """The whole crossing, in a mode that the sub context's pages were not laid out for."""
     with weakened(Weaken.MODE):
-        slot = attach(guest, counter).slot
+        slot = counter.attach(guest).slot
         give(
             guest,
             Step(What.WRITE_CONTROL, 4, CR4 & ~SMAP),

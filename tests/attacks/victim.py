@@ -10,11 +10,11 @@ from pykvm.elisa import crossing
 from pykvm.elisa.attachment import Attachment
 from pykvm.elisa.objects import ObjectInstance, SharedObject
 from pykvm.elisa.protections import Protection
-from pykvm.elisa.trusted_images import SubImage, crossing_images
+from pykvm.elisa.trusted_images import SubImage
 from pykvm.kvm import ElisaExit, Exit, Kvm, lib
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.sizes import PAGE_SIZE
-from tests.rigs.probe import Probe, attach, calls, give, prepare, results, run
+from tests.rigs.probe import Probe, calls, give, prepare, results, run
 
 HERE: Final = Path(__file__).parent
 VAULT: Final = HERE / "objects" / "vault.c"
@@ -90,7 +90,7 @@ def still_serves(kvm: Kvm, instance: ObjectInstance) -> bool:
     before = knocks(instance)
     with BareGuest(kvm, Probe()) as other:
         prepare(other)
-        attachment = attach(other, instance, 1)
+        attachment = instance.attach(other, 1)
         give(other, *(calls(attachment.slot, KNOCK) for _ in range(3)))
         served = run(other) == [] and results(other) == [before + n for n in (1, 2, 3)]
         attachment.detach()
@@ -99,13 +99,8 @@ def still_serves(kvm: Kvm, instance: ObjectInstance) -> bool:
 
 def join(guest: BareGuest, instance: ObjectInstance, crossing_gva: int = C) -> Attachment:
     """Attach as guest 0, its own pages of the crossing and its window in place."""
-    pages = crossing_images()
-    guest.map_crossing(
-        pages.entry_page, pages.return_page, pages.call_offset, crossing_gva=crossing_gva
-    )
-    attachment = instance.attach(guest.vm, guest.vcpu, 0, crossing_gva=crossing_gva)
-    guest.set_attachment(0, attachment.slot, instance.window_region(0))
-    return attachment
+    guest.crossing_gva = crossing_gva
+    return instance.attach(guest, 0)
 
 
 def stop_at(exits: list[Exit], at: int) -> ElisaExit:

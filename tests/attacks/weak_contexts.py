@@ -107,10 +107,8 @@ class WeakAttachment:
     ) -> None:
         vcpu = vcpu or guest.vcpu
         if own_pages:
-            pages = crossing_images()
-            guest.map_crossing(
-                pages.entry_page, pages.return_page, pages.call_offset, crossing_gva=crossing_gva
-            )
+            guest.crossing_gva = crossing_gva
+            guest.map_crossing(crossing_images())
         self._guest = guest
         declaration = instance.declaration
         env = declaration.env(crossing_gva + crossing.SHARED_OFFSET, 0)
@@ -133,9 +131,9 @@ class WeakAttachment:
         change_gate(gate)
         self._place(sub, tables)
         self._place(gate, Access.READ)
-        self.sub: Context = attachment._create(guest.vm, vcpu, sub, None)
-        self.gate: Context = attachment._create(guest.vm, vcpu, gate, self.sub)
-        guest.set_attachment(0, 2, instance.window_region(0))
+        self.sub: Context = attachment._create(vcpu, sub, None)
+        self.gate: Context = attachment._create(vcpu, gate, self.sub)
+        guest.announce(2, instance.window_region(0, guest.next_window_gpa()))
 
     def _take(self, size: int) -> int:
         address = self._memory.host_address + self._used

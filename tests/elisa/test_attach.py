@@ -29,7 +29,6 @@ from tests.rigs.probe import (
     Step,
     What,
     Wild,
-    attach,
     calls,
     give,
     prepare,
@@ -69,7 +68,7 @@ def test_several_guests_of_one_object(kvm: Kvm, counter: ObjectInstance) -> None
         guests = [stack.enter_context(BareGuest(kvm, Probe())) for _ in range(2)]
         for index, guest in enumerate(guests):
             prepare(guest)
-            slot = attach(guest, counter, index + 1).slot
+            slot = counter.attach(guest, index + 1).slot
             steps = [calls(slot, 10**index) for _ in range(5)]
             give(guest, *steps, Step(What.READ, layout.WINDOW_GPA))
         for guest in guests:
@@ -89,10 +88,7 @@ def test_several_objects_of_one_guest(guest: BareGuest, counter: ObjectInstance)
         SharedObject("nop", OBJECTS / "nop.c", guests=1).open() as nop,
         SharedObject("other", OBJECTS / "counter.c", guests=1).open() as other,
     ):
-        slots = [
-            attach(guest, instance, index=index).slot
-            for index, instance in enumerate((counter, nop, other))
-        ]
+        slots = [instance.attach(guest).slot for instance in (counter, nop, other)]
         assert len(set(slots)) == 3
         assert min(slots) >= lib.KVM_ELISA_SLOT_FIRST
         one, nothing, two = slots
@@ -104,7 +100,7 @@ def test_several_objects_of_one_guest(guest: BareGuest, counter: ObjectInstance)
 
 def test_detach_and_attach_again(guest: BareGuest, counter: ObjectInstance) -> None:
     """The guest waits in its marks meanwhile. The slot is the first free one, so the same again."""
-    first = attach(guest, counter)
+    first = counter.attach(guest)
     slot = first.slot
 
     def on_mark(value: int) -> None:
@@ -113,7 +109,7 @@ def test_detach_and_attach_again(guest: BareGuest, counter: ObjectInstance) -> N
             first.detach()  # harmless
             assert not first.attached
         else:
-            assert counter.attach(guest.vm, guest.vcpu, 0).slot == slot
+            assert counter.attach_vcpu(guest.vcpu, 0).slot == slot
 
     give(
         guest,
@@ -130,7 +126,7 @@ def test_detach_and_attach_again(guest: BareGuest, counter: ObjectInstance) -> N
 
 
 def test_a_call_of_a_detached_object(guest: BareGuest, counter: ObjectInstance) -> None:
-    attachment = attach(guest, counter)
+    attachment = counter.attach(guest)
     give(guest, calls(attachment.slot, 1))
     attachment.detach()
     # run() skips the VMFUNC; behind it the guest has no page, and then nothing that runs.
@@ -143,16 +139,16 @@ def test_a_call_of_a_detached_object(guest: BareGuest, counter: ObjectInstance) 
 
 
 def test_guest_numbers(kvm: Kvm, guest: BareGuest, counter: ObjectInstance) -> None:
-    attach(guest, counter)
+    counter.attach(guest)
     with BareGuest(kvm, Probe()) as other:
         for again in (guest, other):
             with pytest.raises(GuestNumberError, match="attached already: detach it first"):
-                counter.attach(again.vm, again.vcpu, 0)
+                counter.attach_vcpu(again.vcpu, 0)
         for wrong in (-1, 4):
             with pytest.raises(GuestNumberError, match="has no guest"):
-                counter.attach(other.vm, other.vcpu, wrong)
+                counter.attach_vcpu(other.vcpu, wrong)
         # The same guest may be two guests of the object, each with a slot of its own.
-        assert counter.attach(guest.vm, guest.vcpu, 3).slot == 3
+        assert counter.attach_vcpu(guest.vcpu, 3).slot == 3
 
 
 # ---- VMFUNC with other numbers -------------------------------------------------------------------
@@ -163,7 +159,7 @@ REFUSED = [(0, 3), (0, 4), (0, 511), (0, 512), (0, 2**32 - 1), (1, 0), (1, 2), (
 def test_vmfunc_numbers(guest: BareGuest, counter: ObjectInstance) -> None:
     """Slot 0 is where the guest is already. The transient slot is empty, before calls and after
     them (I1); so are slots that nobody attached, and there are 512 slots and one function."""
-    slot = attach(guest, counter).slot
+    slot = counter.attach(guest).slot
     assert slot == 2
     refused = [(0, 1), *REFUSED]
     give(
@@ -218,7 +214,7 @@ def test_access_that_the_sub_context_refuses(
 ) -> None:
     """Mapped, but not so (I4)."""
     arguments, access, offset = VIOLATIONS[name]
-    slot = attach(guest, wild).slot
+    slot = wild.attach(guest).slot
     give(guest, calls(slot, *arguments, 0x90))
     exit = elisa_exit(run(guest))
     assert (exit.cause, exit.at, exit.slot) == (
@@ -258,7 +254,7 @@ def test_memory_that_a_sub_context_does_not_map(
 ) -> None:
     """A page fault with no handler that could be reached: the processor gives up, in the sub
     context still."""
-    slot = attach(guest, wild).slot
+    slot = wild.attach(guest).slot
     give(guest, calls(slot, *UNMAPPED[name]))
     exit = elisa_exit(run(guest))
     assert (exit.cause, exit.at, exit.slot) == (
@@ -276,7 +272,7 @@ def test_instructions_that_leave_the_sub_context(
     guest: BareGuest, wild: ObjectInstance, what: Wild, reason: int
 ) -> None:
     """KVM serves nobody there, and the VMM can still see where it was."""
-    attachment = attach(guest, wild)
+    attachment = wild.attach(guest)
     give(guest, calls(attachment.slot, what))
     exit = elisa_exit(run(guest))
     assert (exit.cause, exit.at) == (lib.KVM_ELISA_EXIT_REFUSED, lib.KVM_ELISA_AT_SUB)
@@ -288,7 +284,7 @@ def test_instructions_that_leave_the_sub_context(
 
 
 def test_revoked_where_it_stopped(guest: BareGuest, wild: ObjectInstance) -> None:
-    attachment = attach(guest, wild)
+    attachment = wild.attach(guest)
     give(guest, calls(attachment.slot, Wild.CPUID))
     inside = elisa_exit(run(guest))
     attachment.revoke()
@@ -299,7 +295,7 @@ def test_revoked_where_it_stopped(guest: BareGuest, wild: ObjectInstance) -> Non
     assert (exit.slot, exit.rip) == (inside.slot, inside.rip)
     registers = guest.vcpu.get_regs()
     assert not any(getattr(registers, name) for name in ("rax", "rbx", "rcx", "rdx", "r8", "r15"))
-    assert wild.attach(guest.vm, guest.vcpu, 0).slot == attachment.slot  # the slot is free again
+    assert wild.attach_vcpu(guest.vcpu, 0).slot == attachment.slot  # the slot is free again
 
 
 @pytest.mark.parametrize("how", ["revoke", "close"])
@@ -308,7 +304,7 @@ def test_revoked_while_it_runs(
 ) -> None:
     """From inside an endless loop; the others and their objects go on. Closeable does the same."""
     with SharedObject("wild", WILD, guests=2, without={Protection.CODE_CHECK}).open() as wild:
-        attachment = attach(guest, wild)
+        attachment = wild.attach(guest)
         give(guest, calls(attachment.slot, Wild.LOOP))
         guest.start()
         deadline = time.monotonic() + 30
@@ -323,13 +319,13 @@ def test_revoked_while_it_runs(
         assert (exit.cause, exit.slot) == (lib.KVM_ELISA_EXIT_REVOKED, attachment.slot)
         with BareGuest(kvm, Probe()) as other:
             prepare(other)
-            give(other, calls(attach(other, wild, 1).slot, Wild.HELLO))
+            give(other, calls(wild.attach(other, 1).slot, Wild.HELLO))
             assert run(other) == []
             assert results(other) == [1001]
 
 
 def test_revoked_between_calls(guest: BareGuest, counter: ObjectInstance) -> None:
-    attachment = attach(guest, counter)
+    attachment = counter.attach(guest)
     give(
         guest,
         calls(attachment.slot, 1),
@@ -344,7 +340,7 @@ def test_revoked_between_calls(guest: BareGuest, counter: ObjectInstance) -> Non
 @pytest.mark.control("T24")
 def test_a_vcpu_that_stopped_inside(guest: BareGuest, wild: ObjectInstance) -> None:
     """It can be stopped at any moment; it comes back only by itself, and then it is free again."""
-    attachment = attach(guest, wild)
+    attachment = wild.attach(guest)
     give(guest, calls(attachment.slot, Wild.LOOP), calls(attachment.slot, Wild.HELLO))
     guest.start()
     with pytest.raises(GuestTimeoutError):
@@ -392,7 +388,7 @@ def test_page_tables_in_the_window(guest: BareGuest) -> None:
     context's own root, like any other: the official code runs."""
     declaration = SharedObject("counter", OBJECTS / "counter.c", window=6 * PAGE_SIZE, guests=2)
     with declaration.open() as counter:
-        slot = attach(guest, counter).slot
+        slot = counter.attach(guest).slot
         cr3 = layout.WINDOW_GPA + PAGE_SIZE  # the counter writes to the first page itself
         tables = crafted_tables(guest, cr3)
         counter.window(0)[PAGE_SIZE : PAGE_SIZE + len(tables)] = tables
@@ -407,7 +403,7 @@ def test_page_tables_where_the_sub_context_has_the_window(guest: BareGuest) -> N
     the crafted tables. The gate context has nothing there, so the guest stops in it."""
     declaration = SharedObject("counter", OBJECTS / "counter.c", window=6 * PAGE_SIZE, guests=2)
     with declaration.open() as counter:
-        slot = attach(guest, counter).slot
+        slot = counter.attach(guest).slot
         gpa = crossing.SUB_PRIVATE_GPA + crossing.SHARED_OFFSET + declaration.windows_offset
         guest.add_region(counter.window_region(0, gpa))
         cr3 = gpa + PAGE_SIZE
@@ -428,7 +424,7 @@ def test_page_tables_where_the_sub_context_has_the_window(guest: BareGuest) -> N
 @pytest.mark.attack("T16")
 def test_page_tables_of_a_context_from_outside(guest: BareGuest, wild: ObjectInstance) -> None:
     """The guest's default context has no memory where the contexts have their tables."""
-    attach(guest, wild)
+    wild.attach(guest)
     gva = 0x1234_5678_9000
     guest.map(gva, TABLES_GPA, PAGE_SIZE, Access.READ | Access.WRITE)
     give(guest, Step(What.WRITE, gva, 0xDEAD))

@@ -18,7 +18,6 @@ from tests.rigs.probe import (
     Step,
     Table,
     What,
-    attach,
     faults,
     give,
     results,
@@ -104,7 +103,7 @@ def with_table(
 
     The guest really uses the table there: `place` is mapped and holds a copy of the right one.
     """
-    slot = attach(guest, counter).slot
+    slot = counter.attach(guest).slot
     map_copy(guest, place.base)
 
     def on_mark(_: int) -> None:
@@ -218,7 +217,7 @@ SEGMENTS = {
 @pytest.mark.parametrize("name", SEGMENTS)
 def test_segments(guest: BareGuest, counter: ObjectInstance, which: Table, name: str) -> None:
     base, limit, expected = SEGMENTS[name]
-    slot = attach(guest, counter).slot
+    slot = counter.attach(guest).slot
     kind = _TSS_TYPE if which is Table.TASK else _LDT_TYPE
     back = layout.GDT_GPA + OTHER_SELECTOR + 16  # and a descriptor of a harmless place
     guest.memory.write(layout.GDT_GPA + OTHER_SELECTOR, descriptor(base, limit, kind))
@@ -245,7 +244,7 @@ def test_segments(guest: BareGuest, counter: ObjectInstance, which: Table, name:
 
 def test_no_local_descriptor_table(guest: BareGuest, counter: ObjectInstance) -> None:
     """The null selector: there is no table, wherever the register's old base lies."""
-    slot = attach(guest, counter).slot
+    slot = counter.attach(guest).slot
     gate = INSIDE["gate page"]
     guest.memory.write(layout.GDT_GPA + OTHER_SELECTOR, descriptor(gate, 0xFF, _LDT_TYPE))
     give(
@@ -265,7 +264,7 @@ def test_no_local_descriptor_table(guest: BareGuest, counter: ObjectInstance) ->
 
 def test_set_by_the_vmm(guest: BareGuest, counter: ObjectInstance) -> None:
     """KVM_SET_SREGS is checked as the guest's own instructions are."""
-    slot = attach(guest, counter).slot
+    slot = counter.attach(guest).slot
     place = INSIDE["own window"]
     map_copy(guest, place)
 
@@ -298,7 +297,7 @@ def test_attached_to_tables_in_the_way(guest: BareGuest, counter: ObjectInstance
         if value == 0:
             fill_copy(guest, place, idt_of(guest))
         else:
-            attach(guest, counter)
+            counter.attach(guest)
 
     give(
         guest,
@@ -316,8 +315,8 @@ def test_attached_to_tables_in_the_way(guest: BareGuest, counter: ObjectInstance
 def test_another_object_somewhere_else(guest: BareGuest, counter: ObjectInstance) -> None:
     """The tables have to stay out of all objects' way, wherever they lie; detached, it is free."""
     second_area = 0x3B4C_F4C0_0000
-    first = attach(guest, counter)
-    second = counter.attach(guest.vm, guest.vcpu, 1, crossing_gva=second_area)
+    first = counter.attach(guest)
+    second = counter.attach_vcpu(guest.vcpu, 1, crossing_gva=second_area)
     place = second_area + crossing.GATE_OFFSET
     map_copy(guest, place)
 

@@ -323,7 +323,7 @@ def test_lock_limit_of_an_object() -> None:
         with counter.open() as instance, Kvm() as kvm, kvm.create_vm() as vm:
             vm.enable_elisa_contexts()
             with pytest.raises(LockLimitError, match="ulimit -l"):
-                instance.attach(vm, vm.create_vcpu(0), 0)
+                instance.attach_vcpu(vm.create_vcpu(0), 0)
             return locked_kib()
 
     with nothing_stays():

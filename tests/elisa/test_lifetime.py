@@ -17,7 +17,7 @@ from pykvm.kvm.handle import Handle
 from pykvm.machine.bare.guest import BareGuest, GuestTimeoutError
 from tests.rigs.context_requests import PAGE, Machine, Memory, good, set_slot
 from tests.rigs.host_state import HostState, locked_kib, nothing_stays, pinned_pages
-from tests.rigs.probe import WILD, Probe, Wild, attach, calls, give, prepare, results, run
+from tests.rigs.probe import WILD, Probe, Wild, calls, give, prepare, results, run
 
 pytestmark = pytest.mark.elisa
 
@@ -122,7 +122,7 @@ def test_an_object_closed_under_a_vcpu_inside_it(
     with BareGuest(kvm, Probe()) as guest:
         prepare(guest)
         with wild().open() as instance:
-            looping(guest, attach(guest, instance).slot)
+            looping(guest, instance.attach(guest).slot)
             assert instance.shared[0] == 1
         # The guest stopped inside the object; closing that took the context away from it.
         assert pinned_pages() == before.pinned
@@ -140,10 +140,10 @@ def test_a_vcpu_closed_inside_the_object(kvm: Kvm) -> None:
     with wild().open() as instance, BareGuest(kvm, Probe()) as second:
         with BareGuest(kvm, Probe()) as first:
             prepare(first)
-            looping(first, attach(first, instance).slot)
+            looping(first, instance.attach(first).slot)
             first.vcpu.close()
         prepare(second)
-        give(second, calls(attach(second, instance, 1).slot, Wild.HELLO))
+        give(second, calls(instance.attach(second, 1).slot, Wild.HELLO))
         assert run(second) == []
         assert results(second) == [1001]
 
@@ -151,7 +151,7 @@ def test_a_vcpu_closed_inside_the_object(kvm: Kvm) -> None:
 def still_works(kvm: Kvm) -> None:
     with wild().open() as instance, BareGuest(kvm, Probe()) as guest:
         prepare(guest)
-        give(guest, calls(attach(guest, instance).slot, Wild.HELLO))
+        give(guest, calls(instance.attach(guest).slot, Wild.HELLO))
         assert run(guest) == []
         assert results(guest) == [1000]
 
@@ -182,7 +182,7 @@ def test_killed_inside_the_object(kvm: Kvm) -> None:
 def _run_for_ever(tell: int) -> None:
     with Kvm() as kvm, wild().open() as instance, BareGuest(kvm, Probe()) as guest:
         prepare(guest)
-        give(guest, calls(attach(guest, instance).slot, Wild.LOOP))
+        give(guest, calls(instance.attach(guest).slot, Wild.LOOP))
 
         def watch() -> None:
             while not instance.shared[0]:

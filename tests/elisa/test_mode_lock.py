@@ -13,7 +13,7 @@ from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.paging.entries import Access
 from pykvm.sizes import PAGE_SIZE
-from tests.rigs.probe import Step, What, attach, faults, give, results, run
+from tests.rigs.probe import Step, What, faults, give, results, run
 
 pytestmark = pytest.mark.elisa
 
@@ -40,7 +40,7 @@ def try_call(slot: int) -> Step:
 
 @pytest.mark.attack("T7")
 def test_without_smap(guest: BareGuest, counter: ObjectInstance) -> None:
-    slot = attach(guest, counter).slot
+    slot = counter.attach(guest).slot
     give(
         guest,
         try_vmfunc(),
@@ -64,7 +64,7 @@ def test_without_smap(guest: BareGuest, counter: ObjectInstance) -> None:
 
 def test_again_and_again(guest: BareGuest, counter: ObjectInstance) -> None:
     """The switch follows every change, in both directions."""
-    slot = attach(guest, counter).slot
+    slot = counter.attach(guest).slot
     rounds = 10
     steps = []
     for _ in range(rounds):
@@ -85,7 +85,7 @@ def test_bits_that_do_not_matter(
     guest: BareGuest, counter: ObjectInstance, register: int, value: int
 ) -> None:
     """Contexts rely on none of these."""
-    slot = attach(guest, counter).slot
+    slot = counter.attach(guest).slot
     give(guest, Step(What.WRITE_CONTROL, register, value), try_vmfunc(), try_call(slot))
     assert run(guest) == []
     assert faults(guest) == [None] * 3
@@ -95,7 +95,7 @@ def test_bits_that_do_not_matter(
 def test_bits_that_nobody_has_in_long_mode(guest: BareGuest, counter: ObjectInstance) -> None:
     """PAE and paging cannot be turned off by 64-bit code (SDM vol. 3A, 10.8.5.4): the guest has to
     leave 64-bit mode first, as below."""
-    attach(guest, counter)
+    counter.attach(guest)
     give(
         guest,
         Step(What.WRITE_CONTROL, 4, CR4 & ~PAE, attempt=True),
@@ -110,7 +110,7 @@ def test_attached_in_the_wrong_mode(guest: BareGuest, counter: ObjectInstance) -
     """The list comes while SMAP is off."""
 
     def on_mark(_: int) -> None:
-        attach(guest, counter)
+        counter.attach(guest)
 
     give(
         guest,
@@ -226,7 +226,7 @@ def vmfunc_in(guest: BareGuest, mode: Mode, index: int) -> Exit:
 def _in_mode(guest: BareGuest, counter: ObjectInstance, mode: Mode) -> list[Exit]:
     """VMFUNC to the default context, to the gate and to an empty slot, in the middle of a run that
     calls the object before and behind it."""
-    slot = attach(guest, counter).slot
+    slot = counter.attach(guest).slot
     guest.map(LONG_MODE_CODE, CODE, PAGE_SIZE, Access.READ | Access.EXECUTE)
     give(guest, try_call(slot), Step(What.MARK), try_call(slot))
     seen: list[Exit] = []
@@ -256,14 +256,14 @@ def test_modes_with_vmfunc(guest: BareGuest, counter: ObjectInstance, name: str)
 @pytest.mark.attack("T7")
 def test_a_list_for_five_levels(guest: BareGuest, counter: ObjectInstance) -> None:
     """In a guest with four, VMFUNC stays off; and a list is for one kind."""
-    attachment = counter.attach(guest.vm, guest.vcpu, 0, levels=5)
+    attachment = counter.attach_vcpu(guest.vcpu, 0, levels=5)
     with pytest.raises(IoctlError) as caught:
-        counter.attach(guest.vm, guest.vcpu, 1)
+        counter.attach_vcpu(guest.vcpu, 1)
     assert caught.value.errno == errno.EINVAL
 
     def on_mark(_: int) -> None:
         attachment.detach()
-        assert attach(guest, counter).slot == attachment.slot
+        assert counter.attach(guest).slot == attachment.slot
 
     give(
         guest,

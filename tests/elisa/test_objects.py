@@ -15,7 +15,7 @@ from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.sizes import PAGE_SIZE
 from pykvm.toolchain.compiler import GUEST_SOURCES, CompileError, SourceMissingError
-from tests.rigs.probe import WILD, Probe, Step, What, calls, give, prepare, results, run
+from tests.rigs.probe import WILD, Probe, Step, What, calls, give, results, run
 
 UNCHECKED = frozenset({Protection.CODE_CHECK})
 COUNTER = GUEST_SOURCES / "objects" / "counter.c"
@@ -55,9 +55,7 @@ def test_an_object_of_a_users_own(tmp_path: Path) -> None:
     source.write_text(MAILBOX)
     mailbox = SharedObject("mailbox", source, shared=4096, window=4096, guests=3)
     with mailbox.open() as instance, Kvm() as kvm, BareGuest(kvm, Probe()) as guest:
-        prepare(guest)
-        attachment = instance.attach(guest.vm, guest.vcpu, 1)
-        guest.add_region(instance.window_region(1))
+        attachment = instance.attach(guest, 1)
         give(
             guest,
             calls(attachment.slot, 2, 42),
@@ -196,7 +194,7 @@ def test_an_open_object_without_guests() -> None:
         assert instance.memory.view(2 * PAGE_SIZE, 1)[0] == 3
         with instance.window_region(1, 5 << 30) as region:
             assert (region.gpa, region.size, region.view(0, 1)[0]) == (5 << 30, PAGE_SIZE, 3)
-        with instance.direct_region() as region:
+        with instance.direct_region(layout.DIRECT_GPA) as region:
             assert region.size == instance.declaration.memory_size
         for wrong in (-1, 2):
             for call in (instance.window, instance.window_region):

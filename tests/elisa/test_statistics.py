@@ -26,7 +26,6 @@ from tests.rigs.probe import (
     Step,
     What,
     Wild,
-    attach,
     calls,
     give,
     results,
@@ -92,7 +91,7 @@ def test_contexts_and_pages(machine: Machine) -> None:
 def test_calls_count_nothing(guest: BareGuest) -> None:
     """A crossing is not seen by the host."""
     with SharedObject("counter", GUEST_SOURCES / "objects" / "counter.c").open() as counter:
-        slot = attach(guest, counter).slot
+        slot = counter.attach(guest).slot
         give(guest, *(calls(slot, 1) for _ in range(20)))
         stats = guest.vcpu.stats()
         assert run(guest) == []
@@ -102,7 +101,7 @@ def test_calls_count_nothing(guest: BareGuest) -> None:
 
 def test_failed_vmfunc(guest: BareGuest) -> None:
     with wild_object().open() as wild:
-        attach(guest, wild)
+        wild.attach(guest)
         give(guest, *(Step(What.VMFUNC, 0, index) for index in (1, 3, 511)), Step(What.VMFUNC))
         stats = guest.vcpu.stats()
         assert len(run(guest)) == 3
@@ -113,7 +112,7 @@ def test_failed_vmfunc(guest: BareGuest) -> None:
 def test_exits_of_a_context(guest: BareGuest, what: Wild) -> None:
     """Reported ones; the host's own interrupts, which leave a context as well, are none of them."""
     with wild_object().open() as wild:
-        slot = attach(guest, wild).slot
+        slot = wild.attach(guest).slot
         give(guest, calls(slot, what, layout.IMAGE_GPA))
         stats = guest.vcpu.stats()
         (exit,) = run(guest)
@@ -134,7 +133,7 @@ def test_host_interrupts_are_not_reported(kvm: Kvm) -> None:
 
 def started(guest: BareGuest, instance: ObjectInstance) -> tuple[Spin, int]:
     """Inside the object; and the interrupts of the host before."""
-    give(guest, calls(attach(guest, instance).slot, LONG))
+    give(guest, calls(instance.attach(guest).slot, LONG))
     before = guest.vcpu.stats().value("irq_exits")
     spin = Spin(instance)
     guest.start()

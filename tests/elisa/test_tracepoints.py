@@ -13,7 +13,7 @@ from pykvm.elisa.protections import Protection
 from pykvm.kvm import Kvm
 from pykvm.machine.bare.guest import BareGuest
 from tests.rigs.context_requests import Machine, good, revoke, set_slot
-from tests.rigs.probe import WILD, Probe, Wild, attach, calls, give, prepare, run
+from tests.rigs.probe import WILD, Probe, Wild, calls, give, prepare, run
 from tests.rigs.tracefs import TRACING, mount_tracefs
 
 pytestmark = pytest.mark.elisa
@@ -72,7 +72,7 @@ def test_violation(kvm: Kvm) -> None:
         traced() as lines,
     ):
         prepare(guest)
-        slot = attach(guest, wild).slot
+        slot = wild.attach(guest).slot
         give(guest, calls(slot, Wild.WRITE, crossing.CROSSING_GVA + crossing.IMAGE_OFFSET, 1))
         assert len(run(guest)) == 1
     (line,) = [line for line in lines if line.startswith("kvm_elisa_violation")]

@@ -12,7 +12,6 @@ import pytest
 
 from pykvm.elisa import crossing
 from pykvm.elisa.objects import ObjectInstance, SharedObject
-from pykvm.elisa.trusted_images import crossing_images
 from pykvm.kvm import ElisaExit, Kvm, UnexpectedExitError, lib
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.build import build_guest
@@ -71,16 +70,9 @@ def counter() -> Iterator[ObjectInstance]:
         yield instance
 
 
-def attach(guest: BareGuest, instance: ObjectInstance, number: int) -> None:
-    pages = crossing_images()
-    guest.map_crossing(pages.entry_page, pages.return_page, pages.call_offset)
-    attachment = instance.attach(guest.vm, guest.vcpu, number)
-    guest.set_attachment(0, attachment.slot, instance.window_region(number))
-
-
 def count_honestly(kvm: Kvm, instance: ObjectInstance, number: int, calls: int) -> int:
     with BareGuest(kvm, Registers(calls)) as guest:
-        attach(guest, instance, number)
+        instance.attach(guest, number)
         assert guest.run() == 0
         return guest.results()[0]
 
@@ -97,7 +89,7 @@ def test_a_crossing_takes_38_instructions(kvm: Kvm) -> None:
     program = CrossingProgram(calls=200, ways=[Way.EMPTY, Way.VMFUNC])
     nop = SharedObject("nop", GUEST_SOURCES / "objects" / "nop.c", guests=1)
     with nop.open() as instance, BareGuest(kvm, program) as guest:
-        attach(guest, instance, 0)
+        instance.attach(guest, 0)
         assert guest.run() == 0
         ticks = way_samples(guest.samples(), program)
     # The least of each: the host's timer interrupt falls into a few of them.
@@ -110,7 +102,7 @@ OWN_PAGES = Access.READ | Access.WRITE | Access.EXECUTE
 def test_an_entry_that_is_a_call(kvm: Kvm, counter: ObjectInstance) -> None:
     """Entering where the gate itself jumps to is a call like any other."""
     with BareGuest(kvm, Intruder(GATE + 0xFD8)) as guest:
-        attach(guest, counter, 0)
+        counter.attach(guest, 0)
         guest.map(GATE, layout.CAPTURE_GPA, 0x2000, OWN_PAGES)
         assert guest.run() == 0
         assert guest.results()[0] == 3
@@ -158,7 +150,7 @@ REFUSED = {
 def test_an_intruder_is_stopped(kvm: Kvm, counter: ObjectInstance, name: str) -> None:
     program = REFUSED[name]
     with BareGuest(kvm, program) as guest:
-        attach(guest, counter, 0)
+        counter.attach(guest, 0)
         guest.map(GATE, layout.CAPTURE_GPA, 0x2000, OWN_PAGES)
         with pytest.raises(UnexpectedExitError) as caught:
             guest.run()

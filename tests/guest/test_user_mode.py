@@ -29,11 +29,11 @@ def run(
     kvm: Kvm, instance: ObjectInstance, program: UserProgram, *, user: bool = True
 ) -> tuple[list[int], bytes]:
     """Results and samples."""
-    pages = crossing_images()
     with BareGuest(kvm, program) as guest:
-        map_user_pages(guest, program, pages.entry_page, pages.return_page, pages.call_offset)
-        attachment = instance.attach(guest.vm, guest.vcpu, 0, user=user)
-        guest.set_attachment(0, attachment.slot, instance.window_region(0))
+        slot = instance.attach_vcpu(guest.vcpu, 0, user=user).slot
+        guest.map_crossing(crossing_images(), user=True)  # whatever the attachment is for
+        guest.announce(slot, instance.window_region(0, guest.next_window_gpa()))
+        map_user_pages(guest, program)
         assert guest.run() == 0
         return guest.results(), guest.samples()
 

@@ -8,11 +8,9 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 
-from pykvm.elisa.attachment import Attachment
-from pykvm.elisa.objects import ObjectInstance
 from pykvm.elisa.trusted_images import crossing_images
 from pykvm.kvm import ElisaExit, Exit, Io, Kvm, lib
-from pykvm.machine.bare import boot_info, layout
+from pykvm.machine.bare import boot_info
 from pykvm.machine.bare.build import build_guest
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.toolchain.elf import ElfFile
@@ -105,8 +103,7 @@ class Probe:
 
 def prepare(guest: BareGuest) -> None:
     """Lay the guest's own pages of the crossing where the calls need them."""
-    pages = crossing_images()
-    guest.map_crossing(pages.entry_page, pages.return_page, pages.call_offset)
+    guest.map_crossing(crossing_images())
 
 
 @contextmanager
@@ -115,16 +112,6 @@ def probe_guest(kvm: Kvm) -> Iterator[BareGuest]:
     with BareGuest(kvm, Probe()) as guest:
         prepare(guest)
         yield guest
-
-
-def attach(
-    guest: BareGuest, instance: ObjectInstance, number: int = 0, *, index: int = 0
-) -> Attachment:
-    """Attach, and map the window of attachment `index` as well."""
-    attachment = instance.attach(guest.vm, guest.vcpu, number)
-    gpa = layout.WINDOW_GPA + index * layout.WINDOW_STRIDE
-    guest.set_attachment(index, attachment.slot, instance.window_region(number, gpa))
-    return attachment
 
 
 def give(guest: BareGuest, *steps: Step) -> None:

@@ -3,11 +3,12 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from pykvm.elisa import crossing
 from pykvm.elisa.objects import ObjectInstance, SharedObject
-from pykvm.elisa.trusted_images import crossing_images
+from pykvm.elisa.trusted_images import CrossingImages, crossing_images
 from pykvm.kvm import Kvm
 from pykvm.machine.bare.guest import BareGuest
 from tests.rigs.probe import Probe, prepare
@@ -83,9 +84,9 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.001)
 
 
-def crossing_with_sti() -> tuple[bytes, bytes, int]:
+def crossing_with_sti() -> CrossingImages:
     """The guest's pages of the crossing, with STI right before the VMFUNC of the entry page: the
     interrupts that it lets in wait for one more instruction (SDM vol. 3A, 6.8.1)."""
     images = crossing_images()
     entry = images.entry_page[:-6] + bytes.fromhex("31C0 FB 0F01D4")
-    return entry, images.return_page, len(entry) - 6
+    return replace(images, entry_page=entry, call_offset=len(entry) - 6)

@@ -20,6 +20,7 @@ from typing import Any, Final, Protocol
 from pykvm import sizes
 from pykvm.closeable import Closeable
 from pykvm.elisa import crossing
+from pykvm.elisa.trusted_images import CrossingImages
 from pykvm.errors import PykvmError
 from pykvm.kvm import Io, Kvm, MpState, Stopped, Vcpu
 from pykvm.machine.bare import boot_info, layout
@@ -33,6 +34,7 @@ from pykvm.toolchain import elf
 from pykvm.toolchain.elf import ElfFile
 
 __all__ = [
+    "AttachmentsFullError",
     "BareGuest",
     "GuestAssertionError",
     "GuestFaultError",
@@ -90,6 +92,10 @@ class GuestFaultError(PykvmError):
         self.cr2 = cr2
 
 
+class AttachmentsFullError(PykvmError):
+    """A bare guest has no room for one more object on its page of information."""
+
+
 class GuestTimeoutError(PykvmError):
     """A guest did not finish in time; it has been stopped."""
 
@@ -113,11 +119,13 @@ class BareGuest(Closeable):
     """One virtual machine with one vCPU that runs one program.
 
     memory: bytes of RAM from GPA 0, at least `layout.RAM_SIZE`. name: of its memory file.
+    crossing_gva: where its entry page goes, if an object is attached.
     contexts: objects may be attached, where this KVM can (that takes CAP_SYS_ADMIN). irqchip:
     interrupt controllers and a local APIC in the kernel, in which a halted vCPU waits.
 
     `info` is the page that guest and VMM share, live. `memory` is what the guest sees, `vm` and
-    `vcpu` are the handles. Attach objects and add regions before the first `run`.
+    `vcpu` are the handles. `elisa_call` is the GVA of the entry page's function, 0 before an object
+    is attached. Attach objects (`ObjectInstance.attach`) and add regions before the first `run`.
     """
 
     def __init__(
@@ -129,12 +137,17 @@ class BareGuest(Closeable):
         name: str = "guest",
         contexts: bool = True,
         irqchip: bool = False,
+        crossing_gva: int = crossing.CROSSING_GVA,
     ) -> None:
         image = program.image()
         # Memory, then the machine around it.
         self.memory = GuestMemory.create(max(memory, layout.RAM_SIZE), name=name)
         self.vm = kvm.create_vm()
         self._console = bytearray()
+        self.crossing_gva = crossing_gva
+        self.elisa_call = 0
+        self._crossing: tuple[int, bool] | None = None
+        self._attachments = 0
         self._slots = 0
         self._thread: threading.Thread | None = None
         self._outcome: int | BaseException | None = None
@@ -193,32 +206,54 @@ class BareGuest(Closeable):
         self._tables.map(gva, gpa, size, access)
         self._tables.store(self.memory.write)
 
-    def map_crossing(
-        self,
-        entry_page: bytes,
-        return_page: bytes,
-        call_offset: int,
-        *,
-        crossing_gva: int = crossing.CROSSING_GVA,
-    ) -> None:
-        """Lay the guest's own pages of the crossing around its GVA (`CrossingImages`)."""
+    # ---- for ObjectInstance.attach (pykvm.elisa.guest) -------------------------------------
+
+    paging_levels: Final = 4
+
+    def next_window_gpa(self) -> int:
+        return layout.WINDOW_GPA + self._attachments * layout.WINDOW_STRIDE
+
+    def join(self, images: CrossingImages, slot: int, window: Region | None, *, user: bool) -> None:
+        self.map_crossing(images, user=user)
+        self.announce(slot, window)
+
+    def map_crossing(self, images: CrossingImages, *, user: bool = False) -> None:
+        """Lay the guest's own pages of the crossing around `crossing_gva`.
+
+        user: as user pages. The guest's runtime touches the others in advance, from kernel mode.
+        """
+        access = _READ_EXECUTE | (Access.USER if user else Access.NONE)
         for page, gpa, offset in (
-            (entry_page, layout.ENTRY_PAGE_GPA, crossing.ENTRY_OFFSET),
-            (return_page, layout.RETURN_PAGE_GPA, crossing.RETURN_OFFSET),
+            (images.entry_page, layout.ENTRY_PAGE_GPA, crossing.ENTRY_OFFSET),
+            (images.return_page, layout.RETURN_PAGE_GPA, crossing.RETURN_OFFSET),
         ):
             self.memory.write(gpa, page)
-            self._tables.map(crossing_gva + offset, gpa, PAGE_SIZE, _READ_EXECUTE)
-        self._tables.store(self.memory.write)
-        self.info.elisa_call = crossing_gva + crossing.ENTRY_OFFSET + call_offset
+            if self._crossing != (self.crossing_gva, user):
+                self.map(self.crossing_gva + offset, gpa, PAGE_SIZE, access)
+        self._crossing = self.crossing_gva, user
+        self.elisa_call = self.crossing_gva + crossing.ENTRY_OFFSET + images.call_offset
+        if not user:
+            self.info.elisa_call = self.elisa_call
 
-    def set_attachment(self, index: int, gate_slot: int, window: Region | None) -> None:
-        """Tell the guest of an attached object and give it the window, if there is one."""
-        attachment = self.info.attachment[index]
-        attachment.gate_slot = gate_slot
+    def announce(self, slot: int, window: Region | None) -> None:
+        """Tell the guest of one more object: its gate's slot, and its window, if there is one.
+
+        A slot of 0 stands for an object that is reached by other ways. Raises
+        AttachmentsFullError, and closes the window's region then.
+        """
+        if self._attachments == boot_info.ATTACHMENTS:
+            if window is not None:
+                window.close()
+            raise AttachmentsFullError(
+                f"a bare guest knows {boot_info.ATTACHMENTS} objects: attach fewer"
+            )
+        attachment = self.info.attachment[self._attachments]
+        attachment.gate_slot = slot
         if window is not None:
             self.add_region(window)
             attachment.window = window.gpa
             attachment.window_size = window.size
+        self._attachments += 1
 
     def set_direct(self, memory: Region, env: bytes) -> None:
         """Map an object's whole memory, for calls of a copy of its code in the guest.

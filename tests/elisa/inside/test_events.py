@@ -25,7 +25,6 @@ from tests.rigs.probe import (
     Probe,
     Step,
     What,
-    attach,
     calls,
     events,
     events_taken,
@@ -79,7 +78,7 @@ def held_while_inside(
 
     Returns the events that the guest took; until the end it took none.
     """
-    slot = attach(guest, instance).slot
+    slot = instance.attach(guest).slot
     give(guest, calls(slot, LONG), calls(slot, 7))
     counted = Counted(guest)
     spin = Spin(instance)
@@ -133,7 +132,7 @@ def test_several_at_once(guest: BareGuest, instance: ObjectInstance) -> None:
 @pytest.mark.attack("T11")
 def test_the_timer(guest: BareGuest, instance: ObjectInstance) -> None:
     """The guest's own local APIC timer, armed before the call: nobody in the host acts."""
-    slot = attach(guest, instance).slot
+    slot = instance.attach(guest).slot
     give(
         guest,
         Step(What.ARM_TIMER, 100_000, VECTOR),
@@ -157,7 +156,7 @@ def test_the_timer(guest: BareGuest, instance: ObjectInstance) -> None:
 @pytest.mark.attack("T11")
 def test_init(guest: BareGuest, instance: ObjectInstance) -> None:
     """INIT resets a vCPU: not in the middle of an object's work, but right behind it."""
-    slot = attach(guest, instance).slot
+    slot = instance.attach(guest).slot
     give(guest, calls(slot, LONG))
     counted = Counted(guest)
     spin = Spin(instance)
@@ -182,7 +181,7 @@ def test_init(guest: BareGuest, instance: ObjectInstance) -> None:
 
 def test_pending_with_interrupts_off(guest: BareGuest, instance: ObjectInstance) -> None:
     """The call neither takes it nor loses it; the guest's own STI does."""
-    slot = attach(guest, instance).slot
+    slot = instance.attach(guest).slot
     give(
         guest,
         Step(What.INTERRUPTS, 0),
@@ -208,8 +207,8 @@ def test_pending_with_interrupts_off(guest: BareGuest, instance: ObjectInstance)
 def test_interrupts_on_with_the_last_instruction(kvm: Kvm, instance: ObjectInstance) -> None:
     """STI lets an interrupt in behind the next instruction, which is the VMFUNC: in the gate."""
     with BareGuest(kvm, Probe(events=True), irqchip=True) as guest:
-        guest.map_crossing(*crossing_with_sti())
-        slot = attach(guest, instance).slot
+        slot = instance.attach(guest).slot
+        guest.map_crossing(crossing_with_sti())
         give(
             guest,
             Step(What.INTERRUPTS, 0),
@@ -228,7 +227,7 @@ def test_interrupts_on_with_the_last_instruction(kvm: Kvm, instance: ObjectInsta
 
 def test_an_nmi_before_the_vcpu_goes_on_inside(guest: BareGuest, instance: ObjectInstance) -> None:
     """The vCPU stops inside, is given an NMI (KVM_NMI) and an interrupt, and runs on."""
-    slot = attach(guest, instance).slot
+    slot = instance.attach(guest).slot
     give(guest, calls(slot, LONG))
     spin = Spin(instance)
     guest.start()
@@ -250,7 +249,7 @@ def test_an_nmi_before_the_vcpu_goes_on_inside(guest: BareGuest, instance: Objec
 
 def test_events_outside_a_call_are_not_held(guest: BareGuest, instance: ObjectInstance) -> None:
     """In its default context a vCPU with a list takes them as any other does."""
-    slot = attach(guest, instance).slot
+    slot = instance.attach(guest).slot
     give(
         guest,
         calls(slot, 5),
@@ -275,7 +274,7 @@ def test_many_events_and_calls(guest: BareGuest, instance: ObjectInstance) -> No
     """A timer interrupt for each of many calls, at all places of a crossing: each is taken once,
     and none in the crossing area but on the entry page, which is the guest's own, or before the
     return page's first instruction."""
-    slot = attach(guest, instance).slot
+    slot = instance.attach(guest).slot
     rounds = 60
     steps = []
     for number in range(rounds):
@@ -306,7 +305,7 @@ def test_a_guest_without_events_is_not_slowed(kvm: Kvm, instance: ObjectInstance
     """No event, no exit of a crossing: nothing was armed."""
     with BareGuest(kvm, Probe()) as guest:
         prepare(guest)
-        slot = attach(guest, instance).slot
+        slot = instance.attach(guest).slot
         give(guest, *(calls(slot, 10) for _ in range(50)))
         counted = Counted(guest)
         guest.start()

@@ -19,7 +19,6 @@ from tests.rigs.probe import (
     Probe,
     Step,
     What,
-    attach,
     calls,
     events_taken,
     give,
@@ -139,8 +138,8 @@ def test_the_error_says_what_to_do(machine: Machine) -> None:
 
 def test_in_user_space(guest: BareGuest, instance: ObjectInstance) -> None:
     """The guest waits in a mark. Its other object stays."""
-    first = attach(guest, instance, 0)
-    second = attach(guest, instance, 1, index=1)
+    first = instance.attach(guest, 0)
+    second = instance.attach(guest, 1)
 
     def on_mark(_: int) -> None:
         guest.vm.revoke_elisa_slot(0, first.slot)
@@ -159,7 +158,7 @@ def test_in_user_space(guest: BareGuest, instance: ObjectInstance) -> None:
 
 def test_while_the_guest_runs(guest: BareGuest, instance: ObjectInstance) -> None:
     """In its default context: it goes on, and finds out at its next VMFUNC."""
-    attachment = attach(guest, instance)
+    attachment = instance.attach(guest)
     give(
         guest,
         calls(attachment.slot, 3),
@@ -176,7 +175,7 @@ def test_while_the_guest_runs(guest: BareGuest, instance: ObjectInstance) -> Non
 
 def test_halted(guest: BareGuest, instance: ObjectInstance) -> None:
     """It does not wake up; when an interrupt wakes it, its slot is empty."""
-    attachment = attach(guest, instance)
+    attachment = instance.attach(guest)
     give(
         guest,
         calls(attachment.slot, 3),
@@ -199,7 +198,7 @@ def test_halted(guest: BareGuest, instance: ObjectInstance) -> None:
 def test_inside(guest: BareGuest, instance: ObjectInstance) -> None:
     """It stops where it is; nothing of the object's is left in its registers, nothing of the object
     runs any more, and the guest can be started over and attached again."""
-    attachment = attach(guest, instance)
+    attachment = instance.attach(guest)
     give(guest, calls(attachment.slot, LONG))
     spin = Spin(instance)
     guest.start()
@@ -215,7 +214,7 @@ def test_inside(guest: BareGuest, instance: ObjectInstance) -> None:
     attachment.detach()
 
     spin.release()
-    again = instance.attach(guest.vm, guest.vcpu, 0).slot
+    again = instance.attach_vcpu(guest.vcpu, 0).slot
     start_over(guest, calls(again, 1), Step(What.READ, layout.GDT_GPA + 8))
     assert run(guest) == []
     assert results(guest) == [0, 0x00AF_9B00_0000_FFFF]
@@ -224,7 +223,7 @@ def test_inside(guest: BareGuest, instance: ObjectInstance) -> None:
 
 def test_stopped_inside(guest: BareGuest, instance: ObjectInstance) -> None:
     """The vCPU is in user space, its context the object's: the next run tells, and runs nothing."""
-    attachment = attach(guest, instance)
+    attachment = instance.attach(guest)
     give(guest, calls(attachment.slot, LONG))
     spin = Spin(instance)
     guest.start()
@@ -239,8 +238,8 @@ def test_stopped_inside(guest: BareGuest, instance: ObjectInstance) -> None:
 
 def test_another_slot_while_inside(guest: BareGuest, instance: ObjectInstance) -> None:
     """The object that the vCPU is in is not the one that is taken away: it notices nothing."""
-    inside = attach(guest, instance, 0)
-    other = attach(guest, instance, 1, index=1)
+    inside = instance.attach(guest, 0)
+    other = instance.attach(guest, 1)
     give(guest, calls(inside.slot, LONG), Step(What.VMFUNC, 0, other.slot))
     spin = Spin(instance)
     guest.start()
@@ -256,7 +255,7 @@ def test_pages_come_back(kvm: Kvm) -> None:
     """At once, although the VM, the object and the VMM's descriptors of them are still there."""
     before = (pinned_pages(), locked_kib())
     with event_guest(kvm) as guest, spin_object().open() as instance:
-        attachment = attach(guest, instance)
+        attachment = instance.attach(guest)
         taken = pinned_pages() - before[0]
         assert taken > 10
         stats = guest.vm.stats()
@@ -277,10 +276,10 @@ def test_pages_come_back(kvm: Kvm) -> None:
 
 def test_another_vm(kvm: Kvm, guest: BareGuest, instance: ObjectInstance) -> None:
     """The same object, another guest: it works on, and its slot is its own."""
-    first = attach(guest, instance, 0)
+    first = instance.attach(guest, 0)
     with BareGuest(kvm, Probe(), name="other") as other:
         prepare(other)
-        second = attach(other, instance, 1)
+        second = instance.attach(other, 1)
         give(other, calls(second.slot, LONG))
         spin = Spin(instance)
         other.start()
@@ -292,9 +291,9 @@ def test_another_vm(kvm: Kvm, guest: BareGuest, instance: ObjectInstance) -> Non
 
 
 def test_another_vcpu(guest: BareGuest, instance: ObjectInstance) -> None:
-    first = attach(guest, instance, 0)
+    first = instance.attach(guest, 0)
     vcpu = guest.vm.create_vcpu(1)
-    second = instance.attach(guest.vm, vcpu, 1)
+    second = instance.attach_vcpu(vcpu, 1)
     assert first.slot == second.slot  # of different lists
     guest.vm.revoke_elisa_slot(0, None)
     assert revoke(guest.vm, 0, first.slot) == -errno.ENOENT
@@ -306,7 +305,7 @@ def test_again_and_again(guest: BareGuest, instance: ObjectInstance) -> None:
     spin = Spin(instance)
     pinned = pinned_pages()
     for number in range(8):
-        attachment = instance.attach(guest.vm, guest.vcpu, 0)
+        attachment = instance.attach_vcpu(guest.vcpu, 0)
         start_over(guest, *(calls(attachment.slot, 500 << number) for _ in range(300)))
         guest.start()
         time.sleep(0.01 * number)

@@ -9,7 +9,7 @@ from pykvm.elisa.objects import ObjectInstance
 from pykvm.kvm import ElisaExit, UnexpectedExitError, lib
 from pykvm.machine.bare.guest import BareGuest
 from tests.rigs.interrupts import VECTOR
-from tests.rigs.probe import attach, calls, events, events_taken, give, results
+from tests.rigs.probe import calls, events, events_taken, give, results
 from tests.rigs.spinning import LONG, RETURN_PAGE, Spin
 
 pytestmark = pytest.mark.elisa
@@ -19,7 +19,7 @@ EXCEPTION = 0  # basic exit reason, SDM vol. 3D appendix C
 
 
 def stop_inside(guest: BareGuest, instance: ObjectInstance) -> Spin:
-    slot = attach(guest, instance).slot
+    slot = instance.attach(guest).slot
     give(guest, calls(slot, LONG))
     spin = Spin(instance)
     guest.start()

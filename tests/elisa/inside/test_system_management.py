@@ -4,7 +4,7 @@ import pytest
 
 from pykvm.elisa.objects import ObjectInstance
 from pykvm.machine.bare.guest import BareGuest
-from tests.rigs.probe import attach, calls, give, results
+from tests.rigs.probe import calls, give, results
 from tests.rigs.smram import IN_HANDLER, smram
 from tests.rigs.spinning import LONG, RETURN_PAGE, Spin
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.elisa
 @pytest.mark.attack("T11")
 def test_a_system_management_interrupt(guest: BareGuest, instance: ObjectInstance) -> None:
     """Its handler finds the guest on the return page, not the object's registers."""
-    slot = attach(guest, instance).slot
+    slot = instance.attach(guest).slot
     give(guest, calls(slot, LONG), calls(slot, 7))
     spin = Spin(instance)
     marks: list[tuple[int, int]] = []
