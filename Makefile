@@ -14,9 +14,12 @@ PACKAGES := python3 python3-venv python3-dev gcc libc6-dev make patch tar xz-uti
 # On a bare-metal Debian the modules are built for the running kernel too.
 RUNNING := linux-headers-$(shell uname -r)
 
+# The C that cffi writes for the extensions, and what they are compiled to.
+GENERATED := pykvm/kvm/_kvm.c pykvm/kernel/_uapi.c pykvm/switch/_native.c
+
 SOURCES := setup.py $(wildcard pykvm/*/build_*.py pykvm/*/*.[ch] pykvm/kvm/ioctls.py \
 	guest/*/*.[ch])
-SOURCES := $(filter-out pykvm/kvm/_kvm.c pykvm/switch/_native.c,$(SOURCES))
+SOURCES := $(filter-out $(GENERATED),$(SOURCES))
 
 .PHONY: help verify-gate setup demo test selftests lint bench fuzz clean attacks
 
@@ -65,7 +68,7 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 # Installing built the extensions once; here they follow their C sources. An extension of another
 # name (for one version of Python) would be found first, so the old ones go.
 $(VENV)/.extensions: $(VENV)/.installed $(SOURCES)
-	rm -f pykvm/kvm/_kvm.*.so pykvm/switch/_native.*.so
+	rm -f $(GENERATED:.c=.*.so)
 	$(VENV)/bin/python setup.py --quiet build_ext --inplace --force
 	@touch $@
 
@@ -109,5 +112,5 @@ verify-gate: setup
 
 clean:
 	rm -rf build $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -f pykvm/*/*.so pykvm/*/*.o pykvm/kvm/_kvm.c pykvm/switch/_native.c
+	rm -f pykvm/*/*.so pykvm/*/*.o $(GENERATED)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

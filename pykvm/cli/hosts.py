@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from pykvm.elisa import calls
 from pykvm.errors import PykvmError
 from pykvm.host.fingerprint import is_emulated
 from pykvm.kvm import Kvm, KvmError
@@ -27,7 +28,7 @@ def can_run_here() -> bool:
     """Whether this machine runs the patched KVM, so that guests can cross with VMFUNC."""
     try:
         with Kvm() as kvm:
-            return kvm.elisa_version() > 0
+            return calls.version(kvm) > 0
     except KvmError:
         return False
 

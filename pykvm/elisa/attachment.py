@@ -7,7 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Self
 
-from pykvm.elisa import crossing
+from pykvm.elisa import calls, crossing
+from pykvm.elisa.calls import Context
 from pykvm.elisa.contexts import (
     ContextCost,
     ContextPlan,
@@ -18,16 +19,16 @@ from pykvm.elisa.contexts import (
     plan_sub,
 )
 from pykvm.errors import PykvmError
-from pykvm.kvm import Context, IoctlError, KvmError, Vcpu, VcpuRunningError
-from pykvm.kvm._kvm import lib
+from pykvm.kernel import uapi
+from pykvm.kvm import IoctlError, KvmError, Vcpu, VcpuRunningError
 from pykvm.memory.guest_memory import MemoryFile, Region, require_lockable
 from pykvm.paging.entries import Access
 from pykvm.sizes import PAGE_SIZE
 
 __all__ = ["Attachment", "AttachmentCost", "InsideContextError", "SlotsFullError"]
 
-FIRST_SLOT: Final[int] = lib.KVM_ELISA_SLOT_FIRST
-SLOTS: Final[int] = lib.KVM_ELISA_SLOTS
+FIRST_SLOT: Final[int] = uapi.lib.KVM_ELISA_SLOT_FIRST
+SLOTS: Final[int] = uapi.lib.KVM_ELISA_SLOTS
 
 _slots_in_use: "weakref.WeakKeyDictionary[Vcpu, set[int]]" = weakref.WeakKeyDictionary()
 
@@ -65,15 +66,15 @@ def _create(vcpu: Vcpu, plan: ContextPlan, sub: Context | None) -> Context:
         match page:
             case UserPages(address, count):
                 stop = address + count * PAGE_SIZE
-                kind = lib.KVM_ELISA_PAGE_USER
+                kind = uapi.lib.KVM_ELISA_PAGE_USER
                 pages.extend((at, kind, 0) for at in range(address, stop, PAGE_SIZE))
             case ListPage():
-                pages.append((0, lib.KVM_ELISA_PAGE_LIST, vcpu.id))
+                pages.append((0, uapi.lib.KVM_ELISA_PAGE_LIST, vcpu.id))
             case EptpPage():
                 assert sub is not None
-                pages.append((0, lib.KVM_ELISA_PAGE_EPTP, sub.fileno()))
-    return vcpu.vm.create_elisa_context(
-        plan.ept.tobytes(), pages, gva=plan.gva, size=plan.size, la57=plan.levels == 5
+                pages.append((0, uapi.lib.KVM_ELISA_PAGE_EPTP, sub.fileno()))
+    return calls.create_context(
+        vcpu.vm, plan.ept.tobytes(), pages, gva=plan.gva, size=plan.size, la57=plan.levels == 5
     )
 
 
@@ -146,7 +147,7 @@ class Attachment:
     def _install(self, sub: ContextPlan, gate: ContextPlan) -> None:
         self._contexts.append(_create(self._vcpu, sub, None))
         self._contexts.append(_create(self._vcpu, gate, self._contexts[0]))
-        self._vcpu.set_elisa_slot(self.slot, self._contexts[1])
+        calls.set_slot(self._vcpu, self.slot, self._contexts[1])
         self.attached = True
 
     def detach(self) -> None:
@@ -157,7 +158,7 @@ class Attachment:
         """
         if self.attached:
             try:
-                self._vcpu.set_elisa_slot(self.slot, None)
+                calls.set_slot(self._vcpu, self.slot, None)
             except KvmError as error:
                 if error.errno == errno.EBUSY:
                     raise InsideContextError(
@@ -181,7 +182,7 @@ class Attachment:
         """
         if self.attached:
             try:
-                self._vcpu.vm.revoke_elisa_slot(self._vcpu.id, self.slot)
+                calls.revoke_slot(self._vcpu.vm, self._vcpu.id, self.slot)
             except IoctlError as error:
                 if error.errno != errno.ENOENT:  # somebody has emptied the slot already
                     raise

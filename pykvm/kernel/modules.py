@@ -19,6 +19,7 @@ from pykvm.errors import PykvmError
 from pykvm.host.kvm_users import describe_users
 from pykvm.host.processor import read_processor
 from pykvm.kernel import build as kernel
+from pykvm.kernel import uapi
 from pykvm.kvm._kvm import lib
 
 __all__ = [
@@ -115,7 +116,7 @@ def elisa_version() -> int:
     except OSError:
         return 0
     try:
-        version: int = fcntl.ioctl(device, lib.KVM_CHECK_EXTENSION, lib.KVM_CAP_ELISA)
+        version: int = fcntl.ioctl(device, lib.KVM_CHECK_EXTENSION, uapi.lib.KVM_CAP_ELISA)
     except OSError:
         return 0
     finally:

@@ -13,14 +13,15 @@ an `Exit`. Structs and constants are the C compiler's: see ``ffi`` and ``lib``::
             vcpu.set_regs(rip=0, rflags=2)
             print(vcpu.run())
 
-What our kernel patch adds is in `pykvm.kvm.elisa_calls`. Which capability a call needs is in
-`pykvm.kvm.ioctls`. Errors derive from `KvmError`.
+Which capability a call needs is in `pykvm.kvm.ioctls`. Errors derive from `KvmError`.
+
+This is stock KVM. A kernel patch adds calls as `Ioctl` values for `Handle.ioctl`, capabilities as
+`Capability` values, exits with `register_exit`, and handles with `Vm.adopt` (`pykvm.elisa` does).
 """
 
 from pykvm.kvm._kvm import ffi, lib
 from pykvm.kvm.cpuid import CpuidEntry, find_leaf
 from pykvm.kvm.device import Device
-from pykvm.kvm.elisa_calls import Context, ElisaExit
 from pykvm.kvm.errors import (
     ApiVersionError,
     CapabilityMissingError,
@@ -68,10 +69,10 @@ from pykvm.kvm.exits import (
     UnknownHardware,
     Wrmsr,
     exit_name,
+    register_exit,
 )
 from pykvm.kvm.handle import Handle, Struct
-from pykvm.kvm.hidden_features import HIDDEN_FEATURES, HiddenFeature, without_hidden_features
-from pykvm.kvm.ioctls import IOCTLS
+from pykvm.kvm.ioctls import IOCTLS, Capability, Ioctl, Scope
 from pykvm.kvm.irq import IrqchipRoute, MsiRoute
 from pykvm.kvm.msr import MsrRange
 from pykvm.kvm.state import Breakpoint, MpState, Translation
@@ -81,27 +82,24 @@ from pykvm.kvm.vcpu import NULL_HYPERCALL, CoalescedWrite, ExitCounts, PastExit,
 from pykvm.kvm.vm import MemorySlot, Vm
 
 __all__ = [
-    "HIDDEN_FEATURES",
     "IOCTLS",
     "NULL_HYPERCALL",
     "ApiVersionError",
     "Breakpoint",
     "BusLock",
+    "Capability",
     "CapabilityMissingError",
     "CoalescedWrite",
     "ConsoleError",
-    "Context",
     "CpuidEntry",
     "Debug",
     "Device",
-    "ElisaExit",
     "Exit",
     "ExitCounts",
     "FailEntry",
     "GuestException",
     "Handle",
     "HandleClosedError",
-    "HiddenFeature",
     "Hlt",
     "Hypercall",
     "HypercallNumberError",
@@ -110,6 +108,7 @@ __all__ = [
     "Intr",
     "Io",
     "IoapicEoi",
+    "Ioctl",
     "IoctlError",
     "IrqWindow",
     "IrqchipRoute",
@@ -132,6 +131,7 @@ __all__ = [
     "PastExit",
     "Rdmsr",
     "ReplyError",
+    "Scope",
     "SetTpr",
     "Shutdown",
     "Statistic",
@@ -153,5 +153,5 @@ __all__ = [
     "ffi",
     "find_leaf",
     "lib",
-    "without_hidden_features",
+    "register_exit",
 ]

@@ -2,8 +2,8 @@
 
 Three inputs, each the only place of what it holds: ``kvm_cdef.h`` (fields of the kernel's
 structs), ``ioctls.py`` (the calls) and ``run_loop.h`` (our C). Constants are every macro of
-``<linux/kvm.h>`` and ``kvm_elisa.h`` whose name starts with one of `PREFIXES`; the C compiler
-lists them and evaluates them, so that no number is typed into pykvm.
+``<linux/kvm.h>`` whose name starts with one of `PREFIXES`; the C compiler lists them and evaluates
+them, so that no number is typed into pykvm.
 
 ``python pykvm/kvm/build_kvm.py`` builds in place, without setuptools' editable install.
 """
@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import re
 import runpy
-import shlex
-import subprocess
-import sysconfig
 from pathlib import Path
 
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-HEADERS = '#include <linux/kvm.h>\n#include "kvm_elisa.h"\n'
+HEADERS = "#include <linux/kvm.h>\n"
 
 PREFIXES = (
     "KVM_API_VERSION",
@@ -31,10 +28,8 @@ PREFIXES = (
     "KVM_CREATE_DEVICE_TEST",
     "KVM_DEV_TYPE_VFIO",
     "KVM_DIRTY_LOG_",
-    "KVM_ELISA_",
     "KVM_EXIT_",
     "KVM_GUESTDBG_",
-    "KVM_HC_ELISA_",
     "KVM_INTERNAL_ERROR_",
     "KVM_IOEVENTFD_FLAG_",
     "KVM_IRQCHIP_",
@@ -59,20 +54,9 @@ PREFIXES = (
 
 
 def constant_names() -> list[str]:
-    """Names of the constants to export, sorted; the compiler's preprocessor lists them."""
-    compiler = shlex.split(sysconfig.get_config_var("CC") or "cc")
-    listing = subprocess.run(
-        [*compiler, "-E", "-dM", f"-I{HERE}", "-x", "c", "-"],
-        input=HEADERS,
-        capture_output=True,
-        check=True,
-        text=True,
-    ).stdout
-    # Object-like macros only: a parenthesis right after the name starts a function-like one.
-    defined = set(re.findall(r"^#define (KVM_\w+) \S", listing, re.MULTILINE))
-    names = {name for name in defined if name.startswith(PREFIXES)}
-    names.update(runpy.run_path(str(HERE / "ioctls.py"))["IOCTLS"])
-    return sorted(names)
+    """Names of the constants to export, sorted: those of `PREFIXES`, and the calls."""
+    names = runpy.run_path(str(HERE / "macros.py"))["macro_names"](HEADERS, PREFIXES, HERE)
+    return sorted({*names, *runpy.run_path(str(HERE / "ioctls.py"))["IOCTLS"]})
 
 
 def declarations() -> str:
@@ -96,9 +80,7 @@ ffibuilder.set_source(
     HEADERS + '#include "run_loop.h"\n',
     # Relative: setuptools wants sources below the directory of setup.py, where it runs.
     sources=["pykvm/kvm/run_loop.c"],
-    depends=[
-        f"pykvm/kvm/{name}" for name in ("run_loop.h", "kvm_cdef.h", "kvm_elisa.h", "ioctls.py")
-    ],
+    depends=[f"pykvm/kvm/{name}" for name in ("run_loop.h", "kvm_cdef.h", "ioctls.py")],
     include_dirs=[str(HERE)],
     extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra"],
 )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pykvm.kvm._kvm import ffi
 from pykvm.kvm.handle import Handle
-from pykvm.kvm.ioctls import IOCTLS, Scope
+from pykvm.kvm.ioctls import IOCTLS, Capability, Scope
 
 if TYPE_CHECKING:
     from pykvm.kvm.vm import Vm
@@ -57,5 +57,5 @@ class Device(Attributes):
         self.vm = vm
         self.type = type
 
-    def check_extension(self, capability: str | int) -> int:
+    def check_extension(self, capability: str | int | Capability) -> int:
         return self.vm.check_extension(capability)

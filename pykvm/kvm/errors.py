@@ -114,7 +114,7 @@ class ConsoleError(KvmError):
 
 
 class HypercallNumberError(KvmError):
-    """A hypercall number outside 0 to 15."""
+    """More hypercalls than the run loop answers."""
 
 
 class ReplyError(KvmError):

@@ -45,7 +45,7 @@ __all__ = [
     "Wrmsr",
     "decode_exit",
     "exit_name",
-    "register_decoder",
+    "register_exit",
 ]
 
 
@@ -488,8 +488,9 @@ _DECODERS: dict[int, Decoder] = {
 }
 
 
-def register_decoder(reason: int, decoder: Decoder) -> None:
-    """Decode an exit reason of a kernel patch (`elisa_calls.py`)."""
+def register_exit(reason: int, name: str, decoder: Decoder) -> None:
+    """Name and decode an exit reason that ``<linux/kvm.h>`` does not know: one of a patch."""
+    _EXIT_NAMES[reason] = name
     _DECODERS[reason] = decoder
 
 

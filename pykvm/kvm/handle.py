@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from pykvm.closeable import Closeable
 from pykvm.kvm._kvm import ffi, lib
 from pykvm.kvm.errors import CapabilityMissingError, HandleClosedError, IoctlError
-from pykvm.kvm.ioctls import IOCTLS, Ioctl, Scope
+from pykvm.kvm.ioctls import IOCTLS, Capability, Ioctl, Scope
 
 __all__ = ["Handle", "Struct", "capability_number"]
 
@@ -17,10 +17,12 @@ Struct = Any
 """A cffi struct: its fields are attributes, named as in linux/kvm.h."""
 
 
-def capability_number(capability: str | int) -> int:
+def capability_number(capability: str | int | Capability) -> int:
     """The number of a ``KVM_CAP_*`` macro. Raises CapabilityMissingError for an unknown name."""
     if isinstance(capability, int):
         return capability
+    if isinstance(capability, Capability):
+        return capability.number
     number = getattr(lib, capability, None)
     if not isinstance(number, int):
         raise CapabilityMissingError(capability, "this build of pykvm")
@@ -60,26 +62,27 @@ class Handle(Closeable):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {'closed' if self._fd < 0 else f'fd {self._fd}'}>"
 
-    def check_extension(self, capability: str | int) -> int:
+    def check_extension(self, capability: str | int | Capability) -> int:
         """KVM_CHECK_EXTENSION: 0 if absent, else 1 or a number that the capability defines."""
         raise NotImplementedError
 
-    def require(self, capability: str, wanted_by: str) -> int:
+    def require(self, capability: str | Capability, wanted_by: str) -> int:
         """The value of a capability. Raises CapabilityMissingError where it is 0."""
         value = self.check_extension(capability)
         if not value:
-            raise CapabilityMissingError(capability, wanted_by)
+            name = capability if isinstance(capability, str) else capability.name
+            raise CapabilityMissingError(name, wanted_by)
         return value
 
-    def ioctl(self, name: str, arg: Any = 0) -> int:
-        """Make a call of the table (`pykvm.kvm.ioctls`).
+    def ioctl(self, call: str | Ioctl, arg: Any = 0) -> int:
+        """Make a call of the table (`pykvm.kvm.ioctls`), by name, or one that a patch adds.
 
-        arg: an integer, or a cffi pointer. Returns the call's result, 0 or more. Raises
-        CapabilityMissingError, IoctlError, HandleClosedError.
+        arg: an integer, or a cffi pointer (of any FFI). Returns the call's result, 0 or more.
+        Raises CapabilityMissingError, IoctlError, HandleClosedError.
         """
-        entry = IOCTLS[name]
+        entry = IOCTLS[call] if isinstance(call, str) else call
         if needed := entry.needs(self.scope):
-            self.require(needed, name)
+            self.require(needed, entry.name)
         result = self._raw_ioctl(entry, arg)
         if result < 0:
             raise IoctlError(entry, -result)
@@ -90,7 +93,8 @@ class Handle(Closeable):
         if self.scope not in entry.scopes:
             raise TypeError(f"{entry.name} is not a call on a {self._noun()}")
         word = arg if isinstance(arg, int) else int(ffi.cast("uintptr_t", arg))
-        return int(lib.pykvm_ioctl(self.fileno(), getattr(lib, entry.name), word))
+        number = getattr(lib, entry.name) if entry.number is None else entry.number
+        return int(lib.pykvm_ioctl(self.fileno(), number, word))
 
     def _get(self, name: str, struct: str) -> Struct:
         """Make a call that fills a struct; return the struct."""

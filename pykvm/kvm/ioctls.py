@@ -12,8 +12,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
-__all__ = ["IOCTLS", "Ioctl", "Scope"]
+__all__ = ["IOCTLS", "Capability", "Ioctl", "Scope"]
+
+
+class Capability(NamedTuple):
+    """A capability that ``<linux/kvm.h>`` does not know: one of a kernel patch."""
+
+    name: str
+    number: int
 
 
 class Scope(Enum):
@@ -32,15 +40,17 @@ class Ioctl:
     name: the macro in linux/kvm.h. scopes: descriptors that accept it. capability: the
     ``KVM_CAP_*`` macro that announces it (a mapping where that depends on the descriptor), or
     None where every KVM has it. hint: what to type or check when the call fails with EINVAL,
-    ENXIO, ENOENT or EEXIST; None where `errors.py` knows better.
+    ENXIO, ENOENT or EEXIST; None where `errors.py` knows better. number: the request of a call
+    that linux/kvm.h does not have (one of a kernel patch); None for those of the table below.
     """
 
     name: str
     scopes: tuple[Scope, ...]
-    capability: str | dict[Scope, str] | None = None
+    capability: str | Capability | dict[Scope, str] | None = None
     hint: str | None = None
+    number: int | None = None
 
-    def needs(self, scope: Scope) -> str | None:
+    def needs(self, scope: Scope) -> str | Capability | None:
         """The capability that announces this call on a descriptor of `scope`, or None."""
         if isinstance(self.capability, dict):
             return self.capability.get(scope)
@@ -171,25 +181,6 @@ _TABLE = (
     Ioctl("KVM_X86_SETUP_MCE", (_C,), "KVM_CAP_MCE"),
     Ioctl("KVM_GET_NESTED_STATE", (_C,), "KVM_CAP_NESTED_STATE"),
     Ioctl("KVM_SET_NESTED_STATE", (_C,), "KVM_CAP_NESTED_STATE"),
-    # ---- calls of the ELISA patch (kvm_elisa.h; see elisa_calls.py) -----------------------------
-    Ioctl(
-        "KVM_ELISA_CREATE_CONTEXT",
-        (_V,),
-        "KVM_CAP_ELISA",
-        "check the tables' indices and run as root (CAP_SYS_ADMIN)",
-    ),
-    Ioctl(
-        "KVM_ELISA_SET_SLOT",
-        (_C,),
-        "KVM_CAP_ELISA",
-        "use slots 2 to 511 and a context of the same vm",
-    ),
-    Ioctl(
-        "KVM_ELISA_REVOKE",
-        (_V,),
-        "KVM_CAP_ELISA",
-        "name a vcpu of this vm and a slot that holds a context, as root (CAP_SYS_ADMIN)",
-    ),
 )
 
 IOCTLS: dict[str, Ioctl] = {entry.name: entry for entry in _TABLE}

@@ -362,32 +362,3 @@ typedef struct { __u32 type, ndata; ...; } kvm_exit_system_event;
 typedef struct { __u8 vector; ...; } kvm_exit_eoi;
 typedef struct { __u8 error; __u32 reason, index; __u64 data; ...; } kvm_exit_msr;
 typedef struct { __u32 flags; ...; } kvm_exit_notify;
-
-/* ---- the ELISA patch (kvm_elisa.h) ----------------------------------------------------- */
-struct kvm_elisa_page {
-	__u64 addr;
-	__u32 kind;
-	__s32 ref;
-	...;
-};
-struct kvm_elisa_create {
-	__u32 nr_tables, nr_pages;
-	__u64 tables, pages;
-	__u32 flags;
-	__u64 gva, size;
-	...;
-};
-struct kvm_elisa_slot {
-	__u32 slot;
-	__s32 fd;
-	...;
-};
-struct kvm_elisa_revoke {
-	__u32 vcpu, slot;
-	...;
-};
-struct kvm_elisa_exit {
-	__u32 cause, at, slot, vmx_exit_reason;
-	__u64 qualification, gpa, gva, rip, function, index;
-	...;
-};

@@ -23,6 +23,7 @@
 #define DEFAULT_CONSOLE_SIZE (64 * 1024)
 
 struct hypercall {
+	uint64_t number;
 	pykvm_hypercall_fn fn;
 	void *ctx;
 };
@@ -40,6 +41,7 @@ struct pykvm_vcpu {
 	int stop;
 	int closed;
 
+	unsigned int hypercall_count;
 	struct hypercall hypercalls[PYKVM_HYPERCALLS];
 
 	unsigned int console_ports;
@@ -202,18 +204,25 @@ static int begin_change(struct pykvm_vcpu *vcpu)
 	return error;
 }
 
-int pykvm_set_hypercall(struct pykvm_vcpu *vcpu, unsigned int n, pykvm_hypercall_fn fn, void *ctx)
+int pykvm_set_hypercall(struct pykvm_vcpu *vcpu, uint64_t number, pykvm_hypercall_fn fn, void *ctx)
 {
-	int error;
+	int error = begin_change(vcpu);
+	unsigned int i = 0;
 
-	if (n >= PYKVM_HYPERCALLS)
-		return -EINVAL;
-	error = begin_change(vcpu);
 	if (error)
 		return error;
-	vcpu->hypercalls[n] = (struct hypercall){ .fn = fn, .ctx = ctx };
+	while (i < vcpu->hypercall_count && vcpu->hypercalls[i].number != number)
+		i++;
+	if (i == PYKVM_HYPERCALLS) {
+		error = -E2BIG;
+		goto out;
+	}
+	if (i == vcpu->hypercall_count)
+		vcpu->hypercall_count++;
+	vcpu->hypercalls[i] = (struct hypercall){ .number = number, .fn = fn, .ctx = ctx };
+out:
 	pthread_mutex_unlock(&vcpu->lock);
-	return 0;
+	return error;
 }
 
 int pykvm_console_port(struct pykvm_vcpu *vcpu, uint16_t port)
@@ -320,14 +329,15 @@ static int console_exit(struct pykvm_vcpu *vcpu, struct kvm_run *run)
 
 static int hypercall_exit(struct pykvm_vcpu *vcpu, struct kvm_run *run)
 {
-	uint64_t n = run->hypercall.nr - KVM_HC_ELISA_USER;
+	for (unsigned int i = 0; i < vcpu->hypercall_count; i++) {
+		const struct hypercall *call = &vcpu->hypercalls[i];
 
-	if (n >= PYKVM_HYPERCALLS || !vcpu->hypercalls[n].fn)
-		return 0;
-	run->hypercall.ret = vcpu->hypercalls[n].fn(vcpu->hypercalls[n].ctx,
-						    (const uint64_t *)run->hypercall.args);
-	vcpu->counts.hypercalls[n]++;
-	return 1;
+		if (call->number != run->hypercall.nr || !call->fn)
+			continue;
+		run->hypercall.ret = call->fn(call->ctx, (const uint64_t *)run->hypercall.args);
+		return 1;
+	}
+	return 0;
 }
 
 static uint64_t first_bytes(const void *data, size_t size)

@@ -10,7 +10,6 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <linux/kvm.h>
-#include "kvm_elisa.h"
 
 /* The members of kvm_run's union have anonymous types; their layouts stay the header's. */
 typedef __typeof__(((struct kvm_run *)0)->hw) kvm_exit_hw;
@@ -56,7 +55,6 @@ struct pykvm_counts {
 	uint64_t interrupted;				/* of which a signal or a stop ended */
 	uint64_t native[PYKVM_EXIT_KINDS];		/* answered by the loop, by exit reason */
 	uint64_t returned[PYKVM_EXIT_KINDS];		/* handed to Python; the last takes the rest */
-	uint64_t hypercalls[PYKVM_HYPERCALLS];		/* answered by the loop, by number */
 	uint64_t console_bytes;				/* accepted into the console buffer */
 	uint64_t console_dropped;			/* lost because the buffer was full */
 	uint64_t history_next;				/* exits so far: next slot modulo the size */
@@ -73,7 +71,7 @@ int pykvm_vcpu_close(struct pykvm_vcpu *vcpu);
 struct kvm_run *pykvm_vcpu_run_area(struct pykvm_vcpu *vcpu);
 struct pykvm_counts *pykvm_vcpu_counts(struct pykvm_vcpu *vcpu);
 
-int pykvm_set_hypercall(struct pykvm_vcpu *vcpu, unsigned int n, pykvm_hypercall_fn fn, void *ctx);
+int pykvm_set_hypercall(struct pykvm_vcpu *vcpu, uint64_t number, pykvm_hypercall_fn fn, void *ctx);
 int pykvm_console_port(struct pykvm_vcpu *vcpu, uint16_t port);
 int pykvm_console_size(struct pykvm_vcpu *vcpu, size_t size);
 size_t pykvm_console_read(struct pykvm_vcpu *vcpu, char *out, size_t size);

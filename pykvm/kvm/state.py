@@ -21,6 +21,7 @@ from pykvm.kvm._kvm import ffi, lib
 from pykvm.kvm.cpuid import CpuidEntry, pack_cpuid, read_cpuid
 from pykvm.kvm.device import Attributes
 from pykvm.kvm.handle import Struct, capability_number
+from pykvm.kvm.ioctls import Capability
 from pykvm.kvm.msr import read_msrs, write_msrs
 
 __all__ = ["Breakpoint", "MpState", "Translation", "VcpuState"]
@@ -195,7 +196,7 @@ class VcpuState(Attributes):
         """Set MSRs, in order. Raises MsrError at the first that KVM does not write."""
         write_msrs(lambda table: self.ioctl("KVM_SET_MSRS", table), values)
 
-    def enable_cap(self, capability: str | int, *args: int, flags: int = 0) -> None:
+    def enable_cap(self, capability: str | int | Capability, *args: int, flags: int = 0) -> None:
         """KVM_ENABLE_CAP on the vCPU with up to four arguments."""
         number = capability_number(capability)
         request: Any = ffi.new("struct kvm_enable_cap *", {"cap": number, "flags": flags})

@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 from pykvm.kvm._kvm import ffi, lib
 from pykvm.kvm.cpuid import CpuidEntry, read_cpuid
 from pykvm.kvm.device import Attributes
-from pykvm.kvm.elisa_calls import ElisaKvmCalls
 from pykvm.kvm.errors import (
     ApiVersionError,
     KvmError,
@@ -23,7 +22,7 @@ from pykvm.kvm.errors import (
     NotKvmError,
 )
 from pykvm.kvm.handle import capability_number
-from pykvm.kvm.ioctls import IOCTLS, Scope
+from pykvm.kvm.ioctls import IOCTLS, Capability, Scope
 from pykvm.kvm.msr import read_msr_list, read_msrs
 from pykvm.kvm.vm import Vm
 
@@ -33,7 +32,7 @@ API_VERSION = 12
 """The version that every kernel since 2.6.22 answers (api.rst 4.1); no macro promises it."""
 
 
-class Kvm(ElisaKvmCalls, Attributes):
+class Kvm(Attributes):
     """An open /dev/kvm.
 
     Raises KvmMissingError, KvmPermissionError, NotKvmError, ApiVersionError::
@@ -60,7 +59,7 @@ class Kvm(ElisaKvmCalls, Attributes):
             self.close()
             raise
 
-    def check_extension(self, capability: str | int) -> int:
+    def check_extension(self, capability: str | int | Capability) -> int:
         number = capability_number(capability)
         if number not in self._extensions:
             self._extensions[number] = max(

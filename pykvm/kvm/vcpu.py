@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pykvm.kvm._kvm import ffi, lib
-from pykvm.kvm.elisa_calls import ElisaVcpuCalls
 from pykvm.kvm.errors import (
     ConsoleError,
     HandleClosedError,
@@ -27,7 +26,7 @@ from pykvm.kvm.errors import (
 )
 from pykvm.kvm.exits import Exit, Stopped, decode_exit, exit_name
 from pykvm.kvm.handle import Struct
-from pykvm.kvm.ioctls import IOCTLS, Ioctl, Scope
+from pykvm.kvm.ioctls import IOCTLS, Capability, Ioctl, Scope
 from pykvm.kvm.report import describe
 from pykvm.kvm.state import VcpuState
 from pykvm.kvm.stats import Stats
@@ -48,14 +47,13 @@ class ExitCounts:
     """Exits since the vCPU was made, by the names of exits.
 
     runs: KVM_RUN calls. interrupted: those that a signal or stop() ended. native: answered by the
-    C loop. returned: handed to Python. hypercalls: answered by the C loop, by handler number.
+    C loop. returned: handed to Python.
     """
 
     runs: int
     interrupted: int
     native: dict[str, int]
     returned: dict[str, int]
-    hypercalls: dict[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +79,7 @@ class CoalescedWrite:
     port: bool
 
 
-class Vcpu(ElisaVcpuCalls, VcpuState):
+class Vcpu(VcpuState):
     """A virtual processor. One thread at a time runs it; any thread may stop it.
 
     State is read and written between runs: calls made while another thread is inside run() raise
@@ -110,7 +108,7 @@ class Vcpu(ElisaVcpuCalls, VcpuState):
                 raise VcpuRunningError("a hypercall handler cannot close its own vcpu: use stop()")
             self._fd = -1
 
-    def check_extension(self, capability: str | int) -> int:
+    def check_extension(self, capability: str | int | Capability) -> int:
         return self.vm.check_extension(capability)
 
     def _raw_ioctl(self, entry: Ioctl, arg: Any = 0) -> int:
@@ -244,22 +242,19 @@ class Vcpu(ElisaVcpuCalls, VcpuState):
         return result
 
     # ---- the C loop's work ------------------------------------------------------------------
-    def set_hypercall(self, n: int, function: Any, context: Any = None) -> None:
-        """Answer hypercall KVM_HC_ELISA_USER + n in C, without Python.
+    def set_hypercall(self, number: int, function: Any, context: Any = None) -> None:
+        """Answer a hypercall in C, without Python.
 
         function: a C function ``uint64_t (*)(void *ctx, const uint64_t args[6])``, as a cffi
         pointer (of any FFI) or an address; None removes it. context: its first argument, a cffi
         pointer or an address. Both are kept alive. args: rbx, rcx, rdx, rsi; the result becomes
-        rax. Needs `Vm.enable_user_hypercalls`. Raises HypercallNumberError, VcpuRunningError.
+        rax. Stock KVM hands few hypercalls to user space; see `pykvm.elisa.calls`. Raises
+        HypercallNumberError (more than 16), VcpuRunningError.
         """
         pointer = ffi.cast("pykvm_hypercall_fn", 0 if function is None else function)
         ctx = ffi.cast("void *", 0 if context is None else context)
-        if not 0 <= n < lib.PYKVM_HYPERCALLS:
-            raise HypercallNumberError(
-                f"hypercall handler {n}: use a number from 0 to {lib.PYKVM_HYPERCALLS - 1}"
-            )
-        self._changed(lib.pykvm_set_hypercall(self._vcpu, n, pointer, ctx))
-        self._kept[n] = (function, context)
+        self._changed(lib.pykvm_set_hypercall(self._vcpu, number, pointer, ctx))
+        self._kept[number] = (function, context)
 
     def console(self, port: int, *, size: int | None = None) -> None:
         """Collect what the guest writes to a port (at most four ports, one buffer).
@@ -290,6 +285,7 @@ class Vcpu(ElisaVcpuCalls, VcpuState):
         messages: dict[str, tuple[type[Exception], str]] = {
             "EBUSY": (VcpuRunningError, "is running: call stop() and wait for run()"),
             "EBADF": (HandleClosedError, "is closed: create another one"),
+            "E2BIG": (HypercallNumberError, "answers 16 hypercalls: join some"),
             "ENOSPC": (ConsoleError, f"has {lib.PYKVM_CONSOLE_PORTS} console ports: share one"),
             "EEXIST": (ConsoleError, "has a buffer already: give the size with the first port"),
             "EINVAL": (ConsoleError, "cannot have an empty buffer: pass a size of 1 or more"),
@@ -305,7 +301,6 @@ class Vcpu(ElisaVcpuCalls, VcpuState):
             interrupted=counts.interrupted,
             native=_named(counts.native),
             returned=_named(counts.returned),
-            hypercalls={n: c for n, c in enumerate(counts.hypercalls) if c},
         )
 
     def last_exits(self) -> list[PastExit]:

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 
 from pykvm.kvm._kvm import ffi, lib
 from pykvm.kvm.device import Attributes, Device
-from pykvm.kvm.elisa_calls import ElisaVmCalls
 from pykvm.kvm.errors import IoctlError, MemorySlotError, MemorySlotOverlapError
 from pykvm.kvm.handle import Handle, capability_number
-from pykvm.kvm.ioctls import IOCTLS, Scope
+from pykvm.kvm.ioctls import IOCTLS, Capability, Scope
 from pykvm.kvm.irq import VmInterrupts
 from pykvm.kvm.msr import MsrRange, pack_msr_filter
 from pykvm.kvm.stats import Stats
@@ -55,7 +54,7 @@ class _Slot:
     read_only: bool
 
 
-class Vm(ElisaVmCalls, VmInterrupts, Attributes):
+class Vm(VmInterrupts, Attributes):
     """A virtual machine. close() also closes the vCPUs, devices and contexts made from it.
 
     The memory behind a slot belongs to the caller, who keeps it mapped while the VM runs.
@@ -71,9 +70,6 @@ class Vm(ElisaVmCalls, VmInterrupts, Attributes):
         self._slots: dict[int, _Slot] = {}
         self._children: weakref.WeakSet[Handle] = weakref.WeakSet()
 
-    def _as_vm(self) -> Vm:
-        return self
-
     def adopt(self, child: _Child) -> _Child:
         """Close `child` together with this VM; returns it."""
         self._children.add(child)
@@ -84,7 +80,7 @@ class Vm(ElisaVmCalls, VmInterrupts, Attributes):
             child.close()
         super().close()
 
-    def check_extension(self, capability: str | int) -> int:
+    def check_extension(self, capability: str | int | Capability) -> int:
         """As `Kvm.check_extension`, for this VM: some capabilities depend on its type."""
         number = capability_number(capability)
         if number not in self._extensions:
@@ -93,7 +89,7 @@ class Vm(ElisaVmCalls, VmInterrupts, Attributes):
             )
         return self._extensions[number]
 
-    def enable_cap(self, capability: str | int, *args: int, flags: int = 0) -> None:
+    def enable_cap(self, capability: str | int | Capability, *args: int, flags: int = 0) -> None:
         """KVM_ENABLE_CAP with up to four arguments; api.rst chapter 7 says which."""
         number = capability_number(capability)
         request = ffi.new("struct kvm_enable_cap *", {"cap": number, "flags": flags})

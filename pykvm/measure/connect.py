@@ -2,9 +2,10 @@
 
 from typing import Final
 
+from pykvm.elisa import calls
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
-from pykvm.measure.programs import SwitchPath
+from pykvm.measure.programs import HC_USER, SwitchPath
 from pykvm.switch.hosted import HostedSwitch
 
 __all__ = ["SWITCH_SEED", "connect"]
@@ -23,8 +24,9 @@ def connect(guest: BareGuest, hosted: HostedSwitch, port: int, path: SwitchPath)
         case SwitchPath.VMFUNC:
             instance.attach(guest, port)
         case SwitchPath.VMCALL:
-            guest.vm.enable_user_hypercalls()
-            guest.vcpu.set_hypercall(0, hosted.switch.hypercall, hosted.switch.native_env(port))
+            calls.enable_user_hypercalls(guest.vm)
+            environment = hosted.switch.native_env(port)
+            guest.vcpu.set_hypercall(HC_USER, hosted.switch.hypercall, environment)
         case SwitchPath.DIRECT:
             memory = instance.direct_region(layout.DIRECT_GPA)
             guest.set_direct(memory, instance.declaration.env(memory.gpa, port))

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from pykvm.elisa.calls import enable_user_hypercalls
 from pykvm.elisa.objects import SharedObject
 from pykvm.elisa.protections import ALL, Without
 from pykvm.elisa.trusted_images import VMFUNC, crossing_images
@@ -11,7 +12,7 @@ from pykvm.host.fingerprint import is_emulated
 from pykvm.kvm import NULL_HYPERCALL, Kvm
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.measure.exit_counter import ExitCounter, Exits
-from pykvm.measure.programs import CrossingProgram, Way, way_samples
+from pykvm.measure.programs import HC_USER, CrossingProgram, Way, way_samples
 from pykvm.measure.records import Samples, typical
 from pykvm.toolchain.compiler import GUEST_SOURCES
 
@@ -84,8 +85,8 @@ def measure_crossing(
     nop = SharedObject("nop", GUEST_SOURCES / "objects" / "nop.c", guests=1, without=without)
     images = crossing_images(without)
     with nop.open() as instance, BareGuest(kvm, program, name="crossing") as guest:
-        guest.vm.enable_user_hypercalls()
-        guest.vcpu.set_hypercall(0, NULL_HYPERCALL)
+        enable_user_hypercalls(guest.vm)
+        guest.vcpu.set_hypercall(HC_USER, NULL_HYPERCALL)
         instance.attach(guest)
         counter = ExitCounter(guest.vcpu)
         guest.run(counter.mark)

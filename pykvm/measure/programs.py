@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
-from pykvm.kvm import lib
+from pykvm.kernel import uapi
 from pykvm.machine.bare.build import build_guest
 from pykvm.toolchain.compiler import GUEST_SOURCES
 from pykvm.toolchain.elf import ElfFile
@@ -34,7 +34,7 @@ __all__ = [
     "way_samples",
 ]
 
-HC_USER: Final[int] = lib.KVM_HC_ELISA_USER
+HC_USER: Final[int] = uapi.lib.KVM_HC_ELISA_USER
 """The first of the hypercalls that user space answers (`Vcpu.set_hypercall`)."""
 
 IDLE_LIMIT: Final = 50_000_000

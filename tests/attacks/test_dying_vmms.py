@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from pykvm.elisa import calls
 from pykvm.kvm import Kvm
 from tests.rigs.context_requests import (
     EPTP,
@@ -35,7 +36,7 @@ PINNED = 3  # pages of `good`
 def steps(kvm: Kvm, address: int) -> Iterator[str]:
     """The life of an attachment: each step is done when its name comes."""
     with kvm.create_vm() as vm:
-        vm.enable_elisa_contexts()
+        calls.enable_contexts(vm)
         yield "a vm"
         vcpu = vm.create_vcpu(0)
         yield "a vcpu"
@@ -142,7 +143,7 @@ def test_killed_at_any_moment(kvm: Kvm) -> None:
 def context_of_a_vm(kvm: Kvm, address: int) -> int:
     """A context file; nobody holds another file of its VM."""
     with kvm.create_vm() as vm:
-        vm.enable_elisa_contexts()
+        calls.enable_contexts(vm)
         return good(Machine(vm, vm.create_vcpu(0), address)).send(vm)
 
 

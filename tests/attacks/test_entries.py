@@ -3,10 +3,12 @@
 import pytest
 
 from pykvm.elisa import crossing
+from pykvm.elisa.exits import ElisaExit
 from pykvm.elisa.objects import ObjectInstance
 from pykvm.elisa.protections import Protection
 from pykvm.elisa.trusted_images import crossing_images
-from pykvm.kvm import ElisaExit, Exit, Kvm, lib
+from pykvm.kernel import uapi
+from pykvm.kvm import Exit, Kvm
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.sizes import PAGE_SIZE
@@ -32,7 +34,7 @@ from tests.rigs.probe import run
 
 pytestmark = pytest.mark.elisa
 
-TRANSIENT = lib.KVM_ELISA_SLOT_TRANSIENT
+TRANSIENT = uapi.lib.KVM_ELISA_SLOT_TRANSIENT
 
 
 def copy_secret(instance: ObjectInstance, slot: int) -> Leap:
@@ -59,7 +61,7 @@ def failed(exits: list[Exit]) -> list[tuple[int, int]]:
     told = []
     for exit in exits:
         assert isinstance(exit, ElisaExit), exit
-        assert (exit.cause, exit.at) == (lib.KVM_ELISA_EXIT_VMFUNC, AT_DEFAULT), exit
+        assert (exit.cause, exit.at) == (uapi.lib.KVM_ELISA_EXIT_VMFUNC, AT_DEFAULT), exit
         told.append((exit.function, exit.index))
     return told
 
@@ -159,7 +161,7 @@ def test_a_forged_eptp(kvm: Kvm, guest: BareGuest, skip: int) -> None:
         behind = store_in(crossing_images().gate_page) + skip
         give_leaps(guest, Leap(slot=slot), Leap(behind, slot, fill=eptp))
         exit = stop_at(run(guest), AT_GATE)
-        assert exit.cause == lib.KVM_ELISA_EXIT_REFUSED
+        assert exit.cause == uapi.lib.KVM_ELISA_EXIT_REFUSED
         assert exit.vmx_exit_reason == 2  # triple fault: the int3 behind `mismatch`
         assert not any(guest.memory.read(FOUND, 8))
         assert untouched(instance)

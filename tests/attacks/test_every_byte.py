@@ -15,7 +15,9 @@ from typing import Final
 import pytest
 
 from pykvm.elisa import crossing
-from pykvm.kvm import ElisaExit, Exit, Io, Kvm, Shutdown, Stopped, lib
+from pykvm.elisa.exits import ElisaExit
+from pykvm.kernel import uapi
+from pykvm.kvm import Exit, Io, Kvm, Shutdown, Stopped
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.sizes import PAGE_SIZE
@@ -40,7 +42,7 @@ HOME_PORT: Final = 0x77
 OUT: Final = bytes([0xE6, HOME_PORT])  # in place of what the return page does
 GATE: Final = C + crossing.GATE_OFFSET
 SUB_ENTRY: Final = C + crossing.SUB_ENTRY_OFFSET
-TRANSIENT: Final = lib.KVM_ELISA_SLOT_TRANSIENT
+TRANSIENT: Final = uapi.lib.KVM_ELISA_SLOT_TRANSIENT
 IN_LIST: Final = C + crossing.GATE_LIST_OFFSET
 
 GENERAL: Final = (
@@ -127,9 +129,9 @@ class Intruder:
 
 
 IN_GATE: Final = {
-    lib.KVM_ELISA_EXIT_VIOLATION: "violation in the gate",
-    lib.KVM_ELISA_EXIT_VMFUNC: "failed VMFUNC in the gate",
-    lib.KVM_ELISA_EXIT_REFUSED: "trap in the gate",
+    uapi.lib.KVM_ELISA_EXIT_VIOLATION: "violation in the gate",
+    uapi.lib.KVM_ELISA_EXIT_VMFUNC: "failed VMFUNC in the gate",
+    uapi.lib.KVM_ELISA_EXIT_REFUSED: "trap in the gate",
 }
 LOOPS: Final = "loops in the gate"
 HOME: Final = "called and returned"  # to the return page: KVM serves no I/O elsewhere
@@ -172,7 +174,7 @@ def test_every_byte_of_the_gate(kvm: Kvm, guest: BareGuest) -> None:
                 if end in (HOME, OWN):
                     stray = intruder.enter(PAGE_SIZE - 1, honest | {"rcx": TRANSIENT})
                     assert isinstance(stray, ElisaExit), f"{stray} after byte {offset:#x}"
-                    assert (stray.at, stray.cause) == (AT_DEFAULT, lib.KVM_ELISA_EXIT_VMFUNC)
+                    assert (stray.at, stray.cause) == (AT_DEFAULT, uapi.lib.KVM_ELISA_EXIT_VMFUNC)
                     again = intruder.enter(0, honest)
                 else:
                     again = intruder.go(GATE, honest)
@@ -182,4 +184,6 @@ def test_every_byte_of_the_gate(kvm: Kvm, guest: BareGuest) -> None:
         assert still_serves(kvm, instance)
     print(f"bytes of the gate page, by what followed: {dict(ends)}")
     assert ends[HOME] >= 1
-    assert ends[IN_GATE[lib.KVM_ELISA_EXIT_REFUSED]] > PAGE_SIZE / 2  # most of the page is int3
+    assert (
+        ends[IN_GATE[uapi.lib.KVM_ELISA_EXIT_REFUSED]] > PAGE_SIZE / 2
+    )  # most of the page is int3

@@ -7,7 +7,8 @@ import pytest
 
 from pykvm.elisa import crossing
 from pykvm.elisa.objects import ObjectInstance
-from pykvm.kvm import Kvm, lib
+from pykvm.kernel import uapi
+from pykvm.kvm import Kvm
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.paging.entries import Access
@@ -124,7 +125,7 @@ def test_a_breakpoint_with_tables_elsewhere(kvm: Kvm, guest: BareGuest, where: s
         slot = join(guest, instance).slot
         give_leaps(guest, Leap(slot=slot, dr0=breakpoints(instance)[where]))
         exit = stop_at(run(guest), AT_SUB)
-        assert (exit.cause, exit.vmx_exit_reason) == (lib.KVM_ELISA_EXIT_REFUSED, 0)
+        assert (exit.cause, exit.vmx_exit_reason) == (uapi.lib.KVM_ELISA_EXIT_REFUSED, 0)
         assert exit.rip == breakpoints(instance)[where]
         assert untouched(instance)
         assert still_serves(kvm, instance)
@@ -196,7 +197,7 @@ def test_a_fault_with_tables_elsewhere(guest: BareGuest, name: str) -> None:
         registers = {Register.RDI: WINDOW, Register.RSI: SHARED, Register.RDX: BAD_POINTERS[name]}
         give_leaps(guest, Leap(slot=slot, registers=registers))
         exit = stop_at(run(guest), AT_SUB)
-        assert (exit.cause, exit.vmx_exit_reason) == (lib.KVM_ELISA_EXIT_REFUSED, 2)
+        assert (exit.cause, exit.vmx_exit_reason) == (uapi.lib.KVM_ELISA_EXIT_REFUSED, 2)
         assert not stolen(instance)
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from pykvm.elisa import crossing
 from pykvm.elisa.objects import ObjectInstance
-from pykvm.kvm import Kvm, lib
+from pykvm.kernel import uapi
+from pykvm.kvm import Kvm
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.sizes import PAGE_SIZE
@@ -63,7 +64,7 @@ def test_an_instruction_of_the_guests_own(kvm: Kvm, guest: BareGuest, name: str)
         slot = join(guest, instance).slot
         give_leaps(guest, emulated_return(guest, instance, slot, READ_ONLY[name]))
         exit = stop_at(run(guest), AT_SUB)
-        assert (exit.cause, exit.gva) == (lib.KVM_ELISA_EXIT_VIOLATION, READ_ONLY[name])
+        assert (exit.cause, exit.gva) == (uapi.lib.KVM_ELISA_EXIT_VIOLATION, READ_ONLY[name])
         assert exit.rip & -PAGE_SIZE == (C + instance.symbols["elisa_serve"]) & -PAGE_SIZE
         assert not stolen(instance)
 

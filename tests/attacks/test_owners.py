@@ -5,11 +5,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from pykvm.elisa import crossing
+from pykvm.elisa import calls, crossing
+from pykvm.elisa.calls import Context
 from pykvm.elisa.contexts import ContextPlan, ListPage, UserPages
 from pykvm.elisa.objects import ObjectInstance
 from pykvm.elisa.trusted_images import crossing_images
-from pykvm.kvm import Context, Exit, IoctlError, Kvm, Vcpu, lib
+from pykvm.kernel import uapi
+from pykvm.kvm import Exit, IoctlError, Kvm, Vcpu
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.memory.guest_memory import MemoryFile, Region
@@ -36,14 +38,14 @@ from tests.rigs.probe import Probe, run
 
 pytestmark = pytest.mark.elisa
 
-TRANSIENT = lib.KVM_ELISA_SLOT_TRANSIENT
+TRANSIENT = uapi.lib.KVM_ELISA_SLOT_TRANSIENT
 SLOT = 2
 
 
 def refused(vcpu: Vcpu, slot: int, context: Context) -> bool:
     """Whether the kernel takes the context for one that does not fit into the vCPU's list."""
     with pytest.raises(IoctlError) as caught:
-        vcpu.set_elisa_slot(slot, context)
+        calls.set_slot(vcpu, slot, context)
     return caught.value.errno == errno.EINVAL
 
 
@@ -79,7 +81,7 @@ def test_a_gate_for_another_vcpu(guest: BareGuest) -> None:
         own = instance.attach_vcpu(guest.vcpu, 1).slot
         assert refused(guest.vcpu, own + 1, weak.gate)
         assert refused(guest.vcpu, own + 1, weak.sub)
-        other.set_elisa_slot(SLOT, weak.gate)
+        calls.set_slot(other, SLOT, weak.gate)
         transient = copy_secret(instance, TRANSIENT)
         stray = [Leap(transient.behind, own + 1), transient]
         give_leaps(guest, Leap(slot=own), *stray)
@@ -102,8 +104,8 @@ def test_a_gate_that_opens_another_vcpus_slot(guest: BareGuest) -> None:
         other = second_vcpu(guest)
         weak = WeakAttachment(guest, instance, vcpu=other)
         home_stack(guest)
-        other.set_elisa_slot(SLOT, weak.gate)
-        guest.vcpu.set_elisa_slot(SLOT, weak.gate)
+        calls.set_slot(other, SLOT, weak.gate)
+        calls.set_slot(guest.vcpu, SLOT, weak.gate)
         transient = copy_secret(instance, TRANSIENT)
         give_leaps(guest, transient)  # for the page that it starts on
         assert stop_at(run_on(guest, guest.vcpu, Leap(slot=SLOT)), AT_GATE).index == TRANSIENT
@@ -189,7 +191,7 @@ def test_a_context_of_another_vm(
     guest: BareGuest, instance: ObjectInstance, neighbour: Neighbour
 ) -> None:
     """Refused: the slot stays empty, and the guest is where it was."""
-    guest.vcpu.set_elisa_slot(SLOT, None)  # a list, so that VMFUNC works
+    calls.set_slot(guest.vcpu, SLOT, None)  # a list, so that VMFUNC works
     assert refused(guest.vcpu, SLOT, neighbour.weak.sub)
     assert refused(guest.vcpu, SLOT, neighbour.weak.gate)
     give_leaps(guest, copy_from_neighbour(guest, instance, SLOT))
@@ -205,7 +207,7 @@ def test_a_context_of_another_vm_gives_its_memory_away(
 ) -> None:
     """A page of the other VM's memory comes into this guest's window."""
     with weakened(Weaken.OWNER):
-        guest.vcpu.set_elisa_slot(SLOT, neighbour.weak.sub)
+        calls.set_slot(guest.vcpu, SLOT, neighbour.weak.sub)
         give_leaps(guest, copy_from_neighbour(guest, instance, SLOT))
         assert run(guest) == []
         assert None not in left(guest)

@@ -8,7 +8,8 @@ from pykvm.elisa import crossing
 from pykvm.elisa.contexts import ContextPlan
 from pykvm.elisa.objects import ObjectInstance, SharedObject
 from pykvm.elisa.protections import Protection
-from pykvm.kvm import Kvm, lib
+from pykvm.kernel import uapi
+from pykvm.kvm import Kvm
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.memory.guest_memory import MemoryFile, Region
@@ -139,7 +140,7 @@ def test_cr3_names_the_window_where_the_sub_context_has_it(kvm: Kvm, guest: Bare
         cr3, leap = craft(guest, instance, gpa)
         give_leaps(guest, leap)
         exit = stop_at(run(guest), AT_GATE)
-        assert exit.cause == lib.KVM_ELISA_EXIT_VIOLATION
+        assert exit.cause == uapi.lib.KVM_ELISA_EXIT_VIOLATION
         assert exit.gpa >> 12 == cr3 >> 12
         assert exit.rip == C + crossing.GATE_OFFSET  # not one instruction of the gate
         assert untouched(instance)

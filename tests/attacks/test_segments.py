@@ -5,8 +5,10 @@ from collections.abc import Iterator
 import pytest
 
 from pykvm.elisa import crossing
+from pykvm.elisa.exits import ElisaExit
 from pykvm.elisa.objects import ObjectInstance
-from pykvm.kvm import ElisaExit, Kvm, lib
+from pykvm.kernel import uapi
+from pykvm.kvm import Kvm
 from pykvm.machine.bare.guest import BareGuest
 from tests.attacks.segments import LOW, RSP, Jump, Jumper, Segments, give_jumps, landed
 from tests.attacks.victim import (
@@ -24,7 +26,7 @@ from tests.rigs.probe import run
 
 pytestmark = pytest.mark.elisa
 
-TRANSIENT = lib.KVM_ELISA_SLOT_TRANSIENT
+TRANSIENT = uapi.lib.KVM_ELISA_SLOT_TRANSIENT
 TRIPLE_FAULT = 2  # SDM vol. 3D, appendix C
 GATE = C + crossing.GATE_OFFSET
 OFFICIAL = 0xFD8  # in the gate page: its second entry, behind the jump
@@ -48,7 +50,7 @@ def stopped_in_gate(guest: BareGuest) -> ElisaExit:
     """The guest's last exit: a fault that found no handler, at the gate's first instruction."""
     exits = run(guest)
     exit = stop_at(exits, AT_GATE)
-    assert (exit.cause, exit.vmx_exit_reason) == (lib.KVM_ELISA_EXIT_REFUSED, TRIPLE_FAULT)
+    assert (exit.cause, exit.vmx_exit_reason) == (uapi.lib.KVM_ELISA_EXIT_REFUSED, TRIPLE_FAULT)
     return exit
 
 
@@ -57,7 +59,7 @@ def told(guest: BareGuest) -> list[tuple[int, int]]:
     exits = run(guest)
     for exit in exits:
         assert isinstance(exit, ElisaExit), exit
-        assert (exit.cause, exit.at) == (lib.KVM_ELISA_EXIT_VMFUNC, AT_DEFAULT), exit
+        assert (exit.cause, exit.at) == (uapi.lib.KVM_ELISA_EXIT_VMFUNC, AT_DEFAULT), exit
     return [(exit.function, exit.index) for exit in exits if isinstance(exit, ElisaExit)]
 
 

@@ -6,8 +6,10 @@ import pytest
 
 from pykvm.elisa import crossing
 from pykvm.elisa.attachment import Attachment
+from pykvm.elisa.exits import ElisaExit
 from pykvm.elisa.objects import ObjectInstance, SharedObject
-from pykvm.kvm import ElisaExit, Kvm, UnexpectedExitError, lib
+from pykvm.kernel import uapi
+from pykvm.kvm import Kvm, UnexpectedExitError
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.paging.entries import Access
@@ -143,7 +145,7 @@ def test_an_event_ends_trusted_code(guest: BareGuest, instance: ObjectInstance, 
         let_in(guest, instance)
         inject(guest)
         exit = stopped(guest)
-        assert (exit.cause, exit.at) == (lib.KVM_ELISA_EXIT_REFUSED, AT_SUB)
+        assert (exit.cause, exit.at) == (uapi.lib.KVM_ELISA_EXIT_REFUSED, AT_SUB)
         assert exit.vmx_exit_reason == TRIPLE_FAULT
         assert events_taken(guest) == 0
         assert (word(instance.shared, BEGUN_AT), word(instance.shared, ENDED_AT)) == (1, 0)

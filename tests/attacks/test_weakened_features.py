@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from pykvm.kvm import HIDDEN_FEATURES, HiddenFeature, Kvm
+from pykvm.elisa.hidden_features import HIDDEN_FEATURES, HiddenFeature
+from pykvm.kvm import Kvm
 from pykvm.machine.bare.guest import BareGuest
 from tests.attacks.weaken import Weaken, weakened
 from tests.elisa.test_hidden_features import (

@@ -5,7 +5,8 @@ import resource
 
 import pytest
 
-from pykvm.kvm import Kvm, lib
+from pykvm.kernel import uapi
+from pykvm.kvm import Kvm
 from tests.attacks.weaken import Weaken, weakened
 from tests.elisa.test_limits import PAGES, close, sends
 from tests.rigs.child import CAP_IPC_LOCK, in_child
@@ -40,7 +41,7 @@ def test_a_storm_of_contexts(kvm: Kvm) -> None:
         request = Request(chain(leaf(0)), [(machine.address, 0, 0)])
         files: list[int] = []
         try:
-            while len(files) < lib.KVM_ELISA_DEFAULT_CONTEXTS + 100:
+            while len(files) < uapi.lib.KVM_ELISA_DEFAULT_CONTEXTS + 100:
                 file = request.send(machine.vm)
                 assert file > 0
                 files.append(file)

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import pytest
 
 from pykvm.elisa.crossing import CROSSING_GVA
+from pykvm.elisa.exits import ElisaExit
 from pykvm.elisa.objects import ObjectInstance
-from pykvm.kvm import ElisaExit, Exit, Hlt, Kvm
+from pykvm.kvm import Exit, Hlt, Kvm
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.paging.entries import Access
 from pykvm.sizes import PAGE_SIZE

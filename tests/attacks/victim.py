@@ -8,10 +8,12 @@ from typing import Final
 
 from pykvm.elisa import crossing
 from pykvm.elisa.attachment import Attachment
+from pykvm.elisa.exits import ElisaExit
 from pykvm.elisa.objects import ObjectInstance, SharedObject
 from pykvm.elisa.protections import Protection
 from pykvm.elisa.trusted_images import SubImage
-from pykvm.kvm import ElisaExit, Exit, Kvm, lib
+from pykvm.kernel import uapi
+from pykvm.kvm import Exit, Kvm
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.sizes import PAGE_SIZE
 from tests.rigs.probe import Probe, calls, give, prepare, results, run
@@ -111,6 +113,6 @@ def stop_at(exits: list[Exit], at: int) -> ElisaExit:
     return exit
 
 
-AT_GATE: Final[int] = lib.KVM_ELISA_AT_GATE
-AT_SUB: Final[int] = lib.KVM_ELISA_AT_SUB
-AT_DEFAULT: Final[int] = lib.KVM_ELISA_AT_DEFAULT
+AT_GATE: Final[int] = uapi.lib.KVM_ELISA_AT_GATE
+AT_SUB: Final[int] = uapi.lib.KVM_ELISA_AT_SUB
+AT_DEFAULT: Final[int] = uapi.lib.KVM_ELISA_AT_DEFAULT

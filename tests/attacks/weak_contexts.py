@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Final
 from unittest import mock
 
-from pykvm.elisa import attachment, contexts, crossing
+from pykvm.elisa import attachment, calls, contexts, crossing
 from pykvm.elisa import trusted_images as toolchain
+from pykvm.elisa.calls import Context
 from pykvm.elisa.contexts import ContextPlan, UserPages, plan_gate, plan_sub
 from pykvm.elisa.objects import ObjectInstance
 from pykvm.elisa.protections import ALL, Without
 from pykvm.elisa.trusted_images import SubImage, build_object, crossing_images
-from pykvm.kvm import Context, Vcpu
+from pykvm.kvm import Vcpu
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.memory.guest_memory import MemoryFile, Region
 from pykvm.paging.entries import Access
@@ -152,12 +153,12 @@ class WeakAttachment:
 
     def enter_through_gate(self, slot: int = 2) -> int:
         """Put the gate into the vCPU's list, as the product does."""
-        self._guest.vcpu.set_elisa_slot(slot, self.gate)
+        calls.set_slot(self._guest.vcpu, slot, self.gate)
         return slot
 
     def enter_without_gate(self, slot: int = 2) -> int:
         """Put the sub context itself there."""
-        self._guest.vcpu.set_elisa_slot(slot, self.sub)
+        calls.set_slot(self._guest.vcpu, slot, self.sub)
         return slot
 
     def close(self) -> None:

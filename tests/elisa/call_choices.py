@@ -5,7 +5,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from pykvm.kvm import lib
+from pykvm.kernel import uapi
 from tests.rigs.context_requests import PAGE, Request
 from tests.rigs.tiny_guest import Kind
 
@@ -18,7 +18,7 @@ indices = st.integers(0, 5)
 setups = st.sampled_from(["ready", "ready", "ready", "small", "enabled", "plain"])
 slots = st.sampled_from([2, 3, 511, 2, 3, 0, 1, 512])
 vcpu_ids = st.sampled_from([0, 1, 1 << 20])
-_CONTEXTS, _HYPERCALLS = lib.KVM_ELISA_CONTEXTS, lib.KVM_ELISA_USER_HYPERCALLS
+_CONTEXTS, _HYPERCALLS = uapi.lib.KVM_ELISA_CONTEXTS, uapi.lib.KVM_ELISA_USER_HYPERCALLS
 enables = st.tuples(
     st.sampled_from([_CONTEXTS, _HYPERCALLS, _CONTEXTS | _HYPERCALLS, 4, 1 << 63, 0]),
     st.sampled_from([(0, 0, 0), (1, 0, 0), (0, 9, 0), (2**63, 2**63, 0), (1, 1, 1)]),

@@ -11,7 +11,7 @@ import struct
 from collections import Counter
 from dataclasses import dataclass, field
 
-from pykvm.kvm import lib
+from pykvm.kernel import uapi
 from tests.rigs.context_requests import EPTP, LARGE, LIST, PAGE, USER, WB, R, Request, W, X
 from tests.rigs.tiny_guest import ARENA_PAGES, TABLES_LAST, Arena, Kind, RunArea
 
@@ -55,8 +55,8 @@ class ContextModel:
     def leads_to(self, place: "ContextModel") -> int | None:
         """KVM_ELISA_AT_* of a vCPU that is in `place` through this one."""
         if self is place:
-            return int(lib.KVM_ELISA_AT_GATE)
-        return int(lib.KVM_ELISA_AT_SUB) if self.target is place else None
+            return int(uapi.lib.KVM_ELISA_AT_GATE)
+        return int(uapi.lib.KVM_ELISA_AT_SUB) if self.target is place else None
 
 
 @dataclass
@@ -172,15 +172,15 @@ class VmModel:
     def enable_errors(self, flags: int, limits: tuple[int, ...]) -> set[int]:
         if flags & ~3:
             return {errno.EINVAL}
-        if flags & lib.KVM_ELISA_CONTEXTS and (self.vcpus or any(limits[2:])):
+        if flags & uapi.lib.KVM_ELISA_CONTEXTS and (self.vcpus or any(limits[2:])):
             return {errno.EINVAL}
         return set()
 
     def enable(self, flags: int, limits: tuple[int, ...]) -> None:
-        if flags & lib.KVM_ELISA_CONTEXTS:
+        if flags & uapi.lib.KVM_ELISA_CONTEXTS:
             self.enabled = True
-            self.most_contexts = limits[0] or lib.KVM_ELISA_DEFAULT_CONTEXTS
-            self.most_pages = limits[1] or lib.KVM_ELISA_DEFAULT_PAGES
+            self.most_contexts = limits[0] or uapi.lib.KVM_ELISA_DEFAULT_CONTEXTS
+            self.most_pages = limits[1] or uapi.lib.KVM_ELISA_DEFAULT_PAGES
 
     def revoke_errors(self, vcpu_id: int, slot: int) -> set[int]:
         if not self.enabled or vcpu_id > HIGHEST_VCPU_ID or slot == 1 or slot >= 512:
@@ -239,7 +239,7 @@ def _field_errors(fields: dict[str, int], nr_tables: int, nr_pages: int) -> set[
         or not nr_pages
     ):
         errors.add(errno.EINVAL)
-    if nr_tables > lib.KVM_ELISA_MAX_TABLES or nr_pages > lib.KVM_ELISA_MAX_PAGES:
+    if nr_tables > uapi.lib.KVM_ELISA_MAX_TABLES or nr_pages > uapi.lib.KVM_ELISA_MAX_PAGES:
         errors.add(errno.E2BIG)
     if "tables" in fields or "pages" in fields:  # these tests put bad ones there only
         errors.add(errno.EFAULT)

@@ -2,6 +2,7 @@
 
 import errno
 
+from pykvm.kernel import uapi
 from pykvm.kvm import lib
 from tests.elisa.call_model import ContextModel, Inside, VcpuModel, counted
 from tests.rigs.tiny_guest import (
@@ -29,7 +30,7 @@ def run_vcpu(vcpu: VcpuModel, slot: int, loop: bool) -> None:
     if vcpu.report:
         counted["run: revoked"] += 1
         end = vcpu.file.area.run(fd)
-        assert elisa_exit(end)[:3] == (lib.KVM_ELISA_EXIT_REVOKED, *vcpu.report), end
+        assert elisa_exit(end)[:3] == (uapi.lib.KVM_ELISA_EXIT_REVOKED, *vcpu.report), end
         vcpu.report = None
         return
     where = vcpu.slots.get(slot)
@@ -55,7 +56,7 @@ def stays_home(vcpu: VcpuModel, end: End, slot: int) -> None:
         is_home(end, INNER)
     else:
         counted["run: empty slot"] += 1
-        expected = (lib.KVM_ELISA_EXIT_VMFUNC, lib.KVM_ELISA_AT_DEFAULT, 0, VMX_VMFUNC)
+        expected = (uapi.lib.KVM_ELISA_EXIT_VMFUNC, uapi.lib.KVM_ELISA_AT_DEFAULT, 0, VMX_VMFUNC)
         assert elisa_exit(end) == expected, end
 
 
@@ -67,8 +68,8 @@ def enter(vcpu: VcpuModel, slot: int, context: ContextModel, loop: bool) -> None
         returns = place.kind is Kind.SUB
     inside = Inside(place, home=home)
     if not returns:
-        violation = (lib.KVM_ELISA_EXIT_VIOLATION, VMX_VIOLATION)
-        refused = (lib.KVM_ELISA_EXIT_REFUSED, VMX_HLT)
+        violation = (uapi.lib.KVM_ELISA_EXIT_VIOLATION, VMX_VIOLATION)
+        refused = (uapi.lib.KVM_ELISA_EXIT_REFUSED, VMX_HLT)
         inside.stuck = violation if place.kind is Kind.BARE else refused
     set_registers(vcpu.file.fds[0], slot=slot, loop=loop)
     keep_running(vcpu, inside, loop)
@@ -111,5 +112,5 @@ def is_home(end: End, offset: int) -> None:
 
 
 def elisa_exit(end: End) -> tuple[int, int, int, int]:
-    assert (end.result, end.exit_reason) == (0, lib.KVM_EXIT_ELISA), end
+    assert (end.result, end.exit_reason) == (0, uapi.lib.KVM_EXIT_ELISA), end
     return end.elisa

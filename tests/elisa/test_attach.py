@@ -9,9 +9,11 @@ import pytest
 
 from pykvm.elisa import crossing
 from pykvm.elisa.attachment import InsideContextError
+from pykvm.elisa.exits import ElisaExit
 from pykvm.elisa.objects import GuestNumberError, ObjectInstance, SharedObject
 from pykvm.elisa.protections import Protection
-from pykvm.kvm import ElisaExit, Exit, Io, Kvm, MmioWrite, UnexpectedExitError, lib
+from pykvm.kernel import uapi
+from pykvm.kvm import Exit, Io, Kvm, MmioWrite, UnexpectedExitError
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.boot_info import FAILURE_PORT
 from pykvm.machine.bare.guest import BareGuest, GuestTimeoutError
@@ -90,7 +92,7 @@ def test_several_objects_of_one_guest(guest: BareGuest, counter: ObjectInstance)
     ):
         slots = [instance.attach(guest).slot for instance in (counter, nop, other)]
         assert len(set(slots)) == 3
-        assert min(slots) >= lib.KVM_ELISA_SLOT_FIRST
+        assert min(slots) >= uapi.lib.KVM_ELISA_SLOT_FIRST
         one, nothing, two = slots
         give(guest, *(calls(slot, 7) for slot in (one, two, nothing, one, two, one)))
         assert run(guest) == []
@@ -132,7 +134,7 @@ def test_a_call_of_a_detached_object(guest: BareGuest, counter: ObjectInstance) 
     # run() skips the VMFUNC; behind it the guest has no page, and then nothing that runs.
     exit = run(guest)[0]
     assert isinstance(exit, ElisaExit)
-    assert (exit.cause, exit.at) == (lib.KVM_ELISA_EXIT_VMFUNC, lib.KVM_ELISA_AT_DEFAULT)
+    assert (exit.cause, exit.at) == (uapi.lib.KVM_ELISA_EXIT_VMFUNC, uapi.lib.KVM_ELISA_AT_DEFAULT)
     assert (exit.index, exit.rip) == (attachment.slot, C + PAGE_SIZE - 3)
     assert "failed vmfunc in the default context" in str(exit)
     assert number(counter.shared) == 0
@@ -176,7 +178,7 @@ def test_vmfunc_numbers(guest: BareGuest, counter: ObjectInstance) -> None:
     *exits, last = run(guest)
     told = [(e.cause, e.at, e.slot, e.function, e.index) for e in exits if isinstance(e, ElisaExit)]
     assert told == [
-        (lib.KVM_ELISA_EXIT_VMFUNC, lib.KVM_ELISA_AT_DEFAULT, 0, *each)
+        (uapi.lib.KVM_ELISA_EXIT_VMFUNC, uapi.lib.KVM_ELISA_AT_DEFAULT, 0, *each)
         for each in [*refused, (0, 1), (0, 1)]
     ]
     assert None not in results(guest)[:-1]
@@ -218,8 +220,8 @@ def test_access_that_the_sub_context_refuses(
     give(guest, calls(slot, *arguments, 0x90))
     exit = elisa_exit(run(guest))
     assert (exit.cause, exit.at, exit.slot) == (
-        lib.KVM_ELISA_EXIT_VIOLATION,
-        lib.KVM_ELISA_AT_SUB,
+        uapi.lib.KVM_ELISA_EXIT_VIOLATION,
+        uapi.lib.KVM_ELISA_AT_SUB,
         slot,
     )
     assert exit.access == access
@@ -258,8 +260,8 @@ def test_memory_that_a_sub_context_does_not_map(
     give(guest, calls(slot, *UNMAPPED[name]))
     exit = elisa_exit(run(guest))
     assert (exit.cause, exit.at, exit.slot) == (
-        lib.KVM_ELISA_EXIT_REFUSED,
-        lib.KVM_ELISA_AT_SUB,
+        uapi.lib.KVM_ELISA_EXIT_REFUSED,
+        uapi.lib.KVM_ELISA_AT_SUB,
         slot,
     )
     assert exit.vmx_exit_reason == 2  # triple fault
@@ -275,7 +277,7 @@ def test_instructions_that_leave_the_sub_context(
     attachment = wild.attach(guest)
     give(guest, calls(attachment.slot, what))
     exit = elisa_exit(run(guest))
-    assert (exit.cause, exit.at) == (lib.KVM_ELISA_EXIT_REFUSED, lib.KVM_ELISA_AT_SUB)
+    assert (exit.cause, exit.at) == (uapi.lib.KVM_ELISA_EXIT_REFUSED, uapi.lib.KVM_ELISA_AT_SUB)
     assert exit.vmx_exit_reason == reason
     assert C + crossing.IMAGE_OFFSET <= exit.rip < C + crossing.SHARED_OFFSET
     assert elisa_exit([guest.vcpu.run()]) == exit  # it repeats
@@ -291,7 +293,7 @@ def test_revoked_where_it_stopped(guest: BareGuest, wild: ObjectInstance) -> Non
     attachment.revoke()  # harmless
     assert not attachment.attached
     exit = elisa_exit([guest.vcpu.run()])
-    assert (exit.cause, exit.at) == (lib.KVM_ELISA_EXIT_REVOKED, lib.KVM_ELISA_AT_SUB)
+    assert (exit.cause, exit.at) == (uapi.lib.KVM_ELISA_EXIT_REVOKED, uapi.lib.KVM_ELISA_AT_SUB)
     assert (exit.slot, exit.rip) == (inside.slot, inside.rip)
     registers = guest.vcpu.get_regs()
     assert not any(getattr(registers, name) for name in ("rax", "rbx", "rcx", "rdx", "r8", "r15"))
@@ -316,7 +318,7 @@ def test_revoked_while_it_runs(
             guest.wait(30)
         exit = caught.value.exit
         assert isinstance(exit, ElisaExit)
-        assert (exit.cause, exit.slot) == (lib.KVM_ELISA_EXIT_REVOKED, attachment.slot)
+        assert (exit.cause, exit.slot) == (uapi.lib.KVM_ELISA_EXIT_REVOKED, attachment.slot)
         with BareGuest(kvm, Probe()) as other:
             prepare(other)
             give(other, calls(wild.attach(other, 1).slot, Wild.HELLO))
@@ -333,7 +335,7 @@ def test_revoked_between_calls(guest: BareGuest, counter: ObjectInstance) -> Non
         Step(What.VMFUNC, 0, attachment.slot),  # refused, and skipped
     )
     exit = elisa_exit(run(guest, lambda _: attachment.revoke()))
-    assert (exit.cause, exit.index) == (lib.KVM_ELISA_EXIT_VMFUNC, attachment.slot)
+    assert (exit.cause, exit.index) == (uapi.lib.KVM_ELISA_EXIT_VMFUNC, attachment.slot)
     assert number(counter.shared) == 1
 
 
@@ -412,8 +414,8 @@ def test_page_tables_where_the_sub_context_has_the_window(guest: BareGuest) -> N
         give(guest, Step(What.CALL_WITH_CR3, 5, slot=slot, cr3=cr3))
         exit = elisa_exit(run(guest))
         assert (exit.cause, exit.at, exit.slot) == (
-            lib.KVM_ELISA_EXIT_VIOLATION,
-            lib.KVM_ELISA_AT_GATE,
+            uapi.lib.KVM_ELISA_EXIT_VIOLATION,
+            uapi.lib.KVM_ELISA_AT_GATE,
             slot,
         )
         assert exit.gpa >> 12 == cr3 >> 12

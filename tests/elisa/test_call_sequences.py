@@ -29,7 +29,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from pykvm.kvm import Kvm, lib
+from pykvm.kernel import uapi
+from pykvm.kvm import Kvm
 from tests.elisa.call_choices import (
     NOWHERE,
     bad_calls,
@@ -80,7 +81,7 @@ from tests.rigs.tiny_guest import (
 
 pytestmark = pytest.mark.elisa
 
-CONTEXTS = lib.KVM_ELISA_CONTEXTS
+CONTEXTS = uapi.lib.KVM_ELISA_CONTEXTS
 
 
 @dataclass(frozen=True)

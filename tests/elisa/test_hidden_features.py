@@ -7,17 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from pykvm.kvm import (
-    HIDDEN_FEATURES,
-    CpuidEntry,
-    HiddenFeature,
-    IoctlError,
-    Kvm,
-    MsrError,
-    Vm,
-    find_leaf,
-    without_hidden_features,
-)
+from pykvm.elisa import calls
+from pykvm.elisa.hidden_features import HIDDEN_FEATURES, HiddenFeature, without_hidden_features
+from pykvm.kvm import CpuidEntry, IoctlError, Kvm, MsrError, Vm, find_leaf
 from pykvm.machine.bare.guest import BareGuest
 from tests.rigs.probe import Probe, Step, What, faults, give, results, run
 
@@ -89,7 +81,7 @@ def test_cpuid(kvm: Kvm, feature: HiddenFeature) -> None:
     for enable, expected in ((True, -errno.EINVAL), (False, 0)):
         with kvm.create_vm() as vm:
             if enable:
-                vm.enable_elisa_contexts()
+                calls.enable_contexts(vm)
             assert set_cpuid(vm, entries) == expected
 
 
@@ -103,17 +95,17 @@ def test_cpuid_under_another_index(kvm: Kvm, feature: HiddenFeature) -> None:
         odd.append(replace(odd[0], flags=SIGNIFICANT_INDEX))
     for entry in odd:
         with kvm.create_vm() as vm:
-            vm.enable_elisa_contexts()
+            calls.enable_contexts(vm)
             assert set_cpuid(vm, [entry, *plain]) == -errno.EINVAL, entry
     with kvm.create_vm() as vm:  # under an index that counts, it is another leaf
-        vm.enable_elisa_contexts()
+        calls.enable_contexts(vm)
         other = replace(odd[0], function=7, flags=SIGNIFICANT_INDEX)
         assert set_cpuid(vm, [*plain, other]) == 0
 
 
 def test_refused_leaves_change_nothing(kvm: Kvm) -> None:
     with kvm.create_vm() as vm:
-        vm.enable_elisa_contexts()
+        calls.enable_contexts(vm)
         vcpu = vm.create_vcpu(0)
         good = without_hidden_features(kvm.supported_cpuid())
         vcpu.set_cpuid(good)

@@ -10,8 +10,10 @@ from dataclasses import replace
 
 import pytest
 
+from pykvm.elisa import calls
 from pykvm.elisa.objects import SharedObject
-from pykvm.kvm import IoctlError, Kvm, Vm, lib
+from pykvm.kernel import uapi
+from pykvm.kvm import IoctlError, Kvm, Vm
 from pykvm.memory.guest_memory import LockLimitError
 from pykvm.toolchain.compiler import GUEST_SOURCES
 from tests.rigs.child import CAP_IPC_LOCK, CAP_SYS_ADMIN, in_child
@@ -155,8 +157,8 @@ def test_bad_requests(machine: Machine) -> None:
         (replace(plain, fields={"reserved1": 1}), errno.EINVAL),
         (replace(plain, fields={"nr_tables": 0}), errno.EINVAL),
         (replace(plain, fields={"nr_pages": 0}), errno.EINVAL),
-        (replace(plain, fields={"nr_tables": lib.KVM_ELISA_MAX_TABLES + 1}), errno.E2BIG),
-        (replace(plain, fields={"nr_pages": lib.KVM_ELISA_MAX_PAGES + 1}), errno.E2BIG),
+        (replace(plain, fields={"nr_tables": uapi.lib.KVM_ELISA_MAX_TABLES + 1}), errno.E2BIG),
+        (replace(plain, fields={"nr_pages": uapi.lib.KVM_ELISA_MAX_PAGES + 1}), errno.E2BIG),
         (replace(plain, fields={"nr_tables": 2**32 - 1}), errno.E2BIG),
         (replace(plain, fields={"tables": 0}), errno.EFAULT),
         (replace(plain, fields={"tables": 1 << 63}), errno.EFAULT),
@@ -221,10 +223,10 @@ def test_contexts_that_name_contexts(kvm: Kvm, machine: Machine) -> None:
         assert gate > 0
         no_new_pins(machine.vm, gate, leaf(0, R), errno.ELOOP)
         with kvm.create_vm() as other:
-            other.enable_elisa_contexts()
+            calls.enable_contexts(other)
             no_new_pins(other, target, leaf(0, R), errno.EINVAL)
             assert set_slot(other.create_vcpu(0), 2, target) == -errno.EINVAL
-        many = [(0, EPTP, target)] * lib.KVM_ELISA_SLOTS
+        many = [(0, EPTP, target)] * uapi.lib.KVM_ELISA_SLOTS
         os.close(Request(chain(leaf(0, R)), many).send(machine.vm))
         assert Request(chain(leaf(0, R)), [*many, many[0]]).send(machine.vm) == -errno.E2BIG
         pinned = pinned_pages()
@@ -284,7 +286,7 @@ def test_lists_of_other_vcpus(machine: Machine) -> None:
 def _own_machine(body: Callable[[Machine], int]) -> int:
     with Kvm() as kvm, Memory(3) as address, kvm.create_vm() as vm:
         with contextlib.suppress(IoctlError):  # one without CAP_SYS_ADMIN may not
-            vm.enable_elisa_contexts()
+            calls.enable_contexts(vm)
         return body(Machine(vm, vm.create_vcpu(0), address))
 
 
@@ -321,7 +323,7 @@ def test_lock_limit_of_an_object() -> None:
     def body() -> int:
         counter = SharedObject("counter", GUEST_SOURCES / "objects" / "counter.c")
         with counter.open() as instance, Kvm() as kvm, kvm.create_vm() as vm:
-            vm.enable_elisa_contexts()
+            calls.enable_contexts(vm)
             with pytest.raises(LockLimitError, match="ulimit -l"):
                 instance.attach_vcpu(vm.create_vcpu(0), 0)
             return locked_kib()

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from pykvm.elisa.calls import Context, enable_contexts
 from pykvm.elisa.objects import SharedObject
 from pykvm.elisa.protections import Protection
-from pykvm.kvm import Context, Kvm, UnexpectedExitError
+from pykvm.kvm import Kvm, UnexpectedExitError
 from pykvm.kvm.handle import Handle
 from pykvm.machine.bare.guest import BareGuest, GuestTimeoutError
 from tests.rigs.context_requests import PAGE, Machine, Memory, good, set_slot
@@ -28,10 +29,10 @@ def test_any_order_of_closing(kvm: Kvm, order: tuple[str, ...]) -> None:
     """A context in a slot, and each of the three files, keep the VM; the last one gives it back."""
     with Memory(3) as address, nothing_stays() as before:
         vm = kvm.create_vm()
-        vm.enable_elisa_contexts()
+        enable_contexts(vm)
         vcpu = vm.create_vcpu(0)
         context = Context(vm, good(Machine(vm, vcpu, address)).send(vm))
-        vcpu.set_elisa_slot(2, context)
+        assert set_slot(vcpu, 2, context.fileno()) == 0
         handles: dict[str, Handle] = {"context": context, "vcpu": vcpu, "vm": vm}
         for name in order:
             assert pinned_pages() == before.pinned + 3
@@ -62,7 +63,7 @@ def test_a_child_closes_last(kvm: Kvm) -> None:
     """What is charged to this process is given back to it, whoever drops the last reference."""
     with nothing_stays() as before, Memory(3) as address:
         with kvm.create_vm() as vm:
-            vm.enable_elisa_contexts()
+            enable_contexts(vm)
             fd = good(Machine(vm, vm.create_vcpu(0), address)).send(vm)
             reader, writer = os.pipe()
             child = os.fork()

@@ -6,7 +6,9 @@ import resource
 
 import pytest
 
-from pykvm.kvm import IoctlError, Kvm, ffi, lib
+from pykvm.elisa import calls
+from pykvm.kernel import uapi
+from pykvm.kvm import IoctlError, Kvm, ffi
 from tests.rigs.child import CAP_IPC_LOCK, CAP_SYS_ADMIN, in_child
 from tests.rigs.context_requests import (
     EPTP,
@@ -111,7 +113,7 @@ def test_a_refused_request_counts_for_nothing(kvm: Kvm) -> None:
 
 def test_defaults(kvm: Kvm) -> None:
     """0 stands for what the header says; a storm of attachments ends there."""
-    assert lib.KVM_ELISA_DEFAULT_CONTEXTS == 1024
+    assert uapi.lib.KVM_ELISA_DEFAULT_CONTEXTS == 1024
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with new_machine(kvm) as machine, nothing_stays():
@@ -120,9 +122,9 @@ def test_defaults(kvm: Kvm) -> None:
         try:
             while (file := request.send(machine.vm)) > 0:
                 files.append(file)
-                assert len(files) <= lib.KVM_ELISA_DEFAULT_CONTEXTS
+                assert len(files) <= uapi.lib.KVM_ELISA_DEFAULT_CONTEXTS
             assert file == -errno.ENOSPC
-            assert len(files) == lib.KVM_ELISA_DEFAULT_CONTEXTS
+            assert len(files) == uapi.lib.KVM_ELISA_DEFAULT_CONTEXTS
         finally:
             close(*files)
 
@@ -135,13 +137,13 @@ def enable(kvm: Kvm, flags: int, *arguments: int, vcpu_first: bool = False) -> i
     with kvm.create_vm() as vm:
         if vcpu_first:
             vm.create_vcpu(0)
-        request = ffi.new("struct kvm_enable_cap *", {"cap": lib.KVM_CAP_ELISA})
+        request = ffi.new("struct kvm_enable_cap *", {"cap": uapi.lib.KVM_CAP_ELISA})
         request.args = (flags, *arguments)
         return call(vm, "KVM_ENABLE_CAP", request)
 
 
 def test_enabling(kvm: Kvm) -> None:
-    contexts, hypercalls = lib.KVM_ELISA_CONTEXTS, lib.KVM_ELISA_USER_HYPERCALLS
+    contexts, hypercalls = uapi.lib.KVM_ELISA_CONTEXTS, uapi.lib.KVM_ELISA_USER_HYPERCALLS
     assert enable(kvm, contexts) == 0
     assert enable(kvm, contexts | hypercalls, 1, 1) == 0
     assert enable(kvm, hypercalls, vcpu_first=True) == 0
@@ -155,7 +157,7 @@ def test_enabling(kvm: Kvm) -> None:
 def test_enabling_without_sys_admin() -> None:
     def body() -> int:
         with Kvm() as kvm:
-            return enable(kvm, lib.KVM_ELISA_CONTEXTS)
+            return enable(kvm, uapi.lib.KVM_ELISA_CONTEXTS)
 
     assert in_child(body, without=CAP_SYS_ADMIN) == -errno.EPERM
 
@@ -167,7 +169,7 @@ def test_calls_of_a_vm_that_has_not_opted_in(kvm: Kvm) -> None:
         assert good(machine).send(vm) == -errno.EINVAL
         assert set_slot(machine.vcpu, 2, -1) == -errno.EINVAL
         with pytest.raises(IoctlError, match="run as root"):
-            vm.create_elisa_context(bytes(PAGE), [(address, 0, 0)])
+            calls.create_context(vm, bytes(PAGE), [(address, 0, 0)])
         assert host_state() == before
 
 

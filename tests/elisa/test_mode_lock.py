@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 import pytest
 
+from pykvm.elisa.exits import ElisaExit
 from pykvm.elisa.objects import ObjectInstance
-from pykvm.kvm import ElisaExit, Exit, Hlt, IoctlError, Shutdown, Struct, lib
+from pykvm.kernel import uapi
+from pykvm.kvm import Exit, Hlt, IoctlError, Shutdown, Struct
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.paging.entries import Access
@@ -119,7 +121,7 @@ def test_attached_in_the_wrong_mode(guest: BareGuest, counter: ObjectInstance) -
         try_vmfunc(),
         Step(What.WRITE_CONTROL, 4, CR4),
         try_vmfunc(),
-        try_call(lib.KVM_ELISA_SLOT_FIRST),
+        try_call(uapi.lib.KVM_ELISA_SLOT_FIRST),
     )
     assert run(guest, on_mark) == []
     assert faults(guest) == [None, None, INVALID_OPCODE, None, None, None]
@@ -247,7 +249,7 @@ def test_modes_with_vmfunc(guest: BareGuest, counter: ObjectInstance, name: str)
     works, empty = _in_mode(guest, counter, ON[name])
     assert works == Hlt()
     assert isinstance(empty, ElisaExit)
-    assert (empty.cause, empty.index) == (lib.KVM_ELISA_EXIT_VMFUNC, 1)
+    assert (empty.cause, empty.index) == (uapi.lib.KVM_ELISA_EXIT_VMFUNC, 1)
 
 
 # ---- five-level paging ---------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+from pykvm.kernel import uapi
 from pykvm.kvm import Kvm, lib
 from tests.rigs.host_state import nothing_stays, quiet_kernel
 from tests.rigs.tiny_guest import (
@@ -59,7 +60,7 @@ ALLOWED = {
     "memory": CLOSED | {errno.EEXIST},
 }
 EXITS = {
-    lib.KVM_EXIT_ELISA,
+    uapi.lib.KVM_EXIT_ELISA,
     lib.KVM_EXIT_HLT,
     lib.KVM_EXIT_SHUTDOWN,  # VMFUNC is #UD, or the memory is fresh and empty
     lib.KVM_EXIT_MMIO,  # no memory there at the moment
@@ -94,7 +95,7 @@ class Round:
         self.failures: list[str] = []
         self.arena = Arena()
         self.vm = raw(kvm.fileno(), "KVM_CREATE_VM")
-        assert enable(self.vm, lib.KVM_ELISA_CONTEXTS, 12) == 0
+        assert enable(self.vm, uapi.lib.KVM_ELISA_CONTEXTS, 12) == 0
         assert set_memory(self.vm, self.arena.address) == 0
         self.vcpus = [raw(self.vm, "KVM_CREATE_VCPU", number) for number in range(2)]
         self.areas = [mmap.mmap(vcpu, kvm.vcpu_mmap_size()) for vcpu in self.vcpus]
@@ -168,7 +169,7 @@ class Round:
                 self.failures.append(f"exit {reason}")
 
     def enable(self, choice: random.Random) -> None:
-        flags = choice.choice([lib.KVM_ELISA_CONTEXTS, lib.KVM_ELISA_USER_HYPERCALLS])
+        flags = choice.choice([uapi.lib.KVM_ELISA_CONTEXTS, uapi.lib.KVM_ELISA_USER_HYPERCALLS])
         self.judge("enable", enable(self.vm, flags, choice.randrange(3)))
 
     def close_context(self, choice: random.Random) -> None:

@@ -4,9 +4,11 @@ import os
 
 import pytest
 
+from pykvm.elisa.calls import revoke_slot
+from pykvm.elisa.exits import ElisaExit
 from pykvm.elisa.objects import ObjectInstance, SharedObject
 from pykvm.elisa.protections import Protection
-from pykvm.kvm import ElisaExit, Kvm, Stats
+from pykvm.kvm import Kvm, Stats
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.toolchain.compiler import GUEST_SOURCES
@@ -145,7 +147,7 @@ def test_revoked(kvm: Kvm) -> None:
     with event_guest(kvm) as guest, spin_object().open() as instance:
         stats = guest.vcpu.stats()
         started(guest, instance)
-        guest.vm.revoke_elisa_slot(0, None)
+        revoke_slot(guest.vm, 0, None)
         with pytest.raises(Exception, match="revoked context"):
             guest.wait(60)
         counted = read(stats, VCPU_NAMES)

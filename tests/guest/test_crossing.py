@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import pytest
 
 from pykvm.elisa import crossing
+from pykvm.elisa.exits import ElisaExit
 from pykvm.elisa.objects import ObjectInstance, SharedObject
-from pykvm.kvm import ElisaExit, Kvm, UnexpectedExitError, lib
+from pykvm.kernel import uapi
+from pykvm.kvm import Kvm, UnexpectedExitError
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.build import build_guest
 from pykvm.machine.bare.guest import BareGuest
@@ -110,7 +112,7 @@ def test_an_entry_that_is_a_call(kvm: Kvm, counter: ObjectInstance) -> None:
 
 
 REFUSED = {
-    "transient slot": Intruder(slot=lib.KVM_ELISA_SLOT_TRANSIENT, behind=GATE + 0x100),
+    "transient slot": Intruder(slot=uapi.lib.KVM_ELISA_SLOT_TRANSIENT, behind=GATE + 0x100),
     "last slot": Intruder(slot=511, behind=GATE + 0x100),
     "beyond the list": Intruder(slot=512, behind=GATE + 0x100),
     "another function": Intruder(function=1, behind=GATE + 0x100),
@@ -158,12 +160,12 @@ def test_an_intruder_is_stopped(kvm: Kvm, counter: ObjectInstance, name: str) ->
     exit = caught.value.exit
     assert isinstance(exit, ElisaExit)
     direct = bool(program.slot or program.function)
-    assert exit.at == (lib.KVM_ELISA_AT_DEFAULT if direct else lib.KVM_ELISA_AT_GATE)
+    assert exit.at == (uapi.lib.KVM_ELISA_AT_DEFAULT if direct else uapi.lib.KVM_ELISA_AT_GATE)
     if direct:
-        assert exit.cause == lib.KVM_ELISA_EXIT_VMFUNC
+        assert exit.cause == uapi.lib.KVM_ELISA_EXIT_VMFUNC
         assert exit.function == program.function
         assert exit.rip == program.behind - 3
     if name == "slot number":  # the gate's own VMFUNC, with the transient slot still empty
-        assert (exit.cause, exit.index) == (lib.KVM_ELISA_EXIT_VMFUNC, 1)
+        assert (exit.cause, exit.index) == (uapi.lib.KVM_ELISA_EXIT_VMFUNC, 1)
     # The object counts on, for others: one honest call of the intruder, four of a second guest.
     assert count_honestly(kvm, counter, 1, 4) == 1 + 20

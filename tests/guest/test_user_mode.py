@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from pykvm.elisa.exits import ElisaExit
 from pykvm.elisa.objects import ObjectInstance, SharedObject
 from pykvm.elisa.protections import Protection
 from pykvm.elisa.trusted_images import build_object, crossing_images
 from pykvm.host.fingerprint import is_emulated
-from pykvm.kvm import ElisaExit, Kvm, UnexpectedExitError, lib
+from pykvm.kernel import uapi
+from pykvm.kvm import Kvm, UnexpectedExitError
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.measure.user_mode import UserProgram, map_user_pages, user_samples
 from pykvm.toolchain.compiler import GUEST_SOURCES
@@ -91,7 +93,7 @@ def test_they_would_without_clearing_the_flag(kvm: Kvm) -> None:
     without = {Protection.FLAG_CLEARING}
     with SharedObject("unaligned", UNALIGNED, guests=1, without=without).open() as instance:
         exit = stopped(kvm, instance, UserProgram(5, alignment=True, argument=11))
-        assert (exit.at, exit.vmx_exit_reason) == (lib.KVM_ELISA_AT_SUB, EXCEPTION)
+        assert (exit.at, exit.vmx_exit_reason) == (uapi.lib.KVM_ELISA_AT_SUB, EXCEPTION)
         assert not any(instance.shared[:16])
 
 
@@ -99,7 +101,7 @@ def test_they_would_without_clearing_the_flag(kvm: Kvm) -> None:
 def test_user_mode_does_not_get_through_a_gate_for_kernel_mode(kvm: Kvm) -> None:
     with SharedObject("counter", COUNTER, guests=1).open() as counter:
         exit = stopped(kvm, counter, UserProgram(1, argument=7), user=False)
-        assert (exit.at, exit.vmx_exit_reason) == (lib.KVM_ELISA_AT_GATE, TRIPLE_FAULT)
+        assert (exit.at, exit.vmx_exit_reason) == (uapi.lib.KVM_ELISA_AT_GATE, TRIPLE_FAULT)
         assert not any(counter.shared[:8])
 
 

@@ -5,7 +5,6 @@ import pytest
 from pykvm.kvm import (
     BusLock,
     Debug,
-    ElisaExit,
     FailEntry,
     GuestException,
     Hypercall,
@@ -171,47 +170,3 @@ def test_system_event() -> None:
     assert reset == SystemEvent(SystemEventKind.RESET, (0,))
     assert "reset" in str(reset)
     assert str(decoded(lib.KVM_EXIT_SYSTEM_EVENT, union, type=200)) == "system event 200"
-
-
-def test_elisa_violation_reads_as_a_sentence() -> None:
-    found = decoded(
-        lib.KVM_EXIT_ELISA,
-        "struct kvm_elisa_exit *",
-        cause=lib.KVM_ELISA_EXIT_VIOLATION,
-        at=lib.KVM_ELISA_AT_SUB,
-        slot=2,
-        vmx_exit_reason=48,
-        qualification=0b1_1000_1010,  # write; page readable; GVA valid; not a page walk's
-        gpa=0x4000001000,
-        gva=0x7000,
-        rip=0x100002000,
-    )
-    assert isinstance(found, ElisaExit)
-    assert found.access == "write"
-    assert str(found) == (
-        "ept violation in the sub context of slot 2 at rip 0x100002000: "
-        "write of GPA 0x4000001000 (GVA 0x7000), the page allows r--"
-    )
-
-
-def test_elisa_vmfunc_and_refused() -> None:
-    vmfunc = decoded(
-        lib.KVM_EXIT_ELISA,
-        "struct kvm_elisa_exit *",
-        cause=lib.KVM_ELISA_EXIT_VMFUNC,
-        at=lib.KVM_ELISA_AT_DEFAULT,
-        rip=0x1000,
-        index=17,
-    )
-    assert str(vmfunc) == "failed vmfunc in the default context at rip 0x1000: vmfunc(0x0, 0x11)"
-    refused = decoded(
-        lib.KVM_EXIT_ELISA,
-        "struct kvm_elisa_exit *",
-        cause=lib.KVM_ELISA_EXIT_REFUSED,
-        at=lib.KVM_ELISA_AT_GATE,
-        slot=3,
-        vmx_exit_reason=10,
-    )
-    assert "refused exit in the gate context of slot 3" in str(refused)
-    assert "cpuid (vmx reason 10)" in str(refused)
-    assert "elisa exit 9" in str(decoded(lib.KVM_EXIT_ELISA, "struct kvm_elisa_exit *", cause=9))

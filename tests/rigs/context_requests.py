@@ -8,11 +8,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from pykvm.kvm import IoctlError, Kvm, Vcpu, Vm, ffi, lib
+from pykvm.elisa import calls
+from pykvm.kernel import uapi
+from pykvm.kvm import IoctlError, Kvm, Vcpu, Vm, ffi
 from pykvm.kvm.handle import Handle
 
 PAGE = 4096
-USER, LIST, EPTP = lib.KVM_ELISA_PAGE_USER, lib.KVM_ELISA_PAGE_LIST, lib.KVM_ELISA_PAGE_EPTP
+USER, LIST, EPTP = (
+    uapi.lib.KVM_ELISA_PAGE_USER,
+    uapi.lib.KVM_ELISA_PAGE_LIST,
+    uapi.lib.KVM_ELISA_PAGE_EPTP,
+)
 R, W, X = 1, 2, 4  # SDM vol. 3C, table 29-1 and 29-6: bits 0 to 2 of every EPT entry
 WB = 6 << 3  # memory type of a leaf
 LARGE = 1 << 7
@@ -50,7 +56,7 @@ class Memory:
 def new_machine(kvm: Kvm, *, contexts: int = 0, pages: int = 0) -> Iterator[Machine]:
     """contexts, pages: the limits of its VM."""
     with Memory(3) as address, kvm.create_vm() as vm:
-        vm.enable_elisa_contexts(contexts=contexts, pages=pages)
+        calls.enable_contexts(vm, contexts=contexts, pages=pages)
         yield Machine(vm, vm.create_vcpu(0), address)
 
 
@@ -97,7 +103,7 @@ class Request:
     def packed(self) -> tuple[Any, tuple[Any, ...]]:
         """struct kvm_elisa_create, and what has to live while it is used."""
         tables = ffi.from_buffer(b"".join(self.tables))
-        pages = ffi.new("struct kvm_elisa_page[]", len(self.pages))
+        pages = uapi.ffi.new("struct kvm_elisa_page[]", len(self.pages))
         for slot, (addr, kind, ref) in enumerate(self.pages):
             pages[slot].addr, pages[slot].kind, pages[slot].ref = addr, kind, ref
         values = {
@@ -113,13 +119,13 @@ class Request:
 
 def call(handle: Handle, name: str, argument: Any) -> int:
     try:
-        return handle.ioctl(name, argument)
+        return handle.ioctl(calls.CALLS.get(name, name), argument)
     except IoctlError as error:
         return -(error.errno or 0)
 
 
 def set_slot(vcpu: Vcpu, slot: int, fd: int) -> int:
-    request = ffi.new("struct kvm_elisa_slot *")
+    request = uapi.ffi.new("struct kvm_elisa_slot *")
     request.slot, request.fd = slot, fd
     return call(vcpu, "KVM_ELISA_SET_SLOT", request)
 
@@ -131,5 +137,5 @@ def good(machine: Machine, *leaves: int) -> Request:
 
 
 def revoke(vm: Vm, vcpu_id: int, slot: int) -> int:
-    request = ffi.new("struct kvm_elisa_revoke *", {"vcpu": vcpu_id, "slot": slot})
+    request = uapi.ffi.new("struct kvm_elisa_revoke *", {"vcpu": vcpu_id, "slot": slot})
     return call(vm, "KVM_ELISA_REVOKE", request)

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 
+from pykvm.elisa.exits import ElisaExit
 from pykvm.elisa.trusted_images import crossing_images
-from pykvm.kvm import ElisaExit, Exit, Io, Kvm, lib
+from pykvm.kernel import uapi
+from pykvm.kvm import Exit, Io, Kvm
 from pykvm.machine.bare import boot_info
 from pykvm.machine.bare.build import build_guest
 from pykvm.machine.bare.guest import BareGuest
@@ -187,7 +189,7 @@ def _run(guest: BareGuest, on_mark: Callable[[int], object] | None) -> list[Exit
             case Io(port=boot_info.MARK_PORT):
                 assert on_mark is not None
                 on_mark(exit.value)
-            case ElisaExit(cause=lib.KVM_ELISA_EXIT_VMFUNC, at=lib.KVM_ELISA_AT_DEFAULT):
+            case ElisaExit(cause=uapi.lib.KVM_ELISA_EXIT_VMFUNC, at=uapi.lib.KVM_ELISA_AT_DEFAULT):
                 seen.append(exit)
                 guest.vcpu.set_regs(rip=exit.rip + 3)
             case _:

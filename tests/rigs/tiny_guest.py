@@ -20,7 +20,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
 
-from pykvm.kvm import Kvm, ffi, find_leaf, lib, without_hidden_features
+from pykvm.elisa.calls import CALLS
+from pykvm.elisa.hidden_features import without_hidden_features
+from pykvm.kernel import uapi
+from pykvm.kvm import Kvm, ffi, find_leaf, lib
 from pykvm.kvm.cpuid import pack_cpuid
 from tests.rigs.context_requests import (
     EPTP,
@@ -183,7 +186,8 @@ class Arena:
 def raw(fd: int, name: str, argument: Any = 0) -> int:
     """An ioctl, without looking at anything before: its result, or -errno."""
     word = argument if isinstance(argument, int) else int(ffi.cast("uintptr_t", argument))
-    return int(lib.pykvm_ioctl(fd, getattr(lib, name), word))
+    number = CALLS[name].number if name in CALLS else getattr(lib, name)
+    return int(lib.pykvm_ioctl(fd, number, word))
 
 
 def create_context(vm: int, request: Request) -> int:
@@ -194,15 +198,15 @@ def create_context(vm: int, request: Request) -> int:
 
 
 def set_slot(vcpu: int, slot: int, fd: int) -> int:
-    return raw(vcpu, "KVM_ELISA_SET_SLOT", ffi.new("struct kvm_elisa_slot *", (slot, fd)))
+    return raw(vcpu, "KVM_ELISA_SET_SLOT", uapi.ffi.new("struct kvm_elisa_slot *", (slot, fd)))
 
 
 def revoke(vm: int, vcpu_id: int, slot: int) -> int:
-    return raw(vm, "KVM_ELISA_REVOKE", ffi.new("struct kvm_elisa_revoke *", (vcpu_id, slot)))
+    return raw(vm, "KVM_ELISA_REVOKE", uapi.ffi.new("struct kvm_elisa_revoke *", (vcpu_id, slot)))
 
 
 def enable(vm: int, flags: int, *limits: int) -> int:
-    request = ffi.new("struct kvm_enable_cap *", {"cap": lib.KVM_CAP_ELISA})
+    request = ffi.new("struct kvm_enable_cap *", {"cap": uapi.lib.KVM_CAP_ELISA})
     request.args = (flags, *limits)
     return raw(vm, "KVM_ENABLE_CAP", request)
 
@@ -324,7 +328,7 @@ def crossings_work(kvm: Kvm) -> None:
 
     try:
         vm = new(raw(kvm.fileno(), "KVM_CREATE_VM"))
-        assert enable(vm, lib.KVM_ELISA_CONTEXTS) == 0
+        assert enable(vm, uapi.lib.KVM_ELISA_CONTEXTS) == 0
         assert set_memory(vm, arena.address) == 0
         vcpu = new(raw(vm, "KVM_CREATE_VCPU"))
         prepare(kvm, vcpu)

@@ -19,7 +19,7 @@ from typing import Any, Final, Protocol
 
 from pykvm import sizes
 from pykvm.closeable import Closeable
-from pykvm.elisa import crossing
+from pykvm.elisa import calls, crossing
 from pykvm.elisa.trusted_images import CrossingImages
 from pykvm.errors import PykvmError
 from pykvm.kvm import Io, Kvm, MpState, Stopped, Vcpu
@@ -152,10 +152,10 @@ class BareGuest(Closeable):
         self._thread: threading.Thread | None = None
         self._outcome: int | BaseException | None = None
         self._irqchip = irqchip
-        self._contexts = contexts and kvm.elisa_version() > 0
+        self._contexts = contexts and calls.version(kvm) > 0
         try:
             if self._contexts:
-                self.vm.enable_elisa_contexts()
+                calls.enable_contexts(self.vm)
             if irqchip:
                 self.vm.create_irqchip()
             self.vm.set_identity_map_address(kvm_pages.IDENTITY_MAP_GPA)

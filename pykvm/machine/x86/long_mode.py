@@ -7,7 +7,8 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
-from pykvm.kvm import CpuidEntry, Kvm, Vcpu, find_leaf, without_hidden_features
+from pykvm.elisa.hidden_features import without_hidden_features
+from pykvm.kvm import CpuidEntry, Kvm, Vcpu, find_leaf
 from pykvm.machine.bare import layout
 
 __all__ = ["CODE_SELECTOR", "DATA_SELECTOR", "descriptors", "enter", "supported_features"]

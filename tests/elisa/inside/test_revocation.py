@@ -7,8 +7,11 @@ import time
 import pytest
 
 from pykvm.elisa import crossing
+from pykvm.elisa.calls import revoke_slot
+from pykvm.elisa.exits import ElisaExit
 from pykvm.elisa.objects import ObjectInstance
-from pykvm.kvm import ElisaExit, Exit, IoctlError, Kvm, UnexpectedExitError, lib
+from pykvm.kernel import uapi
+from pykvm.kvm import Exit, IoctlError, Kvm, UnexpectedExitError
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
 from tests.rigs.child import CAP_SYS_ADMIN, in_child
@@ -53,8 +56,8 @@ def told(guest: BareGuest) -> ElisaExit:
 def check_revoked(exit: Exit, slot: int) -> None:
     assert isinstance(exit, ElisaExit), exit
     assert (exit.cause, exit.at, exit.slot) == (
-        lib.KVM_ELISA_EXIT_REVOKED,
-        lib.KVM_ELISA_AT_SUB,
+        uapi.lib.KVM_ELISA_EXIT_REVOKED,
+        uapi.lib.KVM_ELISA_AT_SUB,
         slot,
     )
     assert C < exit.rip < C + crossing.SHARED_OFFSET
@@ -63,7 +66,7 @@ def check_revoked(exit: Exit, slot: int) -> None:
 
 def check_refused(exit: Exit, slot: int) -> None:
     assert isinstance(exit, ElisaExit), exit
-    assert (exit.cause, exit.at) == (lib.KVM_ELISA_EXIT_VMFUNC, lib.KVM_ELISA_AT_DEFAULT)
+    assert (exit.cause, exit.at) == (uapi.lib.KVM_ELISA_EXIT_VMFUNC, uapi.lib.KVM_ELISA_AT_DEFAULT)
     assert exit.index == slot
 
 
@@ -95,7 +98,7 @@ def test_all_slots(machine: Machine) -> None:
             assert set_slot(machine.vcpu, slot, fd) == 0
             os.close(fd)
         assert host_state().pinned == before.pinned + 9
-        machine.vm.revoke_elisa_slot(0, None)
+        revoke_slot(machine.vm, 0, None)
         assert host_state().pinned == before.pinned
         for slot in (2, 7, 511):
             assert revoke(machine.vm, 0, slot) == -errno.ENOENT
@@ -129,7 +132,7 @@ def _own_revoke(slot: int) -> int:
 
 def test_the_error_says_what_to_do(machine: Machine) -> None:
     with pytest.raises(IoctlError, match="a slot that holds a context") as caught:
-        machine.vm.revoke_elisa_slot(0, 2)
+        revoke_slot(machine.vm, 0, 2)
     assert caught.value.errno == errno.ENOENT
 
 
@@ -142,7 +145,7 @@ def test_in_user_space(guest: BareGuest, instance: ObjectInstance) -> None:
     second = instance.attach(guest, 1)
 
     def on_mark(_: int) -> None:
-        guest.vm.revoke_elisa_slot(0, first.slot)
+        revoke_slot(guest.vm, 0, first.slot)
 
     give(
         guest,
@@ -167,7 +170,7 @@ def test_while_the_guest_runs(guest: BareGuest, instance: ObjectInstance) -> Non
     )
     guest.start()
     wait_for(lambda: guest.info.result[0] == 1)
-    guest.vm.revoke_elisa_slot(0, attachment.slot)
+    revoke_slot(guest.vm, 0, attachment.slot)
     signal(guest)
     check_refused(told(guest), attachment.slot)
     assert results(guest)[:2] != [3, None]
@@ -185,7 +188,7 @@ def test_halted(guest: BareGuest, instance: ObjectInstance) -> None:
     guest.start()
     wait_for(lambda: guest.info.result[0] == 1)
     time.sleep(0.2)
-    guest.vm.revoke_elisa_slot(0, attachment.slot)
+    revoke_slot(guest.vm, 0, attachment.slot)
     assert events_taken(guest) == 0
     signal(guest)
     check_refused(told(guest), attachment.slot)
@@ -203,7 +206,7 @@ def test_inside(guest: BareGuest, instance: ObjectInstance) -> None:
     spin = Spin(instance)
     guest.start()
     spin.wait_until_inside()
-    guest.vm.revoke_elisa_slot(0, attachment.slot)
+    revoke_slot(guest.vm, 0, attachment.slot)
     turns = spin.turns
     exit = told(guest)
     check_revoked(exit, attachment.slot)
@@ -230,7 +233,7 @@ def test_stopped_inside(guest: BareGuest, instance: ObjectInstance) -> None:
     spin.wait_until_inside()
     guest.stop()
     turns = spin.turns
-    guest.vm.revoke_elisa_slot(0, attachment.slot)
+    revoke_slot(guest.vm, 0, attachment.slot)
     check_revoked(guest.vcpu.run(), attachment.slot)
     assert spin.turns == turns
     attachment.detach()
@@ -244,7 +247,7 @@ def test_another_slot_while_inside(guest: BareGuest, instance: ObjectInstance) -
     spin = Spin(instance)
     guest.start()
     spin.wait_until_inside()
-    guest.vm.revoke_elisa_slot(0, other.slot)
+    revoke_slot(guest.vm, 0, other.slot)
     spin.work_on()
     spin.release()
     check_refused(told(guest), other.slot)
@@ -268,8 +271,8 @@ def test_pages_come_back(kvm: Kvm) -> None:
         for context in attachment._contexts:  # the slot's reference is the last one
             context.close()
         assert pinned_pages() - before[0] == taken
-        guest.vm.revoke_elisa_slot(0, attachment.slot)
-        assert told(guest).cause == lib.KVM_ELISA_EXIT_REVOKED
+        revoke_slot(guest.vm, 0, attachment.slot)
+        assert told(guest).cause == uapi.lib.KVM_ELISA_EXIT_REVOKED
         assert (pinned_pages(), locked_kib()) == before
         assert (stats.value("elisa_pages"), stats.value("elisa_contexts")) == (0, 0)
 
@@ -284,7 +287,7 @@ def test_another_vm(kvm: Kvm, guest: BareGuest, instance: ObjectInstance) -> Non
         spin = Spin(instance)
         other.start()
         spin.wait_until_inside()
-        guest.vm.revoke_elisa_slot(0, first.slot)
+        revoke_slot(guest.vm, 0, first.slot)
         spin.work_on()
         spin.release()
         assert other.wait(60) == 0
@@ -295,7 +298,7 @@ def test_another_vcpu(guest: BareGuest, instance: ObjectInstance) -> None:
     vcpu = guest.vm.create_vcpu(1)
     second = instance.attach_vcpu(vcpu, 1)
     assert first.slot == second.slot  # of different lists
-    guest.vm.revoke_elisa_slot(0, None)
+    revoke_slot(guest.vm, 0, None)
     assert revoke(guest.vm, 0, first.slot) == -errno.ENOENT
     assert revoke(guest.vm, 1, second.slot) == 0
 
@@ -309,9 +312,9 @@ def test_again_and_again(guest: BareGuest, instance: ObjectInstance) -> None:
         start_over(guest, *(calls(attachment.slot, 500 << number) for _ in range(300)))
         guest.start()
         time.sleep(0.01 * number)
-        guest.vm.revoke_elisa_slot(0, attachment.slot)
+        revoke_slot(guest.vm, 0, attachment.slot)
         exit = told(guest)
-        assert exit.cause in (lib.KVM_ELISA_EXIT_REVOKED, lib.KVM_ELISA_EXIT_VMFUNC)
+        assert exit.cause in (uapi.lib.KVM_ELISA_EXIT_REVOKED, uapi.lib.KVM_ELISA_EXIT_VMFUNC)
         attachment.detach()
         assert pinned_pages() == pinned
     assert spin.begun > 0

@@ -5,8 +5,10 @@ The VMM is trusted, but what it asks for must not open a way that a guest could 
 
 import pytest
 
+from pykvm.elisa.exits import ElisaExit
 from pykvm.elisa.objects import ObjectInstance
-from pykvm.kvm import ElisaExit, UnexpectedExitError, lib
+from pykvm.kernel import uapi
+from pykvm.kvm import UnexpectedExitError
 from pykvm.machine.bare.guest import BareGuest
 from tests.rigs.interrupts import VECTOR
 from tests.rigs.probe import calls, events, events_taken, give, results
@@ -60,8 +62,8 @@ def test_another_mode(guest: BareGuest, instance: ObjectInstance) -> None:
     exit = caught.value.exit
     assert isinstance(exit, ElisaExit)
     assert (exit.cause, exit.at, exit.vmx_exit_reason) == (
-        lib.KVM_ELISA_EXIT_REFUSED,
-        lib.KVM_ELISA_AT_SUB,
+        uapi.lib.KVM_ELISA_EXIT_REFUSED,
+        uapi.lib.KVM_ELISA_AT_SUB,
         EXCEPTION,
     )
     assert not spin.inside  # it stopped on its way back

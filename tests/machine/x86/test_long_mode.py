@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from pykvm.kvm import HIDDEN_FEATURES, CpuidEntry, Io, Kvm, find_leaf
+from pykvm.elisa.hidden_features import HIDDEN_FEATURES
+from pykvm.kvm import CpuidEntry, Io, Kvm, find_leaf
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.build import build_guest
 from pykvm.machine.bare.guest import BareGuest

@@ -2,7 +2,8 @@
 
 import pytest
 
-from pykvm.kvm import HIDDEN_FEATURES, CpuidEntry, Kvm, without_hidden_features
+from pykvm.elisa.hidden_features import HIDDEN_FEATURES, without_hidden_features
+from pykvm.kvm import CpuidEntry, Kvm
 
 KVM_CPUID_FLAG_SIGNIFICANT_INDEX = 1
 ALL = 0xFFFF_FFFF

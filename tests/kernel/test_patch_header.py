@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-import pykvm.kvm
+import pykvm.kernel
 
 pytestmark = pytest.mark.unit
 
@@ -21,7 +21,7 @@ def added_file(patch: str, name: str) -> str:
 
 @pytest.mark.parametrize("patch", sorted(PATCHES.glob("linux-*.patch")), ids=lambda p: p.name)
 def test_the_patch_adds_the_header_that_pykvm_is_compiled_with(patch: Path) -> None:
-    ours = (Path(pykvm.kvm.__file__).parent / "kvm_elisa.h").read_text()
+    ours = (Path(pykvm.kernel.__file__).parent / "kvm_elisa.h").read_text()
     assert added_file(patch.read_text(), "include/uapi/linux/kvm_elisa.h") == ours
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Final
 
-from pykvm.kvm.cpuid import CpuidEntry
+from pykvm.kvm import CpuidEntry
 
 __all__ = ["HIDDEN_FEATURES", "HiddenFeature", "without_hidden_features"]
 

@@ -1,0 +1,156 @@
+"""The calls that the ELISA patch adds to KVM: functions on the handles of `pykvm.kvm`.
+
+What the calls mean: kernel-patches/README.md; numbers and layouts: `pykvm.kernel.uapi`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar, Final
+
+from pykvm.kernel.uapi import ffi, lib
+from pykvm.kvm import Capability, Handle, Ioctl, Kvm, Scope, Vcpu, Vm
+from pykvm.sizes import PAGE_SIZE
+
+__all__ = [
+    "CALLS",
+    "ELISA",
+    "Context",
+    "create_context",
+    "enable_contexts",
+    "enable_user_hypercalls",
+    "revoke_slot",
+    "set_slot",
+    "version",
+]
+
+ELISA: Final = Capability("KVM_CAP_ELISA", lib.KVM_CAP_ELISA)
+"""The capability that announces the patch."""
+
+_CREATE_CONTEXT: Final = Ioctl(
+    "KVM_ELISA_CREATE_CONTEXT",
+    (Scope.VM,),
+    ELISA,
+    "check the tables' indices and run as root (CAP_SYS_ADMIN)",
+    lib.KVM_ELISA_CREATE_CONTEXT,
+)
+_SET_SLOT: Final = Ioctl(
+    "KVM_ELISA_SET_SLOT",
+    (Scope.VCPU,),
+    ELISA,
+    "use slots 2 to 511 and a context of the same vm",
+    lib.KVM_ELISA_SET_SLOT,
+)
+_REVOKE: Final = Ioctl(
+    "KVM_ELISA_REVOKE",
+    (Scope.VM,),
+    ELISA,
+    "name a vcpu of this vm and a slot that holds a context, as root (CAP_SYS_ADMIN)",
+    lib.KVM_ELISA_REVOKE,
+)
+
+CALLS: Final = {call.name: call for call in (_CREATE_CONTEXT, _SET_SLOT, _REVOKE)}
+"""The patch's ioctls by macro name, as arguments of `Handle.ioctl`."""
+
+
+class Context(Handle):
+    """An EPT context of one VM. It lives on in the kernel while a slot or a page names it."""
+
+    scope: ClassVar[Scope] = Scope.DEVICE
+
+    def __init__(self, vm: Vm, fd: int) -> None:
+        super().__init__(fd)
+        self.vm = vm
+
+    def check_extension(self, capability: str | int | Capability) -> int:
+        return self.vm.check_extension(capability)
+
+
+def version(kvm: Kvm) -> int:
+    """Return the version of the patch's interface; 0 without the patch or EPTP switching."""
+    return kvm.check_extension(ELISA)
+
+
+def enable_user_hypercalls(vm: Vm) -> None:
+    """Let the 16 hypercalls from KVM_HC_ELISA_USER on leave to user space.
+
+    Raises CapabilityMissingError on stock KVM.
+    """
+    vm.require(ELISA, "enable_user_hypercalls()")
+    vm.enable_cap(ELISA, lib.KVM_ELISA_USER_HYPERCALLS)
+
+
+def enable_contexts(vm: Vm, *, contexts: int = 0, pages: int = 0) -> None:
+    """Let a VM have contexts, before its first vCPU. This disables nested VMX, among others.
+
+    contexts, pages: most that it may hold, 0 for the kernel's defaults. Raises
+    CapabilityMissingError on stock KVM; IoctlError with EPERM, or EINVAL after the first vCPU.
+    """
+    vm.require(ELISA, "enable_contexts()")
+    vm.enable_cap(ELISA, lib.KVM_ELISA_CONTEXTS, contexts, pages)
+
+
+def create_context(
+    vm: Vm,
+    tables: bytes | bytearray | memoryview,
+    pages: Iterable[tuple[int, int, int]],
+    *,
+    gva: int = 0,
+    size: int = PAGE_SIZE,
+    la57: bool = False,
+) -> Context:
+    """Hand an EPT to the kernel, which copies it; return its context, which closes with the VM.
+
+    tables: nr_tables * 4096 bytes, table 0 the root; the address field of an entry is the number
+    of a table above level 1, of a page at level 1. pages: (addr, kind, ref), kind one of
+    ``KVM_ELISA_PAGE_*``: (host address, PAGE_USER, 0), (0, PAGE_LIST, vCPU id), or
+    (0, PAGE_EPTP, descriptor of a `Context`). gva, size: the range of guest virtual addresses that
+    the context's guest page table maps. la57: for guests with five-level paging.
+
+    Raises CapabilityMissingError; IoctlError with EPERM (no CAP_SYS_ADMIN), EINVAL (a bad entry),
+    E2BIG, ELOOP, ENOENT, EBADF, EFAULT, ENOMEM (RLIMIT_MEMLOCK); ValueError for a length that is
+    not a multiple of 4096.
+    """
+    source = ffi.from_buffer(tables)
+    count, rest = divmod(len(source), PAGE_SIZE)
+    if rest or not count:
+        raise ValueError(f"{len(source)} bytes of tables: pass a multiple of {PAGE_SIZE}")
+    entries = list(pages)
+    array = ffi.new("struct kvm_elisa_page[]", len(entries))
+    for slot, (addr, kind, ref) in enumerate(entries):
+        array[slot].addr = addr
+        array[slot].kind = kind
+        array[slot].ref = ref
+    request = ffi.new("struct kvm_elisa_create *")
+    request.nr_tables = count
+    request.nr_pages = len(entries)
+    request.tables = int(ffi.cast("uintptr_t", source))
+    request.pages = int(ffi.cast("uintptr_t", array))
+    request.gva = gva
+    request.size = size
+    request.flags = lib.KVM_ELISA_LA57 if la57 else 0
+    return vm.adopt(Context(vm, vm.ioctl(_CREATE_CONTEXT, request)))
+
+
+def set_slot(vcpu: Vcpu, slot: int, context: Context | None) -> None:
+    """Put a context into a slot (2 to 511) of a vCPU's EPTP list, or empty the slot.
+
+    The kernel holds its own reference: the context may be closed afterwards. Raises
+    CapabilityMissingError, VcpuRunningError, IoctlError.
+    """
+    request = ffi.new("struct kvm_elisa_slot *")
+    request.slot = slot
+    request.fd = -1 if context is None else context.fileno()
+    vcpu.ioctl(_SET_SLOT, request)
+
+
+def revoke_slot(vm: Vm, vcpu_id: int, slot: int | None) -> None:
+    """Take a context away from a vCPU, which may be running; slot None: all of its contexts.
+
+    On return no instruction of the context runs on that vCPU any more. If it was inside, its run()
+    returns an `ElisaExit` with cause ``KVM_ELISA_EXIT_REVOKED``: it is in its default context
+    again, with the general registers but RSP cleared, at the place that the exit names, and the
+    caller decides where it goes on. Raises CapabilityMissingError; IoctlError with EPERM, or
+    ENOENT (no such vCPU, an empty slot).
+    """
+    vm.ioctl(_REVOKE, ffi.new("struct kvm_elisa_revoke *", {"vcpu": vcpu_id, "slot": slot or 0}))

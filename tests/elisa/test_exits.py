@@ -1,0 +1,65 @@
+"""pykvm.elisa.exits: the exit of the patch, as decoded and as a sentence."""
+
+import pytest
+
+from pykvm.elisa.exits import ElisaExit
+from pykvm.kernel import uapi
+from pykvm.kernel.uapi import lib
+from pykvm.kvm import Exit, ffi
+from pykvm.kvm import lib as kvm_lib
+from pykvm.kvm.exits import decode_exit, exit_name
+
+pytestmark = pytest.mark.unit
+
+
+def decoded(**fields: int) -> Exit:
+    """Decode a kvm_run filled here: two pages, as the kernel's."""
+    area = ffi.new("char[]", 8192)
+    run = ffi.cast("struct kvm_run *", area)
+    run.exit_reason = lib.KVM_EXIT_ELISA
+    union = uapi.ffi.cast("struct kvm_elisa_exit *", kvm_lib.pykvm_exit_payload(run))
+    for name, value in fields.items():
+        setattr(union, name, value)
+    return decode_exit(run)
+
+
+def test_name() -> None:
+    assert exit_name(lib.KVM_EXIT_ELISA) == "KVM_EXIT_ELISA"
+
+
+def test_violation_reads_as_a_sentence() -> None:
+    found = decoded(
+        cause=lib.KVM_ELISA_EXIT_VIOLATION,
+        at=lib.KVM_ELISA_AT_SUB,
+        slot=2,
+        vmx_exit_reason=48,
+        qualification=0b1_1000_1010,  # write; page readable; GVA valid; not a page walk's
+        gpa=0x4000001000,
+        gva=0x7000,
+        rip=0x100002000,
+    )
+    assert isinstance(found, ElisaExit)
+    assert found.access == "write"
+    assert str(found) == (
+        "ept violation in the sub context of slot 2 at rip 0x100002000: "
+        "write of GPA 0x4000001000 (GVA 0x7000), the page allows r--"
+    )
+
+
+def test_vmfunc_and_refused() -> None:
+    vmfunc = decoded(
+        cause=lib.KVM_ELISA_EXIT_VMFUNC,
+        at=lib.KVM_ELISA_AT_DEFAULT,
+        rip=0x1000,
+        index=17,
+    )
+    assert str(vmfunc) == "failed vmfunc in the default context at rip 0x1000: vmfunc(0x0, 0x11)"
+    refused = decoded(
+        cause=lib.KVM_ELISA_EXIT_REFUSED,
+        at=lib.KVM_ELISA_AT_GATE,
+        slot=3,
+        vmx_exit_reason=10,
+    )
+    assert "refused exit in the gate context of slot 3" in str(refused)
+    assert "cpuid (vmx reason 10)" in str(refused)
+    assert "elisa exit 9" in str(decoded(cause=9))
