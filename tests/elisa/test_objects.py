@@ -208,7 +208,7 @@ def test_an_open_object_without_guests() -> None:
 def test_an_object_without_windows() -> None:
     with SharedObject("x", COUNTER, window=0).open() as instance:
         assert len(instance.shared) == PAGE_SIZE
-        for call in (instance.window, instance.window_region):
+        for call in (instance.window, lambda n: instance.window_region(n, 5 << 30)):
             with pytest.raises(ObjectSizeError) as caught:
                 call(0)
             assert one_line(caught.value) == "x has no windows: declare it with window=4096 or more"
