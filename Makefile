@@ -88,7 +88,7 @@ selftests: setup
 
 FUZZ_SECONDS := 60
 fuzz: setup
-	$(VENV)/bin/python -m tests.switch.fuzz --seconds $(FUZZ_SECONDS)
+	$(VENV)/bin/python -m tools.fuzz --seconds $(FUZZ_SECONDS)
 
 # One line for each row of docs/threats.md; not 0 while a row falls short. ATTACKS may hold
 # --after-tests, which repeats nothing that make test has just run.

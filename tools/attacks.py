@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 from pykvm.kernel.series import DEFAULT_SERIES, SERIES
 from tests.attacks.marks import ROOT
 from tests.attacks.threats import THREATS, Threat
-from tests.attacks.weaken import PATCH
+from tests.rigs.attacks.weaken import PATCH
 from tools import side_by_side, test_all
 from tools.side_by_side import Job
 

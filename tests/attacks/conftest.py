@@ -6,7 +6,7 @@ import pytest
 
 from pykvm.kvm import Kvm
 from pykvm.machine.bare.guest import BareGuest
-from tests.attacks.leap import Leaper
+from tests.rigs.attacks.leap import Leaper
 from tests.rigs.fixtures import counter, kvm, quiet
 
 __all__ = ["counter", "guest", "kvm", "quiet"]

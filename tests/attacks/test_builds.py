@@ -5,17 +5,17 @@ import pytest
 
 from pykvm.elisa.protections import Protection
 from pykvm.elisa.trusted_images import build_object, crossing_images
-from tests.attacks.host_tables import RECKLESS
-from tests.attacks.leap import Leaper
-from tests.attacks.segments import Jumper
 from tests.attacks.test_exceptions import FAULTY, NO_BOUND
 from tests.attacks.test_exits import WRITES
 from tests.attacks.test_page_tables import wild_declaration
 from tests.attacks.test_processor_state import BY_GS, BY_SSE, UNCHECKED
 from tests.attacks.test_state import NO_CLD, NO_STACK, NOP
 from tests.attacks.test_weakened_events import SLOW
-from tests.attacks.victim import VAULT
-from tests.attacks.weak_contexts import edited_object, weak_gate, weak_sub_entry
+from tests.rigs.attacks.host_tables import RECKLESS
+from tests.rigs.attacks.leap import Leaper
+from tests.rigs.attacks.segments import Jumper
+from tests.rigs.attacks.victim import VAULT
+from tests.rigs.attacks.weak_contexts import edited_object, weak_gate, weak_sub_entry
 
 pytestmark = pytest.mark.unit
 

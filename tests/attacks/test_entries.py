@@ -12,9 +12,9 @@ from pykvm.kvm import Exit, Kvm
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.sizes import PAGE_SIZE
-from tests.attacks.host_addresses import forge_ept, guest_page, host_address
-from tests.attacks.leap import OWN_PAGES, Leap, Leaper, Register, give_leaps, left
-from tests.attacks.victim import (
+from tests.rigs.attacks.host_addresses import forge_ept, guest_page, host_address
+from tests.rigs.attacks.leap import OWN_PAGES, Leap, Leaper, Register, give_leaps, left
+from tests.rigs.attacks.victim import (
     AT_DEFAULT,
     AT_GATE,
     SECRET,
@@ -29,7 +29,7 @@ from tests.attacks.victim import (
     untouched,
     vault,
 )
-from tests.attacks.weak_contexts import WeakAttachment
+from tests.rigs.attacks.weak_contexts import WeakAttachment
 from tests.rigs.probe import run
 
 pytestmark = pytest.mark.elisa

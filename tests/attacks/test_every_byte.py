@@ -21,8 +21,8 @@ from pykvm.kvm import Exit, Io, Kvm, Shutdown, Stopped
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.sizes import PAGE_SIZE
-from tests.attacks.leap import OWN_PAGES
-from tests.attacks.victim import (
+from tests.rigs.attacks.leap import OWN_PAGES
+from tests.rigs.attacks.victim import (
     AT_DEFAULT,
     AT_GATE,
     KNOCK,

@@ -13,12 +13,11 @@ from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.paging.entries import Access
 from pykvm.sizes import PAGE_SIZE
-from tests.attacks.leap import FLAGS, OWN_PAGES, Leap, Leaper, Register, give_leaps, left
-from tests.attacks.victim import (
+from tests.rigs.attacks.leap import FLAGS, OWN_PAGES, Leap, Leaper, Register, give_leaps, left
+from tests.rigs.attacks.victim import (
     AT_GATE,
     AT_SUB,
     DECLARATION,
-    HERE,
     NOTE,
     OPEN,
     SECRET,
@@ -37,14 +36,15 @@ from tests.attacks.victim import (
     untouched,
     vault,
 )
-from tests.attacks.weak_contexts import Edit, edited_object
+from tests.rigs.attacks.weak_contexts import Edit, edited_object
 from tests.rigs.probe import run
+from tests.rigs.sources import OBJECTS
 
 pytestmark = pytest.mark.elisa
 
 # In the window, which the guest maps where the sub context has it:
 IDT_AT, GDT_AT, STACK_AT = PAGE_SIZE, 2 * PAGE_SIZE, 7 * PAGE_SIZE
-FAULTY = HERE / "objects" / "faulty.c"
+FAULTY = OBJECTS / "faulty.c"
 TRAP_FLAG = 1 << 8
 DEBUG, INVALID_OPCODE = 1, 6
 CODE_SELECTOR = 0x08

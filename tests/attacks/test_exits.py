@@ -13,9 +13,9 @@ from pykvm.kvm import Kvm
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.sizes import PAGE_SIZE
-from tests.attacks.leap import OWN_PAGES, Leap, Register, give_leaps
 from tests.attacks.test_exceptions import FAULTY
-from tests.attacks.victim import (
+from tests.rigs.attacks.leap import OWN_PAGES, Leap, Register, give_leaps
+from tests.rigs.attacks.victim import (
     AT_SUB,
     SHARED,
     WINDOW,
@@ -25,8 +25,8 @@ from tests.attacks.victim import (
     stop_at,
     vault,
 )
-from tests.attacks.weak_contexts import Edit, edited_object
-from tests.attacks.weaken import Weaken, weakened
+from tests.rigs.attacks.weak_contexts import Edit, edited_object
+from tests.rigs.attacks.weaken import Weaken, weakened
 from tests.rigs.probe import run
 
 pytestmark = pytest.mark.elisa

@@ -10,9 +10,15 @@ from pykvm.kvm import Kvm
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.paging.entries import MemoryType
-from tests.attacks.host_addresses import host_address
-from tests.attacks.host_tables import RECKLESS, HostMemory, HostTables, both_contexts, read_list
-from tests.attacks.weaken import Weaken, weakened
+from tests.rigs.attacks.host_addresses import host_address
+from tests.rigs.attacks.host_tables import (
+    RECKLESS,
+    HostMemory,
+    HostTables,
+    both_contexts,
+    read_list,
+)
+from tests.rigs.attacks.weaken import Weaken, weakened
 from tests.rigs.probe import Step, What, Wild, calls, give, probe_guest, results, run
 
 pytestmark = pytest.mark.elisa

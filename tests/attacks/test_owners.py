@@ -17,9 +17,9 @@ from pykvm.machine.bare.guest import BareGuest
 from pykvm.memory.guest_memory import MemoryFile, Region
 from pykvm.paging.entries import Access
 from pykvm.sizes import PAGE_SIZE
-from tests.attacks.leap import Leap, Leaper, Register, give_leaps, left
 from tests.attacks.test_entries import copy_secret, failed, home_stack
-from tests.attacks.victim import (
+from tests.rigs.attacks.leap import Leap, Leaper, Register, give_leaps, left
+from tests.rigs.attacks.victim import (
     AT_GATE,
     WINDOW,
     WINDOW_PAGES,
@@ -32,8 +32,8 @@ from tests.attacks.victim import (
     vault,
     word,
 )
-from tests.attacks.weak_contexts import WeakAttachment
-from tests.attacks.weaken import Weaken, weakened
+from tests.rigs.attacks.weak_contexts import WeakAttachment
+from tests.rigs.attacks.weaken import Weaken, weakened
 from tests.rigs.probe import Probe, run
 
 pytestmark = pytest.mark.elisa

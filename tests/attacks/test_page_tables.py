@@ -15,8 +15,8 @@ from pykvm.machine.bare.guest import BareGuest
 from pykvm.memory.guest_memory import MemoryFile, Region
 from pykvm.paging.entries import Access
 from pykvm.sizes import PAGE_SIZE
-from tests.attacks.leap import Leap, Leaper, Register, give_leaps, left
-from tests.attacks.victim import (
+from tests.rigs.attacks.leap import Leap, Leaper, Register, give_leaps, left
+from tests.rigs.attacks.victim import (
     AT_GATE,
     NOTE,
     SHARED,
@@ -33,7 +33,7 @@ from tests.attacks.victim import (
     untouched,
     vault,
 )
-from tests.attacks.weak_contexts import WeakAttachment, also_map, window_pages
+from tests.rigs.attacks.weak_contexts import WeakAttachment, also_map, window_pages
 from tests.rigs.probe import WILD, Probe, Wild, calls, give, results, run
 
 pytestmark = pytest.mark.elisa

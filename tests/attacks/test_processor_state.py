@@ -8,9 +8,9 @@ import pytest
 from pykvm.elisa.protections import Protection
 from pykvm.kvm import Kvm
 from pykvm.machine.bare.guest import BareGuest
-from tests.attacks.leap import FLAGS, Leap, Register, give_leaps, left
 from tests.attacks.test_state import LETTER, LETTER_AT, opens, post
-from tests.attacks.victim import (
+from tests.rigs.attacks.leap import FLAGS, Leap, Register, give_leaps, left
+from tests.rigs.attacks.victim import (
     KNOCK,
     SECRET,
     SHARED,
@@ -20,7 +20,7 @@ from tests.attacks.victim import (
     untouched,
     vault,
 )
-from tests.attacks.weak_contexts import Edit, edited_object
+from tests.rigs.attacks.weak_contexts import Edit, edited_object
 from tests.rigs.probe import run
 
 pytestmark = pytest.mark.elisa

@@ -10,8 +10,8 @@ from pykvm.elisa.objects import ObjectInstance
 from pykvm.kernel import uapi
 from pykvm.kvm import Kvm
 from pykvm.machine.bare.guest import BareGuest
-from tests.attacks.segments import LOW, RSP, Jump, Jumper, Segments, give_jumps, landed
-from tests.attacks.victim import (
+from tests.rigs.attacks.segments import LOW, RSP, Jump, Jumper, Segments, give_jumps, landed
+from tests.rigs.attacks.victim import (
     AT_DEFAULT,
     AT_GATE,
     C,
@@ -21,7 +21,7 @@ from tests.attacks.victim import (
     untouched,
     vault,
 )
-from tests.attacks.weak_contexts import WeakAttachment, crossing_anywhere
+from tests.rigs.attacks.weak_contexts import WeakAttachment, crossing_anywhere
 from tests.rigs.probe import run
 
 pytestmark = pytest.mark.elisa

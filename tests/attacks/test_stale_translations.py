@@ -16,19 +16,19 @@ from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.memory.guest_memory import MemoryFile, Region
 from pykvm.sizes import PAGE_SIZE
-from tests.attacks.host_addresses import host_address
-from tests.attacks.host_tables import (
+from tests.attacks.test_entries import failed
+from tests.rigs.attacks.host_addresses import host_address
+from tests.rigs.attacks.host_tables import (
     RECKLESS,
     HostMemory,
     HostTables,
     both_contexts,
     read_list,
 )
-from tests.attacks.leap import Leap, Leaper, Register, give_leaps, left
-from tests.attacks.page_frees import base_of_pages, flushed_before, traced_frees
-from tests.attacks.test_entries import failed
-from tests.attacks.victim import SHARED, C, put
-from tests.attacks.weaken import Weaken, weakened
+from tests.rigs.attacks.leap import Leap, Leaper, Register, give_leaps, left
+from tests.rigs.attacks.page_frees import base_of_pages, flushed_before, traced_frees
+from tests.rigs.attacks.victim import SHARED, C, put
+from tests.rigs.attacks.weaken import Weaken, weakened
 from tests.rigs.probe import Wild, run
 from tests.rigs.tracefs import mount_tracefs
 

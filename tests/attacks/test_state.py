@@ -10,8 +10,8 @@ from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.sizes import PAGE_SIZE
 from pykvm.toolchain.compiler import GUEST_SOURCES
-from tests.attacks.leap import FLAGS, OWN_PAGES, Leap, Leaper, Register, give_leaps, left
-from tests.attacks.victim import (
+from tests.rigs.attacks.leap import FLAGS, OWN_PAGES, Leap, Leaper, Register, give_leaps, left
+from tests.rigs.attacks.victim import (
     KNOCK,
     OPEN,
     POST,
@@ -28,7 +28,7 @@ from tests.attacks.victim import (
     vault,
     word,
 )
-from tests.attacks.weak_contexts import Edit, WeakAttachment, weak_gate, weak_sub_entry
+from tests.rigs.attacks.weak_contexts import Edit, WeakAttachment, weak_gate, weak_sub_entry
 from tests.rigs.probe import run
 
 pytestmark = pytest.mark.elisa

@@ -6,7 +6,7 @@ import pytest
 
 from tests.attacks import weaken
 from tests.attacks.marks import ROOT
-from tests.attacks.weaken import NotWeakenedError, Weaken, weakened
+from tests.rigs.attacks.weaken import NotWeakenedError, Weaken, weakened
 from tools import attacks as suite
 
 

@@ -15,9 +15,8 @@ from pykvm.machine.bare.guest import BareGuest
 from pykvm.paging.entries import Access
 from pykvm.sizes import PAGE_SIZE
 from tests.attacks.test_exceptions import GDT_AT, IDT_AT, TRAP_GATE, handler
-from tests.attacks.victim import (
+from tests.rigs.attacks.victim import (
     AT_SUB,
-    HERE,
     SECRET,
     SHARED,
     SHARED_PAGES,
@@ -28,7 +27,7 @@ from tests.attacks.victim import (
     stolen,
     word,
 )
-from tests.attacks.weaken import Weaken, weakened
+from tests.rigs.attacks.weaken import Weaken, weakened
 from tests.rigs.interrupts import (
     ASSERT_LEVEL,
     EVENTS,
@@ -40,11 +39,12 @@ from tests.rigs.interrupts import (
 )
 from tests.rigs.probe import Probe, Step, Table, What, calls, events_taken, give, results
 from tests.rigs.smram import smram
+from tests.rigs.sources import OBJECTS
 from tests.rigs.spinning import event_guest, wait_for
 
 pytestmark = [pytest.mark.elisa, pytest.mark.weakened]
 
-SLOW = HERE / "objects" / "slow.c"
+SLOW = OBJECTS / "slow.c"
 DECLARATION = SharedObject(
     "slow",
     SLOW,

@@ -5,7 +5,6 @@ import pytest
 
 from pykvm.elisa.objects import ObjectInstance
 from pykvm.machine.bare.guest import BareGuest
-from tests.attacks.leap import Leap, Register, give_leaps
 from tests.attacks.test_exceptions import (
     BAD_POINTERS,
     FAULTY_DECLARATION,
@@ -17,8 +16,9 @@ from tests.attacks.test_exceptions import (
     descriptors_in_window,
     hijack,
 )
-from tests.attacks.victim import SECRET, SHARED, WINDOW, C, join, put, stolen, vault
-from tests.attacks.weaken import Weaken, weakened
+from tests.rigs.attacks.leap import Leap, Register, give_leaps
+from tests.rigs.attacks.victim import SECRET, SHARED, WINDOW, C, join, put, stolen, vault
+from tests.rigs.attacks.weaken import Weaken, weakened
 from tests.rigs.probe import run
 
 pytestmark = pytest.mark.elisa

@@ -8,7 +8,6 @@ import pytest
 from pykvm.elisa.hidden_features import HIDDEN_FEATURES, HiddenFeature
 from pykvm.kvm import Kvm
 from pykvm.machine.bare.guest import BareGuest
-from tests.attacks.weaken import Weaken, weakened
 from tests.elisa.test_hidden_features import (
     CR4,
     FEATURE_CONTROL,
@@ -18,6 +17,7 @@ from tests.elisa.test_hidden_features import (
     VMX_ENABLED,
     leaves_with,
 )
+from tests.rigs.attacks.weaken import Weaken, weakened
 from tests.rigs.probe import Probe, Step, What, faults, give, results, run
 
 pytestmark = [pytest.mark.elisa, pytest.mark.weakened]

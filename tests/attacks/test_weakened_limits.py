@@ -7,8 +7,8 @@ import pytest
 
 from pykvm.kernel import uapi
 from pykvm.kvm import Kvm
-from tests.attacks.weaken import Weaken, weakened
 from tests.elisa.test_limits import PAGES, close, sends
+from tests.rigs.attacks.weaken import Weaken, weakened
 from tests.rigs.child import CAP_IPC_LOCK, in_child
 from tests.rigs.context_requests import PAGE, Request, chain, good, leaf, new_machine
 from tests.rigs.host_state import nothing_stays, pinned_pages

@@ -11,8 +11,6 @@ from pykvm.kvm import Exit, Hlt, Kvm
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.paging.entries import Access
 from pykvm.sizes import PAGE_SIZE
-from tests.attacks.victim import AT_GATE
-from tests.attacks.weaken import Weaken, weakened
 from tests.elisa.test_mode_lock import (
     CODE,
     CR4,
@@ -23,6 +21,8 @@ from tests.elisa.test_mode_lock import (
     try_vmfunc,
     vmfunc_in,
 )
+from tests.rigs.attacks.victim import AT_GATE
+from tests.rigs.attacks.weaken import Weaken, weakened
 from tests.rigs.probe import Step, What, faults, give, probe_guest, results, run
 
 pytestmark = [pytest.mark.elisa, pytest.mark.weakened]

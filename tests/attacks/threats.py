@@ -42,7 +42,7 @@ ATTACH: Final = "tests/elisa/test_attach.py::"
 PROCESSOR: Final = "tests/attacks/test_processor_state.py::"
 DYING: Final = "tests/attacks/test_dying_vmms.py::"
 USER_MODE: Final = "tests/guest/test_user_mode.py::"
-FIRE: Final = "tests/switch/fire/test_under_fire.py::"
+FIRE: Final = "tests/switch/test_under_fire.py::"
 BOUNDED: Final = "tests/switch/test_bounded_work.py::"
 WEAK: Final = "tests/attacks/test_weakened_"
 EVENTS: Final = "tests/elisa/inside/test_events.py::"
@@ -213,7 +213,7 @@ THREATS: Final[tuple[Threat, ...]] = (
         "every value from a window is masked or checked",
         (WINDOWS + "test_any_window_and_any_arguments",),
         (
-            "tests/switch/fuzz/test_fuzzing.py::test_a_planted_fault_is_found",
+            "tests/switch/test_fuzzing.py::test_a_planted_fault_is_found",
             EXCEPTIONS + "test_an_object_without_its_check_is_written_through",
         ),
     ),

@@ -31,7 +31,7 @@ from hypothesis.stateful import (
 
 from pykvm.kernel import uapi
 from pykvm.kvm import Kvm
-from tests.elisa.call_choices import (
+from tests.rigs.call_model.choices import (
     NOWHERE,
     bad_calls,
     enables,
@@ -45,7 +45,7 @@ from tests.elisa.call_choices import (
     slots,
     vcpu_ids,
 )
-from tests.elisa.call_model import (
+from tests.rigs.call_model.model import (
     ContextModel,
     OpenFile,
     VcpuModel,
@@ -55,7 +55,7 @@ from tests.elisa.call_model import (
     free_of_tables,
     judge,
 )
-from tests.elisa.model_runs import run_vcpu
+from tests.rigs.call_model.runs import run_vcpu
 from tests.rigs.context_requests import EPTP, LIST, PAGE
 from tests.rigs.host_state import (
     VmStatistics,

@@ -1,7 +1,7 @@
 """VMM processes that share one switch by VMFUNC are killed and stopped: the others go on.
 
 The owner opens the switch and forks a process for each guest, which attaches it and runs it. The
-native test with many more kills, and with every byte looked at, is tests/switch/fire.
+native test with many more kills, and with every byte looked at, is tests/rigs/switch/fire.
 """
 
 import os

@@ -10,13 +10,14 @@ from pykvm.machine.bare import layout
 from pykvm.machine.bare.build import build_guest
 from pykvm.measure.programs import CrossingProgram, ExchangeProgram, SwitchPath, Way
 from pykvm.toolchain.compiler import GUEST_SOURCES
+from tests.rigs.sources import GUESTS
 
 pytestmark = pytest.mark.unit
 
 
 @pytest.mark.parametrize("name", ["intruder.c", "registers.c", "selftest.c"])
 def test_guests(name: str) -> None:
-    assert build_guest([name]).entry == layout.IMAGE_GPA
+    assert build_guest([GUESTS / name]).entry == layout.IMAGE_GPA
 
 
 @pytest.mark.parametrize("name", ["objects/nop.c", "objects/counter.c", "switch/switch.c"])

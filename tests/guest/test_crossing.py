@@ -22,6 +22,7 @@ from pykvm.measure.programs import CrossingProgram, Way, way_samples
 from pykvm.paging.entries import Access
 from pykvm.toolchain.compiler import GUEST_SOURCES
 from pykvm.toolchain.elf import ElfFile
+from tests.rigs.sources import GUESTS
 
 pytestmark = pytest.mark.elisa
 
@@ -37,7 +38,7 @@ class Registers:
     calls: int
 
     def image(self) -> ElfFile:
-        return build_guest(["registers.c"])
+        return build_guest([GUESTS / "registers.c"])
 
     def params(self) -> list[int]:
         return [self.calls]
@@ -53,7 +54,7 @@ class Intruder:
     function: int = 0
 
     def image(self) -> ElfFile:
-        return build_guest(["intruder.c"])
+        return build_guest([GUESTS / "intruder.c"])
 
     def params(self) -> list[int]:
         return [self.slot, self.behind, self.value, self.function]

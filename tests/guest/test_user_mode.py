@@ -1,7 +1,6 @@
 """Calls from user mode (CPL 3), with CR4.SMEP and CR4.SMAP on, through user attachments."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -15,8 +14,9 @@ from pykvm.kvm import Kvm, UnexpectedExitError
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.measure.user_mode import UserProgram, map_user_pages, user_samples
 from pykvm.toolchain.compiler import GUEST_SOURCES
+from tests.rigs.sources import OBJECTS
 
-UNALIGNED = Path(__file__).parents[1] / "rigs" / "objects" / "unaligned.c"
+UNALIGNED = OBJECTS / "unaligned.c"
 COUNTER = GUEST_SOURCES / "objects" / "counter.c"
 EXCEPTION, TRIPLE_FAULT = 0, 2  # SDM vol. 3D, appendix C
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
-from pathlib import Path
 
 from pykvm.elisa.exits import ElisaExit
 from pykvm.elisa.trusted_images import crossing_images
@@ -16,8 +15,9 @@ from pykvm.machine.bare import boot_info
 from pykvm.machine.bare.build import build_guest
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.toolchain.elf import ElfFile
+from tests.rigs.sources import GUESTS, OBJECTS
 
-WILD = Path(__file__).with_name("objects") / "wild.c"
+WILD = OBJECTS / "wild.c"
 
 _STEP = struct.Struct("<IIQQQQQQ")
 _EVENT = struct.Struct("<6Q")
@@ -94,7 +94,7 @@ class Probe:
     events: bool = False
 
     def image(self) -> ElfFile:
-        return build_guest(["probe.c", "attempt.c", "events.c"])
+        return build_guest([GUESTS / "probe.c", GUESTS / "attempt.c", "events.c"])
 
     def params(self) -> list[int]:
         return [int(self.events)]

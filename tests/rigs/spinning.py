@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 from pykvm.elisa import crossing
 from pykvm.elisa.objects import ObjectInstance, SharedObject
@@ -12,8 +11,9 @@ from pykvm.elisa.trusted_images import CrossingImages, crossing_images
 from pykvm.kvm import Kvm
 from pykvm.machine.bare.guest import BareGuest
 from tests.rigs.probe import Probe, prepare
+from tests.rigs.sources import OBJECTS
 
-SPIN = Path(__file__).with_name("objects") / "spin.c"
+SPIN = OBJECTS / "spin.c"
 
 LONG = 1 << 40
 """Turns that nobody waits for."""

@@ -1,7 +1,7 @@
 """T24: nothing in a window and nothing in a register makes a call longer than a stated limit.
 
 The limit counts what a call may do for each frame (two lookups in lines of eight ways) and for each
-copy (of 2040 bytes at most). Fuzzing holds the same for loads and stores (tests/switch/fuzz).
+copy (of 2040 bytes at most). Fuzzing holds the same for loads and stores (tests/rigs/switch/fuzz).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import pytest
 
 from pykvm.switch import SwitchConfig
 from pykvm.switch._native import ffi, lib
-from tests.switch.native_rig import BROADCAST, Rig, frame, mac, make_rig
-from tests.switch.single_step import single_steps
-from tests.switch.variants import AS_BUILT, Build, build_variant
+from tests.rigs.switch.native_rig import BROADCAST, Rig, frame, mac, make_rig
+from tests.rigs.switch.single_step import single_steps
+from tests.rigs.switch.variants import AS_BUILT, Build, build_variant
 
 pytestmark = pytest.mark.unit
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from pykvm.switch import SwitchConfig
-from tests.switch.native_rig import BROADCAST, frame, mac, make_rig
+from tests.rigs.switch.native_rig import BROADCAST, frame, mac, make_rig
 
 pytestmark = pytest.mark.unit
 

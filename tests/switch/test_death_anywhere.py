@@ -14,9 +14,9 @@ import pytest
 
 from pykvm.switch import SwitchConfig, _native
 from pykvm.switch._native import ffi, lib
-from tests.switch.native_rig import BROADCAST, Rig, frame, make_rig
-from tests.switch.single_step import killed_after
-from tests.switch.variants import AS_BUILT
+from tests.rigs.switch.native_rig import BROADCAST, Rig, frame, make_rig
+from tests.rigs.switch.single_step import killed_after
+from tests.rigs.switch.variants import AS_BUILT
 
 pytestmark = pytest.mark.unit
 

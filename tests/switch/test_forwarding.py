@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pykvm.switch import SwitchConfig, read_capture, split_capture
 from pykvm.switch.geometry import MAX_PORTS
-from tests.switch.native_rig import BROADCAST, Rig, frame, mac, make_rig
+from tests.rigs.switch.native_rig import BROADCAST, Rig, frame, mac, make_rig
 
 pytestmark = pytest.mark.unit
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from pykvm.switch import SwitchConfig
 from pykvm.switch._native import ffi, lib
-from tests.switch.native_rig import BROADCAST, Rig, frame, mac, make_rig
-from tests.switch.single_step import single_steps
-from tests.switch.variants import AS_BUILT, Build, build_variant
+from tests.rigs.switch.native_rig import BROADCAST, Rig, frame, mac, make_rig
+from tests.rigs.switch.single_step import single_steps
+from tests.rigs.switch.variants import AS_BUILT, Build, build_variant
 
 pytestmark = pytest.mark.unit
 

@@ -6,9 +6,9 @@ import pytest
 
 from pykvm.switch import SwitchConfig
 from pykvm.switch._native import lib
-from tests.switch.native_rig import frame, make_rig
-from tests.switch.single_step import count_instructions
-from tests.switch.variants import AS_BUILT
+from tests.rigs.switch.native_rig import frame, make_rig
+from tests.rigs.switch.single_step import count_instructions
+from tests.rigs.switch.variants import AS_BUILT
 
 pytestmark = pytest.mark.unit
 

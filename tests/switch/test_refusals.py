@@ -7,7 +7,7 @@ import pytest
 from pykvm.switch import SwitchCallError, SwitchConfig
 from pykvm.switch._native import ffi, lib
 from pykvm.switch.native_port import NativePort
-from tests.switch.native_rig import BROADCAST, Rig, frame, make_rig
+from tests.rigs.switch.native_rig import BROADCAST, Rig, frame, make_rig
 
 pytestmark = pytest.mark.unit
 

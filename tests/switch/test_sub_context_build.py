@@ -9,9 +9,9 @@ import pytest
 
 from pykvm.switch._native import lib
 from pykvm.switch.build_native import ROOT
-from tests.switch.native_rig import frame, make_rig
-from tests.switch.single_step import count_instructions
-from tests.switch.variants import AS_BUILT, load_build
+from tests.rigs.switch.native_rig import frame, make_rig
+from tests.rigs.switch.single_step import count_instructions
+from tests.rigs.switch.variants import AS_BUILT, load_build
 
 pytestmark = pytest.mark.unit
 

@@ -24,9 +24,9 @@ from pykvm.switch import (
 from pykvm.switch._native import ffi, lib
 from pykvm.switch.counters import NotASwitchError
 from pykvm.switch.switch import AddressError, PinError, parse_address
-from tests.switch.native_rig import BROADCAST, frame, make_rig
-from tests.switch.single_step import single_steps
-from tests.switch.variants import AS_BUILT
+from tests.rigs.switch.native_rig import BROADCAST, frame, make_rig
+from tests.rigs.switch.single_step import single_steps
+from tests.rigs.switch.variants import AS_BUILT
 
 pytestmark = pytest.mark.unit
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pykvm.machine.bare import build, layout
 from pykvm.toolchain import compiler, elf
 from pykvm.toolchain.elf import ElfError, ElfFile
+from tests.rigs.sources import GUESTS
 
 pytestmark = pytest.mark.unit
 
@@ -21,7 +22,7 @@ def image_bytes() -> bytes:
     bare = compiler.GUEST_SOURCES / "bare"
     return compiler.build(
         "bare-guest",
-        [bare / "start.S", bare / "runtime.c", bare / "selftest.c"],
+        [bare / "start.S", bare / "runtime.c", GUESTS / "selftest.c"],
         bare / "guest.ld",
         flags=build.GUEST_FLAGS,
         defines=build.GUEST_DEFINES,

@@ -19,8 +19,8 @@ from pykvm.machine.bare.guest import (
     InputTooLargeError,
 )
 from pykvm.measure.programs import CrossingProgram, Way, way_samples
-from pykvm.toolchain.compiler import GUEST_SOURCES
 from pykvm.toolchain.elf import ElfFile, Segment
+from tests.rigs.sources import GUESTS
 
 pytestmark = pytest.mark.kvm
 
@@ -34,7 +34,7 @@ class Selftest:
     given: bytes = field(default=b"")
 
     def image(self) -> ElfFile:
-        return build_guest(["selftest.c"])
+        return build_guest([GUESTS / "selftest.c"])
 
     def params(self) -> list[int]:
         return [self.what, self.value]
@@ -65,7 +65,7 @@ def test_status(kvm: Kvm) -> None:
 
 
 def line_of(text: str) -> int:
-    lines = (GUEST_SOURCES / "bare" / "selftest.c").read_text().splitlines()
+    lines = (GUESTS / "selftest.c").read_text().splitlines()
     return next(number for number, line in enumerate(lines, 1) if text in line)
 
 

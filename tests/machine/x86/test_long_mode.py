@@ -12,6 +12,7 @@ from pykvm.machine.bare.build import build_guest
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.machine.x86 import long_mode
 from pykvm.toolchain.elf import ElfFile
+from tests.rigs.sources import GUESTS
 
 SMEP, SMAP = 1 << 20, 1 << 21
 TSC_DEADLINE = 1 << 24
@@ -76,7 +77,7 @@ class Finish:
     status: int
 
     def image(self) -> ElfFile:
-        return build_guest(["selftest.c"])
+        return build_guest([GUESTS / "selftest.c"])
 
     def params(self) -> list[int]:
         return [4, self.status]

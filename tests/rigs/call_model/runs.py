@@ -4,7 +4,7 @@ import errno
 
 from pykvm.kernel import uapi
 from pykvm.kvm import lib
-from tests.elisa.call_model import ContextModel, Inside, VcpuModel, counted
+from tests.rigs.call_model.model import ContextModel, Inside, VcpuModel, counted
 from tests.rigs.tiny_guest import (
     BEHIND_OBJECT,
     BEHIND_SUB,

@@ -18,7 +18,7 @@ from pykvm.elisa.protections import Protection
 from pykvm.paging.entries import ADDRESS_MASK, EPTP, EptEntry
 from pykvm.paging.walk import walk
 from pykvm.sizes import PAGE_SIZE
-from tests.attacks.victim import C
+from tests.rigs.attacks.victim import C
 from tests.rigs.probe import WILD, Wild
 
 RECKLESS: Final = SharedObject(

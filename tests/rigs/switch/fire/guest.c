@@ -19,7 +19,7 @@
 
 #define MOST_FRAMES 32
 
-/* tests/switch/fire/processes.py holds the same. */
+/* tests/rigs/switch/fire/processes.py holds the same. */
 struct record {
 	uint64_t stop;        /* written by the test: finish */
 	uint64_t incarnation;

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.switch.fuzz.fuzzer import FINDINGS, Fuzzer, missing_tools, read_corpus
+from tests.rigs.switch.fuzz.fuzzer import FINDINGS, Fuzzer, missing_tools, read_corpus
 
 pytestmark = pytest.mark.unit
 

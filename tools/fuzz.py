@@ -1,4 +1,4 @@
-"""``python -m tests.switch.fuzz``: fuzz the switch for some time and say how far it came.
+"""``python -m tools.fuzz``: fuzz the switch for some time and say how far it came.
 
 Exits non-zero with the input and what it broke as soon as anything is found.
 """
@@ -11,11 +11,11 @@ from pathlib import Path
 
 from pykvm.errors import PykvmError
 from pykvm.switch.build_native import ROOT
-from tests.switch.fuzz.fuzzer import CORPUS, Fuzzer, read_corpus, write_corpus
+from tests.rigs.switch.fuzz.fuzzer import CORPUS, Fuzzer, read_corpus, write_corpus
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.switch.fuzz", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.fuzz", description=__doc__)
     parser.add_argument("--seconds", type=int, default=60, help="how long to search (default 60)")
     parser.add_argument(
         "--keep", action="store_true", help="write the minimised corpus back into the repository"
@@ -30,7 +30,7 @@ def main() -> int:
     if outcome.finding:
         print(outcome.output[-6000:], file=sys.stderr)
         print(f"fuzz: found after {outcome.executions} executions: {outcome.finding}")
-        print(f"fuzz: the input, for tests/switch/fuzz/findings.txt: {outcome.input.hex()}")
+        print(f"fuzz: the input, for tests/rigs/switch/fuzz/findings.txt: {outcome.input.hex()}")
         return 1
     best = fuzzer.minimised(corpus)
     reached = fuzzer.coverage(best)

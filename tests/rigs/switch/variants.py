@@ -11,7 +11,7 @@ from pathlib import Path
 from pykvm.switch import _native
 from pykvm.switch._native import ffi
 from pykvm.switch.build_native import COMPILE_ARGS, ROOT
-from tests.switch.native_rig import Rig
+from tests.rigs.switch.native_rig import Rig
 
 __all__ = ["AS_BUILT", "Build", "build_variant", "load_build"]
 

@@ -13,7 +13,7 @@ from pykvm.machine.bare.guest import BareGuest
 from pykvm.paging.entries import Access
 from pykvm.sizes import PAGE_SIZE
 from pykvm.toolchain.elf import ElfFile
-from tests.attacks.victim import GUESTS
+from tests.rigs.sources import GUESTS
 
 OWN_PAGES: Final = Access.READ | Access.WRITE | Access.EXECUTE
 

@@ -11,7 +11,7 @@ from typing import Final
 
 from pykvm.paging.entries import ADDRESS_MASK
 from pykvm.sizes import PAGE_SIZE
-from tests.attacks.host_tables import HostTables
+from tests.rigs.attacks.host_tables import HostTables
 from tests.rigs.tracefs import kprobes
 
 _PAGE_STRUCT: Final = 64  # bytes of struct page on x86-64

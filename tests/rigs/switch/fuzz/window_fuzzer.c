@@ -2,7 +2,7 @@
 /*
  * Fuzzes the switch with everything that guests control: the contents of all windows, at every
  * single moment, the arguments of calls, and the order in which calls, deaths and the host's own
- * steps happen. Built by tests/switch/fuzz/build.py with libFuzzer; docs/fuzzing.md explains it.
+ * steps happen. Built by tests/rigs/switch/fuzz/build.py with libFuzzer; docs/fuzzing.md explains it.
  *
  * switch.c is compiled with -fsanitize-coverage=trace-loads,trace-stores, so the compiler calls
  * __sanitizer_cov_loadN before every load and __sanitizer_cov_storeN before every store:

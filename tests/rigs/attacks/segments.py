@@ -12,7 +12,7 @@ from pykvm.machine.bare.guest import BareGuest
 from pykvm.paging.entries import Access
 from pykvm.sizes import PAGE_SIZE
 from pykvm.toolchain.elf import ElfFile
-from tests.attacks.victim import GUESTS
+from tests.rigs.sources import GUESTS
 
 VMFUNC: Final = b"\x0f\x01\xd4"
 INT_0X80: Final = b"\xcd\x80"

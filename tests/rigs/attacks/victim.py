@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Final
 
 from pykvm.elisa import crossing
@@ -17,10 +16,9 @@ from pykvm.kvm import Exit, Kvm
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.sizes import PAGE_SIZE
 from tests.rigs.probe import Probe, calls, give, prepare, results, run
+from tests.rigs.sources import OBJECTS
 
-HERE: Final = Path(__file__).parent
-VAULT: Final = HERE / "objects" / "vault.c"
-GUESTS: Final = HERE / "guests"
+VAULT: Final = OBJECTS / "vault.c"
 
 SECRET: Final = 0x5EC7_E75E_C7E7_0001
 WORD: Final = 0x09E4_5E5A_3E00_0002  # opens the vault; no guest knows it

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pykvm.switch.build_native import ROOT
-from tests.switch.fire.processes import Fire, StuckError, build_guest
+from tests.rigs.switch.fire.processes import Fire, StuckError, build_guest
 
 pytestmark = pytest.mark.unit
 

@@ -21,7 +21,7 @@ struct jump {
 	uint64_t done;
 };
 
-/* 0x08 to 0x18 are the VMM's: 64-bit code, data, and the TSS. tests/attacks/segments.py knows these. */
+/* 0x08 to 0x18 are the VMM's: 64-bit code, data, and the TSS. tests/rigs/attacks/segments.py knows these. */
 enum { NARROW_CODE = 0x28, USER_NARROW_CODE = 0x33, USER_DATA = 0x3b, USER_CODE = 0x43 };
 
 static uint64_t descriptors[] = {
