@@ -46,6 +46,7 @@ __all__ = [
 ]
 
 _CROSSING: Final = compiler.GUEST_SOURCES / "crossing"
+_INCLUDE: Final = (compiler.GUEST_SOURCES / "include",)
 _OFFSETS: Final = (
     "ENTRY_OFFSET",
     "GATE_OFFSET",
@@ -186,6 +187,7 @@ def build_object(
                 compiler.compile_source(
                     source,
                     Path(scratch) / f"{file}.o",
+                    include=_INCLUDE,
                     flags=compiler.OBJECT_FLAGS,
                     defines=macros,
                 )
@@ -200,7 +202,9 @@ def build_object(
             (directory / "image.elf").write_bytes(linked.read_bytes())
 
     rules = Path(object_code.__file__) if checked else script  # what was refused by older ones
-    key = compiler.content_key([*inputs, rules], script, compiler.OBJECT_FLAGS, macros)
+    key = compiler.content_key(
+        [*inputs, rules], script, compiler.OBJECT_FLAGS, macros, include=_INCLUDE
+    )
     path = cache.entry("object", key, make) / "image.elf"
     return _sub_image(ElfFile.parse(path.read_bytes(), name), name)
 

@@ -30,7 +30,6 @@ __all__ = [
 GUEST_SOURCES: Final = Path(__file__).resolve().parents[2] / "guest"
 """The directory of everything that runs in a guest or a sub context."""
 
-_INCLUDE_DIRECTORIES: Final = (GUEST_SOURCES / "include", GUEST_SOURCES / "bare")
 _INCLUDE: Final = re.compile(r'^[ \t]*#[ \t]*include[ \t]*["<]([^">]+)[">]', re.MULTILINE)
 
 # No SSE: nobody saves a guest's vector registers around a crossing, and these guests never switch
@@ -76,12 +75,14 @@ def build(
     sources: Sequence[Path],
     script: Path,
     *,
+    include: Sequence[Path] = (),
     flags: Sequence[str] = (),
     defines: Mapping[str, str | int] | None = None,
 ) -> Path:
     """Compile `sources`, link them with `script`, and return the cached ELF file.
 
-    `defines` are preprocessor macros and, where the value is a number, linker symbols too.
+    `include` are directories in which headers are looked up. `defines` are preprocessor macros
+    and, where the value is a number, linker symbols too.
 
     Raises:
         SourceMissingError, CompileError, LinkError, CompilerMissingError, CacheError.
@@ -90,14 +91,17 @@ def build(
 
     def make(directory: Path) -> None:
         compiled = [
-            compile_source(source, directory / f"{index}.o", flags=flags, defines=values)
+            compile_source(
+                source, directory / f"{index}.o", include=include, flags=flags, defines=values
+            )
             for index, source in enumerate(sources)
         ]
         link(compiled, script, directory / "image.elf", symbols=values)
         for file in compiled:
             file.unlink()
 
-    return cache.entry(kind, content_key(sources, script, flags, values), make) / "image.elf"
+    key = content_key(sources, script, flags, values, include=include)
+    return cache.entry(kind, key, make) / "image.elf"
 
 
 def content_key(
@@ -105,10 +109,13 @@ def content_key(
     script: Path,
     flags: Sequence[str],
     defines: Mapping[str, str | int],
+    *,
+    include: Sequence[Path] = (),
 ) -> str:
     """The cache key of a build: everything that decides its result, but no directory.
 
-    Headers are found by following `#include` lines with literal names.
+    Headers are found by following `#include` lines with literal names, beside the file that has
+    the line and in the directories of `include`.
 
     Raises:
         SourceMissingError: a source does not exist.
@@ -120,7 +127,7 @@ def content_key(
         if not source.is_file():
             raise SourceMissingError(f"no source file {source}; check its name")
         parts += [source.name, source]
-        parts += [part for header in _headers(source) for part in (header.name, header)]
+        parts += [part for header in _headers(source, include) for part in (header.name, header)]
     return cache.key(*parts)
 
 
@@ -128,6 +135,7 @@ def compile_source(
     source: Path,
     target: Path,
     *,
+    include: Sequence[Path] = (),
     flags: Sequence[str] = (),
     defines: Mapping[str, str | int] | None = None,
 ) -> Path:
@@ -140,7 +148,7 @@ def compile_source(
         [
             *("-c", *_COMMON_FLAGS, *flags),
             *(f"-D{name}={value}" for name, value in (defines or {}).items()),
-            *(f"-I{directory}" for directory in _INCLUDE_DIRECTORIES),
+            *(f"-I{directory}" for directory in include),
             # __FILE__ must not depend on where the sources lie.
             f"-fmacro-prefix-map={GUEST_SOURCES}/=",
             f"-fmacro-prefix-map={source.parent}/=",
@@ -189,14 +197,14 @@ def _run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
         )
 
 
-def _headers(source: Path) -> list[Path]:
+def _headers(source: Path, include: Sequence[Path]) -> list[Path]:
     """All headers that `source` includes, directly or not, that are not the compiler's own."""
     found: list[Path] = []
     waiting = [source]
     while waiting:
         file = waiting.pop()
         for name in _INCLUDE.findall(file.read_text(errors="replace")):
-            for directory in (file.parent, *_INCLUDE_DIRECTORIES):
+            for directory in (file.parent, *include):
                 header = directory / name
                 if header.is_file():
                     if header not in found:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.attacks import weaken
 from tests.attacks.marks import ROOT
+from tests.rigs.attacks import weaken
 from tests.rigs.attacks.weaken import NotWeakenedError, Weaken, weakened
 from tools import attacks as suite
 

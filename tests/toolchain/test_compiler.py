@@ -15,6 +15,7 @@ from pykvm.measure.programs import (
     Way,
 )
 from pykvm.toolchain import compiler, elf
+from tests.rigs.sources import GUESTS, OBJECTS
 
 pytestmark = pytest.mark.unit
 
@@ -44,16 +45,20 @@ def test_every_program_builds(program: CrossingProgram | ExchangeProgram | Burst
         assert not (segment.flags & elf.PF_W and segment.flags & elf.PF_X)
 
 
-SOURCES = sorted(
-    str(path.relative_to(compiler.GUEST_SOURCES)) for path in compiler.GUEST_SOURCES.rglob("*.[cS]")
-)
+SOURCES = [
+    source
+    for directory in (compiler.GUEST_SOURCES, GUESTS, OBJECTS)
+    for source in sorted(directory.rglob("*.[cS]"))
+    if source.parent.name != "crossing"  # which needs the crossing's own offsets
+]
 
 
-@pytest.mark.parametrize("source", [s for s in SOURCES if not s.startswith("crossing")])
-def test_no_warnings(source: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_no_warnings(source: Path, tmp_path: Path) -> None:
     compiler.compile_source(
-        compiler.GUEST_SOURCES / source,
+        source,
         tmp_path / "object.o",
+        include=build.GUEST_INCLUDE,
         flags=["-Werror"],
         defines=build.GUEST_DEFINES,
     )
@@ -96,3 +101,17 @@ def test_key_follows_nested_headers(tmp_path: Path) -> None:
     assert compiler.content_key([source], outer, [], {}) in keys
     assert compiler.content_key([source], outer, ["-O3"], {}) not in keys
     assert compiler.content_key([source], outer, [], {"MORE": 1}) not in keys
+
+
+def test_headers_are_looked_up_where_the_caller_says(tmp_path: Path) -> None:
+    source, header = tmp_path / "source.c", tmp_path / "headers" / "header.h"
+    header.parent.mkdir()
+    header.write_text("#define NUMBER 1\n")
+    source.write_text('#include "header.h"\nint number = NUMBER;\n')
+    with pytest.raises(compiler.CompileError, match=r"header\.h"):
+        compiler.compile_source(source, tmp_path / "object.o")
+    include = [header.parent]
+    compiler.compile_source(source, tmp_path / "object.o", include=include)
+    key = compiler.content_key([source], source, [], {}, include=include)
+    header.write_text("#define NUMBER 2\n")
+    assert compiler.content_key([source], source, [], {}, include=include) != key

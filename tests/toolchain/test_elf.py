@@ -24,6 +24,7 @@ def image_bytes() -> bytes:
         "bare-guest",
         [bare / "start.S", bare / "runtime.c", GUESTS / "selftest.c"],
         bare / "guest.ld",
+        include=build.GUEST_INCLUDE,
         flags=build.GUEST_FLAGS,
         defines=build.GUEST_DEFINES,
     ).read_bytes()

@@ -10,7 +10,12 @@ from pykvm.toolchain import compiler
 from pykvm.toolchain.compiler import GUEST_SOURCES
 from pykvm.toolchain.elf import ElfFile
 
-__all__ = ["GUEST_DEFINES", "GUEST_FLAGS", "build_guest"]
+__all__ = ["GUEST_DEFINES", "GUEST_FLAGS", "GUEST_INCLUDE", "build_guest"]
+
+_BARE: Final = GUEST_SOURCES / "bare"
+
+GUEST_INCLUDE: Final = (GUEST_SOURCES / "include", _BARE)
+"""Where guests' headers are looked up."""
 
 GUEST_FLAGS: Final = ("-fno-pie",)
 """Further compiler options: a guest is linked for one address."""
@@ -36,14 +41,14 @@ def build_guest(
     Raises:
         SourceMissingError, CompileError, LinkError, CompilerMissingError, CacheError.
     """
-    bare = GUEST_SOURCES / "bare"
-    paths = [bare / "start.S", bare / "runtime.c"]
-    paths += [_find(source, bare) for source in sources]
+    paths = [_BARE / "start.S", _BARE / "runtime.c"]
+    paths += [_find(source, _BARE) for source in sources]
     paths += [_find(source, GUEST_SOURCES / "objects") for source in objects]
     image = compiler.build(
         "bare-guest",
         paths,
-        bare / "guest.ld",
+        _BARE / "guest.ld",
+        include=GUEST_INCLUDE,
         flags=GUEST_FLAGS,
         defines={**GUEST_DEFINES, **(defines or {})},
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pykvm.machine.bare import boot_info
+from pykvm.machine.bare.build import GUEST_INCLUDE
 from pykvm.toolchain import compiler
 
 pytestmark = pytest.mark.unit
@@ -48,7 +49,7 @@ def checks() -> list[str]:
 def test_same_layout(tmp_path: Path) -> None:
     source = tmp_path / "layout.c"
     source.write_text('#include "boot_info.h"\n' + "\n".join(checks()) + "\n")
-    compiler.compile_source(source, tmp_path / "layout.o")
+    compiler.compile_source(source, tmp_path / "layout.o", include=GUEST_INCLUDE)
 
 
 def test_no_member_is_missing() -> None:
@@ -66,7 +67,7 @@ def test_the_comparison_notices(tmp_path: Path) -> None:
     wrong = [line.replace("== 8,", "== 9,", 1) for line in checks()]
     source.write_text('#include "boot_info.h"\n' + "\n".join(wrong) + "\n")
     with pytest.raises(compiler.CompileError, match="static assertion failed"):
-        compiler.compile_source(source, tmp_path / "layout.o")
+        compiler.compile_source(source, tmp_path / "layout.o", include=GUEST_INCLUDE)
 
 
 def test_the_page_holds_it() -> None:
