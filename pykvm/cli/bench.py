@@ -254,7 +254,7 @@ def run_interrupts(options: argparse.Namespace) -> int:
 def _require(option: str, numbers: list[int] | tuple[int, ...], low: int, high: int) -> None:
     for number in numbers:
         if not low <= number <= high:
-            raise PykvmError(f"{option} {number}: use {low} to {high}")
+            raise PykvmError(f"{option} {number} is out of range", f"use {low} to {high}")
 
 
 def _head() -> dict[str, Any]:

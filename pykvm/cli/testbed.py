@@ -100,7 +100,7 @@ def run(options: argparse.Namespace) -> int:
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     kvm = "stock" if options.stock else "none" if options.no_kvm else "payload"
     if options.also and (options.modules or kvm != "payload"):
-        raise PykvmError("--also goes with the patched modules: leave out --modules and --stock")
+        raise PykvmError("--also goes with the patched modules", "leave out --modules and --stock")
     testbed = Testbed(series=options.series)
     if options.dry_run:
         plan = testbed.plan(command or _SHELL, kvm=kvm, modules=options.modules, also=options.also)
@@ -137,7 +137,9 @@ def _environment(assignments: list[str]) -> dict[str, str]:
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
         if not equals or not name:
-            raise PykvmError(f"--env {shlex.quote(assignment)}: write NAME=VALUE")
+            raise PykvmError(
+                f"--env {shlex.quote(assignment)} sets no variable", "write NAME=VALUE"
+            )
         variables[name] = value
     return variables
 

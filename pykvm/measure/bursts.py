@@ -102,7 +102,7 @@ def measure_bursts(
             guest.start(counter.mark)
         statuses = [guest.wait(TIMEOUT) for guest in running]
         if any(statuses):
-            raise BurstStuckError("a guest gave up: run it again on a host with less load")
+            raise BurstStuckError("a guest gave up", "run it again on a host with less load")
         results = running[0].results()
         samples = send_samples(running[0].samples(), results[2])
     return _points(path, guests, scale, phases, samples, counters[0].parts)
@@ -145,7 +145,7 @@ def _points(
             continue
         if not whole:
             raise BurstStuckError(
-                f"no burst of {phase.burst} frames went through at once: use shorter bursts"
+                f"no burst of {phase.burst} frames went through at once", "use shorter bursts"
             )
         points.append(
             BurstPoint(

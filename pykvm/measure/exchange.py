@@ -132,8 +132,8 @@ def exchange(
         if any(statuses):
             arrived = " and ".join(str(result[1]) for result in results)
             raise ExchangeStuckError(
-                f"the guests gave up waiting: {arrived} frames arrived; "
-                "run it again on a host with less load"
+                f"the guests gave up waiting when {arrived} frames had arrived",
+                "run it again on a host with less load",
             )
         wrong = sum(
             _wrong_frames(guest, result, sides[1 - port], rounds)
@@ -160,7 +160,8 @@ def _limit_log(guest: BareGuest, needed: int) -> None:
     if needed > guest.info.log_size:
         raise ExchangeTooLargeError(
             f"{needed >> 20} MiB of frames to receive, a guest has room for "
-            f"{guest.info.log_size >> 20} MiB: send fewer rounds or a shorter capture"
+            f"{guest.info.log_size >> 20} MiB",
+            "send fewer rounds or a shorter capture",
         )
     guest.info.log_size = needed
 

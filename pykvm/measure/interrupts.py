@@ -101,7 +101,7 @@ def _point(
     counted = is_emulated()
     valid = [one for one in samples if one.begun < one.deadline]
     if not valid:
-        raise LateTimerError("every deadline passed before the call: run it with less load")
+        raise LateTimerError("every deadline passed before the call", "run it with less load")
     at_return = crossing.CROSSING_GVA + crossing.RETURN_OFFSET
     behind = [one.handler - one.expected for one in valid if one.rip == at_return]
     return InterruptPoint(

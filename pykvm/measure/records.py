@@ -83,7 +83,7 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
         os.replace(partial, path)
     except OSError as error:
         raise RecordError(
-            f"cannot write {path}: {error.strerror}: name a file in a folder you can write to"
+            f"cannot write {path} ({error.strerror})", "name a file in a folder you can write to"
         ) from error
 
 
@@ -92,9 +92,9 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text())
     except OSError as error:
-        raise RecordError(f"cannot read {path}: {error.strerror}") from error
+        raise RecordError(f"cannot read {path} ({error.strerror})", "check the name") from error
     except ValueError as error:
-        raise RecordError(f"{path} is not a record: {error}: measure again") from error
+        raise RecordError(f"{path} is not a record ({error})", "measure again") from error
     if not isinstance(record, dict):
-        raise RecordError(f"{path} is not a record: measure again")
+        raise RecordError(f"{path} is not a record", "measure again")
     return record
