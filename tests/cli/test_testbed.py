@@ -102,7 +102,7 @@ def test_malformed_variable_is_told() -> None:
     _need_headers()
     done = _pykvm("--no-kvm", "--env", "NAME", "--", "true")
     assert done.returncode == 1
-    assert done.stderr == "pykvm: --env NAME: write NAME=VALUE\n"
+    assert done.stderr == "pykvm: --env NAME sets no variable: write NAME=VALUE\n"
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "soon", "nan"])
