@@ -5,14 +5,10 @@ import pytest
 
 from pykvm.elisa.protections import Protection
 from pykvm.elisa.trusted_images import build_object, crossing_images
-from tests.attacks.test_exceptions import FAULTY, NO_BOUND
-from tests.attacks.test_exits import WRITES
-from tests.attacks.test_page_tables import wild_declaration
-from tests.attacks.test_processor_state import BY_GS, BY_SSE, UNCHECKED
-from tests.attacks.test_state import NO_CLD, NO_STACK, NOP
-from tests.attacks.test_weakened_events import SLOW
+from tests.rigs.attacks.edits import BY_GS, BY_SSE, NO_BOUND, NO_CLD, NO_STACK, UNCHECKED, WRITES
 from tests.rigs.attacks.host_tables import RECKLESS
 from tests.rigs.attacks.leap import Leaper
+from tests.rigs.attacks.objects import FAULTY, LEAKING_NOP, SLOW, WILD_DECLARATION
 from tests.rigs.attacks.segments import Jumper
 from tests.rigs.attacks.victim import VAULT
 from tests.rigs.attacks.weak_contexts import edited_object, weak_gate, weak_sub_entry
@@ -28,7 +24,7 @@ def test_guests_and_objects() -> None:
     for source in (VAULT, FAULTY, SLOW):
         assert "vault_copy" in build_object([source]).symbols
     assert "vault_copy" in build_object([VAULT], user=True).symbols
-    for declaration in (wild_declaration(), NOP, RECKLESS):
+    for declaration in (WILD_DECLARATION, LEAKING_NOP, RECKLESS):
         declaration.open().close()
 
 

@@ -3,26 +3,22 @@
 import pytest
 
 from pykvm.elisa import crossing
-from pykvm.elisa.exits import ElisaExit
 from pykvm.elisa.objects import ObjectInstance
 from pykvm.elisa.protections import Protection
 from pykvm.elisa.trusted_images import crossing_images
 from pykvm.kernel import uapi
-from pykvm.kvm import Exit, Kvm
+from pykvm.kvm import Kvm
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.sizes import PAGE_SIZE
 from tests.rigs.attacks.host_addresses import forge_ept, guest_page, host_address
 from tests.rigs.attacks.leap import OWN_PAGES, Leap, Leaper, Register, give_leaps, left
+from tests.rigs.attacks.vault_calls import copy_secret, failed, home_stack
 from tests.rigs.attacks.victim import (
-    AT_DEFAULT,
     AT_GATE,
     SECRET,
-    SHARED,
-    WINDOW,
     C,
     join,
-    put,
     still_serves,
     stolen,
     stop_at,
@@ -35,35 +31,6 @@ from tests.rigs.probe import run
 pytestmark = pytest.mark.elisa
 
 TRANSIENT = uapi.lib.KVM_ELISA_SLOT_TRANSIENT
-
-
-def copy_secret(instance: ObjectInstance, slot: int) -> Leap:
-    """To the vault's internal function, with arguments that make it copy the secret into the
-    window, and a stack there that leads home through the sub entry page's own last instructions."""
-    home = C + instance.symbols["serve"] + 5  # behind the call: pop %rsp and on
-    put(instance.window(0), 0x1000, home)
-    put(instance.window(0), 0x1008, layout.STACK_GPA + 0x800)
-    return Leap(
-        C + instance.symbols["vault_copy"],
-        slot,
-        {Register.RDI: WINDOW, Register.RSI: SHARED, Register.RSP: WINDOW + 0x1000},
-    )
-
-
-def home_stack(guest: BareGuest) -> None:
-    """Where `copy_secret` ends: a return address on the guest's own stack."""
-    back = Leaper().image().address_of("leap_back")
-    guest.memory.write(layout.STACK_GPA + 0x800, back.to_bytes(8, "little"))
-
-
-def failed(exits: list[Exit]) -> list[tuple[int, int]]:
-    """Function and index of each VMFUNC that the VMM was told of; there was nothing else."""
-    told = []
-    for exit in exits:
-        assert isinstance(exit, ElisaExit), exit
-        assert (exit.cause, exit.at) == (uapi.lib.KVM_ELISA_EXIT_VMFUNC, AT_DEFAULT), exit
-        told.append((exit.function, exit.index))
-    return told
 
 
 # ---- T1: the transient slot ----------------------------------------------------------------------

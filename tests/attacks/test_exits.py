@@ -13,8 +13,9 @@ from pykvm.kvm import Kvm
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.sizes import PAGE_SIZE
-from tests.attacks.test_exceptions import FAULTY
+from tests.rigs.attacks.edits import WRITES
 from tests.rigs.attacks.leap import OWN_PAGES, Leap, Register, give_leaps
+from tests.rigs.attacks.objects import FAULTY
 from tests.rigs.attacks.victim import (
     AT_SUB,
     SHARED,
@@ -25,14 +26,11 @@ from tests.rigs.attacks.victim import (
     stop_at,
     vault,
 )
-from tests.rigs.attacks.weak_contexts import Edit, edited_object
+from tests.rigs.attacks.weak_contexts import edited_object
 from tests.rigs.attacks.weaken import Weaken, weakened
 from tests.rigs.probe import run
 
 pytestmark = pytest.mark.elisa
-
-WRITES: Edit = (r"\(void\)READ_ONCE\(\*\(uint64_t \*\)a2\);", "WRITE_ONCE(*(uint64_t *)a2, 0);")
-"""The object with a mistake writes where its caller says."""
 
 # Mapped, but not writable: an EPT violation, not a page fault.
 READ_ONLY = {

@@ -17,8 +17,8 @@ from pykvm.machine.bare.guest import BareGuest
 from pykvm.memory.guest_memory import MemoryFile, Region
 from pykvm.paging.entries import Access
 from pykvm.sizes import PAGE_SIZE
-from tests.attacks.test_entries import copy_secret, failed, home_stack
 from tests.rigs.attacks.leap import Leap, Leaper, Register, give_leaps, left
+from tests.rigs.attacks.vault_calls import copy_secret, failed, home_stack
 from tests.rigs.attacks.victim import (
     AT_GATE,
     WINDOW,

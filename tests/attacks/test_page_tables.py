@@ -6,8 +6,7 @@ import pytest
 
 from pykvm.elisa import crossing
 from pykvm.elisa.contexts import ContextPlan
-from pykvm.elisa.objects import ObjectInstance, SharedObject
-from pykvm.elisa.protections import Protection
+from pykvm.elisa.objects import ObjectInstance
 from pykvm.kernel import uapi
 from pykvm.kvm import Kvm
 from pykvm.machine.bare import layout
@@ -16,13 +15,13 @@ from pykvm.memory.guest_memory import MemoryFile, Region
 from pykvm.paging.entries import Access
 from pykvm.sizes import PAGE_SIZE
 from tests.rigs.attacks.leap import Leap, Leaper, Register, give_leaps, left
+from tests.rigs.attacks.objects import WILD_DECLARATION
 from tests.rigs.attacks.victim import (
     AT_GATE,
     NOTE,
     SHARED,
     SHARED_PAGES,
     WINDOW,
-    WINDOW_PAGES,
     C,
     join,
     knocks,
@@ -34,7 +33,7 @@ from tests.rigs.attacks.victim import (
     vault,
 )
 from tests.rigs.attacks.weak_contexts import WeakAttachment, also_map, window_pages
-from tests.rigs.probe import WILD, Probe, Wild, calls, give, results, run
+from tests.rigs.probe import Probe, Wild, calls, give, results, run
 
 pytestmark = pytest.mark.elisa
 
@@ -282,21 +281,11 @@ ALIAS = 0x80000  # an offset in the crossing area at which a sub context has not
 SPOILED = b"\xb8\x37\x13\x00\x00\xc3"  # mov $0x1337, %eax; ret
 
 
-def wild_declaration() -> SharedObject:
-    return SharedObject(
-        "wild",
-        WILD,
-        guests=2,
-        window=WINDOW_PAGES * PAGE_SIZE,
-        without={Protection.CODE_CHECK},
-    )
-
-
 @pytest.mark.control("T16")
 def test_writable_code_is_rewritten(kvm: Kvm) -> None:
     """The kernel refuses pages that are writable and executable; here the same page is both, at two
     addresses. An object that writes where its caller says is no longer the same."""
-    with wild_declaration().open() as instance, BareGuest(kvm, Probe()) as guest:
+    with WILD_DECLARATION.open() as instance, BareGuest(kvm, Probe()) as guest:
         (code,) = [
             pages for offset, pages, _ in instance._image.common if offset == crossing.IMAGE_OFFSET
         ]
@@ -319,7 +308,7 @@ def test_writable_code_is_rewritten(kvm: Kvm) -> None:
 @pytest.mark.control("T16")
 def test_writable_tables_are_rewritten(kvm: Kvm) -> None:
     """The guest puts its window in the place of the object's environment, and is somebody else."""
-    with wild_declaration().open() as instance, BareGuest(kvm, Probe()) as guest:
+    with WILD_DECLARATION.open() as instance, BareGuest(kvm, Probe()) as guest:
         tables_gpa = SUB + crossing.PRIVATE_TABLES_OFFSET
 
         def reach_tables(plan: ContextPlan) -> None:

@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 import pytest
 
-from pykvm.elisa.protections import Protection
 from pykvm.kvm import Kvm
 from pykvm.machine.bare.guest import BareGuest
-from tests.attacks.test_state import LETTER, LETTER_AT, opens, post
+from tests.rigs.attacks.edits import BY_GS, BY_SSE, UNCHECKED
 from tests.rigs.attacks.leap import FLAGS, Leap, Register, give_leaps, left
+from tests.rigs.attacks.vault_calls import LETTER, LETTER_AT, opens, post
 from tests.rigs.attacks.victim import (
     KNOCK,
     SECRET,
@@ -92,16 +92,6 @@ def test_state_that_trusted_code_has_no_use_for(kvm: Kvm, guest: BareGuest, name
         assert after[1].cr0 == before[1].cr0
         assert untouched(instance)
         assert still_serves(kvm, instance)
-
-
-UNCHECKED = frozenset({Protection.CODE_CHECK})
-_KNOCK = r"return __atomic_add_fetch\(&vault->knocks, 1, __ATOMIC_RELAXED\);"
-BY_GS: Edit = (_KNOCK, r'__asm__("mov %%gs:0, %0" : "=r"(a1)); return a1;')
-BY_SSE: Edit = (  # one half, as an integer
-    _KNOCK,
-    r'__asm__("cvtsi2sdq %1, %%xmm0; cvtsi2sdq %2, %%xmm1; divsd %%xmm1, %%xmm0; '
-    r'cvtsd2siq %%xmm0, %0" : "=r"(a1) : "r"(1ull), "r"(2ull)); return a1;',
-)
 
 
 def knock(guest: BareGuest, edit: Edit, state: Callable[[BareGuest], None]) -> int | None:

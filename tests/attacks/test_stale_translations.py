@@ -16,7 +16,6 @@ from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.memory.guest_memory import MemoryFile, Region
 from pykvm.sizes import PAGE_SIZE
-from tests.attacks.test_entries import failed
 from tests.rigs.attacks.host_addresses import host_address
 from tests.rigs.attacks.host_tables import (
     RECKLESS,
@@ -27,6 +26,7 @@ from tests.rigs.attacks.host_tables import (
 )
 from tests.rigs.attacks.leap import Leap, Leaper, Register, give_leaps, left
 from tests.rigs.attacks.page_frees import base_of_pages, flushed_before, traced_frees
+from tests.rigs.attacks.vault_calls import failed
 from tests.rigs.attacks.victim import SHARED, C, put
 from tests.rigs.attacks.weaken import Weaken, weakened
 from tests.rigs.probe import Wild, run

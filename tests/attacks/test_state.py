@@ -3,22 +3,21 @@ on the return."""
 
 import pytest
 
-from pykvm.elisa.objects import ObjectInstance, SharedObject
-from pykvm.elisa.protections import Protection
+from pykvm.elisa.objects import ObjectInstance
 from pykvm.kvm import Kvm
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.sizes import PAGE_SIZE
-from pykvm.toolchain.compiler import GUEST_SOURCES
+from tests.rigs.attacks.edits import NO_CLD, NO_STACK
 from tests.rigs.attacks.leap import FLAGS, OWN_PAGES, Leap, Leaper, Register, give_leaps, left
+from tests.rigs.attacks.objects import LEAKING_NOP
+from tests.rigs.attacks.vault_calls import LETTER, LETTER_AT, opens, post
 from tests.rigs.attacks.victim import (
     KNOCK,
     OPEN,
-    POST,
     SHARED,
     VAULT,
     WINDOW,
-    WINDOW_PAGES,
     WORD_AT,
     C,
     join,
@@ -28,7 +27,7 @@ from tests.rigs.attacks.victim import (
     vault,
     word,
 )
-from tests.rigs.attacks.weak_contexts import Edit, WeakAttachment, weak_gate, weak_sub_entry
+from tests.rigs.attacks.weak_contexts import WeakAttachment, weak_gate, weak_sub_entry
 from tests.rigs.probe import run
 
 pytestmark = pytest.mark.elisa
@@ -43,19 +42,6 @@ ODD_FLAGS = {
     "privilege level 3": 3 << 12,
     "no alignment check": 0,
 }
-LETTER = 24  # bytes; backwards from its first byte they reach the vault's word
-LETTER_AT = 64
-
-
-def post(slot: int, flags: int) -> Leap:
-    return Leap(
-        slot=slot,
-        registers={Register.RDI: POST, Register.RSI: LETTER, Register.RFLAGS: flags},
-    )
-
-
-def opens(slot: int, key: int) -> Leap:
-    return Leap(slot=slot, registers={Register.RDI: OPEN, Register.RSI: key})
 
 
 @pytest.mark.attack("T14")
@@ -74,9 +60,6 @@ def test_odd_flags(kvm: Kvm, guest: BareGuest, name: str) -> None:
         letter[:] = bytes(LETTER)
         assert untouched(instance)
         assert still_serves(kvm, instance)
-
-
-NO_CLD: Edit = (r"^\tcld\b.*$", "\tnop")
 
 
 @pytest.mark.control("T14")
@@ -124,9 +107,6 @@ def test_odd_stack_pointers(kvm: Kvm, guest: BareGuest, name: str) -> None:
         assert still_serves(kvm, instance)
 
 
-NO_STACK: Edit = (r"^\tlea\tstack \+ ELISA_STACK_SIZE - 16\(%rip\), %rsp.*$", "")
-
-
 @pytest.mark.control("T14")
 def test_without_a_stack_of_its_own_the_guests_is_written_to(guest: BareGuest) -> None:
     """A sub entry that keeps rsp: its call writes the return address over the vault's word."""
@@ -153,12 +133,6 @@ def test_without_a_stack_of_its_own_the_guests_is_written_to(guest: BareGuest) -
 
 CLEARED = [Register[name] for name in ("RCX", "RSI", "RDI", "R8", "R9", "R10", "R11")]
 KEPT = [Register[name] for name in ("RBX", "RBP", "R12", "R13", "R14", "R15")]
-NOP = SharedObject(
-    "nop",
-    GUEST_SOURCES / "objects" / "nop.c",
-    window=WINDOW_PAGES * PAGE_SIZE,
-    without={Protection.REGISTER_CLEARING},
-)
 MINE = 0x5A5A_A5A5_1234_8765
 
 
@@ -185,7 +159,7 @@ def test_nothing_is_left_in_registers(guest: BareGuest) -> None:
 def test_without_clearing_an_eptp_is_left(guest: BareGuest) -> None:
     """What the gate loaded, and an object that does nothing leaves alone: the host physical
     address of the sub context's EPT."""
-    with NOP.open() as instance:
+    with LEAKING_NOP.open() as instance:
         out = registers_after(guest, instance)
         # Write-back, four levels, no accessed and dirty flags (SDM vol. 3C, table 25-9).
         leaked = [out[r] for r in CLEARED if out[r] & 0xFFF == 0x1E and 0 < out[r] >> 12 < 1 << 40]

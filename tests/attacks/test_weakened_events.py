@@ -7,19 +7,19 @@ import pytest
 from pykvm.elisa import crossing
 from pykvm.elisa.attachment import Attachment
 from pykvm.elisa.exits import ElisaExit
-from pykvm.elisa.objects import ObjectInstance, SharedObject
+from pykvm.elisa.objects import ObjectInstance
 from pykvm.kernel import uapi
 from pykvm.kvm import Kvm, UnexpectedExitError
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.paging.entries import Access
 from pykvm.sizes import PAGE_SIZE
-from tests.attacks.test_exceptions import GDT_AT, IDT_AT, TRAP_GATE, handler
+from tests.rigs.attacks.exceptions import GDT_AT, IDT_AT, TRAP_GATE, handler
+from tests.rigs.attacks.objects import SLOW_DECLARATION
 from tests.rigs.attacks.victim import (
     AT_SUB,
     SECRET,
     SHARED,
-    SHARED_PAGES,
     WINDOW,
     WINDOW_PAGES,
     C,
@@ -39,19 +39,10 @@ from tests.rigs.interrupts import (
 )
 from tests.rigs.probe import Probe, Step, Table, What, calls, events_taken, give, results
 from tests.rigs.smram import smram
-from tests.rigs.sources import OBJECTS
 from tests.rigs.spinning import event_guest, wait_for
 
 pytestmark = [pytest.mark.elisa, pytest.mark.weakened]
 
-SLOW = OBJECTS / "slow.c"
-DECLARATION = SharedObject(
-    "slow",
-    SLOW,
-    shared=SHARED_PAGES * PAGE_SIZE,
-    window=WINDOW_PAGES * PAGE_SIZE,
-    guests=2,
-)
 # In struct slow:
 BEGUN_AT, ENDED_AT, RELEASE_AT, TURNS_AT = 8, 16, 24, 32
 IDT_SIZE, GDT_SIZE = 0x1000, 64
@@ -76,7 +67,7 @@ def unblock_nmis(kvm: Kvm) -> None:
 
 @pytest.fixture
 def instance() -> Iterator[ObjectInstance]:
-    with DECLARATION.open() as instance:
+    with SLOW_DECLARATION.open() as instance:
         put(instance.shared, 0, SECRET)
         yield instance
 

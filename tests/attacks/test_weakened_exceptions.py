@@ -5,9 +5,8 @@ import pytest
 
 from pykvm.elisa.objects import ObjectInstance
 from pykvm.machine.bare.guest import BareGuest
-from tests.attacks.test_exceptions import (
+from tests.rigs.attacks.exceptions import (
     BAD_POINTERS,
-    FAULTY_DECLARATION,
     GDT_AT,
     GENERAL_PROTECTION,
     IDT_AT,
@@ -17,6 +16,7 @@ from tests.attacks.test_exceptions import (
     hijack,
 )
 from tests.rigs.attacks.leap import Leap, Register, give_leaps
+from tests.rigs.attacks.objects import FAULTY_DECLARATION
 from tests.rigs.attacks.victim import SECRET, SHARED, WINDOW, C, join, put, stolen, vault
 from tests.rigs.attacks.weaken import Weaken, weakened
 from tests.rigs.probe import run

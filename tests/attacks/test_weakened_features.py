@@ -8,8 +8,8 @@ import pytest
 from pykvm.elisa.hidden_features import HIDDEN_FEATURES, HiddenFeature
 from pykvm.kvm import Kvm
 from pykvm.machine.bare.guest import BareGuest
-from tests.elisa.test_hidden_features import (
-    CR4,
+from tests.rigs.attacks.weaken import Weaken, weakened
+from tests.rigs.hidden_features import (
     FEATURE_CONTROL,
     HIDDEN_CR4,
     HIDDEN_MSRS,
@@ -17,8 +17,8 @@ from tests.elisa.test_hidden_features import (
     VMX_ENABLED,
     leaves_with,
 )
-from tests.rigs.attacks.weaken import Weaken, weakened
 from tests.rigs.probe import Probe, Step, What, faults, give, results, run
+from tests.rigs.processor_modes import CR4
 
 pytestmark = [pytest.mark.elisa, pytest.mark.weakened]
 

@@ -7,10 +7,19 @@ import pytest
 
 from pykvm.kernel import uapi
 from pykvm.kvm import Kvm
-from tests.elisa.test_limits import PAGES, close, sends
 from tests.rigs.attacks.weaken import Weaken, weakened
 from tests.rigs.child import CAP_IPC_LOCK, in_child
-from tests.rigs.context_requests import PAGE, Request, chain, good, leaf, new_machine
+from tests.rigs.context_requests import (
+    GOOD_PAGES,
+    PAGE,
+    Request,
+    chain,
+    close,
+    good,
+    leaf,
+    new_machine,
+    sends,
+)
 from tests.rigs.host_state import nothing_stays, pinned_pages
 
 pytestmark = [pytest.mark.elisa, pytest.mark.weakened]
@@ -26,7 +35,11 @@ def test_more_contexts_than_the_vm_may_have(kvm: Kvm) -> None:
 
 @pytest.mark.control("T21")
 def test_more_pages_than_the_vm_may_have(kvm: Kvm) -> None:
-    with weakened(Weaken.LIMITS), new_machine(kvm, pages=PAGES - 1) as machine, nothing_stays():
+    with (
+        weakened(Weaken.LIMITS),
+        new_machine(kvm, pages=GOOD_PAGES - 1) as machine,
+        nothing_stays(),
+    ):
         files = sends(machine, 20)
         assert min(files) > 0
         close(*files)
@@ -63,7 +76,7 @@ def test_memory_that_may_not_be_locked() -> None:
             return pinned if min(files) > 0 else min(files)
 
     with weakened(Weaken.LIMITS), nothing_stays():
-        assert in_child(body, without=CAP_IPC_LOCK, memlock=PAGE) == 10 * (PAGES - 4)
+        assert in_child(body, without=CAP_IPC_LOCK, memlock=PAGE) == 10 * (GOOD_PAGES - 4)
 
 
 def test_the_same_with_limits() -> None:

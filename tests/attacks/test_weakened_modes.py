@@ -11,7 +11,10 @@ from pykvm.kvm import Exit, Hlt, Kvm
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.paging.entries import Access
 from pykvm.sizes import PAGE_SIZE
-from tests.elisa.test_mode_lock import (
+from tests.rigs.attacks.victim import AT_GATE
+from tests.rigs.attacks.weaken import Weaken, weakened
+from tests.rigs.probe import Step, What, faults, give, probe_guest, results, run
+from tests.rigs.processor_modes import (
     CODE,
     CR4,
     LONG_MODE_CODE,
@@ -21,9 +24,6 @@ from tests.elisa.test_mode_lock import (
     try_vmfunc,
     vmfunc_in,
 )
-from tests.rigs.attacks.victim import AT_GATE
-from tests.rigs.attacks.weaken import Weaken, weakened
-from tests.rigs.probe import Step, What, faults, give, probe_guest, results, run
 
 pytestmark = [pytest.mark.elisa, pytest.mark.weakened]
 

@@ -12,6 +12,7 @@ from pykvm.kvm import IoctlError, Kvm, ffi
 from tests.rigs.child import CAP_IPC_LOCK, CAP_SYS_ADMIN, in_child
 from tests.rigs.context_requests import (
     EPTP,
+    GOOD_PAGES,
     PAGE,
     Machine,
     Memory,
@@ -19,26 +20,16 @@ from tests.rigs.context_requests import (
     Request,
     call,
     chain,
+    close,
     good,
     leaf,
     new_machine,
+    sends,
     set_slot,
 )
 from tests.rigs.host_state import host_state, locked_kib, nothing_stays
 
 pytestmark = pytest.mark.elisa
-
-TABLES = 4  # of `good`, and three user pages
-PAGES = TABLES + 3
-
-
-def sends(machine: Machine, count: int) -> list[int]:
-    return [good(machine).send(machine.vm) for _ in range(count)]
-
-
-def close(*files: int) -> None:
-    for file in files:
-        os.close(file)
 
 
 @pytest.mark.attack("T21")
@@ -62,7 +53,7 @@ def test_contexts(kvm: Kvm) -> None:
 @pytest.mark.attack("T21")
 def test_pages(kvm: Kvm) -> None:
     """Table pages count as pinned ones do."""
-    with new_machine(kvm, pages=2 * PAGES) as machine, nothing_stays():
+    with new_machine(kvm, pages=2 * GOOD_PAGES) as machine, nothing_stays():
         first, second, third = sends(machine, 3)
         assert min(first, second) > 0
         assert third == -errno.ENOSPC
@@ -72,9 +63,9 @@ def test_pages(kvm: Kvm) -> None:
         assert third > 0
         assert small.send(machine.vm) == -errno.ENOSPC
         close(second, third)
-    with new_machine(kvm, pages=PAGES - 1) as machine, nothing_stays():
+    with new_machine(kvm, pages=GOOD_PAGES - 1) as machine, nothing_stays():
         assert good(machine).send(machine.vm) == -errno.ENOSPC
-    with new_machine(kvm, pages=PAGES) as machine, nothing_stays():
+    with new_machine(kvm, pages=GOOD_PAGES) as machine, nothing_stays():
         close(good(machine).send(machine.vm))
 
 
@@ -102,7 +93,7 @@ def test_limits_are_each_vms_own(kvm: Kvm) -> None:
 
 
 def test_a_refused_request_counts_for_nothing(kvm: Kvm) -> None:
-    with new_machine(kvm, contexts=1, pages=PAGES) as machine, nothing_stays():
+    with new_machine(kvm, contexts=1, pages=GOOD_PAGES) as machine, nothing_stays():
         for _ in range(20):
             bad = good(machine, leaf(0), leaf(9))
             assert bad.send(machine.vm) == -errno.EINVAL
@@ -177,14 +168,16 @@ def test_calls_of_a_vm_that_has_not_opted_in(kvm: Kvm) -> None:
 
 
 @pytest.mark.attack("T21")
-@pytest.mark.parametrize(("allowed", "expected"), [(PAGES - 1, -errno.ENOMEM), (PAGES, 1)])
+@pytest.mark.parametrize(
+    ("allowed", "expected"), [(GOOD_PAGES - 1, -errno.ENOMEM), (GOOD_PAGES, 1)]
+)
 def test_locked_memory(allowed: int, expected: int) -> None:
     """Pinned pages and table pages are charged, unless the caller has CAP_IPC_LOCK."""
 
     def body() -> int:
         with Kvm() as kvm, new_machine(kvm) as machine:
             answer = good(machine).send(machine.vm)
-            assert locked_kib() == (PAGES * PAGE >> 10 if answer > 0 else 0)
+            assert locked_kib() == (GOOD_PAGES * PAGE >> 10 if answer > 0 else 0)
             if answer > 0:
                 os.close(answer)
                 assert locked_kib() == 0

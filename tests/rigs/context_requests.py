@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -139,3 +140,16 @@ def good(machine: Machine, *leaves: int) -> Request:
 def revoke(vm: Vm, vcpu_id: int, slot: int) -> int:
     request = uapi.ffi.new("struct kvm_elisa_revoke *", {"vcpu": vcpu_id, "slot": slot})
     return call(vm, "KVM_ELISA_REVOKE", request)
+
+
+GOOD_PAGES = 7
+"""What a VM is charged for a context of `good`: four tables and three user pages."""
+
+
+def sends(machine: Machine, count: int) -> list[int]:
+    return [good(machine).send(machine.vm) for _ in range(count)]
+
+
+def close(*files: int) -> None:
+    for file in files:
+        os.close(file)
