@@ -10,7 +10,7 @@ import pytest
 
 pytestmark = pytest.mark.unit
 
-TESTS = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 
 SAMPLE = """
 import pytest
@@ -32,16 +32,16 @@ def test_skips_itself():
 def _pytest(
     directory: Path, sample: str, require: str | None = None, *arguments: str
 ) -> subprocess.CompletedProcess[str]:
-    shutil.copy(TESTS / "conftest.py", directory)
-    shutil.copy(TESTS.parent / "pyproject.toml", directory)
+    shutil.copy(ROOT / "pyproject.toml", directory)
     (directory / "test_sample.py").write_text(sample)
     # Pretending to be inside the emulated host takes the tier `testbed` away.
-    environment = {**os.environ, "PYKVM_TESTBED": "1"}
+    environment = {**os.environ, "PYKVM_TESTBED": "1", "PYTHONPATH": str(ROOT)}
     environment.pop("PYKVM_REQUIRE", None)
     if require is not None:
         environment["PYKVM_REQUIRE"] = require
+    plugins = ["-p", "tests.rigs.tiers", "-p", "no:cacheprovider"]
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "test_sample.py", *arguments],
+        [sys.executable, "-m", "pytest", *plugins, "test_sample.py", *arguments],
         cwd=directory,
         env=environment,
         capture_output=True,

@@ -1,4 +1,4 @@
-"""What the attacks start from: a KVM, and a guest whose program leaps."""
+"""A guest whose program leaps."""
 
 from collections.abc import Iterator
 
@@ -7,9 +7,6 @@ import pytest
 from pykvm.kvm import Kvm
 from pykvm.machine.bare.guest import BareGuest
 from tests.rigs.attacks.leap import Leaper
-from tests.rigs.fixtures import counter, kvm, quiet
-
-__all__ = ["counter", "guest", "kvm", "quiet"]
 
 
 @pytest.fixture

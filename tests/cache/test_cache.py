@@ -9,12 +9,7 @@ import pytest
 
 from pykvm import cache
 
-pytestmark = pytest.mark.unit
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYKVM_CACHE", str(tmp_path / "cache"))
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("own_cache")]
 
 
 def test_root_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,14 +10,9 @@ from pykvm import cache
 from pykvm.cache import pruning as cache_pruning
 from pykvm.cli.main import main
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("own_cache")]
 
 DAY = 86400
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYKVM_CACHE", str(tmp_path / "cache"))
 
 
 def _made(key: str, days: float, kind: str = "kind") -> Path:

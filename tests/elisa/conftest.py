@@ -1,4 +1,4 @@
-"""What tests on the patched KVM start from: a guest that does steps, or a VM for raw calls."""
+"""A guest that does steps, and a VM for raw calls."""
 
 from collections.abc import Iterator
 
@@ -7,10 +7,7 @@ import pytest
 from pykvm.kvm import Kvm
 from pykvm.machine.bare.guest import BareGuest
 from tests.rigs.context_requests import Machine, new_machine
-from tests.rigs.fixtures import counter, kvm, quiet
 from tests.rigs.probe import probe_guest
-
-__all__ = ["counter", "guest", "kvm", "machine", "quiet"]
 
 
 @pytest.fixture

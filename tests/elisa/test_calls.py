@@ -19,7 +19,7 @@ from pykvm.kvm import (
     Kvm,
     ffi,
 )
-from tests.kvm.conftest import RealModeGuest, run
+from tests.rigs.real_mode import RealModeGuest, run
 
 USER = uapi.lib.KVM_HC_ELISA_USER
 

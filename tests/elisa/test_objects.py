@@ -15,6 +15,7 @@ from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.sizes import PAGE_SIZE
 from pykvm.toolchain.compiler import GUEST_SOURCES, CompileError, SourceMissingError
+from tests.rigs.messages import one_line
 from tests.rigs.probe import WILD, Probe, Step, What, calls, give, results, run
 
 UNCHECKED = frozenset({Protection.CODE_CHECK})
@@ -88,12 +89,6 @@ def test_a_users_object_is_built(tmp_path: Path) -> None:
     source.write_text(MAILBOX)
     image = build_object([source])
     assert [part.writable for part in image.parts] == [False] * (len(image.parts) - 1) + [True]
-
-
-def one_line(error: BaseException) -> str:
-    text = str(error)
-    assert "\n" not in text
-    return text
 
 
 @pytest.mark.unit

@@ -15,18 +15,13 @@ from pykvm.elisa.trusted_images import VMFUNC, SubImage, build_object
 from pykvm.sizes import PAGE_SIZE
 from pykvm.toolchain import compiler
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("own_cache")]
 
 HEAD = '#include "elisa_object.h"\n'
 SERVE = (
     "uint64_t elisa_serve(uint64_t a0, uint64_t a1, uint64_t a2, const struct elisa_env *env)\n"
     "{ (void)a0; (void)a1; (void)a2; (void)env; %s }\n"
 )
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYKVM_CACHE", str(tmp_path / "cache"))
 
 
 def build(tmp_path: Path, text: str, name: str = "object.c") -> SubImage:

@@ -61,12 +61,6 @@ class Intruder:
 
 
 @pytest.fixture
-def kvm() -> Iterator[Kvm]:
-    with Kvm() as kvm:
-        yield kvm
-
-
-@pytest.fixture
 def counter() -> Iterator[ObjectInstance]:
     source = GUEST_SOURCES / "objects" / "counter.c"
     with SharedObject("counter", source, shared=8, window=8, guests=2).open() as instance:

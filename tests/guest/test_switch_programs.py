@@ -1,7 +1,6 @@
 """exchange.c and burst.c: over the mapped switch on any /dev/kvm, by all paths with the patch."""
 
 import random
-from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
@@ -30,12 +29,6 @@ PATHS = [
     pytest.param(SwitchPath.VMCALL, id="vmcall", marks=pytest.mark.elisa),
     pytest.param(SwitchPath.VMFUNC, id="vmfunc", marks=pytest.mark.elisa),
 ]
-
-
-@pytest.fixture
-def kvm() -> Iterator[Kvm]:
-    with Kvm() as kvm:
-        yield kvm
 
 
 def conversation(own: int, other: int, count: int, seed: int) -> list[bytes]:

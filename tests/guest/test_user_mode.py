@@ -1,7 +1,5 @@
 """Calls from user mode (CPL 3), with CR4.SMEP and CR4.SMAP on, through user attachments."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from pykvm.elisa.exits import ElisaExit
@@ -19,12 +17,6 @@ from tests.rigs.sources import OBJECTS
 UNALIGNED = OBJECTS / "unaligned.c"
 COUNTER = GUEST_SOURCES / "objects" / "counter.c"
 EXCEPTION, TRIPLE_FAULT = 0, 2  # SDM vol. 3D, appendix C
-
-
-@pytest.fixture
-def kvm() -> Iterator[Kvm]:
-    with Kvm() as kvm:
-        yield kvm
 
 
 def run(

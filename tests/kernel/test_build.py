@@ -19,7 +19,7 @@ from pykvm.kernel import build as kernel
 from pykvm.kernel import packages as kernel_packages
 from pykvm.kernel import series as kernel_series
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("own_cache")]
 
 RELEASE = "6.1.0-99-made-amd64"
 
@@ -89,11 +89,6 @@ def _make_patch(patches: Path, was: str = "int two;") -> Path:
 def _kept_modules() -> list[str]:
     names = [path.name for path in (cache.root() / "modules").iterdir()]
     return [name for name in names if not name.endswith(".lock")]
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYKVM_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture

@@ -8,12 +8,7 @@ import pytest
 from pykvm.kernel import selftests as kernel_selftests
 from pykvm.kernel.packages import Source
 
-pytestmark = pytest.mark.unit
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYKVM_CACHE", str(tmp_path / "cache"))
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("own_cache")]
 
 
 def test_source_that_is_no_archive(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pykvm.kernel import packages as kernel_packages
 from pykvm.kernel import series as kernel_series
 from pykvm.kernel.series import HostKernel
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("own_cache")]
 
 _NEW, _OLD = "6.12.117+deb12-cloud-amd64", "6.12.99+deb12-cloud-amd64"
 
@@ -35,8 +35,7 @@ linux-source-6.12 | 6.12.117-1 | http://mirror.example bookworm/main Sources
 
 
 @pytest.fixture(autouse=True)
-def _no_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYKVM_CACHE", str(tmp_path / "cache"))
+def _no_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     really = kernel_packages.installed_headers
 
     def installed(src: Path = kernel_packages.SRC) -> list[str]:

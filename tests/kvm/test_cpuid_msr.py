@@ -16,7 +16,8 @@ from pykvm.kvm import (
     lib,
 )
 from pykvm.kvm.msr import pack_msr_filter
-from tests.kvm.conftest import RealModeGuest, need, run
+from tests.rigs.needs import need
+from tests.rigs.real_mode import RealModeGuest, run
 
 pytestmark = pytest.mark.kvm
 

@@ -7,7 +7,7 @@ import pytest
 
 from pykvm.kvm import IoctlError, Kvm, Vm, lib
 from pykvm.kvm.handle import Handle
-from tests.kvm.conftest import need
+from tests.rigs.needs import need
 
 pytestmark = pytest.mark.kvm
 

@@ -19,7 +19,8 @@ from pykvm.kvm import (
     Vm,
     lib,
 )
-from tests.kvm.conftest import RealModeGuest, need, refused_without, run
+from tests.rigs.needs import need, refused_without
+from tests.rigs.real_mode import RealModeGuest, run
 
 pytestmark = pytest.mark.kvm
 

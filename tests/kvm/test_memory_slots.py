@@ -1,7 +1,6 @@
 """pykvm.kvm.vm: memory slots, read-only memory, dirty logs, coalesced writes."""
 
 import errno
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -16,11 +15,12 @@ from pykvm.kvm import (
     MmioWrite,
     Vm,
 )
-from tests.kvm.conftest import CODE, MEMORY, RealModeGuest, need, run
+from tests.rigs.messages import one_line
+from tests.rigs.needs import need
+from tests.rigs.real_mode import CODE, MEMORY, RealModeGuest, run
 
 pytestmark = pytest.mark.kvm
 
-Check = Callable[[BaseException], str]
 
 WRITES_TO_PAGES_5_AND_7 = """
     B0 2A     ; mov al, 42
@@ -47,16 +47,14 @@ class Slot:
         (0x100000, 0x1000, 0x10, "host address"),
     ],
 )
-def test_alignment(
-    guest: RealModeGuest, gpa: int, size: int, offset: int, what: str, one_line: Check
-) -> None:
+def test_alignment(guest: RealModeGuest, gpa: int, size: int, offset: int, what: str) -> None:
     with pytest.raises(MemorySlotError, match="multiples of 0x1000") as caught:
         guest.vm.set_memory_region(5, gpa, size, guest.host_address + offset)
     assert what in one_line(caught.value)
     assert caught.value.errno == errno.EINVAL
 
 
-def test_overlap(guest: RealModeGuest, one_line: Check) -> None:
+def test_overlap(guest: RealModeGuest) -> None:
     with pytest.raises(MemorySlotOverlapError) as caught:
         guest.vm.set_memory_region(1, MEMORY - 0x1000, 0x2000, guest.host_address)
     assert caught.value.errno == errno.EEXIST
@@ -64,7 +62,7 @@ def test_overlap(guest: RealModeGuest, one_line: Check) -> None:
     guest.vm.set_memory_region(1, MEMORY, 0x1000, guest.host_address)  # beside it: fine
 
 
-def test_slot_number_too_large(guest: RealModeGuest, one_line: Check) -> None:
+def test_slot_number_too_large(guest: RealModeGuest) -> None:
     limit = guest.vm.check_extension("KVM_CAP_NR_MEMSLOTS")
     with pytest.raises(MemorySlotError, match=f"below {limit}") as caught:
         guest.vm.set_memory_region(limit, 0x100000, 0x1000, guest.host_address)
@@ -155,7 +153,7 @@ def test_manual_dirty_log(vm: Vm) -> None:
     assert 7 in dirty
 
 
-def test_dirty_log_needs_the_flag(guest: RealModeGuest, one_line: Check) -> None:
+def test_dirty_log_needs_the_flag(guest: RealModeGuest) -> None:
     with pytest.raises(IoctlError, match="log_dirty=True") as caught:
         guest.vm.dirty_log(0)
     assert caught.value.errno == errno.ENOENT

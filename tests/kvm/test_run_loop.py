@@ -6,7 +6,6 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable
 
 import pytest
 
@@ -26,11 +25,12 @@ from pykvm.kvm import (
     Vm,
     lib,
 )
-from tests.kvm.conftest import CODE, RealModeGuest, deadline, need, need_hardware, run
+from tests.rigs.messages import one_line
+from tests.rigs.needs import need, need_hardware
+from tests.rigs.real_mode import CODE, RealModeGuest, deadline, run
 
 pytestmark = pytest.mark.kvm
 
-Check = Callable[[BaseException], str]
 
 SPIN = """
     40     ; inc ax
@@ -57,7 +57,7 @@ def test_port_output_and_input(guest: RealModeGuest) -> None:
     assert guest.memory[0x6000:0x6002] == b"\xfe\xca"
 
 
-def test_reply_in_bytes(guest: RealModeGuest, one_line: Check) -> None:
+def test_reply_in_bytes(guest: RealModeGuest) -> None:
     guest.load("E5 10 A3 00 60 F4 ; in ax, 0x10; mov [0x6000], ax; hlt")
     assert run(guest.vcpu) == Io(0x10, 2, 1, False, b"")
     with pytest.raises(ReplyError, match="pass 2") as caught:
@@ -68,7 +68,7 @@ def test_reply_in_bytes(guest: RealModeGuest, one_line: Check) -> None:
     assert guest.memory[0x6000:0x6002] == b"\1\2"
 
 
-def test_reply_where_none_is_wanted(guest: RealModeGuest, one_line: Check) -> None:
+def test_reply_where_none_is_wanted(guest: RealModeGuest) -> None:
     guest.load("F4")
     assert run(guest.vcpu) == Hlt()
     with pytest.raises(ReplyError, match="KVM_EXIT_HLT takes no such reply") as caught:
@@ -120,7 +120,7 @@ def test_triple_fault(guest: RealModeGuest) -> None:
     assert run(guest.vcpu) == Shutdown()
 
 
-def test_unexpected_exit_says_where(guest: RealModeGuest, one_line: Check) -> None:
+def test_unexpected_exit_says_where(guest: RealModeGuest) -> None:
     guest.load("B0 7B E6 80 F4 ; mov al, 0x7B; out 0x80, al; hlt")
     found = run(guest.vcpu)
     error = guest.vcpu.unexpected(found)
@@ -216,7 +216,7 @@ def test_console_overflow_is_counted(guest: RealModeGuest) -> None:
     assert guest.vcpu.console_dropped == 32
 
 
-def test_console_limits(guest: RealModeGuest, one_line: Check) -> None:
+def test_console_limits(guest: RealModeGuest) -> None:
     for port in range(lib.PYKVM_CONSOLE_PORTS):
         guest.vcpu.console(port)
     with pytest.raises(ConsoleError, match="share one") as caught:
@@ -440,7 +440,7 @@ def wait_until_running(guest: RealModeGuest) -> None:
         time.sleep(0.001)
 
 
-def test_state_of_a_running_vcpu_is_refused(guest: RealModeGuest, one_line: Check) -> None:
+def test_state_of_a_running_vcpu_is_refused(guest: RealModeGuest) -> None:
     guest.load(SPIN)
     thread = threading.Thread(target=guest.vcpu.run)
     thread.start()

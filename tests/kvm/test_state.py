@@ -14,7 +14,8 @@ from pykvm.kvm import (
     lib,
 )
 from pykvm.kvm.handle import Struct
-from tests.kvm.conftest import CODE, RealModeGuest, need, need_hardware, refused_without, run
+from tests.rigs.needs import need, need_hardware, refused_without
+from tests.rigs.real_mode import CODE, RealModeGuest, run
 
 pytestmark = pytest.mark.kvm
 

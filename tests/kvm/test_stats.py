@@ -7,7 +7,8 @@ import time
 import pytest
 
 from pykvm.kvm import Hlt, Io, Vm
-from tests.kvm.conftest import RealModeGuest, need, run
+from tests.rigs.needs import need
+from tests.rigs.real_mode import RealModeGuest, run
 
 pytestmark = pytest.mark.kvm
 

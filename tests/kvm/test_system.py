@@ -2,7 +2,6 @@
 
 import errno
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,13 +18,12 @@ from pykvm.kvm import (
     find_leaf,
     lib,
 )
-from tests.kvm.conftest import need
-
-Check = Callable[[BaseException], str]
+from tests.rigs.messages import one_line
+from tests.rigs.needs import need
 
 
 @pytest.mark.unit
-def test_no_device(tmp_path: Path, one_line: Check) -> None:
+def test_no_device(tmp_path: Path) -> None:
     with pytest.raises(KvmMissingError) as caught:
         Kvm(tmp_path / "kvm")
     assert caught.value.errno == errno.ENOENT
@@ -34,7 +32,7 @@ def test_no_device(tmp_path: Path, one_line: Check) -> None:
 
 
 @pytest.mark.unit
-def test_no_permission(tmp_path: Path, one_line: Check) -> None:
+def test_no_permission(tmp_path: Path) -> None:
     device = tmp_path / "kvm"
     device.touch(mode=0)
     user = os.geteuid()
@@ -50,7 +48,7 @@ def test_no_permission(tmp_path: Path, one_line: Check) -> None:
 
 
 @pytest.mark.unit
-def test_not_the_device(one_line: Check) -> None:
+def test_not_the_device() -> None:
     before = set(os.listdir("/proc/self/fd"))
     with pytest.raises(NotKvmError) as caught:
         Kvm("/dev/null")
@@ -59,7 +57,7 @@ def test_not_the_device(one_line: Check) -> None:
 
 
 @pytest.mark.unit
-def test_a_directory_is_an_error_of_ours(tmp_path: Path, one_line: Check) -> None:
+def test_a_directory_is_an_error_of_ours(tmp_path: Path) -> None:
     with pytest.raises(KvmError) as caught:
         Kvm(tmp_path)
     assert caught.value.errno == errno.EISDIR
@@ -99,7 +97,7 @@ def test_a_forgotten_handle_is_closed_and_reported() -> None:
 
 
 @pytest.mark.kvm
-def test_extensions(kvm: Kvm, one_line: Check) -> None:
+def test_extensions(kvm: Kvm) -> None:
     extensions = kvm.extensions()
     assert extensions["KVM_CAP_USER_MEMORY"] == 1
     assert extensions["KVM_CAP_NR_MEMSLOTS"] >= 32

@@ -4,7 +4,6 @@ Where a change makes them different on purpose, the new number goes into that fi
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,6 @@ CALLS = 100
 # The most that the design allows.
 MOST_FOR_A_CROSSING = 48
 MOST_FOR_A_PACKET = 90
-
-
-@pytest.fixture(scope="module")
-def kvm() -> Iterator[Kvm]:
-    with Kvm() as kvm:
-        yield kvm
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
-"""Fixtures of tests on the patched KVM, for the conftest.py of each folder with such tests."""
+"""The fixtures of all tests, a plugin of pytest's; folders have their own in conftest.py."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -8,8 +9,6 @@ from pykvm.elisa.objects import ObjectInstance, SharedObject
 from pykvm.kvm import Kvm
 from pykvm.toolchain.compiler import GUEST_SOURCES
 from tests.rigs.host_state import quiet_kernel
-
-__all__ = ["counter", "kvm", "quiet"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,3 +32,11 @@ def counter() -> Iterator[ObjectInstance]:
     source = GUEST_SOURCES / "objects" / "counter.c"
     with SharedObject("counter", source, guests=4).open() as instance:
         yield instance
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache instead of the user's; its directory does not exist yet."""
+    directory = tmp_path / "cache"
+    monkeypatch.setenv("PYKVM_CACHE", str(directory))
+    return directory

@@ -56,10 +56,8 @@ def test_without_git_everything_goes_in(checkout: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("xorriso") is None, reason="no xorriso")
-def test_image_holds_checkout_job_and_code(
-    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYKVM_CACHE", str(tmp_path / "cache"))
+@pytest.mark.usefixtures("own_cache")
+def test_image_holds_checkout_job_and_code(checkout: Path, tmp_path: Path) -> None:
     modules = tmp_path / "modules"
     modules.mkdir()
     for name in ("kvm.ko", "kvm-intel.ko"):

@@ -17,14 +17,9 @@ from pykvm.measure.programs import (
 from pykvm.toolchain import compiler, elf
 from tests.rigs.sources import GUESTS, OBJECTS
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("own_cache")]
 
 MAIN = '#include "runtime.h"\nuint32_t guest_main(void) { %s }\n'
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYKVM_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize(

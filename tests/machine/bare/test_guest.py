@@ -2,7 +2,6 @@
 
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -41,12 +40,6 @@ class Selftest:
 
     def input(self) -> bytes:
         return self.given
-
-
-@pytest.fixture
-def kvm() -> Iterator[Kvm]:
-    with Kvm() as kvm:
-        yield kvm
 
 
 def test_prints_and_finishes(kvm: Kvm) -> None:

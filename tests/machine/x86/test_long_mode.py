@@ -119,9 +119,3 @@ def test_without_contexts(kvm: Kvm) -> None:
         given = [f.name for f in HIDDEN_FEATURES if f.is_in(guest.vcpu.get_cpuid())]
         assert given == offered
         assert guest.run() == 0
-
-
-@pytest.fixture
-def kvm() -> object:
-    with Kvm() as kvm:
-        yield kvm
