@@ -23,4 +23,5 @@ def marked(kind: str) -> dict[str, set[str]]:
 def _rows(mark: ast.expr, kind: str) -> list[str]:
     if not isinstance(mark, ast.Call) or ast.unparse(mark.func) != f"pytest.mark.{kind}":
         return []
-    return [argument.value for argument in mark.args if isinstance(argument, ast.Constant)]
+    values = [argument.value for argument in mark.args if isinstance(argument, ast.Constant)]
+    return [value for value in values if isinstance(value, str)]

@@ -102,7 +102,7 @@ def knock(guest: BareGuest, edit: Edit, state: Callable[[BareGuest], None]) -> i
         give_leaps(guest, Leap(slot=slot, registers={Register.RDI: KNOCK}))
         assert run(guest) == []
         (out,) = left(guest)
-        return out and out[Register.RAX]
+        return None if out is None else out[Register.RAX]
 
 
 @pytest.mark.control("T14")

@@ -1,5 +1,6 @@
 """Pruning of the cache: only what is old, whole, and nobody's."""
 
+import fcntl
 import os
 import time
 from pathlib import Path
@@ -64,15 +65,16 @@ def test_what_is_locked_is_kept() -> None:
 
 def test_a_lock_that_was_removed_meanwhile_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = cache.root() / "kind/key"
-    real = cache.fcntl.flock
-    replaced = []
+    real = fcntl.flock
+    replaced: list[Path] = []
 
-    def flock(file: object, how: int) -> None:
+    def flock(file: int, how: int) -> None:
         if not replaced:  # between opening the file and locking it, a pruner was there
-            replaced.append(entry.with_name(".key.lock").unlink())
-        real(file, how)  # type: ignore[arg-type]
+            replaced.append(entry.with_name(".key.lock"))
+            replaced[0].unlink()
+        real(file, how)
 
-    monkeypatch.setattr(cache.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     with cache.lock_entry(entry), pytest.raises(BlockingIOError):
         cache.lock_entry(entry, wait=False)
     assert replaced

@@ -141,7 +141,8 @@ class Calls(RuleBasedStateMachine):
         """By descriptor."""
         found: dict[int, object] = {0: "standard input"}
         for vm in self.vms:
-            for owner in (vm, *vm.vcpus.values(), *vm.contexts):
+            owners: list[VmModel | VcpuModel | ContextModel] = [vm]
+            for owner in (*owners, *vm.vcpus.values(), *vm.contexts):
                 found.update(dict.fromkeys(owner.file.fds, owner))
         return found
 

@@ -5,14 +5,23 @@ a flush and flushes when it loads one; VMFUNC loads a context's without KVM. The
 keeps too few translations to show the harm itself.
 """
 
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.rigs.context_requests import EPTP, Machine, R, Request, chain, good, leaf, set_slot
+from tests.rigs.context_requests import (
+    EPTP,
+    Machine,
+    R,
+    Request,
+    chain,
+    close,
+    good,
+    leaf,
+    set_slot,
+)
 from tests.rigs.tracefs import kprobes
 
 pytestmark = pytest.mark.elisa
@@ -43,7 +52,7 @@ def test_a_context_is_flushed_before_its_first_use_and_after_its_last(machine: M
     assert flushes(lambda: create(gate)) == cpus()
     assert flushes(lambda: set_slot(machine.vcpu, 2, fds[1])) == 0
     # The list keeps the gate, and the gate its sub context.
-    assert flushes(lambda: [os.close(fd) for fd in fds]) == 0
+    assert flushes(lambda: close(*fds)) == 0
     assert flushes(lambda: set_slot(machine.vcpu, 2, -1)) == 2 * cpus()
 
 

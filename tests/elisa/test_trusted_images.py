@@ -10,6 +10,7 @@ import pytest
 
 from pykvm.elisa import crossing
 from pykvm.elisa import trusted_images as toolchain
+from pykvm.elisa.object_code import find_vmfunc
 from pykvm.elisa.protections import Protection
 from pykvm.elisa.trusted_images import VMFUNC, SubImage, build_object
 from pykvm.sizes import PAGE_SIZE
@@ -238,12 +239,11 @@ def test_what_c_compiles_to_is_not_refused(tmp_path: Path) -> None:
 
 
 def test_vmfunc_bytes_are_found_across_every_boundary() -> None:
-    find = toolchain.find_vmfunc
     a, b = b"\xcc" * (PAGE_SIZE - 1) + b"\x0f", b"\x01\xd4" + b"\xcc" * (PAGE_SIZE - 2)
-    assert find([(0, a + b)]) == [PAGE_SIZE - 1]  # pages of one part
-    assert find([(PAGE_SIZE, b), (0, a)]) == [PAGE_SIZE - 1]  # parts that follow each other
-    assert find([(0, a), (2 * PAGE_SIZE, b)]) == []  # and parts that do not
-    assert find([(0, VMFUNC * 2), (0x5000, b"\x0f" + VMFUNC)]) == [0, 3, 0x5001]
+    assert find_vmfunc([(0, a + b)]) == [PAGE_SIZE - 1]  # pages of one part
+    assert find_vmfunc([(PAGE_SIZE, b), (0, a)]) == [PAGE_SIZE - 1]  # parts that follow each other
+    assert find_vmfunc([(0, a), (2 * PAGE_SIZE, b)]) == []  # and parts that do not
+    assert find_vmfunc([(0, VMFUNC * 2), (0x5000, b"\x0f" + VMFUNC)]) == [0, 3, 0x5001]
 
 
 def test_the_sub_entry_page_is_nobody_elses(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_a_vmfunc_split_by_a_page_boundary(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "error", "says"),
     [
-        (SERVE % "return missing;", toolchain.compiler.CompileError, "missing"),
+        (SERVE % "return missing;", compiler.CompileError, "missing"),
         ("uint64_t nothing;\n", toolchain.MissingEntryError, "elisa_serve"),
         (
             "int puts(const char *);\n" + SERVE % 'return puts("x");',
@@ -297,7 +297,7 @@ def test_a_vmfunc_split_by_a_page_boundary(tmp_path: Path) -> None:
         ),
         (
             '__attribute__((section(".odd"))) int odd = 1;\n' + SERVE % "return (uint64_t)odd;",
-            toolchain.compiler.LinkError,
+            compiler.LinkError,
             ".odd",
         ),
     ],

@@ -211,16 +211,12 @@ def test_a_view_outlives_close() -> None:
 def test_failed_construction_leaves_nothing() -> None:
     fds = _open_fds()
     with MemoryFile("a", 2 * PAGE) as file:
-        for options in (
-            {"offset": 1},
-            {"offset": 2 * PAGE},
-            {"size": 3 * PAGE},
-            {"size": 0},
-            {"size": PAGE + 1},
-            {"offset": -PAGE},
-        ):
+        for offset in (1, 2 * PAGE, -PAGE):
             with pytest.raises(RegionError):
-                Region(file, 0, **options)
+                Region(file, 0, offset=offset)
+        for size in (3 * PAGE, 0, PAGE + 1):
+            with pytest.raises(RegionError):
+                Region(file, 0, size=size)
         with pytest.raises(RegionError):
             Region(file, 0x800)
     for size in (0, -PAGE, 100):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -91,7 +92,8 @@ def test_a_sender_killed_at_every_instruction() -> None:
     results = []
     for steps in itertools.count():
         rig = prepared()
-        ended = killed_after(steps, AS_BUILT.address, lambda r=rig: AS_BUILT.serve(SEND, 0, 5, r))
+        send = partial(AS_BUILT.serve, SEND, 0, 5, rig)
+        ended = killed_after(steps, AS_BUILT.address, send)
         results.append(check_after_death(rig))
         if ended:
             break

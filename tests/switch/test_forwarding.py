@@ -211,7 +211,7 @@ def test_it_does_what_a_switch_made_of_a_dictionary_does(
     lanes: dict[tuple[int, int], list[bytes]] = {(s, d): [] for s in ports for d in ports}
     dropped = filtered = 0
     for sender, burst in bursts:
-        sent = [frame(*addresses, size, mark) for mark, (*addresses, size) in enumerate(burst)]
+        sent = [frame(to, by, size, mark) for mark, (to, by, size) in enumerate(burst)]
         assert rig.ports[sender].send(sent) == len(sent)
         for one in sent:
             if not 14 <= len(one) <= 200:

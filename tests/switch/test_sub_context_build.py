@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -65,10 +66,7 @@ def test_it_executes_as_many_instructions_as_the_native_build(tmp_path: Path) ->
         sent = [frame(1, 0, mark=mark) for mark in range(32)]
         for slot, one in enumerate(sent):
             rig.ports[0].put(slot, one)
-        counts.append(
-            count_instructions(
-                build.address, lambda b=build, r=rig: b.serve(lib.SWITCH_OP_SEND, 0, 32, r)
-            )
-        )
+        send = partial(build.serve, lib.SWITCH_OP_SEND, 0, 32, rig)
+        counts.append(count_instructions(build.address, send))
         assert rig.ports[1].receive(0) == sent
     assert abs(counts[0] - counts[1]) < 64, counts

@@ -88,7 +88,7 @@ def mutated(request: Request, mutation: tuple[Any, ...]) -> Request:
             for old, value in zip(request.pages[number], new, strict=True)
         )
         pages = [*request.pages]
-        pages[number] = page  # type: ignore[call-overload]
+        pages[number] = page
         return replace(request, pages=pages)
     table, entry, bit = mutation
     content = bytearray(request.tables[table])

@@ -146,8 +146,9 @@ class VmModel:
 
     @property
     def files(self) -> list[OpenFile]:
-        owners = [self, *self.vcpus.values(), *self.contexts]
-        return [owner.file for owner in owners if owner.file.open]
+        vcpus = (vcpu.file for vcpu in self.vcpus.values())
+        contexts = (context.file for context in self.contexts)
+        return [file for file in (self.file, *vcpus, *contexts) if file.open]
 
     @property
     def guest_runs(self) -> bool:
