@@ -18,7 +18,7 @@ RUNNING := linux-headers-$(shell uname -r)
 GENERATED := pykvm/kvm/_kvm.c pykvm/kernel/_uapi.c pykvm/switch/_native.c
 
 SOURCES := setup.py $(wildcard pykvm/*/build_*.py pykvm/*/*.[ch] pykvm/kvm/ioctls.py \
-	guest/*/*.[ch])
+	guest/*/*.[ch] kernel-patches/files/include/uapi/linux/*.h)
 SOURCES := $(filter-out $(GENERATED),$(SOURCES))
 
 .PHONY: help verify-gate setup demo test selftests lint bench fuzz clean attacks

@@ -19,7 +19,7 @@ from pykvm.host.processor import MsrUnreadable, VmxCapabilities, read_processor
 from pykvm.kernel import modules
 from pykvm.kernel import packages as kernel_packages
 from pykvm.kernel import series as kernel_series
-from pykvm.kernel.build import find_patch
+from pykvm.kernel.patch import find_patch
 
 __all__ = ["EMULATED", "HOST", "Check", "emulated_host_usable", "host_usable", "run_checks"]
 

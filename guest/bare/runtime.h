@@ -10,7 +10,7 @@
 #include "elisa_memory.h"
 #include "elisa_object.h"
 
-#define KVM_HC_ELISA_NULL 0x4500 /* pykvm/kernel/kvm_elisa.h */
+#define KVM_HC_ELISA_NULL 0x4500 /* kvm_elisa.h */
 #define KVM_HC_ELISA_USER 0x4510
 
 extern struct boot_info *boot_info;

@@ -1,4 +1,4 @@
-"""Build the patched KVM modules, compare them, switch between them and the distribution's."""
+"""Build the patched KVM modules, load them, compare them; print the patch."""
 
 import argparse
 from pathlib import Path
@@ -8,7 +8,8 @@ from pykvm.cli import selftests
 from pykvm.cli.testbed import add_also
 from pykvm.kernel import build as kernel
 from pykvm.kernel import modules
-from pykvm.kernel.series import SERIES, newest_kernel
+from pykvm.kernel.patch import complete, find_patch
+from pykvm.kernel.series import DEFAULT_SERIES, SERIES, newest_kernel
 
 __all__ = ["add_parser", "run"]
 
@@ -31,6 +32,14 @@ def add_parser(subparsers: Any) -> None:
     )
     add_also(build)
     build.set_defaults(run=run, action=_build)
+
+    patch = actions.add_parser(
+        "patch", help="print the whole patch of a series: the files of its own and the hooks"
+    )
+    patch.add_argument(
+        "--series", choices=SERIES, default=DEFAULT_SERIES, help=f"default: {DEFAULT_SERIES}"
+    )
+    patch.set_defaults(run=run, action=_patch)
 
     load = actions.add_parser("load", help="put the patched modules in place of the loaded ones")
     load.add_argument(
@@ -59,6 +68,10 @@ def run(args: argparse.Namespace) -> int:
 def _build(args: argparse.Namespace) -> None:
     release = newest_kernel(args.series).release if args.series else args.kernel
     print(kernel.build(release, patched=not args.unpatched, also=args.also))
+
+
+def _patch(args: argparse.Namespace) -> None:
+    print(complete(find_patch(args.series)), end="")
 
 
 def _load(args: argparse.Namespace) -> None:

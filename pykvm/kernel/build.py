@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 
 from pykvm import cache
@@ -17,42 +16,26 @@ from pykvm.errors import PykvmError
 from pykvm.kernel import make as kernel_make
 from pykvm.kernel.packages import (
     Headers,
-    Source,
     find_headers,
     find_source,
     makefile_version,
     require_match,
     running_release,
 )
+from pykvm.kernel.patch import Patch, apply, apply_further, find_patch, read_further
 from pykvm.kernel.series import place
+from pykvm.kernel.source_tree import unpack
 
 __all__ = [
     "MODULES",
     "TEST_BUILD",
     "CompileFailed",
-    "FurtherPatchFailed",
-    "PatchFailed",
-    "PatchMissing",
     "ToolMissing",
     "build",
-    "find_patch",
-    "patches_directory",
 ]
 
 # In the order in which they are loaded.
 MODULES = ("kvm", "kvm-intel")
-
-# What is unpacked besides the files that the patch names. Headers here come before the
-# distribution's, so nothing but KVM's own belongs in the list.
-_UNPACKED = (
-    "Makefile",
-    "arch/x86/kvm",
-    "virt/kvm",
-    "include/linux/kvm_*.h",
-    "include/uapi/linux/kvm*.h",
-    "arch/x86/include/asm/kvm*.h",
-    "arch/x86/include/uapi/asm/kvm*.h",
-)
 
 # A file named Kbuild comes before the Makefile beside it, which stays as upstream wrote it and
 # the patch left it. That Makefile names its parts by $(srctree), which in a build against headers
@@ -84,24 +67,12 @@ _MAKE_VARIABLES = (
 )
 
 
-class PatchMissing(PykvmError):
-    """There is no patch for this kernel series."""
-
-
-class PatchFailed(PykvmError):
-    """The patch does not apply to the distribution's source."""
-
-
-class FurtherPatchFailed(PykvmError):
-    """A patch for a test build cannot be read, or does not apply on top of the others."""
-
-
 class ToolMissing(PykvmError):
     """A program that the build needs is not installed."""
 
 
 class CompileFailed(PykvmError):
-    """The modules do not compile, or the source cannot be unpacked."""
+    """The modules do not compile."""
 
 
 def build(
@@ -124,23 +95,24 @@ def build(
 
     Raises:
         HeadersMissing, SourceMissing, VersionMismatch: see `pykvm.kernel.packages`.
-        PatchMissing, PatchFailed, FurtherPatchFailed, ToolMissing, CompileFailed: as their names
-            say.
+        PatchMissingError, PatchConflictError, FurtherPatchError: see `pykvm.kernel.patch`.
+        UnpackError: the source cannot be unpacked.
+        ToolMissing, CompileFailed: as their names say.
         PackageError: the packages cannot be fetched.
     """
     release = release or running_release()
     src = src or place(release)
     headers = find_headers(release, src)
-    series = [find_patch(headers.series, patches)] if patched else []
-    further = [_readable(patch) for patch in also]
+    patch = find_patch(headers.series, patches) if patched else None
+    further = [read_further(each) for each in also]
     source = find_source(headers.series, src)
     _require_tools(headers)
-    tree = _unpack(source, [*series, *further])
+    tree = unpack(source, patch, further)
     require_match(headers, source, makefile_version(tree / "Makefile"))
     key = cache.key(
         tree.name,
-        *series,
-        *(item for patch in further for item in (patch.name, patch)),
+        *([] if patch is None else patch.key_parts()),
+        *(item for each in further for item in (each.name, each)),
         headers.release,
         headers.package,
         headers.path / ".config",
@@ -148,31 +120,7 @@ def build(
         _KBUILD,
         *_MAKE_VARIABLES,
     )
-    return cache.entry("modules", key, lambda out: _build_into(out, tree, headers, series, further))
-
-
-def patches_directory() -> Path:
-    """`kernel-patches` of this checkout."""
-    return Path(__file__).resolve().parents[2] / "kernel-patches"
-
-
-def find_patch(series: str, patches: Path | None = None) -> Path:
-    """The patch for a kernel series such as `6.1`.
-
-    Raises:
-        PatchMissing: there is none.
-    """
-    directory = patches or patches_directory()
-    patch = directory / f"linux-{series}.patch"
-    if patch.is_file():
-        return patch
-    have = ", ".join(
-        path.stem.removeprefix("linux-") for path in sorted(directory.glob("linux-*.patch"))
-    )
-    raise PatchMissing(
-        f"no KVM patch for Linux {series}, only for: {have or 'none'}; boot a kernel of such a "
-        "series, or use the emulated host: pykvm testbed -- COMMAND"
-    )
+    return cache.entry("modules", key, lambda out: _build_into(out, tree, headers, patch, further))
 
 
 def _require_tools(headers: Headers) -> None:
@@ -191,70 +139,17 @@ def _require_tools(headers: Headers) -> None:
         )
 
 
-def _readable(patch: Path) -> Path:
-    try:
-        patch.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise FurtherPatchFailed(
-            f"cannot read the patch {patch} ({reason}); name a file with --also"
-        ) from error
-    return patch
-
-
-def _unpack(source: Source, patches: list[Path]) -> Path:
-    """KVM's part of the source, as a cache entry; reading the whole archive takes seconds."""
-    members = sorted({*_UNPACKED, *_changed_files(patches)})
-    stat = source.tarball.stat()
-    key = cache.key(source.package, stat.st_size, stat.st_mtime_ns, *members)
-
-    def unpack(out: Path) -> None:
-        top = f"linux-source-{source.series}"
-        command = ["tar", "-xJf", str(source.tarball), "-C", str(out), "--strip-components=1"]
-        command += ["--wildcards", *(f"{top}/{member}" for member in members)]
-        log = cache.log_path("kernel-unpack")
-        log.write_text("")
-        if kernel_make.run(command, out, log) != 0:
-            if patches and "Not found in archive" in log.read_text():
-                raise _does_not_apply(patches[0], log)
-            raise CompileFailed(
-                f"cannot unpack {source.tarball}, see {log}; "
-                f"type: apt-get install --reinstall linux-source-{source.series}"
-            )
-
-    return cache.entry("linux-source", key, unpack)
-
-
-def _changed_files(patches: list[Path]) -> set[str]:
-    """Files of the original tree that `patches` change and `_UNPACKED` does not cover."""
-    changed: set[str] = set()
-    made: set[str] = set()
-    for patch in patches:
-        text = patch.read_text()
-        changed.update(re.findall(r"^--- a/(\S+)", text, re.MULTILINE))
-        made.update(re.findall(r"^--- /dev/null\n\+\+\+ b/(\S+)", text, re.MULTILINE))
-    patterns = [*_UNPACKED, *(f"{name}/*" for name in _UNPACKED)]
-    # tar fails on a name that an earlier pattern has already used up.
-    return {path for path in changed - made if not any(fnmatch(path, one) for one in patterns)}
-
-
 def _build_into(
-    out: Path, tree: Path, headers: Headers, series: list[Path], further: list[Path]
+    out: Path, tree: Path, headers: Headers, patch: Patch | None, further: list[Path]
 ) -> None:
     log = cache.log_path(f"kernel-build-{headers.release}")
     log.write_text("")
     # Inside `out`, so that the cache removes it whatever happens to this process.
     work = out / "tree"
     shutil.copytree(tree, work)
-    for patch in series:
-        if not _applies(patch, work, log):
-            raise _does_not_apply(patch, log)
-    for patch in further:
-        if not _applies(patch, work, log):
-            raise FurtherPatchFailed(
-                f"{patch} does not apply on top of the patch of Linux {headers.series}"
-                f"{_first_reject(log)}; read {log}, and make it against that patch"
-            )
+    if patch is not None:
+        apply(patch, work, log)
+    apply_further(further, work, log)
     if further:
         _mark_as_test_build(work, further)
     kvm = work / "arch/x86/kvm"
@@ -273,11 +168,6 @@ def _build_into(
     shutil.copy2(log, out / "build.log")
 
 
-def _applies(patch: Path, work: Path, log: Path) -> bool:
-    command = ["patch", "-p1", "--batch", "--forward", "-i", str(patch.resolve())]
-    return kernel_make.run(command, work, log) == 0
-
-
 def _mark_as_test_build(work: Path, patches: list[Path]) -> None:
     names = ", ".join(f"{patch.name} {cache.key(patch)[:8]}" for patch in patches)
     text = (TEST_BUILD + names).replace("\\", "").replace('"', "")
@@ -286,23 +176,6 @@ def _mark_as_test_build(work: Path, patches: list[Path]) -> None:
             file.write(f'\nMODULE_VERSION("{text}");\n')
 
 
-def _does_not_apply(patch: Path, log: Path) -> PatchFailed:
-    return PatchFailed(
-        f"{patch.name} does not apply to the distribution's source, see {log}; "
-        "update pykvm, or install the kernel version named in kernel-patches/README.md"
-    )
-
-
 def _first_error(log: Path) -> str:
     found = re.search(r"\b(?:fatal )?error: (.+)", log.read_text(errors="replace"))
     return f" ({found[1]})" if found else ""
-
-
-def _first_reject(log: Path) -> str:
-    file = ""
-    for line in log.read_text(errors="replace").splitlines():
-        if named := re.match(r"patching file (\S+)|can't find file to patch", line):
-            file = named[1] or ""
-        elif failed := re.match(r"Hunk #\d+ FAILED at \d+", line):
-            return f" ({file}: {failed[0]})"
-    return ""

@@ -4,6 +4,7 @@ import pytest
 
 from pykvm.cli.main import main
 from pykvm.kernel import modules
+from pykvm.kernel.patch import complete, find_patch
 
 
 @pytest.mark.unit
@@ -21,6 +22,15 @@ def test_build_without_headers(capsys: pytest.CaptureFixture[str]) -> None:
     assert error.startswith("pykvm: no headers for kernel 6.1.0-1-none ")
     assert "apt-get install linux-headers-6.1.0-1-none" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.unit
+def test_patch_is_printed_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["kernel", "patch", "--series", "6.12"]) == 0
+    whole = capsys.readouterr().out
+    assert whole == complete(find_patch("6.12"))
+    assert "+++ b/arch/x86/kvm/vmx/elisa.c\n" in whole
+    assert "+++ b/arch/x86/kvm/vmx/main.c\n" in whole
 
 
 @pytest.mark.elisa

@@ -19,7 +19,7 @@ from pykvm.toolchain.compiler import GUEST_SOURCES
 pytestmark = pytest.mark.unit
 
 ROOT = GUEST_SOURCES.parent
-HEADER = ROOT / "pykvm/kernel/kvm_elisa.h"
+HEADER = ROOT / "kernel-patches/files/include/uapi/linux/kvm_elisa.h"
 DESCRIPTION = ROOT / "kernel-patches/syzkaller/dev_kvm_elisa.txt"
 CONSTANTS = DESCRIPTION.with_suffix(".txt.const")
 

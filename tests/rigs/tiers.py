@@ -20,7 +20,7 @@ _KVM_GET_API_VERSION = 0xAE00
 _KVM_CREATE_VM = 0xAE01
 _KVM_CHECK_EXTENSION = 0xAE03
 _KVM_CREATE_VCPU = 0xAE41
-_KVM_CAP_ELISA = 0x45C1  # pykvm/kernel/kvm_elisa.h
+_KVM_CAP_ELISA = 0x45C1  # kvm_elisa.h
 
 
 @functools.cache

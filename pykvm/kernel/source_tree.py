@@ -1,0 +1,75 @@
+"""KVM's part of the distribution's kernel source, unpacked into the cache."""
+
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+from pykvm import cache
+from pykvm.errors import PykvmError
+from pykvm.kernel import make as kernel_make
+from pykvm.kernel.packages import Source
+from pykvm.kernel.patch import FurtherPatchError, Patch, changed_files, conflict
+
+__all__ = ["UnpackError", "unpack"]
+
+# Unpacked besides the files that the patch changes. Headers here come before the
+# distribution's, so nothing but KVM's own belongs in the list.
+_UNPACKED = (
+    "Makefile",
+    "arch/x86/kvm",
+    "virt/kvm",
+    "include/linux/kvm_*.h",
+    "include/uapi/linux/kvm*.h",
+    "arch/x86/include/asm/kvm*.h",
+    "arch/x86/include/uapi/asm/kvm*.h",
+)
+
+
+class UnpackError(PykvmError):
+    """The source cannot be unpacked."""
+
+
+def unpack(source: Source, patch: Patch | None, further: Sequence[Path] = ()) -> Path:
+    """Return KVM's part of `source`, and what the patches change besides, as a cache entry.
+
+    Raises:
+        PatchConflictError, FurtherPatchError: a patch changes a file that is not there.
+        UnpackError: the archive cannot be read.
+    """
+    own = set() if patch is None else changed_files([patch.hooks])
+    made = set() if patch is None else set(patch.files)
+    patterns = [*_UNPACKED, *(f"{name}/*" for name in _UNPACKED)]
+    # tar fails on a name that an earlier pattern has already used up.
+    besides = {
+        path
+        for path in (own | changed_files(further)) - made
+        if not any(fnmatch(path, pattern) for pattern in patterns)
+    }
+    members = sorted({*_UNPACKED, *besides})
+    stat = source.tarball.stat()
+    key = cache.key(source.package, stat.st_size, stat.st_mtime_ns, *members)
+
+    def extract(out: Path) -> None:
+        top = f"linux-source-{source.series}"
+        command = ["tar", "-xJf", str(source.tarball), "-C", str(out), "--strip-components=1"]
+        command += ["--wildcards", *(f"{top}/{member}" for member in members)]
+        log = cache.log_path("kernel-unpack")
+        log.write_text("")
+        if kernel_make.run(command, out, log) == 0:
+            return
+        for absent in re.findall(rf"{top}/(\S+): Not found in archive", log.read_text()):
+            if patch is not None and absent in own:
+                raise conflict(patch, f"it has no {absent}")
+            for each in further:
+                if absent in changed_files([each]):
+                    raise FurtherPatchError(
+                        f"{each} changes {absent}, which Linux {source.series} has not",
+                        "make it against that series",
+                    )
+        raise UnpackError(
+            f"cannot unpack {source.tarball}, see {log}",
+            f"type: apt-get install --reinstall linux-source-{source.series}",
+        )
+
+    return cache.entry("linux-source", key, extract)
