@@ -11,6 +11,7 @@ from pykvm.cli.signals import exit_on_signals
 from pykvm.errors import PykvmError
 from pykvm.kernel.series import DEFAULT_SERIES, SERIES
 from pykvm.testbed import Testbed, session
+from pykvm.testbed.bochs import CPUS, DEFAULT_CPU
 
 __all__ = ["add_also", "add_parser", "run"]
 
@@ -43,6 +44,14 @@ def add_parser(subparsers: Any) -> None:
         choices=SERIES,
         default=DEFAULT_SERIES,
         help=f"of the host's kernel, the newest one of which runs (default: {DEFAULT_SERIES})",
+    )
+    parser.add_argument(
+        "--cpu",
+        choices=CPUS,
+        default=DEFAULT_CPU,
+        help="the emulated processor; sapphire_rapids has five-level paging, CET, PKS and LASS, "
+        f"and needs Bochs 3.0, which is fetched where the installed one is older "
+        f"(default: {DEFAULT_CPU})",
     )
     kvm = parser.add_mutually_exclusive_group()
     kvm.add_argument(
@@ -101,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
     kvm = "stock" if options.stock else "none" if options.no_kvm else "payload"
     if options.also and (options.modules or kvm != "payload"):
         raise PykvmError("--also goes with the patched modules", "leave out --modules and --stock")
-    testbed = Testbed(series=options.series)
+    testbed = Testbed(series=options.series, cpu=options.cpu)
     if options.dry_run:
         plan = testbed.plan(command or _SHELL, kvm=kvm, modules=options.modules, also=options.also)
         print("\n".join(plan))

@@ -27,9 +27,11 @@ __all__ = [
     "installed_version",
     "lists_fingerprint",
     "unpack",
+    "unpack_release",
 ]
 
 _APT_LISTS = Path("/var/lib/apt/lists")
+_KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _URI_LINE = re.compile(r"^'(?P<uri>[^']+)' (?P<file>\S+) (?P<size>\d+)")
 
 
@@ -130,6 +132,66 @@ def unpack(archive: Path, root: Path) -> None:
         unpacked = subprocess.run(tar, stdin=source.stdout, capture_output=True, check=False)
     if source.returncode or unpacked.returncode:
         raise PackageError(f"cannot unpack {archive.name}: {_last_line(unpacked.stderr.decode())}")
+
+
+def unpack_release(codename: str, names: Sequence[str], root: Path) -> list[Package]:
+    """Unpack `names` and all they depend on, as another Debian release has them, below `root`.
+
+    The machine's own package lists are left alone: apt gets lists of its own, from the archive
+    that the machine's Debian comes from.
+
+    Args:
+        codename: of the release, such as "trixie".
+
+    Returns:
+        The packages, by file name.
+
+    Raises:
+        PackageError: the machine has no Debian archive, or a package cannot be fetched.
+    """
+    with tempfile.TemporaryDirectory(dir=root) as name:
+        work = Path(name)
+        for directory in ("lists/partial", "archives/partial", "sources"):
+            (work / directory).mkdir(parents=True)
+        (work / "sources" / "release.sources").write_text(
+            f"Types: deb\nURIs: {_debian_archive()}\nSuites: {codename}\nComponents: main\n"
+            f"Signed-By: {_KEYRING}\n"
+        )
+        settings = {
+            "Dir::Etc::SourceList": "/dev/null",
+            "Dir::Etc::SourceParts": work / "sources",
+            "Dir::State::Lists": work / "lists",
+            "Dir::State::status": "/dev/null",
+            "Dir::Cache::archives": work / "archives",
+            "Dir::Cache::pkgcache": "",
+            "Dir::Cache::srcpkgcache": "",
+            "Acquire::Languages": "none",
+            "APT::Install-Recommends": 0,
+            "APT::Sandbox::User": "root",
+            "APT::Update::Error-Mode": "any",
+            "Debug::NoLocking": 1,
+        }
+        options = [part for name, value in settings.items() for part in ("-o", f"{name}={value}")]
+        for command in (["update"], ["-y", "--download-only", "install", *names]):
+            result = _apt([*options, *command])
+            if result.returncode:
+                raise PackageError(
+                    f"cannot fetch {names[0]} of Debian {codename}: {_last_line(result.stderr)}"
+                )
+        archives = sorted((work / "archives").glob("*.deb"))
+        for archive in archives:
+            unpack(archive, root)
+        return [Package(archive.name, archive.stat().st_size) for archive in archives]
+
+
+def _debian_archive() -> str:
+    """The URI of the archive that the machine's Debian comes from, as apt's lists have it."""
+    main = ["Created-By: Packages", "Origin: Debian", "Label: Debian", "Component: main"]
+    result = _apt(["indextargets", "--format", "$(REPO_URI)", *main])
+    uris = result.stdout.split()
+    if not uris:
+        raise PackageError("apt knows no archive of debian; run: apt-get update")
+    return uris[0]
 
 
 def installed_version(name: str) -> str | None:

@@ -15,18 +15,22 @@ import signal
 import subprocess
 import termios
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from pykvm.closeable import Closeable
 from pykvm.errors import PykvmError
+from pykvm.testbed import bochs_installation
+from pykvm.testbed.bochs_installation import Installation
 
 __all__ = [
     "CLOCK",
+    "CPUS",
+    "DEFAULT_CPU",
     "MEMORY",
     "Emulator",
     "EmulatorError",
-    "configuration",
-    "emulator_command",
+    "Machine",
     "make_restorable",
     "require_tools",
 ]
@@ -38,15 +42,23 @@ MEMORY = 512 << 20
 # 250 times in that many instructions.
 CLOCK = 45_000_000
 
+# The processors that the emulated host can have, as Bochs names them, and options of each.
+CPUS = {
+    "corei7_skylake_x": "",
+    # Linux takes AMX for usable with XFD alone, which Bochs has not, and turns half of it on.
+    "sapphire_rapids": 'exclude_features="amx,amx_int8,amx_bf16"',
+}
+DEFAULT_CPU = "corei7_skylake_x"
+
 _PR_SET_PDEATHSIG = 1
 
 _CONFIGURATION = """\
 config_interface: textconfig
 display_library: rfb, options="timeout=0"
-cpu: model=corei7_skylake_x, count=1, ips={clock}, reset_on_triple_fault=0
+cpu: model={cpu}, count=1, ips={clock}, reset_on_triple_fault=0
 memory: guest={memory}, host={memory}
-romimage: file=/usr/share/bochs/BIOS-bochs-latest
-vgaromimage: file=/usr/share/bochs/VGABIOS-lgpl-latest
+romimage: file={share}/BIOS-bochs-latest
+vgaromimage: file={share}/VGABIOS-lgpl-latest
 pci: enabled=1, chipset=i440fx
 clock: sync=none, time0=utc
 sound: waveoutdrv=dummy, waveindrv=dummy, midioutdrv=dummy
@@ -86,9 +98,44 @@ class EmulatorError(PykvmError):
     """The emulator cannot be started, or died."""
 
 
-def configuration() -> str:
-    """The bochsrc. Every path in it is relative to the directory of the instance."""
-    return _CONFIGURATION.format(clock=CLOCK, memory=MEMORY >> 20)
+@dataclass(frozen=True)
+class Machine:
+    """An emulated processor, and the Bochs that emulates it.
+
+    Attributes:
+        cpu: one of `CPUS`.
+        bochs: the Bochs.
+    """
+
+    cpu: str
+    bochs: Installation
+
+    @classmethod
+    def with_cpu(cls, cpu: str) -> "Machine":
+        """The machine with the processor `cpu`.
+
+        Raises:
+            BochsMissingError, PackageError: see `bochs_installation.knowing`.
+        """
+        return cls(cpu, bochs_installation.knowing(cpu))
+
+    def configuration(self) -> str:
+        """The bochsrc. Paths in it are of the firmware, or in the directory of the instance."""
+        options = CPUS[self.cpu]
+        return _CONFIGURATION.format(
+            cpu=f"{self.cpu}, {options}" if options else self.cpu,
+            clock=CLOCK,
+            memory=MEMORY >> 20,
+            share=self.bochs.share,
+        )
+
+    def command(self, restore: Path | None) -> list[str]:
+        """What runs Bochs in namespaces of its own, from the saved state in `restore` if given."""
+        unshare = ["unshare", "--net", "--pid", "--fork", "--kill-child=KILL"]
+        if os.geteuid() != 0:
+            unshare.append("--map-root-user")
+        command = [*unshare, *self.bochs.command, "-q", "-f", "bochsrc", "-rc", "debugger"]
+        return command if restore is None else [*command, "-r", str(restore)]
 
 
 def _text(path: Path) -> str:
@@ -109,15 +156,6 @@ def make_restorable(state: Path) -> None:
     config = state / "config"
     text = config.read_text().replace(" usb_uhci=true,", "")
     config.write_text(re.sub(r"^usb_uhci:.*\n?", "", text, flags=re.MULTILINE))
-
-
-def emulator_command(restore: Path | None) -> list[str]:
-    """The command that runs Bochs in namespaces of its own, from the state in `restore`."""
-    unshare = ["unshare", "--net", "--pid", "--fork", "--kill-child=KILL"]
-    if os.geteuid() != 0:
-        unshare.append("--map-root-user")
-    command = [*unshare, "bochs-bin", "-q", "-f", "bochsrc", "-rc", "debugger"]
-    return command if restore is None else [*command, "-r", str(restore)]
 
 
 def require_tools() -> None:
@@ -146,7 +184,7 @@ class Emulator(Closeable):
         stderr: the same for the fourth.
     """
 
-    def __init__(self, directory: Path, restore: Path | None = None) -> None:
+    def __init__(self, directory: Path, machine: Machine, restore: Path | None = None) -> None:
         """Start it; from the saved state in `restore`, if given, else from power-on.
 
         Raises:
@@ -160,15 +198,15 @@ class Emulator(Closeable):
             self.control = self._terminal("control")
             self.stdout = self._fifo("stdout")
             self.stderr = self._fifo("stderr")
-            (directory / "bochsrc").write_text(configuration())
-            # Debian's Bochs has a debugger, which waits at its prompt unless told to continue.
+            (directory / "bochsrc").write_text(machine.configuration())
+            # Bochs 2.7 starts its debugger, which waits at its prompt unless told to continue.
             (directory / "debugger").write_text("c\n")
-            self._process = self._start(emulator_command(restore))
+            self._process = self._start(machine, restore)
         except BaseException:
             self.close()
             raise
 
-    def _start(self, command: list[str]) -> subprocess.Popen[bytes]:
+    def _start(self, machine: Machine, restore: Path | None) -> subprocess.Popen[bytes]:
         parent = os.getpid()
         libc = ctypes.CDLL(None)
 
@@ -179,8 +217,9 @@ class Emulator(Closeable):
 
         with (self.directory / "bochs.out").open("wb") as output:
             return subprocess.Popen(
-                command,
+                machine.command(restore),
                 cwd=self.directory,
+                env={**os.environ, **machine.bochs.environment},
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -20,7 +20,7 @@ from pykvm.errors import PykvmError
 from pykvm.host import debian_packages
 from pykvm.kernel.series import HostKernel
 from pykvm.testbed import bochs, boot_disk, instances, kernel_image, payload, rootfs
-from pykvm.testbed.bochs import Emulator
+from pykvm.testbed.bochs import Emulator, Machine
 
 __all__ = [
     "BootError",
@@ -40,9 +40,10 @@ _COMMAND_LINE = (
     "nokaslr tsc=reliable no_timer_check lpj=4000000 random.trust_cpu=on "
     # CPUID claims 3.5 GHz, but the counter advances by one an instruction, as the clock does.
     f"tsc_early_khz={bochs.CLOCK // 1000} "
-    # The emulated processor has no speculation to guard against, and lacks two MSRs that the
-    # timer tick would read each time.
-    "mitigations=off clearcpuid=aperfmperf panic=0"
+    # The emulated processor has no speculation to guard against. It lacks two MSRs that the
+    # timer tick would read each time, and the one that says that fast strings are on: Linux then
+    # takes ERMS as absent but not FSRM, and memmove() without the one needs to be without both.
+    "mitigations=off clearcpuid=aperfmperf,fsrm panic=0"
 )
 _INITRAMFS_MODULES = ["ata_piix", "sd_mod"]
 _OUT_DISK_SIZE = 256 * 16 * 63 * 512  # 126 MiB, sparse
@@ -56,8 +57,8 @@ class BootError(PykvmError):
     """The emulated host did not boot or could not be suspended."""
 
 
-def host_key(kernel: HostKernel) -> str:
-    """The cache key of the booted host with `kernel`.
+def host_key(kernel: HostKernel, machine: Machine) -> str:
+    """The cache key of the booted host with `kernel` on `machine`.
 
     Raises:
         PackageError, RootfsError: see there.
@@ -65,20 +66,19 @@ def host_key(kernel: HostKernel) -> str:
     sources = [_INSIDE / "agent.py", _INSIDE / "init.sh"]
     here = Path(__file__)
     sources += [here.with_name(n) for n in ("boot_disk.py", "boot_sector.S", "suspend_button.py")]
-    emulator = ("bochs", "bochsbios", "vgabios")
     return cache.key(
         kernel.release,
         kernel.package,
         rootfs.fingerprint(),
-        *(debian_packages.installed_version(name) or "" for name in emulator),
+        machine.bochs.version,
         _COMMAND_LINE,
         " ".join(_INITRAMFS_MODULES),
-        bochs.configuration(),
+        machine.configuration(),
         *sources,
     )
 
 
-def booted_host(kernel: HostKernel, progress: Progress) -> Path:
+def booted_host(kernel: HostKernel, machine: Machine, progress: Progress) -> Path:
     """The cache entry of the booted host, made first if need be (a minute or two).
 
     It holds `boot.img`, `root.img` and the directory `state`.
@@ -96,15 +96,17 @@ def booted_host(kernel: HostKernel, progress: Progress) -> Path:
         (directory / "root.img").hardlink_to(root)
         progress("making the boot disk")
         _make_boot_disk(directory / "boot.img", image, kernel.release)
-        progress(f"booting the emulated host, Linux {kernel.series}")
+        progress(f"booting the emulated host, Linux {kernel.series} on a {machine.cpu}")
         with tempfile.NamedTemporaryFile() as blank:
             blank.truncate(1 << 20)
-            _reach_and_suspend(directory, Path(blank.name), None, progress)
+            _reach_and_suspend(directory, machine, Path(blank.name), None, progress)
 
-    return _used(cache.entry("testbed-host", host_key(kernel), build))
+    return _used(cache.entry("testbed-host", host_key(kernel, machine), build))
 
 
-def host_with_kvm(kernel: HostKernel, modules: Path | None, progress: Progress) -> Path:
+def host_with_kvm(
+    kernel: HostKernel, machine: Machine, modules: Path | None, progress: Progress
+) -> Path:
     """The cache entry of the booted host with KVM loaded, from the booted host if need be.
 
     Loading the modules takes a few seconds inside, for their many symbols; so it is done once
@@ -116,7 +118,7 @@ def host_with_kvm(kernel: HostKernel, modules: Path | None, progress: Progress) 
         And what `booted_host` raises.
     """
     files = [] if modules is None else payload.module_files(modules)
-    host = booted_host(kernel, progress)
+    host = booted_host(kernel, machine, progress)
     sources = [_INSIDE / "job.py"]
 
     def build(directory: Path) -> None:
@@ -126,7 +128,7 @@ def host_with_kvm(kernel: HostKernel, modules: Path | None, progress: Progress) 
         with instances.directory() as work:
             image = work / "modules.iso"
             payload.write_modules(image, modules)
-            _reach_and_suspend(directory, image, host / "state", progress)
+            _reach_and_suspend(directory, machine, image, host / "state", progress)
 
     key = cache.key(host.name, *files, *sources)
     return _used(cache.entry("testbed-kvm", key, build))
@@ -173,14 +175,14 @@ def _make_boot_disk(path: Path, image: Path, release: str) -> None:
 
 
 def _reach_and_suspend(
-    directory: Path, image: Path, restore: Path | None, progress: Progress
+    directory: Path, machine: Machine, image: Path, restore: Path | None, progress: Progress
 ) -> None:
     """Boot, or do the job on `image` after a `restore`, until the agent waits; then suspend."""
     state = directory / "state"
     with instances.directory() as instance:
         lay_out(instance, directory, image)
         try:
-            with Emulator(instance, restore) as emulator:
+            with Emulator(instance, machine, restore) as emulator:
                 if restore is not None:
                     emulator.say_go()
                 _await_ready(emulator, progress)

@@ -21,7 +21,7 @@ from pykvm.errors import PykvmError
 from pykvm.host.fingerprint import commit
 from pykvm.kernel.series import DEFAULT_SERIES, newest_kernel
 from pykvm.testbed import instances, payload, saved_state
-from pykvm.testbed.bochs import Emulator, emulator_command
+from pykvm.testbed.bochs import DEFAULT_CPU, Emulator, Machine
 
 __all__ = ["CancelledError", "CommandTimeoutError", "HostDiedError", "Outcome", "Testbed"]
 
@@ -77,18 +77,23 @@ class Testbed:
         progress: Callable[[str], None] | None = None,
         *,
         series: str = DEFAULT_SERIES,
+        cpu: str = DEFAULT_CPU,
     ) -> None:
         """For the checkout at `checkout` (default: the one pykvm was imported from).
 
         `progress` is told what is being waited for, when it takes long (default: standard error).
         `series` is one of `pykvm.kernel.series.SERIES`; of it, the newest kernel runs.
+        `cpu` is one of `pykvm.testbed.bochs.CPUS`; what the installed Bochs does not emulate, a
+        newer one does, which is fetched first if need be.
 
         Raises:
             SeriesUnknown, KernelMissing: see `pykvm.kernel.series.newest_kernel`.
+            BochsMissingError, PackageError: see `pykvm.testbed.bochs_installation.knowing`.
         """
         self.checkout = (checkout or Path(__file__).parents[2]).resolve()
         self._progress = progress or _Narrator()
         self.kernel = newest_kernel(series)
+        self.machine = Machine.with_cpu(cpu)
 
     def prepare(
         self, kvm: str = "payload", modules: Path | None = None, also: Sequence[Path] = ()
@@ -102,11 +107,11 @@ class Testbed:
         """
         cache_pruning.prune_daily()
         if kvm == "none":
-            return saved_state.booted_host(self.kernel, self._progress)
+            return saved_state.booted_host(self.kernel, self.machine, self._progress)
         if kvm == "payload" and modules is None:
             modules = self._built_modules(also)
         return saved_state.host_with_kvm(
-            self.kernel, modules if kvm == "payload" else None, self._progress
+            self.kernel, self.machine, modules if kvm == "payload" else None, self._progress
         )
 
     def run(
@@ -174,7 +179,7 @@ class Testbed:
             payload.write(image, job, modules if kvm == "payload" else None, stdin)
             saved_state.lay_out(instance, host, image)
             try:
-                with Emulator(instance, restore=host / "state") as emulator:
+                with Emulator(instance, self.machine, host / "state") as emulator:
                     run = _Run(emulator, start, timeout, stdout, stderr, interactive, cancelled)
                     status, size = run.until_exit()
                 outcome = run.outcome
@@ -195,7 +200,7 @@ class Testbed:
         also: Sequence[Path] = (),
     ) -> list[str]:
         """What `run` would do, a line each."""
-        key = saved_state.host_key(self.kernel)
+        key = saved_state.host_key(self.kernel, self.machine)
         cached = (cache.root() / "testbed-host" / key).is_dir()
         patched = "the patched KVM" + "".join(f" with {patch}" for patch in also)
         loaded = {"payload": str(modules or patched), "stock": "the distribution's KVM"}
@@ -203,7 +208,7 @@ class Testbed:
         return [
             f"kernel:   Linux {self.kernel.release} (series {self.kernel.series})",
             f"host:     {key}, {'in the cache' if cached else 'to be booted first'}",
-            f"emulator: {' '.join(emulator_command(Path('STATE')))}",
+            f"emulator: {' '.join(self.machine.command(Path('STATE')))}",
             f"modules:  {loaded.get(kvm, 'no KVM')}",
             f"checkout: {self.checkout}, {files} files",
             f"command:  {shlex.join(command)}",

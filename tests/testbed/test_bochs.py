@@ -5,25 +5,32 @@ from pathlib import Path
 import pytest
 
 from pykvm.testbed import bochs
+from pykvm.testbed.bochs import CPUS, DEFAULT_CPU, Machine
+from pykvm.testbed.bochs_installation import Installation
 
 pytestmark = pytest.mark.unit
 
+PLAIN = Installation("1.0-1", ("bochs-bin",), Path("/usr/share/bochs"))
 
-def test_every_path_of_the_configuration_is_of_the_instance_or_the_distribution() -> None:
-    for line in bochs.configuration().splitlines():
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_every_path_of_the_configuration_is_of_the_instance_or_the_distribution(cpu: str) -> None:
+    for line in Machine(cpu, PLAIN).configuration().splitlines():
         for field in line.split(": ", 1)[1].split(", "):
             name, _, value = field.partition("=")
             if name in {"path", "dev", "file"}:
                 assert "/" not in value or value.startswith("/usr/share/bochs/"), line
 
 
-def test_the_counter_advances_by_one_an_instruction() -> None:
-    assert "clock: sync=none" in bochs.configuration()
-    assert "model=corei7_skylake_x" in bochs.configuration()
+@pytest.mark.parametrize("cpu", CPUS)
+def test_the_counter_advances_by_one_an_instruction(cpu: str) -> None:
+    configuration = Machine(cpu, PLAIN).configuration()
+    assert "clock: sync=none" in configuration
+    assert f"cpu: model={cpu}, " in configuration
 
 
 def test_the_emulator_has_namespaces_of_its_own() -> None:
-    command = bochs.emulator_command(Path("/state"))
+    command = Machine(DEFAULT_CPU, PLAIN).command(Path("/state"))
     assert command[command.index("bochs-bin") :][-2:] == ["-r", "/state"]
     for option in ("--net", "--pid", "--kill-child=KILL"):
         assert option in command[: command.index("bochs-bin")]

@@ -1,0 +1,134 @@
+"""The Bochs that emulates a processor: the machine's own, or one of a newer Debian release.
+
+A model that the installed Bochs does not know is emulated by the Bochs of `NEWER_RELEASE`. Its
+packages are unpacked into the cache, and it is started through its own dynamic linker with its
+own libraries, so that nothing of it meets the machine's.
+"""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from pykvm import cache
+from pykvm.errors import PykvmError
+from pykvm.host import debian_packages
+
+__all__ = ["NEWER_RELEASE", "BochsMissingError", "Installation", "installed", "knowing", "newer"]
+
+NEWER_RELEASE: Final = "trixie"  # Debian 13, with Bochs 3.0
+
+# bochs-term only because bochs wants some display; it is the smallest.
+_PACKAGES: Final = ("bochs", "bochs-term", "bochsbios", "vgabios")
+_PROGRAM: Final = "bochs-bin"
+_SHARE: Final = "usr/share/bochs"
+_LIBRARIES: Final = "usr/lib/x86_64-linux-gnu"
+_KEPT: Final = (_LIBRARIES, "usr/bin", _SHARE, "usr/share/vgabios")
+_MERGED_USR: Final = ("bin", "lib", "lib64", "sbin")
+
+
+class BochsMissingError(PykvmError):
+    """No Bochs at hand emulates the processor."""
+
+
+@dataclass(frozen=True)
+class Installation:
+    """One Bochs.
+
+    Attributes:
+        version: of its Debian packages; what it saves is good for this version alone.
+        command: what starts it.
+        share: directory of its firmware.
+        environment: variables to set for it.
+    """
+
+    version: str
+    command: tuple[str, ...]
+    share: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def models(self) -> list[str]:
+        """The names of the processors that it emulates, the oldest first.
+
+        Raises:
+            BochsMissingError: it cannot be started.
+        """
+        # -q: no menu.
+        result = subprocess.run(
+            [*self.command, "-q", "--help", "cpu"],
+            env={**os.environ, **self.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        _, _, listed = result.stdout.partition("Supported CPU models:\n\n")
+        if not listed:
+            raise BochsMissingError(f"{self.command[-1]} does not start: {result.stdout.strip()}")
+        return listed.partition("\n\n")[0].split()
+
+
+def installed() -> Installation | None:
+    """The Bochs that is installed on this machine, or None."""
+    if shutil.which(_PROGRAM) is None:
+        return None
+    versions = (debian_packages.installed_version(name) or "" for name in _PACKAGES)
+    return Installation(" ".join(versions), (_PROGRAM,), Path("/") / _SHARE)
+
+
+def newer() -> Installation:
+    """The Bochs of `NEWER_RELEASE`, fetched and unpacked into the cache first if need be.
+
+    Raises:
+        PackageError: it cannot be fetched.
+    """
+    key = cache.key("unpacked", NEWER_RELEASE, *_PACKAGES, *_KEPT)
+    root = cache.entry("bochs", key, _unpack)
+    libraries = root / _LIBRARIES
+    return Installation(
+        (root / "version").read_text(),
+        (
+            str(libraries / "ld-linux-x86-64.so.2"),
+            *("--library-path", str(libraries)),
+            str(root / "usr/bin" / _PROGRAM),
+        ),
+        root / _SHARE,
+        {
+            "BXSHARE": str(root / _SHARE),
+            "LTDL_LIBRARY_PATH": str(libraries / "bochs/plugins"),
+        },
+    )
+
+
+def knowing(model: str) -> Installation:
+    """A Bochs that emulates the processor `model`: the installed one, if it does.
+
+    Raises:
+        BochsMissingError: there is none.
+        PackageError: see `newer`.
+    """
+    here = installed()
+    if here is not None and model in here.models():
+        return here
+    other = newer()
+    if model in other.models():
+        return other
+    raise BochsMissingError(f"no bochs emulates {model}")
+
+
+def _unpack(directory: Path) -> None:
+    tree = directory / "tree"
+    for name in _MERGED_USR:
+        (tree / "usr" / name).mkdir(parents=True)
+        (tree / name).symlink_to(f"usr/{name}")
+    packages = debian_packages.unpack_release(NEWER_RELEASE, _PACKAGES, tree)
+    for name in _KEPT:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).rename(directory / name)
+    shutil.rmtree(tree)
+    own = [package.spec for package in packages if package.spec.partition("=")[0] in _PACKAGES]
+    (directory / "version").write_text(" ".join(own))
