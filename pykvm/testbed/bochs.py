@@ -134,7 +134,7 @@ class Machine:
         unshare = ["unshare", "--net", "--pid", "--fork", "--kill-child=KILL"]
         if os.geteuid() != 0:
             unshare.append("--map-root-user")
-        command = [*unshare, *self.bochs.command, "-q", "-f", "bochsrc", "-rc", "debugger"]
+        command = [*unshare, *self.bochs.command, "-q", "-f", "bochsrc", *self.bochs.debugger_options()]
         return command if restore is None else [*command, "-r", str(restore)]
 
 
