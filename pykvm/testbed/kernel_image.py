@@ -62,11 +62,14 @@ def unpacked(kernel: HostKernel) -> Path:
     def build(directory: Path) -> None:
         package = _image_package(kernel)
         (archive,) = debian_packages.fetch([package])
+        # The modules are in /lib, or in /usr/lib since Debian 13: here these are one.
+        (directory / "usr/lib").mkdir(parents=True)
+        (directory / "lib").symlink_to("usr/lib")
         debian_packages.unpack(archive, directory)
         _uncompress_modules(directory)
         rootfs.run_depmod(directory, kernel.release)
 
-    key = cache.key(kernel.release, kernel.package, "plain modules")
+    key = cache.key(kernel.release, kernel.package, "plain modules, one lib")
     return cache.entry("testbed-kernel", key, build)
 
 

@@ -54,25 +54,26 @@ _DEBIAN_PACKAGES = (
 # Third-party Python packages that pykvm and its tests import; what they require comes along.
 PYTHON_PACKAGES = ("cffi", "hypothesis", "psutil", "pyroute2", "pytest")
 
-# Parts of packages that only cost space and time here.
+# Parts of packages that only cost space and time here, as patterns.
 _UNWANTED = (
     "boot",
     "usr/share/doc",
     "usr/share/info",
     "usr/share/locale",
     "usr/share/man",
-    "usr/lib/python3.11/idlelib",
-    "usr/lib/python3.11/lib2to3/tests",
-    "usr/lib/python3.11/test",
-    "usr/lib/python3.11/tkinter",
-    "usr/lib/gcc/x86_64-linux-gnu/12/lto1",
-    "usr/lib/gcc/x86_64-linux-gnu/12/lto-wrapper",
+    "usr/lib/python3.*/idlelib",
+    "usr/lib/python3.*/lib2to3/tests",
+    "usr/lib/python3.*/test",
+    "usr/lib/python3.*/tkinter",
+    "usr/lib*/gcc/*/*/lto1",
+    "usr/lib*/gcc/*/*/lto-wrapper",
 )
 
 _MERGED_USR = ("bin", "lib", "lib64", "sbin")
 _MOUNT_POINTS = ("dev", "proc", "run", "sys", "tmp", "mnt", "media", "root", "payload", "oldroot")
-_SITE_PACKAGES = "usr/local/lib/python3.11/dist-packages"
-_PYTHON_OF_TESTBED = (3, 11)
+# The environment's packages go inside, so Python inside has to be of the environment's version.
+_PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
+_SITE_PACKAGES = f"usr/local/lib/{_PYTHON}/dist-packages"
 _IMAGE_SLACK = 64 << 20
 _CYLINDER = 16 * 63 * 512
 
@@ -100,8 +101,7 @@ def build_image(image: Path, kernel: Path, version: str) -> None:
         PackageError: a package cannot be fetched.
         RootfsError: a tool is missing or fails.
     """
-    if sys.version_info[:2] != _PYTHON_OF_TESTBED:
-        raise RootfsError("the testbed needs Debian 12's python3.11; make the environment with it")
+    _require_debian_python()
     tree = image.with_suffix(".tree")
     try:
         _populate(tree, kernel, version)
@@ -154,18 +154,27 @@ def run_depmod(root: Path, version: str) -> None:
     _run("depmod", "-b", str(root), version)
 
 
+def _require_debian_python() -> None:
+    names = (package.file.partition("_")[0] for package in debian_packages.closure(["python3"]))
+    offered = next((name for name in names if re.fullmatch(r"python3\.\d+", name)), "python3")
+    if offered != _PYTHON:
+        raise RootfsError(
+            f"the emulated host has Debian's {offered}, this is {_PYTHON}",
+            f"make the environment with /usr/bin/{offered}",
+        )
+
+
 def _populate(tree: Path, kernel: Path, version: str) -> None:
     for name in _MERGED_USR:
         (tree / "usr" / name).mkdir(parents=True)
         (tree / name).symlink_to(f"usr/{name}")
     for archive in debian_packages.fetch(debian_packages.closure(_DEBIAN_PACKAGES)):
         debian_packages.unpack(archive, tree)
-    for name in _UNWANTED:
-        unwanted = tree / name
+    for unwanted in (path for pattern in _UNWANTED for path in tree.glob(pattern)):
         if unwanted.is_dir():
             shutil.rmtree(unwanted)
         else:
-            unwanted.unlink(missing_ok=True)
+            unwanted.unlink()
     for name in _MOUNT_POINTS:
         (tree / name).mkdir(exist_ok=True)
     modules = tree / "usr/lib/modules" / version
@@ -182,7 +191,7 @@ def _populate(tree: Path, kernel: Path, version: str) -> None:
     site.mkdir(parents=True)
     for distribution in _distributions():
         _copy_distribution(distribution, site)
-    for directory in ("usr/lib/python3.11", "usr/lib/python3", _SITE_PACKAGES):
+    for directory in (f"usr/lib/{_PYTHON}", "usr/lib/python3", _SITE_PACKAGES):
         _compile(tree, directory)
     # /usr/sbin/ldconfig of Debian wants no configuration of ours: the default paths suffice.
     _run("ldconfig", "-r", str(tree), optional=True)
