@@ -3,16 +3,10 @@
 SHELL := /bin/bash
 PYTHON := /usr/bin/python3
 VENV := .venv
-SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-# What the build and the emulated host need on Debian 12.
-PACKAGES := python3 python3-venv python3-dev gcc libc6-dev make patch tar xz-utils git \
-	linux-headers-cloud-amd64 linux-source-6.1 libelf-dev kmod \
-	bochs bochsbios vgabios xorriso lz4 zstd e2fsprogs util-linux \
-	clang-14 libclang-rt-14-dev llvm-14
-
-# On a bare-metal Debian the modules are built for the running kernel too.
-RUNNING := linux-headers-$(shell uname -r)
+# Settings of pip, Python and git that are meant for other work of the user.
+unexport PIP_USER PIP_TARGET PIP_PREFIX PIP_ROOT PYTHONHOME PYTHONPATH PYTHONUSERBASE
+unexport GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_OBJECT_DIRECTORY GIT_COMMON_DIR GIT_NAMESPACE
 
 # The C that cffi writes for the extensions, and what they are compiled to.
 GENERATED := pykvm/kvm/_kvm.c pykvm/kernel/_uapi.c pykvm/switch/_native.c
@@ -21,7 +15,7 @@ SOURCES := setup.py $(wildcard pykvm/*/build_*.py pykvm/*/*.[ch] pykvm/kvm/ioctl
 	guest/*/*.[ch] kernel-patches/files/include/uapi/linux/*.h)
 SOURCES := $(filter-out $(GENERATED),$(SOURCES))
 
-.PHONY: help verify-gate setup demo test selftests lint bench fuzz clean attacks
+.PHONY: help verify-gate setup demo test selftests lint bench fuzz clean attacks fresh environment
 
 help:
 	@echo "make setup   install what is missing (Debian packages, $(VENV), C extensions)"
@@ -29,40 +23,35 @@ help:
 	@echo "make test    run every test, on this host and on the emulated Intel host (two kernels)"
 	@echo "make attacks try every row of docs/threats.md, and its controls"
 	@echo "make lint    check style and types"
-	@echo "make selftests  compare KVM's own selftests, unpatched and patched, on SERIES='6.1 6.12'"
+	@echo "make selftests  compare KVM's own selftests, unpatched and patched, on SERIES='6.1 6.12' (default: what Debian offers)"
 	@echo "make fuzz    let guests write anything into their windows at any moment, for FUZZ_SECONDS=60"
 	@echo "make bench   measure the crossing, its protections, attaching, the switch and interrupts"
 	@echo "make verify-gate  show that the gate is safe to enter at any byte"
 	@echo "make clean   remove everything that was built in this directory"
 
-setup: $(VENV)/.extensions
+# A virtual environment holds for one place and one Python.
+PLACE = $(CURDIR), $(shell $(PYTHON) --version 2>&1)
 
-# Installs only what is missing; a machine that has everything needs neither apt nor root. The
-# kernel's packages go together, because source and headers must be of one version.
-$(VENV)/.packages: Makefile
-	@set -e; \
-	installed() { dpkg-query -W -f '$${db:Status-Status}' "$$1" 2>/dev/null | grep -qx installed; }; \
-	missing=; \
-	for package in $(PACKAGES); do installed $$package || missing="$$missing $$package"; done; \
-	if [ -n "$$missing" ]; then \
-		case "$$missing" in *linux-*) missing="$$missing linux-headers-cloud-amd64 linux-source-6.1";; esac; \
-		echo "setup: installing Debian packages:$$missing"; \
-		$(SUDO) apt-get update; \
-		$(SUDO) env DEBIAN_FRONTEND=noninteractive \
-			apt-get install -y --no-install-recommends $$missing; \
-	fi; \
-	if ! installed $(RUNNING) && apt-cache show $(RUNNING) >/dev/null 2>&1; then \
-		echo "setup: installing the headers of the running kernel"; \
-		$(SUDO) env DEBIAN_FRONTEND=noninteractive \
-			apt-get install -y --no-install-recommends $(RUNNING); \
+setup:
+	@if [ -d $(VENV) ] && [ "$$(cat $(VENV)/.place 2>/dev/null)" != '$(PLACE)' ]; then \
+		echo 'setup: making $(VENV) anew: it is of another place or another Python'; \
+		rm -rf $(VENV); \
 	fi
+	@$(MAKE) --no-print-directory environment
+
+environment: $(VENV)/.extensions
+	@:
+
+$(VENV)/.packages: tools/install_packages.sh
+	@tools/install_packages.sh
 	@mkdir -p $(VENV) && touch $@
 
 $(VENV)/bin/python: | $(VENV)/.packages
 	$(PYTHON) -m venv $(VENV)
+	@echo '$(PLACE)' >$(VENV)/.place
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-user --editable '.[dev]'
 	@touch $@
 
 # Installing built the extensions once; here they follow their C sources. An extension of another
@@ -81,7 +70,8 @@ test: setup
 
 # Two processors for each series: unpatched and patched hosts run at the same time. SELFTESTS may
 # hold --all, or names.
-SERIES := 6.1 6.12
+SERIES = $(shell $(VENV)/bin/python -c \
+	'from pykvm.kernel.series import offered_series; print(*offered_series())')
 selftests: setup
 	$(VENV)/bin/python -m tools.side_by_side --processors 2 \
 		$(foreach series,$(SERIES),"$(strip $(VENV)/bin/pykvm kernel selftests --series $(series) $(SELFTESTS))")

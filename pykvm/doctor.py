@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pykvm import cache
 from pykvm.errors import PykvmError
+from pykvm.host import distribution
 from pykvm.host.fingerprint import is_emulated
 from pykvm.host.processor import MsrUnreadable, VmxCapabilities, read_processor
 from pykvm.kernel import modules
@@ -102,6 +103,18 @@ def emulated_host_usable(checks: list[Check]) -> bool:
     """Whether this host can run the emulated one."""
     emulated = [check for check in checks if check.group == EMULATED]
     return bool(emulated) and all(check.ok for check in emulated if check.needed)
+
+
+def _distribution() -> Check:
+    releases = " or ".join(distribution.DEBIAN_RELEASES)
+    return Check(
+        HOST,
+        "distribution",
+        distribution.is_supported(),
+        distribution.name(),
+        f"use Debian {releases}: what pykvm needs is tried on no other",
+        needed=False,
+    )
 
 
 def _processor() -> Check:
@@ -281,12 +294,7 @@ def _testbed_kernels() -> Check:
     text = ", ".join(found) or "none with headers and source of one version and a patch"
     if missing and found:
         text += f"; not {', '.join(missing)}"
-    step = (
-        "sudo apt-get update && sudo apt-get install --no-install-recommends "
-        "linux-headers-cloud-amd64 linux-source-6.1"
-    )
-    usable = kernel_series.DEFAULT_SERIES not in missing
-    return Check(EMULATED, "kernel series (--series)", usable, text, step)
+    return Check(EMULATED, "kernel series (--series)", bool(found), text, "sudo apt-get update")
 
 
 def _disk() -> Check:
@@ -308,6 +316,7 @@ def _effective_capabilities() -> int:
 
 
 _HOST_CHECKS: tuple[Callable[[], Check], ...] = (
+    _distribution,
     _processor,
     _vmx,
     _vm_functions,

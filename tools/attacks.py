@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 from xml.etree import ElementTree
 
-from pykvm.kernel.series import DEFAULT_SERIES, SERIES
+from pykvm.kernel.series import SERIES, offered_series
 from tests.attacks.marks import ROOT
 from tests.attacks.threats import THREATS, Threat
 from tests.rigs.attacks.weaken import PATCH
@@ -127,7 +127,12 @@ def all_outcomes(reports: Iterable[Path]) -> dict[str, set[str]]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Try every row of docs/threats.md.")
-    parser.add_argument("--series", choices=SERIES, nargs="+", default=[DEFAULT_SERIES])
+    parser.add_argument(
+        "--series",
+        choices=SERIES,
+        nargs="+",
+        help="kernels to try on (default: all that there are)",
+    )
     parser.add_argument(
         "--after-tests",
         action="store_true",
@@ -140,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
     known = test_all.reports() if options.after_tests else []
     if options.after_tests:
         print(f"attacks: {'using the' if known else 'no'} results of make test", flush=True)
-    runs = [run for series in options.series for run in plan(series)]
+    runs = [run for series in options.series or offered_series() for run in plan(series)]
     todo = [run for run in dict.fromkeys(runs) if not known or "weakened" in run.name]
     (ROOT / RESULTS).mkdir(parents=True, exist_ok=True)
     for report in (ROOT / RESULTS).glob("*.xml"):

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from pykvm.cli.signals import exit_on_signals
-from pykvm.kernel.series import DEFAULT_SERIES, SERIES
+from pykvm.kernel.series import SERIES
 from pykvm.testbed import selftests
 
 __all__ = ["add_action", "run"]
@@ -30,7 +30,9 @@ def add_action(actions: Any) -> None:
         help="run KVM's selftests unpatched and patched, and compare",
         description=_DESCRIPTION,
     )
-    parser.add_argument("--series", choices=SERIES, default=DEFAULT_SERIES)
+    parser.add_argument(
+        "--series", choices=SERIES, help="of the kernel (default: as for pykvm testbed)"
+    )
     parser.add_argument("--all", action="store_true", help="run the slow ones too")
     parser.add_argument(
         "--limit",

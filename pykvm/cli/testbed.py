@@ -9,7 +9,7 @@ from typing import Any
 
 from pykvm.cli.signals import exit_on_signals
 from pykvm.errors import PykvmError
-from pykvm.kernel.series import DEFAULT_SERIES, SERIES
+from pykvm.kernel.series import SERIES
 from pykvm.testbed import Testbed, session
 from pykvm.testbed.bochs import CPUS, DEFAULT_CPU
 
@@ -42,8 +42,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--series",
         choices=SERIES,
-        default=DEFAULT_SERIES,
-        help=f"of the host's kernel, the newest one of which runs (default: {DEFAULT_SERIES})",
+        help="of the host's kernel, the newest one of which runs (default: 6.1 where Debian has "
+        "it, else the newest that Debian has)",
     )
     parser.add_argument(
         "--cpu",

@@ -18,19 +18,20 @@ from pykvm.host import debian_packages
 from pykvm.kernel import packages as kernel_packages
 
 __all__ = [
-    "DEFAULT_SERIES",
     "SERIES",
     "HostKernel",
     "KernelMissing",
     "SeriesUnknown",
+    "default_series",
     "find_kernel",
     "newest_kernel",
+    "offered_series",
     "packages_directory",
     "place",
 ]
 
 SERIES = ("6.1", "6.12")
-DEFAULT_SERIES = "6.1"
+_PREFERRED = "6.1"
 
 # Small, and everything that the emulated host needs is in it.
 _FLAVOUR = "cloud-amd64"
@@ -64,28 +65,48 @@ class HostKernel:
     installed: bool
 
 
-def newest_kernel(series: str = DEFAULT_SERIES) -> HostKernel:
-    """The newest cloud kernel of `series`: an installed one if there is any, else apt's.
+def offered_series() -> list[str]:
+    """Return those of `SERIES` that this machine's Debian has a kernel of, oldest first."""
+    return [series for series in SERIES if _newest(series)]
+
+
+def default_series() -> str:
+    """Return 6.1 where Debian has it, else the newest of `offered_series`."""
+    offered = offered_series()
+    return _PREFERRED if _PREFERRED in offered or not offered else offered[-1]
+
+
+def newest_kernel(series: str | None = None) -> HostKernel:
+    """Return the newest cloud kernel of `series`: an installed one if there is any, else apt's.
+
+    series: one of `SERIES`; by default `default_series()`.
 
     Raises:
         SeriesUnknown: `series` is none of `SERIES`.
         KernelMissing: there is none.
     """
+    series = series or default_series()
     if series not in SERIES:
         raise SeriesUnknown(f"no KVM patch for Linux {series}, only for: {', '.join(SERIES)}")
+    if found := _newest(series):
+        return found
+    offered = offered_series()
+    raise KernelMissing(
+        f"Debian has no cloud kernel of the {series} series with headers and source of one "
+        "version, as far as this machine knows",
+        f"use the series {' or '.join(offered)}" if offered else "run: apt-get update",
+    )
+
+
+def _newest(series: str) -> HostKernel | None:
     for release in reversed(kernel_packages.installed_headers()):
         match = _RELEASE.fullmatch(release)
         if not match or match["series"] != series or match["flavour"] != _FLAVOUR:
             continue
         if package := _installed(release, series):
             return HostKernel(series, release, package, installed=True)
-    for known in _known_to_apt(series):
-        if known.release.endswith(f"-{_FLAVOUR}"):
-            return known
-    raise KernelMissing(
-        f"Debian has no cloud kernel of the {series} series with headers and source of one "
-        "version, as far as this machine knows; run: apt-get update"
-    )
+    known = (kernel for kernel in _known_to_apt(series) if kernel.release.endswith(f"-{_FLAVOUR}"))
+    return next(known, None)
 
 
 def find_kernel(release: str) -> HostKernel | None:

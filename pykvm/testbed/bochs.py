@@ -134,7 +134,8 @@ class Machine:
         unshare = ["unshare", "--net", "--pid", "--fork", "--kill-child=KILL"]
         if os.geteuid() != 0:
             unshare.append("--map-root-user")
-        command = [*unshare, *self.bochs.command, "-q", "-f", "bochsrc", *self.bochs.debugger_options()]
+        bochs = [*self.bochs.command, "-q", "-f", "bochsrc", *self.bochs.debugger_options()]
+        command = [*unshare, *bochs]
         return command if restore is None else [*command, "-r", str(restore)]
 
 

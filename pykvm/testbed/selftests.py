@@ -22,7 +22,7 @@ from pykvm.errors import PykvmError
 from pykvm.kernel import build as kernel
 from pykvm.kernel import selftests as kernel_selftests
 from pykvm.kernel.packages import find_source
-from pykvm.kernel.series import DEFAULT_SERIES, newest_kernel, packages_directory
+from pykvm.kernel.series import newest_kernel, packages_directory
 from pykvm.testbed.session import CommandTimeoutError, HostDiedError, Testbed
 
 __all__ = [
@@ -215,17 +215,17 @@ class Selftests:
         release: of the emulated host's kernel, as `uname -r` says it.
     """
 
-    def __init__(self, series: str = DEFAULT_SERIES) -> None:
+    def __init__(self, series: str | None = None) -> None:
         """Build the selftests of `series`, if the cache lacks them.
 
         Raises:
             PykvmError: they cannot be built; the message says why.
         """
-        self._series = series
         host = newest_kernel(series)
+        self._series = host.series
         self.release = host.release
         self._cancelled = threading.Event()
-        self._built = kernel_selftests.build(find_source(series, packages_directory(host)))
+        self._built = kernel_selftests.build(find_source(host.series, packages_directory(host)))
         self.names = kernel_selftests.programs(self._built)
 
     def compare(

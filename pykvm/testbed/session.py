@@ -19,7 +19,7 @@ from pykvm import cache
 from pykvm.cache import pruning as cache_pruning
 from pykvm.errors import PykvmError
 from pykvm.host.fingerprint import commit
-from pykvm.kernel.series import DEFAULT_SERIES, newest_kernel
+from pykvm.kernel.series import newest_kernel
 from pykvm.testbed import instances, payload, saved_state
 from pykvm.testbed.bochs import DEFAULT_CPU, Emulator, Machine
 
@@ -76,13 +76,14 @@ class Testbed:
         checkout: Path | None = None,
         progress: Callable[[str], None] | None = None,
         *,
-        series: str = DEFAULT_SERIES,
+        series: str | None = None,
         cpu: str = DEFAULT_CPU,
     ) -> None:
         """For the checkout at `checkout` (default: the one pykvm was imported from).
 
         `progress` is told what is being waited for, when it takes long (default: standard error).
-        `series` is one of `pykvm.kernel.series.SERIES`; of it, the newest kernel runs.
+        `series` is one of `pykvm.kernel.series.SERIES` (default: `default_series()`); of it,
+        the newest kernel runs.
         `cpu` is one of `pykvm.testbed.bochs.CPUS`; what the installed Bochs does not emulate, a
         newer one does, which is fetched first if need be.
 

@@ -108,6 +108,37 @@ def test_no_apt(monkeypatch: pytest.MonkeyPatch) -> None:
         kernel_series.newest_kernel("6.12")
 
 
+def _offer(monkeypatch: pytest.MonkeyPatch, *offered: str) -> None:
+    def known(series: str) -> list[HostKernel]:
+        release = f"{series}.7+deb-cloud-amd64"
+        return [HostKernel(series, release, "1", installed=False)] if series in offered else []
+
+    monkeypatch.setattr(kernel_packages, "installed_headers", list)
+    monkeypatch.setattr(kernel_series, "_known_to_apt", known)
+
+
+def test_the_default_is_one_that_debian_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    _offer(monkeypatch, "6.1", "6.12")
+    assert kernel_series.offered_series() == ["6.1", "6.12"]
+    assert kernel_series.newest_kernel().series == kernel_series.default_series() == "6.1"
+    _offer(monkeypatch, "6.12")
+    assert kernel_series.offered_series() == ["6.12"]
+    assert kernel_series.newest_kernel().series == kernel_series.default_series() == "6.12"
+
+
+def test_a_series_that_debian_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    _offer(monkeypatch, "6.12")
+    with pytest.raises(
+        kernel_series.KernelMissing, match=r"the 6\.1 series .*: use the series 6\.12$"
+    ):
+        kernel_series.newest_kernel("6.1")
+    _offer(monkeypatch)
+    with pytest.raises(
+        kernel_series.KernelMissing, match=r"the 6\.1 series .*: run: apt-get update$"
+    ):
+        kernel_series.newest_kernel()
+
+
 def test_unknown_series() -> None:
     with pytest.raises(kernel_series.SeriesUnknown, match=r"Linux 5\.10, only for: 6\.1, 6\.12"):
         kernel_series.newest_kernel("5.10")

@@ -138,7 +138,13 @@ def _still_there(directory: Path) -> list[int]:
     return [int(path.name) for path in directory.iterdir() if alive(int(path.name))]
 
 
-def test_every_test_is_in_one_part_of_make_test() -> None:
+def _offer(monkeypatch: pytest.MonkeyPatch, *offered: str) -> None:
+    monkeypatch.setattr(test_all, "offered_series", lambda: list(offered))
+    monkeypatch.setattr(test_all, "default_series", lambda: offered[0])
+
+
+def test_every_test_is_in_one_part_of_make_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    _offer(monkeypatch, "6.1", "6.12")
     todo = test_all.jobs()
     assert [job.name for job in todo] == [
         "on this host",
@@ -159,9 +165,18 @@ def test_every_test_is_in_one_part_of_make_test() -> None:
     assert len(reports) == len(todo)
 
 
+def test_a_series_that_debian_has_not_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    _offer(monkeypatch, "6.12")
+    assert [job.name for job in test_all.jobs()[2:]] == [
+        "on the emulated host, Linux 6.12: elisa",
+        "on the emulated host, Linux 6.12: kvm and not elisa",
+    ]
+
+
 def test_reports_count_for_the_same_sources_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    _offer(monkeypatch, "6.1", "6.12")
     monkeypatch.setattr(test_all, "ROOT", tmp_path)
     (tmp_path / "tests").mkdir()
     source = tmp_path / "tests/test_made.py"
