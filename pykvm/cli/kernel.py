@@ -9,7 +9,7 @@ from pykvm.cli.testbed import add_also
 from pykvm.kernel import build as kernel
 from pykvm.kernel import modules
 from pykvm.kernel.patch import complete, find_patch
-from pykvm.kernel.series import DEFAULT_SERIES, SERIES, newest_kernel
+from pykvm.kernel.series import SERIES, default_series, newest_kernel
 
 __all__ = ["add_parser", "run"]
 
@@ -36,9 +36,7 @@ def add_parser(subparsers: Any) -> None:
     patch = actions.add_parser(
         "patch", help="print the whole patch of a series: the files of its own and the hooks"
     )
-    patch.add_argument(
-        "--series", choices=SERIES, default=DEFAULT_SERIES, help=f"default: {DEFAULT_SERIES}"
-    )
+    patch.add_argument("--series", choices=SERIES, help="default: the one that pykvm testbed runs")
     patch.set_defaults(run=run, action=_patch)
 
     load = actions.add_parser("load", help="put the patched modules in place of the loaded ones")
@@ -71,7 +69,7 @@ def _build(args: argparse.Namespace) -> None:
 
 
 def _patch(args: argparse.Namespace) -> None:
-    print(complete(find_patch(args.series)), end="")
+    print(complete(find_patch(args.series or default_series())), end="")
 
 
 def _load(args: argparse.Namespace) -> None:
