@@ -50,7 +50,7 @@ $(VENV)/bin/python: | $(VENV)/.packages
 	$(PYTHON) -m venv $(VENV)
 	@echo '$(PLACE)' >$(VENV)/.place
 
-$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.installed: pyproject.toml setup.py | $(VENV)/bin/python
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-user --editable '.[dev]'
 	@touch $@
 

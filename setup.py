@@ -1,11 +1,24 @@
-"""Builds the cffi extensions; everything else is in pyproject.toml."""
+"""Builds a wheel: what goes into it, and its cffi extensions. See pyproject.toml too."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
+
+# Directories of the checkout that a wheel carries inside the package; see pykvm/resources.py.
+DATA = {"pykvm.data.guest": "guest", "pykvm.data.kernel-patches": "kernel-patches"}
 
 setup(
+    packages=[*find_packages(include=["pykvm", "pykvm.*"]), "pykvm.data", *DATA],
+    package_dir=DATA,
+    package_data={
+        "pykvm.data": ["*.pcap", "README.md"],
+        "pykvm.data.guest": ["**/*.[chS]", "**/*.ld"],
+        "pykvm.data.kernel-patches": ["**/*"],
+        "pykvm.testbed": ["*.S", "inside/*.sh"],
+    },
     cffi_modules=[
         "pykvm/kvm/build_kvm.py:ffibuilder",
         "pykvm/kernel/build_uapi.py:ffibuilder",
         "pykvm/switch/build_native.py:ffibuilder",
-    ]
+    ],
+    # cffi keeps to the stable ABI: one wheel for every Python that pyproject.toml allows.
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 from pykvm.errors import PykvmError
-from pykvm.switch.build_native import ROOT
 from tests.rigs.switch.fuzz.fuzzer import CORPUS, Fuzzer, read_corpus, write_corpus
 
 
@@ -20,7 +19,7 @@ def main() -> int:
     parser.add_argument(
         "--keep", action="store_true", help="write the minimised corpus back into the repository"
     )
-    parser.add_argument("--directory", type=Path, default=ROOT / "build/fuzz")
+    parser.add_argument("--directory", type=Path, default=Path("build/fuzz"))
     options = parser.parse_args()
     fuzzer = Fuzzer(options.directory)
     seeds = read_corpus()

@@ -8,12 +8,11 @@ from pykvm.cli.hosts import on_suitable_host, ticks_scale
 from pykvm.errors import PykvmError
 from pykvm.host.fingerprint import fingerprint, host_kind, is_emulated
 from pykvm.measure.records import unit_of_host
+from pykvm.resources import CAPTURE
 from pykvm.switch.capture import read_capture, split_capture
 
 __all__ = ["DemoFailedError", "add_parser"]
 
-_ROOT: Final = Path(__file__).resolve().parents[2]
-CAPTURE: Final = _ROOT / "tests" / "data" / "memcached-http.pcap"
 RESULTS: Final = Path("build/demo/results.json")
 PATHS: Final = ("vmfunc", "vmcall", "direct")
 
@@ -33,7 +32,7 @@ def add_parser(subparsers: Any) -> None:
         type=Path,
         default=CAPTURE,
         metavar="FILE",
-        help="the packets to send, a pcap file of an Ethernet (default: the one in tests/data)",
+        help="the packets to send, a pcap file of an Ethernet (default: memcached and HTTP)",
     )
     parser.add_argument(
         "--json",

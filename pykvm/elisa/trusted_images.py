@@ -23,6 +23,7 @@ from pykvm.elisa.object_code import (
 )
 from pykvm.elisa.protections import ALL, Protection, Without, defines_without
 from pykvm.errors import PykvmError
+from pykvm.resources import GUEST_SOURCES
 from pykvm.sizes import PAGE_SIZE
 from pykvm.toolchain import compiler, elf
 from pykvm.toolchain.elf import ElfFile
@@ -45,8 +46,8 @@ __all__ = [
     "crossing_images",
 ]
 
-_CROSSING: Final = compiler.GUEST_SOURCES / "crossing"
-_INCLUDE: Final = (compiler.GUEST_SOURCES / "include",)
+_CROSSING: Final = GUEST_SOURCES / "crossing"
+_INCLUDE: Final = (GUEST_SOURCES / "include",)
 _OFFSETS: Final = (
     "ENTRY_OFFSET",
     "GATE_OFFSET",

@@ -13,6 +13,7 @@ from typing import Any
 from pykvm.host.processor import read_processor
 from pykvm.kernel import modules
 from pykvm.kernel import packages as kernel_packages
+from pykvm.resources import CHECKOUT
 
 __all__ = ["commit", "fingerprint", "host_kind", "is_emulated"]
 
@@ -50,17 +51,16 @@ def fingerprint() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The checkout's commit, with `+` behind it if files differ from it; empty if unknown.
+    """The checkout's commit, with `+` behind it if files differ from it; empty for an installation.
 
     The emulated host has no git: there the testbed hands the answer down in PYKVM_COMMIT.
     """
     if given := os.environ.get("PYKVM_COMMIT"):
         return given
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
+    if CHECKOUT is None or not (CHECKOUT / ".git").exists():
         return ""
-    head = _git(root, "rev-parse", "--short=12", "HEAD")
-    changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+    head = _git(CHECKOUT, "rev-parse", "--short=12", "HEAD")
+    changed = _git(CHECKOUT, "status", "--porcelain", "--untracked-files=no")
     return f"{head}+" if head and changed else head
 
 
@@ -68,8 +68,10 @@ def _version() -> str:
     try:
         return importlib.metadata.version(_DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
+        if CHECKOUT is None:
+            raise
         # Run from a checkout that is not installed, as in the emulated host.
-        project = Path(__file__).resolve().parents[2] / "pyproject.toml"
+        project = CHECKOUT / "pyproject.toml"
         return str(tomllib.loads(project.read_text())["project"]["version"])
 
 

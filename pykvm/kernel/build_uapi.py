@@ -12,7 +12,6 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 UAPI = "kernel-patches/files/include/uapi/linux"  # setuptools wants paths below setup.py
 HEADERS = '#include <linux/kvm.h>\n#include "kvm_elisa.h"\n'
 PREFIXES = ("KVM_CAP_ELISA", "KVM_ELISA_", "KVM_EXIT_ELISA", "KVM_HC_ELISA_")
@@ -34,7 +33,7 @@ struct kvm_elisa_exit {
 
 def _declarations() -> str:
     macro_names = runpy.run_path(str(HERE.parent / "kvm/macros.py"))["macro_names"]
-    names = macro_names(HEADERS, PREFIXES, ROOT / UAPI)
+    names = macro_names(HEADERS, PREFIXES, Path(UAPI))
     return STRUCTS + "".join(f"#define {name} ...\n" for name in names)
 
 
@@ -44,8 +43,5 @@ ffibuilder.set_source(
     "pykvm.kernel._uapi",
     HEADERS,
     depends=[f"{UAPI}/kvm_elisa.h"],
-    include_dirs=[str(ROOT / UAPI)],
+    include_dirs=[UAPI],
 )
-
-if __name__ == "__main__":
-    ffibuilder.compile(tmpdir=str(ROOT), verbose=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pykvm.errors import PykvmError
 from pykvm.kernel import make as kernel_make
+from pykvm.resources import KERNEL_PATCHES
 
 __all__ = [
     "FurtherPatchError",
@@ -25,7 +26,6 @@ __all__ = [
     "complete",
     "conflict",
     "find_patch",
-    "patches_directory",
     "read_further",
 ]
 
@@ -61,18 +61,13 @@ class Patch:
         return [self.hooks, *(part for item in self.files.items() for part in item)]
 
 
-def patches_directory() -> Path:
-    """Return `kernel-patches` of this checkout."""
-    return Path(__file__).resolve().parents[2] / "kernel-patches"
-
-
 def find_patch(series: str, directory: Path | None = None) -> Patch:
     """Return the patch for a kernel series such as "6.1".
 
     Raises:
         PatchMissingError: there is none.
     """
-    directory = directory or patches_directory()
+    directory = directory or KERNEL_PATCHES
     hooks = directory / f"linux-{series}.patch"
     if not hooks.is_file():
         found = sorted(directory.glob("linux-*.patch"))

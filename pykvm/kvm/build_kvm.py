@@ -4,8 +4,6 @@ Three inputs, each the only place of what it holds: ``kvm_cdef.h`` (fields of th
 structs), ``ioctls.py`` (the calls) and ``run_loop.h`` (our C). Constants are every macro of
 ``<linux/kvm.h>`` whose name starts with one of `PREFIXES`; the C compiler lists them and evaluates
 them, so that no number is typed into pykvm.
-
-``python pykvm/kvm/build_kvm.py`` builds in place, without setuptools' editable install.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 HEADERS = "#include <linux/kvm.h>\n"
 
 PREFIXES = (
@@ -84,6 +81,3 @@ ffibuilder.set_source(
     include_dirs=[str(HERE)],
     extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra"],
 )
-
-if __name__ == "__main__":
-    ffibuilder.compile(tmpdir=str(ROOT), verbose=True)

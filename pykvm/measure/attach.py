@@ -18,7 +18,7 @@ from pykvm.kvm import Kvm
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.measure.programs import CrossingProgram
 from pykvm.measure.records import Samples, typical
-from pykvm.toolchain.compiler import GUEST_SOURCES
+from pykvm.resources import GUEST_SOURCES
 
 __all__ = ["AttachCost", "measure_attach"]
 

@@ -14,7 +14,7 @@ from pykvm.machine.bare.guest import BareGuest
 from pykvm.measure.exit_counter import ExitCounter, Exits
 from pykvm.measure.programs import HC_USER, CrossingProgram, Way, way_samples
 from pykvm.measure.records import Samples, typical
-from pykvm.toolchain.compiler import GUEST_SOURCES
+from pykvm.resources import GUEST_SOURCES
 
 __all__ = ["WAY_NAMES", "Crossing", "WayCost", "measure_crossing"]
 

@@ -20,7 +20,7 @@ from pykvm.machine.bare.guest import BareGuest
 from pykvm.measure.exit_counter import ExitCounter, Exits
 from pykvm.measure.programs import InterruptProgram, InterruptSample, interrupt_samples
 from pykvm.measure.records import Samples
-from pykvm.toolchain.compiler import GUEST_SOURCES
+from pykvm.resources import GUEST_SOURCES
 
 __all__ = ["LEFT", "InterruptPoint", "LateTimerError", "measure_interrupts"]
 

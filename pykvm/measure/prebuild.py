@@ -10,7 +10,7 @@ from pykvm.measure.programs import (
 )
 from pykvm.measure.protection_cost import MEASURED
 from pykvm.measure.user_mode import UserProgram
-from pykvm.toolchain.compiler import GUEST_SOURCES
+from pykvm.resources import GUEST_SOURCES
 
 __all__ = ["build_images"]
 

@@ -12,7 +12,7 @@ from typing import Final
 
 from pykvm.kernel import uapi
 from pykvm.machine.bare.build import build_guest
-from pykvm.toolchain.compiler import GUEST_SOURCES
+from pykvm.resources import GUEST_SOURCES
 from pykvm.toolchain.elf import ElfFile
 
 __all__ = [

@@ -20,7 +20,7 @@ from pykvm.measure.crossing_cost import measure_crossing
 from pykvm.measure.programs import Way
 from pykvm.measure.records import Samples, typical
 from pykvm.measure.user_mode import UserProgram, map_user_pages, user_samples
-from pykvm.toolchain.compiler import GUEST_SOURCES
+from pykvm.resources import GUEST_SOURCES
 
 __all__ = ["MEASURED", "Measured", "ProtectionCost", "Protections", "measure_protections"]
 

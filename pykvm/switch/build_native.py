@@ -2,21 +2,16 @@
 
 The switch is compiled from the source that also runs in the sub context. Struct layouts and
 constants are asked from the C compiler: the declarations below end in ``...``.
-
-``python pykvm/switch/build_native.py`` builds in place, without setuptools' editable install.
 """
 
 from __future__ import annotations
 
 import re
-import shlex
-import subprocess
-import sysconfig
 from pathlib import Path
 
 from cffi import FFI
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
 
 CONSTANTS = (
     "SWITCH_MAX_PORTS",
@@ -87,7 +82,7 @@ COMPILE_ARGS = [
 
 def _declarations() -> str:
     """What cffi shall know: constants, structs, and the functions of both headers."""
-    admin = (ROOT / "pykvm/switch/admin.h").read_text()
+    admin = (HERE / "admin.h").read_text()
     admin = re.sub(r"/\*.*?\*/", "", admin, flags=re.DOTALL)
     constants = "".join(f"#define {name} ...\n" for name in CONSTANTS)
     return constants + STRUCTS + FUNCTIONS + admin
@@ -108,24 +103,3 @@ ffibuilder.set_source(
     ],
     extra_compile_args=COMPILE_ARGS,
 )
-
-
-def build_in_place() -> None:
-    """Compile the extension next to this file with the compiler that built Python."""
-    generated = ROOT / "pykvm/switch/_native.c"
-    library = generated.with_name("_native" + sysconfig.get_config_var("EXT_SUFFIX"))
-    ffibuilder.emit_c_code(str(generated))
-    command = [
-        *shlex.split(sysconfig.get_config_var("CC") or "cc"),
-        *COMPILE_ARGS,
-        "-shared",
-        f"-I{sysconfig.get_path('include')}",
-        *(f"-I{ROOT / directory}" for directory in INCLUDE_DIRS),
-        *("-o", str(library), str(generated)),
-        *(str(ROOT / source) for source in SOURCES),
-    ]
-    subprocess.run(command, check=True)
-
-
-if __name__ == "__main__":
-    build_in_place()

@@ -5,9 +5,9 @@ from typing import Final
 
 from pykvm.closeable import Closeable
 from pykvm.elisa.objects import ObjectInstance, SharedObject
+from pykvm.resources import GUEST_SOURCES
 from pykvm.switch.geometry import SwitchConfig
 from pykvm.switch.switch import Switch
-from pykvm.toolchain.compiler import GUEST_SOURCES
 
 __all__ = ["HostedSwitch"]
 

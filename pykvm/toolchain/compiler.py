@@ -15,9 +15,9 @@ from typing import Final
 
 from pykvm import cache
 from pykvm.errors import PykvmError
+from pykvm.resources import GUEST_SOURCES
 
 __all__ = [
-    "GUEST_SOURCES",
     "CompileError",
     "CompilerMissingError",
     "LinkError",
@@ -26,9 +26,6 @@ __all__ = [
     "compile_source",
     "link",
 ]
-
-GUEST_SOURCES: Final = Path(__file__).resolve().parents[2] / "guest"
-"""The directory of everything that runs in a guest or a sub context."""
 
 _INCLUDE: Final = re.compile(r'^[ \t]*#[ \t]*include[ \t]*["<]([^">]+)[">]', re.MULTILINE)
 

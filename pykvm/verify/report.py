@@ -8,8 +8,8 @@ from pathlib import Path
 from pykvm.elisa import crossing
 from pykvm.elisa.object_code import VMFUNC, find_vmfunc
 from pykvm.elisa.trusted_images import build_object, crossing_images
+from pykvm.resources import GUEST_SOURCES
 from pykvm.sizes import PAGE_SIZE
-from pykvm.toolchain.compiler import GUEST_SOURCES
 from pykvm.verify.crosscheck import Comparison, check_gate, check_sub
 from pykvm.verify.explore import Finding, Symptom
 from pykvm.verify.gate import GateProof, prove_gate

@@ -20,11 +20,11 @@ from pykvm.machine.bare.guest import BareGuest, GuestTimeoutError
 from pykvm.measure.connect import connect
 from pykvm.measure.programs import SwitchPath
 from pykvm.paging.entries import Access
+from pykvm.resources import GUEST_SOURCES
 from pykvm.sizes import PAGE_SIZE
 from pykvm.switch import SwitchConfig
 from pykvm.switch._native import lib as switch
 from pykvm.switch.hosted import HostedSwitch
-from pykvm.toolchain.compiler import GUEST_SOURCES
 from tests.rigs.probe import (
     WILD,
     Probe,

@@ -11,8 +11,8 @@ from pykvm.elisa.objects import ObjectInstance, SharedObject
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.paging.entries import Access
+from pykvm.resources import GUEST_SOURCES
 from pykvm.sizes import PAGE_SIZE
-from pykvm.toolchain.compiler import GUEST_SOURCES
 from tests.rigs.probe import (
     Probe,
     Step,

@@ -13,8 +13,9 @@ from pykvm.errors import PykvmError
 from pykvm.kvm import Kvm
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
+from pykvm.resources import GUEST_SOURCES
 from pykvm.sizes import PAGE_SIZE
-from pykvm.toolchain.compiler import GUEST_SOURCES, CompileError, SourceMissingError
+from pykvm.toolchain.compiler import CompileError, SourceMissingError
 from tests.rigs.messages import one_line
 from tests.rigs.probe import WILD, Probe, Step, What, calls, give, results, run
 

@@ -11,7 +11,7 @@ from pykvm.elisa.protections import Protection
 from pykvm.kvm import Kvm, Stats
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
-from pykvm.toolchain.compiler import GUEST_SOURCES
+from pykvm.resources import GUEST_SOURCES
 from tests.rigs.context_requests import (
     EPTP,
     LIST,

@@ -13,6 +13,7 @@ from pykvm.elisa import trusted_images as toolchain
 from pykvm.elisa.object_code import find_vmfunc
 from pykvm.elisa.protections import Protection
 from pykvm.elisa.trusted_images import VMFUNC, SubImage, build_object
+from pykvm.resources import GUEST_SOURCES
 from pykvm.sizes import PAGE_SIZE
 from pykvm.toolchain import compiler
 
@@ -33,7 +34,7 @@ def build(tmp_path: Path, text: str, name: str = "object.c") -> SubImage:
 
 @pytest.mark.parametrize("name", ["objects/nop.c", "objects/counter.c", "switch/switch.c"])
 def test_own_objects(name: str) -> None:
-    image = build_object([compiler.GUEST_SOURCES / name])
+    image = build_object([GUEST_SOURCES / name])
     entry, text = image.parts[:2]
     assert (entry.offset, len(entry.data)) == (crossing.SUB_ENTRY_OFFSET, PAGE_SIZE)
     assert entry.data.endswith(VMFUNC)
@@ -64,7 +65,7 @@ def instructions(code: bytes, file: Path) -> list[str]:
 def test_a_crossing_to_nop_is_38_instructions(tmp_path: Path) -> None:
     """From the call to the ret, both included; 12 of them are the gate's (tests/guest)."""
     pages = toolchain.crossing_images()
-    image = build_object([compiler.GUEST_SOURCES / "objects" / "nop.c"])
+    image = build_object([GUEST_SOURCES / "objects" / "nop.c"])
     serve = image.symbols["elisa_serve"] - crossing.IMAGE_OFFSET
     assert serve == 0
     entry = instructions(pages.entry_page, tmp_path / "entry")
@@ -125,16 +126,14 @@ def test_own_memory_functions(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["objects/nop.c", "objects/counter.c", "switch/switch.c"])
 def test_only_the_sub_entry_differs_for_callers_in_user_mode(name: str) -> None:
-    kernel, user = (
-        build_object([compiler.GUEST_SOURCES / name], user=user) for user in (False, True)
-    )
+    kernel, user = (build_object([GUEST_SOURCES / name], user=user) for user in (False, True))
     assert kernel.parts[0].data != user.parts[0].data
     assert kernel.parts[1:] == user.parts[1:]
 
 
 def test_what_the_two_sub_entries_do(tmp_path: Path) -> None:
     """STAC and CLAC around the call, or AC cleared with POPFQ before it; nothing more."""
-    nop = compiler.GUEST_SOURCES / "objects" / "nop.c"
+    nop = GUEST_SOURCES / "objects" / "nop.c"
     kernel, user = (
         instructions(build_object([nop], user=user).parts[0].data, tmp_path / "sub")
         for user in (False, True)
@@ -156,7 +155,7 @@ def test_builds_without_a_protection(tmp_path: Path, protection: Protection) -> 
         Protection.REGISTER_CLEARING: (0, 6, 6),
         Protection.CODE_CHECK: (0, 0, 0),
     }[protection]
-    nop = compiler.GUEST_SOURCES / "objects" / "nop.c"
+    nop = GUEST_SOURCES / "objects" / "nop.c"
     counts = []
     for without in (frozenset[Protection](), frozenset({protection})):
         pages = [toolchain.crossing_images(without).gate_page]

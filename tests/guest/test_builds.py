@@ -9,7 +9,7 @@ from pykvm.elisa.trusted_images import build_object
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.build import build_guest
 from pykvm.measure.programs import CrossingProgram, ExchangeProgram, SwitchPath, Way
-from pykvm.toolchain.compiler import GUEST_SOURCES
+from pykvm.resources import GUEST_SOURCES
 from tests.rigs.sources import GUESTS
 
 pytestmark = pytest.mark.unit

@@ -20,7 +20,7 @@ from pykvm.machine.bare.build import build_guest
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.measure.programs import CrossingProgram, Way, way_samples
 from pykvm.paging.entries import Access
-from pykvm.toolchain.compiler import GUEST_SOURCES
+from pykvm.resources import GUEST_SOURCES
 from pykvm.toolchain.elf import ElfFile
 from tests.rigs.sources import GUESTS
 

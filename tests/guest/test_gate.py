@@ -14,6 +14,7 @@ import pytest
 
 from pykvm.elisa import crossing
 from pykvm.elisa.trusted_images import VMFUNC, crossing_images
+from pykvm.resources import GUEST_SOURCES
 from pykvm.sizes import PAGE_SIZE
 from pykvm.toolchain import compiler
 from pykvm.toolchain.elf import ElfFile
@@ -156,7 +157,7 @@ def test_nothing_but_the_transient_slot_is_ever_written(decode: Decoder) -> None
 
 def test_short_displacements_would_be_unsafe(tmp_path: Path) -> None:
     """The control: with the list where the sub context has it, the guest could write anywhere."""
-    source = compiler.GUEST_SOURCES / "crossing" / "gate.S"
+    source = GUEST_SOURCES / "crossing" / "gate.S"
     near = {
         "ELISA_GATE_OFFSET": GATE,
         "ELISA_GATE_LIST_OFFSET": crossing.LIST_OFFSET,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pykvm.toolchain.compiler import GUEST_SOURCES
+from pykvm.resources import GUEST_SOURCES
 
 pytestmark = pytest.mark.unit
 

@@ -11,7 +11,7 @@ from pykvm.kernel import uapi
 from pykvm.kvm import Kvm, UnexpectedExitError
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.measure.user_mode import UserProgram, map_user_pages, user_samples
-from pykvm.toolchain.compiler import GUEST_SOURCES
+from pykvm.resources import GUEST_SOURCES
 from tests.rigs.sources import OBJECTS
 
 UNALIGNED = OBJECTS / "unaligned.c"

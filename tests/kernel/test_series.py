@@ -9,6 +9,7 @@ from pykvm.host import debian_packages
 from pykvm.kernel import packages as kernel_packages
 from pykvm.kernel import series as kernel_series
 from pykvm.kernel.series import HostKernel
+from pykvm.resources import KERNEL_PATCHES
 
 pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("own_cache")]
 
@@ -145,8 +146,7 @@ def test_unknown_series() -> None:
 
 
 def test_every_series_has_its_patch() -> None:
-    directory = Path(__file__).parents[2] / "kernel-patches"
-    patches = {path.stem.removeprefix("linux-") for path in directory.glob("linux-*.patch")}
+    patches = {path.stem.removeprefix("linux-") for path in KERNEL_PATCHES.glob("linux-*.patch")}
     assert patches == set(kernel_series.SERIES)
 
 

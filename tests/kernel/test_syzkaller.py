@@ -14,13 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from pykvm.toolchain.compiler import GUEST_SOURCES
+from pykvm.resources import KERNEL_PATCHES
 
 pytestmark = pytest.mark.unit
 
-ROOT = GUEST_SOURCES.parent
-HEADER = ROOT / "kernel-patches/files/include/uapi/linux/kvm_elisa.h"
-DESCRIPTION = ROOT / "kernel-patches/syzkaller/dev_kvm_elisa.txt"
+HEADER = KERNEL_PATCHES / "files/include/uapi/linux/kvm_elisa.h"
+DESCRIPTION = KERNEL_PATCHES / "syzkaller/dev_kvm_elisa.txt"
 CONSTANTS = DESCRIPTION.with_suffix(".txt.const")
 
 STRUCTS = ("kvm_elisa_create", "kvm_elisa_slot", "kvm_elisa_revoke")

@@ -7,7 +7,7 @@ import pytest
 
 from pykvm.elisa.objects import ObjectInstance, SharedObject
 from pykvm.kvm import Kvm
-from pykvm.toolchain.compiler import GUEST_SOURCES
+from pykvm.resources import GUEST_SOURCES
 from tests.rigs.host_state import quiet_kernel
 
 

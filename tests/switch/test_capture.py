@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pykvm.resources import CAPTURE
 from pykvm.switch.capture import (
     CaptureError,
     EmptyCaptureError,
@@ -27,7 +28,6 @@ from pykvm.switch.capture import (
 
 pytestmark = pytest.mark.unit
 
-REAL = Path(__file__).parents[1] / "data" / "memcached-http.pcap"
 FRAMES = [
     Frame(1_700_000_000_123_456_000, bytes(range(60))),
     Frame(1_700_000_001_000_007_000, b"\1" * 1514),
@@ -50,10 +50,10 @@ def packet(data: bytes, order: str = "<", original: int | None = None, fraction:
 
 
 def test_the_stored_capture_is_what_its_note_says() -> None:
-    frames = read_capture(REAL)
+    frames = read_capture(CAPTURE)
     sizes = [len(frame.data) for frame in frames]
     assert (len(frames), min(sizes), max(sizes)) == (1227, 60, 1514)
-    assert REAL.stat().st_size < 1_000_000
+    assert CAPTURE.stat().st_size < 1_000_000
     client, server = split_capture(frames)
     assert {frame.source for frame in client} == {b"\x02\0\0\0\0\x02"}
     assert {frame.source for frame in server} == {b"\x02\0\0\0\0\x01"}

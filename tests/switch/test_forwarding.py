@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pykvm.resources import CAPTURE
 from pykvm.switch import SwitchConfig, read_capture, split_capture
 from pykvm.switch.geometry import MAX_PORTS
 from tests.rigs.switch.native_rig import BROADCAST, Rig, frame, mac, make_rig
 
 pytestmark = pytest.mark.unit
 
-CAPTURE = Path(__file__).parents[1] / "data" / "memcached-http.pcap"
 MULTICAST = b"\x01\x00\x5e\x00\x00\xfb"
 
 

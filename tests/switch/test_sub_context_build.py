@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pykvm.resources import GUEST_SOURCES
 from pykvm.switch._native import lib
-from pykvm.switch.build_native import ROOT
 from tests.rigs.switch.native_rig import frame, make_rig
 from tests.rigs.switch.single_step import count_instructions
 from tests.rigs.switch.variants import AS_BUILT, load_build
@@ -30,8 +30,8 @@ SUB_CONTEXT_FLAGS = [
 
 
 def compile_switch(output: Path, *more: str) -> Path:
-    source = ROOT / "guest/switch/switch.c"
-    include = f"-I{ROOT / 'guest/include'}"
+    source = GUEST_SOURCES / "switch/switch.c"
+    include = f"-I{GUEST_SOURCES / 'include'}"
     warnings = ["-Wall", "-Wextra", "-Werror"]
     subprocess.run(
         ["cc", *SUB_CONTEXT_FLAGS, *warnings, *more, include, "-o", output, source], check=True

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pykvm.switch.build_native import ROOT
+from pykvm.resources import GUEST_SOURCES
 from tests.rigs.switch.fire.processes import Fire, StuckError, build_guest
 
 pytestmark = pytest.mark.unit
@@ -30,7 +30,7 @@ def test_eight_guests_under_fire(tmp_path: Path) -> None:
 
 def with_a_lock(directory: Path) -> Path:
     """The switch as one would write it at first: one call at a time."""
-    source = (ROOT / "guest/switch/switch.c").read_text()
+    source = (GUEST_SOURCES / "switch/switch.c").read_text()
     old = "\t\tresult = send(&call, (uint32_t)a1, (uint32_t)a2, a0 & SWITCH_WAIT);\n"
     assert source.count(old) == 1
     locked = directory / "locked.c"

@@ -14,6 +14,7 @@ from pykvm.measure.programs import (
     SwitchPath,
     Way,
 )
+from pykvm.resources import GUEST_SOURCES
 from pykvm.toolchain import compiler, elf
 from tests.rigs.sources import GUESTS, OBJECTS
 
@@ -42,7 +43,7 @@ def test_every_program_builds(program: CrossingProgram | ExchangeProgram | Burst
 
 SOURCES = [
     source
-    for directory in (compiler.GUEST_SOURCES, GUESTS, OBJECTS)
+    for directory in (GUEST_SOURCES, GUESTS, OBJECTS)
     for source in sorted(directory.rglob("*.[cS]"))
     if source.parent.name != "crossing"  # which needs the crossing's own offsets
 ]

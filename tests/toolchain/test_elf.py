@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pykvm.machine.bare import build, layout
+from pykvm.resources import GUEST_SOURCES
 from pykvm.toolchain import compiler, elf
 from pykvm.toolchain.elf import ElfError, ElfFile
 from tests.rigs.sources import GUESTS
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.unit
 
 
 def image_bytes() -> bytes:
-    bare = compiler.GUEST_SOURCES / "bare"
+    bare = GUEST_SOURCES / "bare"
     return compiler.build(
         "bare-guest",
         [bare / "start.S", bare / "runtime.c", GUESTS / "selftest.c"],

@@ -4,7 +4,7 @@ import pytest
 
 from pykvm.elisa.protections import Protection
 from pykvm.elisa.trusted_images import build_object, crossing_images
-from pykvm.toolchain.compiler import GUEST_SOURCES
+from pykvm.resources import GUEST_SOURCES
 from pykvm.verify.crosscheck import check_gate, check_sub
 from pykvm.verify.gate import prove_gate
 from pykvm.verify.roots import check_roots

@@ -10,8 +10,8 @@ from pykvm.elisa import crossing
 from pykvm.elisa.object_code import VMFUNC
 from pykvm.elisa.protections import Protection
 from pykvm.elisa.trusted_images import ImagePart, SubImage, build_object, crossing_images
+from pykvm.resources import GUEST_SOURCES
 from pykvm.sizes import PAGE_SIZE
-from pykvm.toolchain.compiler import GUEST_SOURCES
 from pykvm.verify.decode import Page
 from pykvm.verify.explore import Finding, Symptom
 from pykvm.verify.gate import prove_gate

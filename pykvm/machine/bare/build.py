@@ -6,8 +6,8 @@ from typing import Final
 
 from pykvm.elisa import crossing
 from pykvm.machine.bare import layout
+from pykvm.resources import GUEST_SOURCES
 from pykvm.toolchain import compiler
-from pykvm.toolchain.compiler import GUEST_SOURCES
 from pykvm.toolchain.elf import ElfFile
 
 __all__ = ["GUEST_DEFINES", "GUEST_FLAGS", "GUEST_INCLUDE", "build_guest"]

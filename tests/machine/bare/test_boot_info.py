@@ -8,6 +8,7 @@ import pytest
 
 from pykvm.machine.bare import boot_info
 from pykvm.machine.bare.build import GUEST_INCLUDE
+from pykvm.resources import GUEST_SOURCES
 from pykvm.toolchain import compiler
 
 pytestmark = pytest.mark.unit
@@ -53,7 +54,7 @@ def test_same_layout(tmp_path: Path) -> None:
 
 
 def test_no_member_is_missing() -> None:
-    header = (compiler.GUEST_SOURCES / "bare" / "boot_info.h").read_text()
+    header = (GUEST_SOURCES / "bare" / "boot_info.h").read_text()
     for name in ("boot_info", "boot_attachment", "boot_failure"):
         body = re.search(rf"struct {name} {{(.*?)\n}};", header, re.DOTALL)
         assert body

@@ -5,8 +5,8 @@ from typing import Final
 
 from pykvm.elisa.objects import SharedObject
 from pykvm.elisa.protections import Protection
+from pykvm.resources import GUEST_SOURCES
 from pykvm.sizes import PAGE_SIZE
-from pykvm.toolchain.compiler import GUEST_SOURCES
 from tests.rigs.attacks.victim import DECLARATION, WINDOW_PAGES
 from tests.rigs.probe import WILD
 from tests.rigs.sources import OBJECTS

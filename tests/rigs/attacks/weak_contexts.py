@@ -20,11 +20,12 @@ from pykvm.kvm import Vcpu
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.memory.guest_memory import MemoryFile, Region
 from pykvm.paging.entries import Access
+from pykvm.resources import GUEST_SOURCES
 from pykvm.sizes import PAGE_SIZE
 from pykvm.toolchain import compiler
 from pykvm.toolchain.elf import ElfFile
 
-CROSSING: Final = compiler.GUEST_SOURCES / "crossing"
+CROSSING: Final = GUEST_SOURCES / "crossing"
 
 Edit = tuple[str, str]
 """A regular expression and what stands in its place; it has to match exactly once."""

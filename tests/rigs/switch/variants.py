@@ -8,9 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pykvm.resources import GUEST_SOURCES
 from pykvm.switch import _native
 from pykvm.switch._native import ffi
-from pykvm.switch.build_native import COMPILE_ARGS, ROOT
+from pykvm.switch.build_native import COMPILE_ARGS
 from tests.rigs.switch.native_rig import Rig
 
 __all__ = ["AS_BUILT", "Build", "build_variant", "load_build"]
@@ -43,12 +44,12 @@ AS_BUILT = load_build(str(_native.__file__))
 
 def build_variant(directory: Path, old: str, new: str) -> Build:
     """switch.c with `old`, which occurs once, replaced."""
-    source = (ROOT / "guest/switch/switch.c").read_text()
+    source = (GUEST_SOURCES / "switch/switch.c").read_text()
     assert source.count(old) == 1, f"switch.c no longer contains {old!r} once"
     changed, library = directory / "variant.c", directory / "variant.so"
     changed.write_text(source.replace(old, new))
     subprocess.run(
-        ["cc", *COMPILE_ARGS, "-shared", f"-I{ROOT / 'guest/include'}", "-o", library, changed],
+        ["cc", *COMPILE_ARGS, "-shared", f"-I{GUEST_SOURCES / 'include'}", "-o", library, changed],
         check=True,
     )
     return load_build(str(library))

@@ -20,9 +20,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+from pykvm.resources import GUEST_SOURCES
 from pykvm.switch import PortBusyError, Switch, SwitchConfig
 from pykvm.switch._native import ffi, lib
-from pykvm.switch.build_native import ROOT
 
 __all__ = ["CONFIG", "Fire", "StuckError", "build_guest"]
 
@@ -49,10 +49,10 @@ class Record(ctypes.Structure):
     )
 
 
-def build_guest(directory: Path, switch: Path = ROOT / "guest/switch/switch.c") -> Path:
+def build_guest(directory: Path, switch: Path = GUEST_SOURCES / "switch/switch.c") -> Path:
     """The guest with this source of the switch."""
     program = directory / "guest"
-    command = ["cc", "-O2", "-Wall", f"-I{ROOT / 'guest/include'}", "-o", str(program)]
+    command = ["cc", "-O2", "-Wall", f"-I{GUEST_SOURCES / 'include'}", "-o", str(program)]
     sources = [str(Path(__file__).with_name("guest.c")), str(switch)]
     subprocess.run([*command, *sources], check=True)
     return program

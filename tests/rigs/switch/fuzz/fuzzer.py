@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from pykvm.errors import PykvmError
-from pykvm.switch.build_native import ROOT
+from pykvm.resources import GUEST_SOURCES, PACKAGE
 
 __all__ = [
     "CORPUS",
@@ -35,7 +35,7 @@ __all__ = [
 HERE: Final = Path(__file__).parent
 CORPUS: Final = HERE / "corpus.txt"
 FINDINGS: Final = HERE / "findings.txt"
-SWITCH: Final = ROOT / "guest/switch/switch.c"
+SWITCH: Final = GUEST_SOURCES / "switch/switch.c"
 
 _PARTS: Final = ("machine", "accesses", "invariants", "window_fuzzer")
 
@@ -47,8 +47,8 @@ _COMPILE: Final = [
     "-fno-omit-frame-pointer",
     "-Wall",
     "-Wno-unknown-pragmas",  # GCC's choice of registers; the sanitizers use others anyway
-    f"-I{ROOT / 'guest/include'}",
-    f"-I{ROOT / 'pykvm/switch'}",
+    f"-I{GUEST_SOURCES / 'include'}",
+    f"-I{PACKAGE / 'switch'}",
 ]
 _SANITIZE: Final = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 # The switch alone guides the search and announces each of its loads and stores.
@@ -145,7 +145,7 @@ class Fuzzer:
         return str(target)
 
     def _compile_rest(self, *options: str, to: str = "") -> list[str]:
-        sources = [ROOT / "pykvm/switch/admin.c", *(HERE / f"{name}.c" for name in _PARTS)]
+        sources = [PACKAGE / "switch/admin.c", *(HERE / f"{name}.c" for name in _PARTS)]
         return [self._compile(one, *options, to=f"{to}{one.stem}.o") for one in sources]
 
     def _build(self) -> None:
