@@ -7,7 +7,10 @@ it, in `pykvm/data/`, where setup.py maps them.
 from pathlib import Path
 from typing import Final
 
-__all__ = ["CAPTURE", "CHECKOUT", "GUEST_SOURCES", "KERNEL_PATCHES", "PACKAGE"]
+__all__ = ["CAPTURE", "CHECKOUT", "DISTRIBUTION", "GUEST_SOURCES", "KERNEL_PATCHES", "PACKAGE"]
+
+DISTRIBUTION: Final = "elisa-pykvm"
+"""The name under which pip knows this package; `pykvm` on PyPI is another project."""
 
 PACKAGE: Final = Path(__file__).resolve().parent
 """The directory of the package itself."""

@@ -13,7 +13,7 @@ from typing import Final
 
 from pykvm import cache
 from pykvm.kernel.series import SERIES, default_series, offered_series
-from pykvm.testbed import payload
+from pykvm.testbed.folder import carried_files
 from tools import side_by_side
 from tools.side_by_side import Job
 
@@ -35,8 +35,8 @@ def files_with(tiers: Sequence[str]) -> list[str]:
 
 def checkout_key() -> str:
     """A hash of the checkout's sources, by which reports can be told to be of another state."""
-    names = payload.checkout_files(ROOT)
-    sources = (n for n in sorted(names) if not n.startswith("build/") and not _MADE.search(n))
+    names = carried_files(ROOT)
+    sources = (n for n in names if not n.startswith("build/") and not _MADE.search(n))
     return cache.key(*(item for name in sources for item in (name, ROOT / name)))
 
 

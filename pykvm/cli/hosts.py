@@ -1,8 +1,9 @@
 """Where a measurement runs: on this machine if it can, else on the emulated Intel host."""
 
-import os
+import shlex
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -15,9 +16,7 @@ from pykvm.measure.records import read_record, write_record
 
 __all__ = ["InsideFailedError", "on_suitable_host", "ticks_scale"]
 
-_ROOT: Final = Path(__file__).resolve().parents[2]
-# What crosses to the emulated host and back lies here.
-_EXCHANGE: Final = Path("build") / "inside"
+_RECORD: Final = Path("build") / "record.json"  # what is below build/ comes back
 
 
 class InsideFailedError(PykvmError):
@@ -73,24 +72,19 @@ def _measure_inside(arguments: list[str], files: Mapping[str, Path], out: Path) 
     from pykvm.testbed import Testbed  # noqa: PLC0415
 
     build_images()  # here, where a compiler takes no time
-    folder = _ROOT / _EXCHANGE / f"{arguments[0]}-{os.getpid()}"
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        command = ["pykvm", *arguments]
+    with tempfile.TemporaryDirectory(prefix="pykvm-") as name:
+        folder = Path(name)
+        command = ["pykvm", *arguments, "--json", str(_RECORD)]
         for option, path in files.items():
             shutil.copyfile(path, folder / path.name)
-            command += [option, str((folder / path.name).relative_to(_ROOT))]
-        result = folder / "record.json"
-        command += ["--json", str(result.relative_to(_ROOT))]
-        outcome = Testbed().run(command, stdout=_show(sys.stdout), stderr=_show(sys.stderr))
-        if outcome.status or not result.exists():
+            command += [option, path.name]
+        outcome = Testbed(folder).run(command, stdout=_show(sys.stdout), stderr=_show(sys.stderr))
+        if outcome.status or not (folder / _RECORD).exists():
             raise InsideFailedError(
-                f"the command failed on the emulated host (exit status {outcome.status}); "
-                f"to look closer: pykvm testbed -- pykvm {' '.join(arguments)}"
+                f"the command failed on the emulated host (exit status {outcome.status})",
+                f"to look closer, type: pykvm testbed -- pykvm {shlex.join(arguments)}",
             )
-        record = read_record(result)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        record = read_record(folder / _RECORD)
     write_record(out, record)
     return record
 

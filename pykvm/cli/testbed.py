@@ -34,8 +34,9 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "testbed",
         help=(__doc__ or "").strip().rstrip("."),
-        description="Run COMMAND in this checkout on the emulated Intel host. Its output and exit "
-        "status are the command's; what it writes below build/ comes back.",
+        description="Run COMMAND on the emulated Intel host, in the current folder, whose files "
+        "are there (in a git checkout, git's). Its output and exit status are the command's; what "
+        "it writes below build/ comes back. In pykvm's own checkout, all of that is carried along.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -65,6 +66,12 @@ def add_parser(subparsers: Any) -> None:
     add_also(parser)
     parser.add_argument(
         "--timeout", type=_seconds, metavar="S", help="end after S seconds, with exit status 124"
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        metavar="DIR",
+        help="carry DIR along and run there (default: the current folder)",
     )
     parser.add_argument(
         "--bring",
@@ -110,7 +117,7 @@ def run(options: argparse.Namespace) -> int:
     kvm = "stock" if options.stock else "none" if options.no_kvm else "payload"
     if options.also and (options.modules or kvm != "payload"):
         raise PykvmError("--also goes with the patched modules", "leave out --modules and --stock")
-    testbed = Testbed(series=options.series, cpu=options.cpu)
+    testbed = Testbed(options.folder, series=options.series, cpu=options.cpu)
     if options.dry_run:
         plan = testbed.plan(command or _SHELL, kvm=kvm, modules=options.modules, also=options.also)
         print("\n".join(plan))
@@ -118,7 +125,6 @@ def run(options: argparse.Namespace) -> int:
     if options.prepare:
         testbed.prepare(kvm, options.modules, options.also)
         return 0
-    directory = Path.cwd()
     script = not command and not sys.stdin.isatty()  # pykvm testbed < script
     try:
         outcome = testbed.run(
@@ -133,7 +139,7 @@ def run(options: argparse.Namespace) -> int:
             stderr=_writer(sys.stderr.fileno()),
             stdin=sys.stdin.buffer.read() if script else b"",
             interactive=not command and not script,
-            directory=directory if directory.is_relative_to(testbed.checkout) else None,
+            directory=None if options.folder else Path.cwd(),
         )
     except session.CommandTimeoutError as error:
         print(f"pykvm testbed: {error}", file=sys.stderr)

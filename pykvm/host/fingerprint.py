@@ -13,11 +13,9 @@ from typing import Any
 from pykvm.host.processor import read_processor
 from pykvm.kernel import modules
 from pykvm.kernel import packages as kernel_packages
-from pykvm.resources import CHECKOUT
+from pykvm.resources import CHECKOUT, DISTRIBUTION
 
 __all__ = ["commit", "fingerprint", "host_kind", "is_emulated"]
-
-_DISTRIBUTION = "elisa-pykvm"
 
 
 def is_emulated() -> bool:
@@ -66,7 +64,7 @@ def commit() -> str:
 
 def _version() -> str:
     try:
-        return importlib.metadata.version(_DISTRIBUTION)
+        return importlib.metadata.version(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
         if CHECKOUT is None:
             raise

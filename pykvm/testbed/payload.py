@@ -1,14 +1,16 @@
-"""What one run brings into the emulated host: an ISO image with the checkout and the job.
+"""What one run brings into the emulated host: an ISO image with a folder, pykvm, and the job.
 
 Files keep their places, times and modes. Python sources come with compiled code, so that nothing
 is compiled inside, where it would take long.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import os
 import py_compile
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,18 +18,29 @@ from pathlib import Path
 
 from pykvm import cache
 from pykvm.errors import PykvmError
+from pykvm.resources import CHECKOUT, DISTRIBUTION
+from pykvm.testbed.folder import carried_files
 
-__all__ = ["Job", "PayloadError", "checkout_files", "module_files", "write", "write_modules"]
+__all__ = [
+    "Job",
+    "PayloadError",
+    "module_files",
+    "place_of_pykvm",
+    "scripts_directory",
+    "write",
+    "write_modules",
+]
 
 _JOB = Path(__file__).with_name("inside") / "job.py"
-_LARGEST_ARTIFACT = 16 << 20  # bytes of one file below build/
 _BUILT_KINDS = ("crossing", "object", "bare-guest")  # of cache entries that go inside
 _CAPACITY = 640 << 20  # bytes of an image
-_NEVER = {".git", ".venv", ".mypy_cache", ".ruff_cache", ".hypothesis", ".pytest_cache"}
+# What a copy of this pykvm takes out of a checkout.
+_OWN_PARTS = ("pykvm", "guest", "kernel-patches", "pyproject.toml")
+_OWN_PLACE = "/payload/python"  # of that copy, on the emulated host
 
 
 class PayloadError(PykvmError):
-    """The checkout or the job cannot be packed."""
+    """The folder or the job cannot be packed."""
 
 
 @dataclass(frozen=True)
@@ -37,19 +50,22 @@ class Job:
     Attributes:
         task: "run" the command, or only "load modules" and wait for another job.
         command: program and arguments.
-        checkout: root of the checkout; it has the same path inside.
-        directory: where to run the command, inside the checkout.
+        folder: whose files come along; it has the same path inside.
+        directory: where to run the command, in the folder.
         kvm: "payload" (modules that come along), "stock" or "none".
         environment: variables set besides the testbed's own.
-        bring: paths relative to the checkout whose changes come back.
+        bring: paths relative to the folder whose changes come back.
         interactive: on a terminal of its own, with input.
         size: rows and columns of the terminal.
         now: the wall clock inside at the start, seconds since 1970.
+        python: where Python inside finds pykvm (see `place_of_pykvm`); empty if it need not.
+        scripts: a directory of programs that virtual environments have, to be there inside too;
+            empty if there is none.
     """
 
     task: str
     command: list[str]
-    checkout: str
+    folder: str
     directory: str
     kvm: str
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -57,17 +73,20 @@ class Job:
     interactive: bool = False
     size: tuple[int, int] = (24, 80)
     now: int = 0
+    python: str = ""
+    scripts: str = ""
 
 
 def write(image: Path, job: Job, modules: Path | None, stdin: bytes = b"") -> None:
-    """Write the ISO `image` of `job` and its checkout, with the `modules` directory if given.
+    """Write the ISO `image` of `job` and its folder, with the `modules` directory if given.
 
     The command's standard input will be `stdin`, unless the job is interactive.
 
     Raises:
         PayloadError: a module is missing, or xorriso is missing or fails.
+        FolderTooLargeError, FolderNameError: see `pykvm.testbed.folder.carried_files`.
     """
-    checkout = Path(job.checkout)
+    folder = Path(job.folder)
     description = image.with_name("job.json")
     description.write_text(json.dumps(job.__dict__, default=dict))
     standard_input = image.with_name("stdin.data")
@@ -75,23 +94,18 @@ def write(image: Path, job: Job, modules: Path | None, stdin: bytes = b"") -> No
     grafts = [("job.json", description), ("job.py", _JOB), ("stdin", standard_input)]
     if modules is not None:
         grafts += [(f"modules/{file.name}", file) for file in module_files(modules)]
-    names = sorted(checkout_files(checkout))
-    grafts += [(f"checkout/{name}", checkout / name) for name in names]
-    for name in names:
-        if name.endswith(".py"):
-            compiled = _compiled(checkout / name)
-            if compiled is not None:
-                cached_name = importlib.util.cache_from_source(name)
-                grafts.append((f"checkout/{cached_name}", compiled))
+    grafts += _with_code("folder", ((name, folder / name) for name in carried_files(folder)))
+    if job.python == _OWN_PLACE:
+        grafts += _with_code("python", _own_files())
     grafts += _built_images()
     empty = image.with_name("empty")
     empty.mkdir(exist_ok=True)
     # Something must be there for the overlays even if there is no file at all.
-    grafts += [("checkout", empty), ("cache", empty)]
+    grafts += [("folder", empty), ("cache", empty)]
     _make_iso(image, grafts)
     # The kernel inside keeps the size of the first disc: let all have the same.
     if image.stat().st_size > _CAPACITY:
-        raise PayloadError(f"the checkout is too large for the testbed ({_CAPACITY >> 20} MiB)")
+        raise PayloadError(f"more than {_CAPACITY >> 20} MiB to carry in", "prune: pykvm cache")
     os.truncate(image, _CAPACITY)
 
 
@@ -103,8 +117,41 @@ def write_modules(image: Path, modules: Path | None) -> None:
     """
     with tempfile.TemporaryDirectory() as empty:
         kvm = "stock" if modules is None else "payload"
-        job = Job("load modules", command=[], checkout=empty, directory=empty, kvm=kvm)
+        job = Job("load modules", command=[], folder=empty, directory=empty, kvm=kvm)
         write(image, job, modules)
+
+
+def place_of_pykvm(folder: Path) -> str:
+    """Return where Python on the emulated host finds pykvm when `folder` is carried in."""
+    return str(folder) if folder == CHECKOUT else _OWN_PLACE
+
+
+def scripts_directory() -> str:
+    """Return where this virtual environment has its programs; empty outside of one."""
+    return str(Path(sys.prefix, "bin")) if sys.prefix != sys.base_prefix else ""
+
+
+def _own_files() -> Iterator[tuple[str, Path]]:
+    """Every file of a copy of this pykvm, by its name there."""
+    if CHECKOUT is None:
+        # The metadata as well, which hold the version.
+        for file in importlib.metadata.distribution(DISTRIBUTION).files or []:
+            if ".." not in file.parts and "__pycache__" not in file.parts:
+                yield str(file), Path(str(file.locate()))
+        return
+    for name in carried_files(CHECKOUT):
+        if name.split("/")[0] in _OWN_PARTS:
+            yield name, CHECKOUT / name
+
+
+def _with_code(place: str, files: Iterable[tuple[str, Path]]) -> Iterator[tuple[str, Path]]:
+    """Grafts of `files` below `place`; beside Python sources what they compile to."""
+    for name, path in files:
+        yield f"{place}/{name}", path
+        if name.endswith(".py"):
+            compiled = _compiled(path)
+            if compiled is not None:
+                yield f"{place}/{importlib.util.cache_from_source(name)}", compiled
 
 
 def _built_images() -> list[tuple[str, Path]]:
@@ -129,40 +176,6 @@ def module_files(modules: Path) -> list[Path]:
     return files
 
 
-def checkout_files(checkout: Path) -> set[str]:
-    """The files of `checkout` that go inside, relative to it.
-
-    These are git's (tracked, or new and not ignored; all files where git knows none), built
-    extensions, what is below `build/`, and test modules as pytest compiled them.
-    """
-    names = set(_from_git(checkout) or _from_walk(checkout, checkout))
-    names |= {str(p.relative_to(checkout)) for p in (checkout / "pykvm").glob("**/*.so")}
-    names |= {
-        str(p.relative_to(checkout))
-        for p in (checkout / "tests").glob("**/__pycache__/*-pytest-*.pyc")
-    }
-    for name in _from_walk(checkout / "build", checkout):
-        if (checkout / name).stat().st_size <= _LARGEST_ARTIFACT:
-            names.add(name)
-    return {name for name in names if (checkout / name).is_file()}
-
-
-def _from_git(checkout: Path) -> list[str]:
-    command = ["git", "-c", "safe.directory=*", "ls-files", "-z", "-c", "-o", "--exclude-standard"]
-    try:
-        result = subprocess.run(command, cwd=checkout, capture_output=True, check=False)
-    except FileNotFoundError:
-        return []
-    return [os.fsdecode(name) for name in result.stdout.split(b"\0") if name]
-
-
-def _from_walk(top: Path, checkout: Path) -> Iterator[str]:
-    for directory, directories, files in os.walk(top):
-        directories[:] = [d for d in directories if d not in _NEVER and d != "__pycache__"]
-        for name in files:
-            yield str(Path(directory, name).relative_to(checkout))
-
-
 def _compiled(source: Path) -> Path | None:
     """The code of `source`, compiled without a time stamp; None if it does not compile."""
 
@@ -185,18 +198,20 @@ def _compiled(source: Path) -> Path | None:
 
 def _make_iso(image: Path, grafts: Iterable[tuple[str, Path]]) -> None:
     listing = image.with_name("payload.list")
-    with listing.open("w") as file:
+    with listing.open("wb") as file:  # a name may be any bytes
         for inside, outside in grafts:
-            file.write(f"{_escaped(inside)}={_escaped(str(outside))}\n")
+            file.write(os.fsencode(f"{_escaped(inside)}={_escaped(str(outside))}\n"))
     options = ["-quiet", "-R", "-uid", "0", "-gid", "0", "-graft-points", "-path-list"]
     command = ["xorriso", "-as", "mkisofs", *options, str(listing), "-o", str(image)]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=False
+        )
     except FileNotFoundError as error:
         raise PayloadError("xorriso is missing; run: apt-get install xorriso") from error
     if result.returncode:
         lines = [line for line in result.stderr.splitlines() if "FAILURE" in line]
-        raise PayloadError(f"xorriso cannot pack the checkout: {(lines or ['no message'])[0]}")
+        raise PayloadError(f"xorriso cannot pack the files: {(lines or ['no message'])[0]}")
 
 
 def _escaped(path: str) -> str:

@@ -51,8 +51,10 @@ _DEBIAN_PACKAGES = (
     "util-linux",
 )
 
-# Third-party Python packages that pykvm and its tests import; what they require comes along.
-PYTHON_PACKAGES = ("cffi", "hypothesis", "psutil", "pyroute2", "pytest")
+# Third-party Python packages that pykvm imports, and those that its tests do, which an
+# installation need not have; what they require comes along.
+PYTHON_PACKAGES = ("cffi", "psutil", "pyroute2")
+_TEST_PACKAGES = ("hypothesis", "pytest")
 
 # Parts of packages that only cost space and time here, as patterns.
 _UNWANTED = (
@@ -215,7 +217,7 @@ def _compile(tree: Path, directory: str) -> None:
 
 def _distributions() -> list[importlib.metadata.Distribution]:
     found: dict[str, importlib.metadata.Distribution] = {}
-    wanted = list(PYTHON_PACKAGES)
+    wanted = [*PYTHON_PACKAGES, *(name for name in _TEST_PACKAGES if _is_installed(name))]
     while wanted:
         name = wanted.pop()
         if _canonical(name) in found:
@@ -223,7 +225,10 @@ def _distributions() -> list[importlib.metadata.Distribution]:
         try:
             distribution = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError as error:
-            raise RootfsError(f"the Python package {name} is missing; run: make setup") from error
+            raise RootfsError(
+                f"the Python package {name} is missing",
+                f"type: {sys.executable} -m pip install {name}",
+            ) from error
         found[_canonical(name)] = distribution
         for requirement in distribution.requires or []:
             if wanted_name := _unconditional(requirement):
@@ -241,11 +246,16 @@ def _unconditional(requirement: str) -> str | None:
         return name[0]
     if "extra" in marker:
         return None
-    try:  # conditional on Python or the system: take it where this environment has it
-        importlib.metadata.distribution(name[0])
+    # Conditional on Python or the system: take it where this environment has it.
+    return name[0] if _is_installed(name[0]) else None
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
-        return None
-    return name[0]
+        return False
+    return True
 
 
 def _canonical(name: str) -> str:

@@ -1,7 +1,7 @@
 """The booted host, kept: boots once for each kernel, root file system and configuration.
 
-A cache entry holds the two disks and the suspended machine, which waits for a job. Neither the
-checkout nor the KVM modules are part of it; they come with each job.
+A cache entry holds the two disks and the suspended machine, which waits for a job. Neither files
+nor the KVM modules are part of it; they come with each job.
 """
 
 import os

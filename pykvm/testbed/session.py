@@ -22,6 +22,7 @@ from pykvm.host.fingerprint import commit
 from pykvm.kernel.series import newest_kernel
 from pykvm.testbed import instances, payload, saved_state
 from pykvm.testbed.bochs import DEFAULT_CPU, Emulator, Machine
+from pykvm.testbed.folder import carried_files, current_folder, require_place
 
 __all__ = ["CancelledError", "CommandTimeoutError", "HostDiedError", "Outcome", "Testbed"]
 
@@ -52,7 +53,7 @@ class Outcome:
     Attributes:
         status: exit status; 128 plus the signal's number if a signal ended it.
         stdout, stderr: what it wrote, in bytes.
-        brought: files that came back, as paths in the checkout.
+        brought: files that came back, as paths in the folder.
         first_output: seconds from the call to the first byte of output, or None.
         seconds: of the whole call.
     """
@@ -66,20 +67,24 @@ class Outcome:
 
 
 class Testbed:
-    """The emulated Intel host for one checkout; any number of commands can run at a time."""
+    """The emulated Intel host for one folder; any number of commands can run at a time.
+
+    Attributes:
+        folder: what is carried inside.
+    """
 
     # pytest would take it for a class of tests.
     __test__ = False
 
     def __init__(
         self,
-        checkout: Path | None = None,
+        folder: Path | None = None,
         progress: Callable[[str], None] | None = None,
         *,
         series: str | None = None,
         cpu: str = DEFAULT_CPU,
     ) -> None:
-        """For the checkout at `checkout` (default: the one pykvm was imported from).
+        """For `folder` (default: pykvm's own checkout from inside it, else the current folder).
 
         `progress` is told what is being waited for, when it takes long (default: standard error).
         `series` is one of `pykvm.kernel.series.SERIES` (default: `default_series()`); of it,
@@ -90,8 +95,10 @@ class Testbed:
         Raises:
             SeriesUnknown, KernelMissing: see `pykvm.kernel.series.newest_kernel`.
             BochsMissingError, PackageError: see `pykvm.testbed.bochs_installation.knowing`.
+            FolderMissingError, FolderPlaceError: see `pykvm.testbed.folder.require_place`.
         """
-        self.checkout = (checkout or Path(__file__).parents[2]).resolve()
+        self.folder = (folder or current_folder()).resolve()
+        require_place(self.folder)
         self._progress = progress or _Narrator()
         self.kernel = newest_kernel(series)
         self.machine = Machine.with_cpu(cpu)
@@ -132,10 +139,10 @@ class Testbed:
         directory: Path | None = None,
         cancelled: threading.Event | None = None,
     ) -> Outcome:
-        """Run `command` in the checkout on the emulated host.
+        """Run `command` in the folder on the emulated host.
 
-        Files that it writes below `build/` appear in the checkout, and so do the paths in
-        `bring`, which are relative to the checkout.
+        Files that it writes below `build/` appear in the folder, and so do the paths in
+        `bring`, which are relative to the folder.
 
         Args:
             modules: directory with kvm.ko and kvm-intel.ko to load; by default the patched ones,
@@ -148,28 +155,31 @@ class Testbed:
             stdout, stderr: called with output as it comes; it is collected in any case.
             stdin: what the command reads from its standard input.
             interactive: give the command a terminal, connected to ours.
-            directory: where to run, in the checkout (default: its root).
+            directory: where to run, in the folder (default: the folder).
             cancelled: ends the run soon after another thread has set it.
 
         Raises:
             CommandTimeoutError: see `timeout`.
             CancelledError: see `cancelled`.
             HostDiedError: the emulator or the kernel inside died; the message names the logs.
+            FolderTooLargeError, FolderNameError: see `pykvm.testbed.folder.carried_files`.
             PykvmError: what is needed is missing; the message says what to type.
         """
         start = time.monotonic()
         job = payload.Job(
             "run",
             command=list(command),
-            checkout=str(self.checkout),
-            directory=str((directory or self.checkout).resolve()),
+            folder=str(self.folder),
+            directory=str((directory or self.folder).resolve()),
             kvm=kvm,
             # There is no git inside to ask for the commit that records name.
             environment={"PYKVM_COMMIT": commit(), **(environment or {})},
-            bring=["build", *(self._inside_checkout(name) for name in bring)],
+            bring=["build", *(self._in_folder(name) for name in bring)],
             interactive=interactive,
             size=_terminal_size(),
             now=int(time.time()),
+            python=payload.place_of_pykvm(self.folder),
+            scripts=payload.scripts_directory(),
         )
         if kvm == "payload" and modules is None:
             modules = self._built_modules(also)
@@ -205,13 +215,13 @@ class Testbed:
         cached = (cache.root() / "testbed-host" / key).is_dir()
         patched = "the patched KVM" + "".join(f" with {patch}" for patch in also)
         loaded = {"payload": str(modules or patched), "stock": "the distribution's KVM"}
-        files = len(payload.checkout_files(self.checkout))
+        files = len(carried_files(self.folder))
         return [
             f"kernel:   Linux {self.kernel.release} (series {self.kernel.series})",
             f"host:     {key}, {'in the cache' if cached else 'to be booted first'}",
             f"emulator: {' '.join(self.machine.command(Path('STATE')))}",
             f"modules:  {loaded.get(kvm, 'no KVM')}",
-            f"checkout: {self.checkout}, {files} files",
+            f"folder:   {self.folder}, {files} files",
             f"command:  {shlex.join(command)}",
         ]
 
@@ -221,11 +231,11 @@ class Testbed:
 
         return kernel.build(self.kernel.release, also=also)
 
-    def _inside_checkout(self, name: str) -> str:
-        path = (self.checkout / name).resolve()
-        if not path.is_relative_to(self.checkout):
-            raise payload.PayloadError(f"{name} is outside the checkout; name a path inside it")
-        return str(path.relative_to(self.checkout))
+    def _in_folder(self, name: str) -> str:
+        path = (self.folder / name).resolve()
+        if not path.is_relative_to(self.folder):
+            raise payload.PayloadError(f"{name} is outside {self.folder}", "name a path inside it")
+        return str(path.relative_to(self.folder))
 
     def _take_back(self, disk: Path, size: int) -> list[Path]:
         if not size:
@@ -234,11 +244,11 @@ class Testbed:
             # Debian 12's Python has no extraction filters yet. There are files and links only.
             members = [member for member in archive if member.isreg() or member.issym()]
             for member in members:
-                self._inside_checkout(member.name)
+                self._in_folder(member.name)
                 if member.issym():
-                    self._inside_checkout(str(Path(member.name).parent / member.linkname))
-                archive.extract(member, self.checkout)
-            return [self.checkout / member.name for member in members]
+                    self._in_folder(str(Path(member.name).parent / member.linkname))
+                archive.extract(member, self.folder)
+            return [self.folder / member.name for member in members]
 
 
 class _Run:

@@ -1,85 +1,82 @@
-"""What goes into the emulated host: the choice of files, and the image, read back by xorriso."""
+"""What goes into the emulated host: the image, read back by xorriso."""
 
+import importlib.util
 import json
-import shutil
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from pykvm.resources import PACKAGE
 from pykvm.testbed import payload
 
 pytestmark = pytest.mark.unit
 
-
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    root = tmp_path / "checkout"
-    for name, text in {
-        ".gitignore": "build/\n*.so\nsecret\n__pycache__/\n",
-        "pykvm/a.py": "x = 1\n",
-        "pykvm/broken.py": "def (\n",
-        "pykvm/_native.so": "\x7fELF",
-        "tests/__pycache__/test_a.cpython-311-pytest-9.0.pyc": "code",
-        "tests/__pycache__/test_a.cpython-311.pyc": "code",
-        "new=file.txt": "untracked",
-        "secret": "ignored",
-        "build/out.json": "{}",
-        "gone.txt": "deleted, but still in the index",
-    }.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    subprocess.run(["git", "init", "-q"], cwd=root, check=True)
-    subprocess.run(["git", "add", ".gitignore", "pykvm", "gone.txt"], cwd=root, check=True)
-    (root / "gone.txt").unlink()
-    return root
-
-
-_EXPECTED = {
-    ".gitignore",
-    "pykvm/a.py",
-    "pykvm/broken.py",
-    "pykvm/_native.so",
-    "tests/__pycache__/test_a.cpython-311-pytest-9.0.pyc",
-    "new=file.txt",
-    "build/out.json",
+_FILES = {
+    "a.py": b"x = 1\n",
+    "broken.py": b"def (\n",
+    "sub/new=file.txt": b"text",
+    os.fsdecode(b"caf\xe9"): b"no UTF-8",
 }
 
 
-def test_files_are_gits_and_what_was_built(checkout: Path) -> None:
-    assert payload.checkout_files(checkout) == _EXPECTED
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of a user's; the cache is empty."""
+    monkeypatch.setenv("PYKVM_CACHE", str(tmp_path / "cache"))
+    for name, data in _FILES.items():
+        path = tmp_path / "work" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return tmp_path / "work"
 
 
-def test_without_git_everything_goes_in(checkout: Path) -> None:
-    shutil.rmtree(checkout / ".git")
-    assert payload.checkout_files(checkout) == _EXPECTED | {"secret"}
+def _packed(job: payload.Job, directory: Path, modules: Path | None = None) -> Path:
+    """The content of the image for `job`, unpacked."""
+    image, found = directory / "files.iso", directory / "found"
+    payload.write(image, job, modules, b"typed")
+    extract = ["-osirrox", "on", "-indev", str(image), "-extract", "/"]
+    subprocess.run(["xorriso", *extract, str(found)], check=True, capture_output=True)
+    return found
 
 
-@pytest.mark.skipif(shutil.which("xorriso") is None, reason="no xorriso")
-@pytest.mark.usefixtures("own_cache")
-def test_image_holds_checkout_job_and_code(checkout: Path, tmp_path: Path) -> None:
+def _names(directory: Path) -> set[str]:
+    return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
+
+
+def test_image_holds_folder_job_and_code(work: Path, tmp_path: Path) -> None:
     modules = tmp_path / "modules"
     modules.mkdir()
     for name in ("kvm.ko", "kvm-intel.ko"):
         (modules / name).write_text(name)
-    work = tmp_path / "work"
-    work.mkdir()
-    job = payload.Job("run", ["echo", "a b"], str(checkout), str(checkout), "payload")
-    payload.write(work / "files.iso", job, modules, b"typed")
-
-    extract = ["-osirrox", "on", "-indev", str(work / "files.iso"), "-extract", "/"]
-    subprocess.run(["xorriso", *extract, str(tmp_path / "found")], check=True, capture_output=True)
-    found = tmp_path / "found"
-    names = {
-        str(p.relative_to(found / "checkout"))
-        for p in (found / "checkout").rglob("*")
-        if p.is_file()
-    }
-    assert names == _EXPECTED | {"pykvm/__pycache__/a.cpython-311.pyc"}
-    assert (found / "checkout/new=file.txt").read_text() == "untracked"
+    job = payload.Job("run", ["echo", "a b"], str(work), str(work), "payload")
+    found = _packed(job, tmp_path, modules)
+    compiled = importlib.util.cache_from_source("a.py")
+    assert _names(found / "folder") == {*_FILES, compiled}
+    assert (found / "folder/sub/new=file.txt").read_bytes() == b"text"
     assert json.loads((found / "job.json").read_text())["command"] == ["echo", "a b"]
     assert (found / "stdin").read_bytes() == b"typed"
     assert (found / "modules/kvm-intel.ko").read_text() == "kvm-intel.ko"
+    assert not (found / "python").exists()
+
+
+def test_pykvm_goes_along_with_a_foreign_folder(work: Path, tmp_path: Path) -> None:
+    python = payload.place_of_pykvm(work)
+    found = _packed(
+        payload.Job("run", ["true"], str(work), str(work), "none", python=python), tmp_path
+    )
+    names = _names(found / "python")
+    here = {str(path.relative_to(PACKAGE.parent)) for path in PACKAGE.rglob("*.py")}
+    assert here <= names
+    assert importlib.util.cache_from_source("pykvm/resources.py") in names
+    assert {"guest/bare/start.S", "pykvm/data/memcached-http.pcap", "pyproject.toml"} <= names
+    assert any(name.startswith("pykvm/kvm/_kvm.") and name.endswith(".so") for name in names)
+    assert not any(name.startswith(("tests/", ".git")) for name in names)
+
+
+def test_pykvm_is_in_its_own_checkout() -> None:
+    assert payload.place_of_pykvm(PACKAGE.parent) == str(PACKAGE.parent)
 
 
 def test_directory_without_modules_is_refused(tmp_path: Path) -> None:

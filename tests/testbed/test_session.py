@@ -36,7 +36,7 @@ def _shell(testbed: Testbed, script: str, timeout: float = 60.0, **options: obje
     return testbed.run(["sh", "-c", script], timeout=timeout, **options)  # type: ignore[arg-type]
 
 
-def test_command_sees_the_checkout_and_its_status_comes_back(testbed: Testbed) -> None:
+def test_command_sees_the_folder_and_its_status_comes_back(testbed: Testbed) -> None:
     outcome = _shell(testbed, "pwd; uname -r; cat pyproject.toml; cat; echo bad >&2; exit 7")
     lines = outcome.stdout.decode().splitlines()
     assert outcome.status == 7
@@ -104,8 +104,8 @@ def test_files_come_back(testbed: Testbed) -> None:
         subprocess.run(["rm", "-rf", build], check=True)
 
 
-def test_nothing_outside_the_checkout_comes_back(testbed: Testbed) -> None:
-    with pytest.raises(Exception, match="outside the checkout"):
+def test_nothing_outside_the_folder_comes_back(testbed: Testbed) -> None:
+    with pytest.raises(Exception, match=f"is outside {_CHECKOUT}"):
         _shell(testbed, "true", bring=["../other"])
 
 

@@ -7,6 +7,7 @@ holds only what belongs before the suspend.
 
 import ctypes
 import fcntl  # noqa: F401  (this and some more are here for the job, which needs them at once)
+import importlib.util
 import json  # noqa: F401
 import os
 import pty  # noqa: F401
@@ -23,8 +24,7 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 # Run once before the suspend, so that their files are in memory afterwards.
 WARM_UP = (
-    ("python3", "-c", "import cffi, hypothesis, psutil, pytest, pyroute2, argparse, json, ctypes"),
-    ("python3", "-m", "pytest", "--version"),
+    ("python3", "-c", "import cffi, psutil, pyroute2, argparse, json, ctypes"),
     ("bash", "-c", "uname -r; ls / | sort | head -1; cat /proc/version; lsmod; tar --version"),
     ("sh", "-c", "echo 'int main(void){return 0;}' > /tmp/a.c; gcc -O2 -o /tmp/a /tmp/a.c; /tmp/a"),
     ("sh", "-c", "objcopy --version; objdump --version; nm /tmp/a; readelf -h /tmp/a; rm /tmp/a*"),
@@ -53,8 +53,16 @@ def prepare() -> None:
     os.symlink("/proc/self/fd", "/dev/fd")
 
 
+# The same where the environment outside has them.
+TESTS_WARM_UP = (
+    ("python3", "-c", "import hypothesis, pytest"),
+    ("python3", "-m", "pytest", "--version"),
+)
+
+
 def warm_up() -> None:
-    for command in WARM_UP:
+    tests = TESTS_WARM_UP if importlib.util.find_spec("pytest") else ()
+    for command in (*WARM_UP, *tests):
         done = subprocess.run(command, capture_output=True, check=False)
         if done.returncode:
             print(f"testbed: {command} failed: {done.stderr.decode()[-500:]}", file=sys.stderr)

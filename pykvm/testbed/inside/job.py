@@ -48,16 +48,16 @@ def main() -> None:
             load_kvm(job["kvm"])
             return
         time.clock_settime(time.CLOCK_REALTIME, job["now"])
-        mount_overlay(f"{PAYLOAD}/checkout", job["checkout"], UPPER)
+        mount_overlay(f"{PAYLOAD}/folder", job["folder"], UPPER)
         mount_overlay(f"{PAYLOAD}/cache", "/root/.cache/pykvm", "/run/cache/upper")
         libc.sethostname(b"testbed", 7)
         # With random addresses no count would repeat.
         with open("/proc/sys/kernel/randomize_va_space", "w") as switch:
             switch.write("0")
-        install_commands(job["checkout"])
+        install_commands(job["scripts"])
         tell("started")
         status = run_shell(job) if job["interactive"] else run_command(job)
-        size = write_changes(job["checkout"], job["bring"])
+        size = write_changes(job["bring"])
         tell(f"exit {status} {size}")
     except Exception as error:
         tell(f"failed {type(error).__name__}: {error}")
@@ -74,22 +74,25 @@ def mount_overlay(lower: str, target: str, upper: str) -> None:
         raise JobError(f"cannot mount {target}: {os.strerror(ctypes.get_errno())}")
 
 
-def install_commands(checkout: str) -> None:
+def install_commands(scripts: str) -> None:
+    """Make `pykvm` and `pytest` commands; Python's too where the environment outside has them."""
     commands = {
         "pykvm": "import sys\nfrom pykvm.cli.main import main\nsys.exit(main())\n",
         "pytest": "import sys\nfrom pytest import console_main\nsys.exit(console_main())\n",
     }
-    binaries = f"{checkout}/.venv/bin"
-    for directory in (binaries, "/usr/local/bin"):
-        os.makedirs(directory, exist_ok=True)
+    targets = dict.fromkeys(("python", "python3"), "/usr/bin/python3")
+    os.makedirs("/usr/local/bin", exist_ok=True)
     for name, text in commands.items():
-        path = f"/usr/local/bin/{name}"
-        with open(path, "w") as file:
+        targets[name] = f"/usr/local/bin/{name}"
+        with open(targets[name], "w") as file:
             file.write("#!/usr/bin/python3\n" + text)
-        os.chmod(path, 0o755)
-        os.symlink(path, f"{binaries}/{name}")
-    for name in ("python", "python3"):
-        os.symlink("/usr/bin/python3", f"{binaries}/{name}")
+        os.chmod(targets[name], 0o755)
+    if not scripts:
+        return
+    os.makedirs(scripts, exist_ok=True)
+    for name, target in targets.items():
+        if not os.path.lexists(f"{scripts}/{name}"):
+            os.symlink(target, f"{scripts}/{name}")
 
 
 def load_kvm(which: str) -> None:
@@ -124,7 +127,7 @@ def environment(job: dict[str, Any]) -> dict[str, str]:
         "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "HOME": "/root",
         "LANG": "C.UTF-8",
-        "PYTHONPATH": str(job["checkout"]),
+        "PYTHONPATH": str(job["python"]),
         # Counts must repeat, and what is imported is compiled already.
         "PYTHONHASHSEED": "0",
         "PYTHONDONTWRITEBYTECODE": "1",
@@ -214,7 +217,7 @@ def set_size(descriptor: int, job: dict[str, Any]) -> None:
 
 
 def changed_files(names: list[str]) -> Iterator[str]:
-    """Paths below the overlay's upper directory, for each of the checkout's `names`."""
+    """Paths below the overlay's upper directory, for each of the folder's `names`."""
     for name in names:
         path = os.path.normpath(os.path.join(UPPER, name))
         if not os.path.lexists(path):
@@ -230,7 +233,7 @@ def changed_files(names: list[str]) -> Iterator[str]:
                     yield file
 
 
-def write_changes(checkout: str, names: list[str]) -> int:
+def write_changes(names: list[str]) -> int:
     files = list(changed_files(names))
     if not files:
         return 0

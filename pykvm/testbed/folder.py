@@ -1,0 +1,198 @@
+"""The folder that a run carries into the emulated host: which one, and which files of it.
+
+A command finds the folder there under the same path. Started inside pykvm's own checkout it is the
+checkout, elsewhere the current folder.
+"""
+
+import contextlib
+import os
+import stat
+import subprocess
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Final
+
+from pykvm import cache
+from pykvm.errors import PykvmError
+from pykvm.resources import CHECKOUT
+from pykvm.sizes import MIB
+
+__all__ = [
+    "FolderMissingError",
+    "FolderNameError",
+    "FolderPlaceError",
+    "FolderTooLargeError",
+    "carried_files",
+    "current_folder",
+    "require_place",
+]
+
+MOST_BYTES: Final = 256 * MIB
+MOST_FILES: Final = 20_000
+
+_LARGEST_ARTIFACT: Final = 16 * MIB  # of one file below build/
+_NEVER: Final = {
+    ".git",
+    ".mypy_cache",
+    ".ruff_cache",
+    ".hypothesis",
+    ".pytest_cache",
+    "__pycache__",
+}
+
+# What the emulated host has there itself; a folder over it would hide that.
+_SYSTEM: Final = (
+    "/dev",
+    "/etc",
+    "/payload",
+    "/proc",
+    "/run/cache",
+    "/run/job",
+    "/sys",
+    "/usr/bin",
+    "/usr/lib",
+    "/usr/local/bin",
+    "/usr/local/lib",
+)
+_VIRTUAL: Final = ("/proc", "/sys")  # nothing can be made below
+
+_NEXT: Final = "start in the folder of your work, or name one with --folder DIR"
+
+
+class FolderMissingError(PykvmError):
+    """There is no such folder."""
+
+
+class FolderNameError(PykvmError):
+    """A file name that an image's list of files cannot hold."""
+
+
+class FolderPlaceError(PykvmError):
+    """The folder's path belongs to the emulated host's own system."""
+
+
+class FolderTooLargeError(PykvmError):
+    """The folder holds more than a run carries."""
+
+
+def current_folder() -> Path:
+    """Return the folder that a command started here works on.
+
+    Raises:
+        FolderMissingError: the current folder has been removed.
+    """
+    try:
+        current = Path.cwd()
+    except FileNotFoundError as error:
+        raise FolderMissingError("the current folder does not exist any more", _NEXT) from error
+    if CHECKOUT is not None and current.is_relative_to(CHECKOUT):
+        return CHECKOUT
+    return current
+
+
+def require_place(folder: Path) -> None:
+    """Make sure that `folder` exists and can appear under its path on the emulated host.
+
+    Raises:
+        FolderMissingError, FolderPlaceError.
+    """
+    if not folder.is_dir():
+        raise FolderMissingError(f"there is no folder {folder}", _NEXT)
+    hidden = any(Path(path).is_relative_to(folder) for path in _SYSTEM)
+    if hidden or any(folder.is_relative_to(path) for path in _VIRTUAL):
+        raise FolderPlaceError(f"{folder} belongs to the emulated host's own system", _NEXT)
+
+
+def carried_files(folder: Path) -> list[str]:
+    """Return the files of `folder` that go inside, sorted, relative to it.
+
+    In a git checkout these are git's (tracked, or new and not ignored) and what is below
+    `build/`, except files of more than 16 MiB; elsewhere all files, except virtual environments
+    and caches. pykvm's own checkout brings its built extensions and compiled tests as well.
+
+    Raises:
+        FolderTooLargeError: more than `MOST_FILES` files or `MOST_BYTES` bytes.
+        FolderNameError: a name with a line break.
+    """
+    names = set(_limited(folder, _from_git(folder)))
+    if names:
+        names.update(_limited(folder, _artifacts(folder)))
+    else:
+        names.update(_limited(folder, _from_walk(folder, folder)))
+    if folder == CHECKOUT:
+        names.update(_built(folder))
+    return sorted(names)
+
+
+def _limited(folder: Path, names: Iterable[str]) -> Iterator[str]:
+    """The files and links among `names`, as long as they are not too many or too large."""
+    files = size = 0
+    for name in names:
+        try:
+            status = os.lstat(folder / name)
+        except OSError:  # git lists what was deleted; anything may go at any moment
+            continue
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISLNK(status.st_mode):
+            continue
+        if "\n" in name:
+            raise FolderNameError(f"a file name in {folder} has a line break", f"rename {name!r}")
+        files += 1
+        size += status.st_size
+        if files > MOST_FILES or size > MOST_BYTES:
+            limit = f"{MOST_FILES} files" if files > MOST_FILES else f"{MOST_BYTES >> 20} MiB"
+            raise FolderTooLargeError(f"{folder} holds more than {limit}", _NEXT)
+        yield name
+
+
+def _from_git(folder: Path) -> Iterator[str]:
+    command = ["git", "-c", "safe.directory=*", "ls-files", "-z", "-c", "-o", "--exclude-standard"]
+    # A repository that the environment names is another one.
+    environment = {name: text for name, text in os.environ.items() if not name.startswith("GIT_")}
+    try:
+        listing = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+    except FileNotFoundError:
+        return
+    assert listing.stdout is not None
+    rest = b""
+    try:
+        while data := os.read(listing.stdout.fileno(), 1 << 16):
+            *complete, rest = (rest + data).split(b"\0")
+            yield from map(os.fsdecode, complete)
+    finally:  # also when the reader has had enough
+        listing.kill()
+        listing.stdout.close()
+        listing.wait()
+
+
+def _artifacts(folder: Path) -> Iterator[str]:
+    for name in _from_walk(folder / "build", folder):
+        with contextlib.suppress(OSError):
+            if os.lstat(folder / name).st_size <= _LARGEST_ARTIFACT:
+                yield name
+
+
+def _built(checkout: Path) -> Iterator[str]:
+    for pattern in ("pykvm/**/*.so", "tests/**/__pycache__/*-pytest-*.pyc"):
+        for path in checkout.glob(pattern):
+            yield str(path.relative_to(checkout))
+
+
+def _from_walk(top: Path, folder: Path) -> Iterator[str]:
+    own_cache = str(cache.root())
+    for directory, directories, files in os.walk(top):
+        directories[:] = [
+            name
+            for name in directories
+            if name not in _NEVER
+            and os.path.join(directory, name) != own_cache
+            and not os.path.exists(os.path.join(directory, name, "pyvenv.cfg"))
+        ]
+        links = [name for name in directories if os.path.islink(os.path.join(directory, name))]
+        for name in (*files, *links):
+            yield os.path.relpath(os.path.join(directory, name), folder)
