@@ -15,7 +15,8 @@ setup(
         "pykvm.testbed": ["*.S", "inside/*.sh"],
     },
     cffi_modules=[
-        "pykvm/kvm/build_kvm.py:ffibuilder",
+        "pykvm/kvm/native/build_kvm.py:ffibuilder",
+        "pykvm/devices/build_devices.py:ffibuilder",
         "pykvm/kernel/build_uapi.py:ffibuilder",
         "pykvm/switch/build_native.py:ffibuilder",
     ],

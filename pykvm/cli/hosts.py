@@ -38,7 +38,7 @@ def ticks_scale(kvm: Kvm) -> float:
     if is_emulated():
         return 1.0
     with kvm.create_vm() as vm, vm.create_vcpu(0) as vcpu:
-        return 1e6 / vcpu.tsc_khz()
+        return 1e6 / vcpu.get_tsc_khz()
 
 
 def on_suitable_host(

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Self
 
+from pykvm.closeable import Closeable
 from pykvm.elisa import calls, crossing
 from pykvm.elisa.calls import Context
 from pykvm.elisa.contexts import (
@@ -56,7 +57,7 @@ def _take_slot(vcpu: Vcpu) -> int:
         if slot not in used:
             used.add(slot)
             return slot
-    raise SlotsFullError(f"vCPU {vcpu.id} has {SLOTS - FIRST_SLOT} attachments: detach one")
+    raise SlotsFullError(f"vcpu {vcpu.id} has {SLOTS - FIRST_SLOT} attachments", "detach one")
 
 
 def _create(vcpu: Vcpu, plan: ContextPlan, sub: Context | None) -> Context:
@@ -78,8 +79,8 @@ def _create(vcpu: Vcpu, plan: ContextPlan, sub: Context | None) -> Context:
     )
 
 
-class Attachment:
-    """What `ObjectInstance.attach` returns.
+class Attachment(Closeable):
+    """One vCPU's access to one object: what `ObjectInstance.attach` returns.
 
     slot: of the gate context in the vCPU's EPTP list, the last argument of `elisa_call`.
     crossing_gva: where the guest maps its entry page (and, 0x3000 further on, its return page).
@@ -154,16 +155,17 @@ class Attachment:
         """Take the object away from the vCPU, which must not be running. Harmless twice.
 
         Raises InsideContextError if the vCPU stopped inside the object: run it until it is back,
-        or `revoke`.
+        or `revoke`. Raises VcpuRunningError, ForkedProcessError.
         """
+        self.require_own(f"detach() from vcpu {self._vcpu.id}")
         if self.attached:
             try:
                 calls.set_slot(self._vcpu, self.slot, None)
             except KvmError as error:
                 if error.errno == errno.EBUSY:
                     raise InsideContextError(
-                        f"vCPU {self._vcpu.id} stopped inside the object: run it until it is "
-                        "back, or revoke() the attachment"
+                        f"vcpu {self._vcpu.id} stopped inside the object",
+                        "run it until it is back, or revoke() the attachment",
                     ) from error
                 raise
             self.attached = False
@@ -178,8 +180,9 @@ class Attachment:
         context again, with cleared registers, and whatever the call was about to do to the object
         is not done. Others go on.
 
-        Raises IoctlError, with EPERM above all.
+        Raises IoctlError, with EPERM above all; ForkedProcessError.
         """
+        self.require_own(f"revoke() from vcpu {self._vcpu.id}")
         if self.attached:
             try:
                 calls.revoke_slot(self._vcpu.vm, self._vcpu.id, self.slot)
@@ -193,11 +196,11 @@ class Attachment:
     def close(self) -> None:
         """Detach, or revoke if the vCPU is running or stopped inside. Harmless twice.
 
-        Who may not revoke any more (CAP_SYS_ADMIN was dropped) leaves to the kernel what the vCPU
-        still uses; it gives that back when the VM is closed.
+        Without CAP_SYS_ADMIN the kernel keeps what the vCPU still uses until the VM is closed. A
+        forked process gives back its descriptors and mappings; the vCPU keeps the object.
         """
         try:
-            if not self._vcpu.closed:
+            if not self._vcpu.closed and not self.inherited:
                 self.detach()
         except (InsideContextError, VcpuRunningError):
             with suppress(IoctlError):

@@ -1,15 +1,18 @@
 """The calls that the ELISA patch adds to KVM: functions on the handles of `pykvm.kvm`.
 
+Where an argument is called vm, it is a handle on a VM: a `Vm`, or the `vm` of a vCPU.
+
 What the calls mean: kernel-patches/README.md; numbers and layouts: `pykvm.kernel.uapi`.
 """
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from typing import ClassVar, Final
 
 from pykvm.kernel.uapi import ffi, lib
-from pykvm.kvm import Capability, Handle, Ioctl, Kvm, Scope, Vcpu, Vm
+from pykvm.kvm import Capability, Handle, Ioctl, Kvm, Scope, Vcpu
 from pykvm.sizes import PAGE_SIZE
 
 __all__ = [
@@ -27,25 +30,44 @@ __all__ = [
 ELISA: Final = Capability("KVM_CAP_ELISA", lib.KVM_CAP_ELISA)
 """The capability that announces the patch."""
 
+_AS_ROOT: Final = "run it as root (CAP_SYS_ADMIN)"
+
 _CREATE_CONTEXT: Final = Ioctl(
     "KVM_ELISA_CREATE_CONTEXT",
     (Scope.VM,),
     ELISA,
-    "check the tables' indices and run as root (CAP_SYS_ADMIN)",
+    {
+        errno.EINVAL: "call enable_contexts() first, and check the tables' entries and indices",
+        errno.E2BIG: "map less in one context",
+        errno.ELOOP: "name contexts without EPTP pages of their own in its pages",
+        errno.ENOSPC: "give back a context first, or allow more with enable_contexts()",
+        errno.EBADF: "name open contexts in its pages",
+        errno.ENOENT: "name vcpus of this vm in its pages",
+        errno.EPERM: _AS_ROOT,
+    },
     lib.KVM_ELISA_CREATE_CONTEXT,
 )
 _SET_SLOT: Final = Ioctl(
     "KVM_ELISA_SET_SLOT",
     (Scope.VCPU,),
     ELISA,
-    "use slots 2 to 511 and a context of the same vm",
+    {
+        errno.EINVAL: "use slots 2 to 511 and a context of the same vm and vcpu",
+        errno.EBADF: "use an open context",
+        errno.EBUSY: "run the vcpu until it is back in its default context, or revoke_slot()",
+        errno.EPERM: _AS_ROOT,
+    },
     lib.KVM_ELISA_SET_SLOT,
 )
 _REVOKE: Final = Ioctl(
     "KVM_ELISA_REVOKE",
     (Scope.VM,),
     ELISA,
-    "name a vcpu of this vm and a slot that holds a context, as root (CAP_SYS_ADMIN)",
+    {
+        errno.EINVAL: "call enable_contexts() first, and use slots 2 to 511, or None for all",
+        errno.ENOENT: "name a vcpu of this vm and a slot that holds a context",
+        errno.EPERM: _AS_ROOT,
+    },
     lib.KVM_ELISA_REVOKE,
 )
 
@@ -58,12 +80,9 @@ class Context(Handle):
 
     scope: ClassVar[Scope] = Scope.DEVICE
 
-    def __init__(self, vm: Vm, fd: int) -> None:
-        super().__init__(fd)
+    def __init__(self, vm: Handle, fd: int) -> None:
+        super().__init__(fd, vm)
         self.vm = vm
-
-    def check_extension(self, capability: str | int | Capability) -> int:
-        return self.vm.check_extension(capability)
 
 
 def version(kvm: Kvm) -> int:
@@ -71,7 +90,7 @@ def version(kvm: Kvm) -> int:
     return kvm.check_extension(ELISA)
 
 
-def enable_user_hypercalls(vm: Vm) -> None:
+def enable_user_hypercalls(vm: Handle) -> None:
     """Let the 16 hypercalls from KVM_HC_ELISA_USER on leave to user space.
 
     Raises CapabilityMissingError on stock KVM.
@@ -80,7 +99,7 @@ def enable_user_hypercalls(vm: Vm) -> None:
     vm.enable_cap(ELISA, lib.KVM_ELISA_USER_HYPERCALLS)
 
 
-def enable_contexts(vm: Vm, *, contexts: int = 0, pages: int = 0) -> None:
+def enable_contexts(vm: Handle, *, contexts: int = 0, pages: int = 0) -> None:
     """Let a VM have contexts, before its first vCPU. This disables nested VMX, among others.
 
     contexts, pages: most that it may hold, 0 for the kernel's defaults. Raises
@@ -91,7 +110,7 @@ def enable_contexts(vm: Vm, *, contexts: int = 0, pages: int = 0) -> None:
 
 
 def create_context(
-    vm: Vm,
+    vm: Handle,
     tables: bytes | bytearray | memoryview,
     pages: Iterable[tuple[int, int, int]],
     *,
@@ -144,7 +163,7 @@ def set_slot(vcpu: Vcpu, slot: int, context: Context | None) -> None:
     vcpu.ioctl(_SET_SLOT, request)
 
 
-def revoke_slot(vm: Vm, vcpu_id: int, slot: int | None) -> None:
+def revoke_slot(vm: Handle, vcpu_id: int, slot: int | None) -> None:
     """Take a context away from a vCPU, which may be running; slot None: all of its contexts.
 
     On return no instruction of the context runs on that vCPU any more. If it was inside, its run()

@@ -324,7 +324,8 @@ class ObjectInstance(Closeable):
     def close(self) -> None:
         """Detach all guests and give up the memory. Harmless twice.
 
-        The object is revoked from vCPUs that run or stopped inside it (`Attachment.revoke`).
+        The object is revoked from vCPUs that run or stopped inside it (`Attachment.revoke`). In a
+        forked process nobody is detached (`Attachment.close`).
         """
         for attachment in self._attachments.values():
             attachment.close()

@@ -1,4 +1,4 @@
-"""The compiled extension (see build_uapi.py); `pykvm.kvm._kvm` says why all is Any."""
+"""The compiled extension (see build_uapi.py); `pykvm.kvm.native._kvm` says why all is Any."""
 
 from typing import Any
 

@@ -32,7 +32,7 @@ struct kvm_elisa_exit {
 
 
 def _declarations() -> str:
-    macro_names = runpy.run_path(str(HERE.parent / "kvm/macros.py"))["macro_names"]
+    macro_names = runpy.run_path(str(HERE.parent / "kvm/native/macros.py"))["macro_names"]
     names = macro_names(HEADERS, PREFIXES, Path(UAPI))
     return STRUCTS + "".join(f"#define {name} ...\n" for name in names)
 

@@ -20,7 +20,7 @@ from pykvm.host.kvm_users import describe_users
 from pykvm.host.processor import read_processor
 from pykvm.kernel import build as kernel
 from pykvm.kernel import uapi
-from pykvm.kvm._kvm import lib
+from pykvm.kvm import lib
 
 __all__ = [
     "KvmBuiltIn",

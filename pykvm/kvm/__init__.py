@@ -1,11 +1,13 @@
-"""Linux's KVM, on x86: handles, ioctls, exits and the run loop.
+"""Linux's KVM: handles, ioctls, exits and the run loop. The architecture's part is `x86`.
 
 Four handles mirror KVM's descriptors, each owns one, and all are context managers: `Kvm`
 (/dev/kvm), `Vm`, `Vcpu` and `Device`. `Vcpu.run` runs the guest in C, without the GIL, and returns
-an `Exit`. Structs and constants are the C compiler's: see ``ffi`` and ``lib``::
+an `Exit` that no handler of ``vm.handlers`` has served. Methods have the names of KVM's calls, as
+rust-vmm's kvm-ioctls has them. Structs and constants are the C compiler's: see ``ffi`` and
+``lib``::
 
     with Kvm() as kvm, kvm.create_vm() as vm:
-        vm.set_memory_region(0, gpa=0, size=0x1000, host_address=address)
+        vm.set_user_memory_region(0, gpa=0, size=0x1000, host_address=address)
         with vm.create_vcpu(0) as vcpu:
             sregs = vcpu.get_sregs()
             sregs.cs.base = sregs.cs.selector = 0
@@ -16,18 +18,21 @@ an `Exit`. Structs and constants are the C compiler's: see ``ffi`` and ``lib``::
 Which capability a call needs is in `pykvm.kvm.ioctls`. Errors derive from `KvmError`.
 
 This is stock KVM. A kernel patch adds calls as `Ioctl` values for `Handle.ioctl`, capabilities as
-`Capability` values, exits with `register_exit`, and handles with `Vm.adopt` (`pykvm.elisa` does).
+`Capability` values, exits with `register_exit`, and handles with `Handle.adopt` (`pykvm.elisa`
+does).
 """
 
-from pykvm.kvm._kvm import ffi, lib
-from pykvm.kvm.cpuid import CpuidEntry, find_leaf
+from pykvm.closeable import ForkedProcessError
 from pykvm.kvm.device import Device
 from pykvm.kvm.errors import (
     ApiVersionError,
+    BreakpointError,
     CapabilityMissingError,
-    ConsoleError,
+    DirtyLogError,
+    GsiRoutingError,
     HandleClosedError,
-    HypercallNumberError,
+    HandlerError,
+    HandlerOverlapError,
     IoctlError,
     KvmError,
     KvmMissingError,
@@ -35,74 +40,90 @@ from pykvm.kvm.errors import (
     MemorySlotError,
     MemorySlotOverlapError,
     MsrError,
+    MsrFilterError,
     NotKvmError,
     ReplyError,
+    StateSizeError,
     UnexpectedExitError,
     VcpuRunningError,
 )
 from pykvm.kvm.exits import (
-    BusLock,
     Debug,
     Exit,
-    FailEntry,
-    GuestException,
     Hlt,
     Hypercall,
-    InternalError,
-    InternalErrorKind,
-    Intr,
     Io,
-    IoapicEoi,
-    IrqWindow,
     MmioRead,
     MmioWrite,
-    Nmi,
-    Notify,
-    Rdmsr,
-    SetTpr,
     Shutdown,
     Stopped,
     SystemEvent,
     SystemEventKind,
-    TprAccess,
+)
+from pykvm.kvm.handle import Handle
+from pykvm.kvm.handlers import NULL_HYPERCALL, Handler, Handlers
+from pykvm.kvm.interrupts import IrqchipRoute, MsiRoute
+from pykvm.kvm.ioctls import IOCTLS, Capability, Ioctl, Scope
+from pykvm.kvm.memory_slots import MemorySlot
+from pykvm.kvm.native import Struct, ffi, lib
+from pykvm.kvm.native.decoders import (
+    FailEntry,
+    InternalError,
+    InternalErrorKind,
+    Intr,
     Unknown,
-    UnknownHardware,
-    Wrmsr,
+    Unsupported,
     exit_name,
     register_exit,
 )
-from pykvm.kvm.handle import Handle, Struct
-from pykvm.kvm.ioctls import IOCTLS, Capability, Ioctl, Scope
-from pykvm.kvm.irq import IrqchipRoute, MsiRoute
-from pykvm.kvm.msr import MsrRange
-from pykvm.kvm.state import Breakpoint, MpState, Translation
 from pykvm.kvm.stats import Statistic, Stats
 from pykvm.kvm.system import Kvm
-from pykvm.kvm.vcpu import NULL_HYPERCALL, CoalescedWrite, ExitCounts, PastExit, Vcpu
-from pykvm.kvm.vm import MemorySlot, Vm
+from pykvm.kvm.vcpu import CoalescedWrite, ExitCounts, PastExit, Vcpu
+from pykvm.kvm.vm import Vm
+from pykvm.kvm.x86.cpuid import CpuidEntry, find_leaf
+from pykvm.kvm.x86.exits import (
+    BusLock,
+    GuestException,
+    IoapicEoi,
+    IrqWindow,
+    Nmi,
+    Notify,
+    Rdmsr,
+    SetTpr,
+    TprAccess,
+    Wrmsr,
+)
+from pykvm.kvm.x86.msr import MsrRange
+from pykvm.kvm.x86.vcpu import Breakpoint, MpState, Translation
 
 __all__ = [
     "IOCTLS",
     "NULL_HYPERCALL",
     "ApiVersionError",
     "Breakpoint",
+    "BreakpointError",
     "BusLock",
     "Capability",
     "CapabilityMissingError",
     "CoalescedWrite",
-    "ConsoleError",
     "CpuidEntry",
     "Debug",
     "Device",
+    "DirtyLogError",
     "Exit",
     "ExitCounts",
     "FailEntry",
+    "ForkedProcessError",
+    "GsiRoutingError",
     "GuestException",
     "Handle",
     "HandleClosedError",
+    "Handler",
+    "HandlerError",
+    "HandlerOverlapError",
+    "Handlers",
     "Hlt",
     "Hypercall",
-    "HypercallNumberError",
     "InternalError",
     "InternalErrorKind",
     "Intr",
@@ -124,6 +145,7 @@ __all__ = [
     "MpState",
     "MsiRoute",
     "MsrError",
+    "MsrFilterError",
     "MsrRange",
     "Nmi",
     "NotKvmError",
@@ -134,6 +156,7 @@ __all__ = [
     "Scope",
     "SetTpr",
     "Shutdown",
+    "StateSizeError",
     "Statistic",
     "Stats",
     "Stopped",
@@ -144,7 +167,7 @@ __all__ = [
     "Translation",
     "UnexpectedExitError",
     "Unknown",
-    "UnknownHardware",
+    "Unsupported",
     "Vcpu",
     "VcpuRunningError",
     "Vm",

@@ -1,19 +1,17 @@
 """Devices that KVM keeps behind a descriptor of their own, and device attributes.
 
-Attributes are the same four calls on system, VM, vCPU and device descriptors.
+Attributes are the same calls on system, VM, vCPU and device descriptors.
 Source: Documentation/virt/kvm/api.rst 4.79 and 4.80, Documentation/virt/kvm/devices/.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
-from pykvm.kvm._kvm import ffi
 from pykvm.kvm.handle import Handle
-from pykvm.kvm.ioctls import IOCTLS, Capability, Scope
-
-if TYPE_CHECKING:
-    from pykvm.kvm.vm import Vm
+from pykvm.kvm.ioctls import IOCTLS, Scope
+from pykvm.kvm.native import ffi
+from pykvm.sizes import PAGE_SIZE
 
 __all__ = ["Attributes", "Device"]
 
@@ -21,23 +19,29 @@ __all__ = ["Attributes", "Device"]
 class Attributes(Handle):
     """Get, set and probe device attributes."""
 
-    def has_attr(self, group: int, attr: int) -> bool:
-        """Whether this descriptor has the attribute; False where it has no attributes at all."""
+    def has_device_attr(self, group: int, attr: int) -> bool:
+        """Return whether the descriptor has the attribute; False where it has none at all."""
         needed = IOCTLS["KVM_HAS_DEVICE_ATTR"].needs(self.scope)
         if needed and not self.check_extension(needed):
             return False
         request = ffi.new("struct kvm_device_attr *", {"group": group, "attr": attr})
         return self._raw_ioctl(IOCTLS["KVM_HAS_DEVICE_ATTR"], request) == 0
 
-    def get_attr(self, group: int, attr: int, size: int = 8) -> bytes:
-        """The value of an attribute, `size` bytes. Raises CapabilityMissingError, IoctlError."""
-        value = ffi.new("char[]", size)
-        self._attr("KVM_GET_DEVICE_ATTR", group, attr, value)
-        return ffi.buffer(value)[:]
+    def get_device_attr(self, group: int, attr: int, size: int = 8) -> bytes:
+        """Return the value of an attribute, `size` bytes.
 
-    def set_attr(self, group: int, attr: int, value: bytes) -> None:
+        Raises CapabilityMissingError, IoctlError.
+        """
+        # The kernel knows the attribute's size, and writes that much whatever was asked for.
+        value = ffi.new("char[]", max(size, PAGE_SIZE))
+        self._attr("KVM_GET_DEVICE_ATTR", group, attr, value)
+        return ffi.buffer(value, size)[:]
+
+    def set_device_attr(self, group: int, attr: int, value: bytes) -> None:
         """Set an attribute; value: as many bytes as it defines."""
-        self._attr("KVM_SET_DEVICE_ATTR", group, attr, ffi.from_buffer(value))
+        area = ffi.new("char[]", max(len(value), PAGE_SIZE))
+        ffi.buffer(area)[0 : len(value)] = value
+        self._attr("KVM_SET_DEVICE_ATTR", group, attr, area)
 
     def _attr(self, name: str, group: int, attr: int, value: object) -> None:
         request = ffi.new("struct kvm_device_attr *")
@@ -50,12 +54,8 @@ class Attributes(Handle):
 class Device(Attributes):
     """A device made by `Vm.create_device`; `type` is its ``KVM_DEV_TYPE_*`` number."""
 
-    scope = Scope.DEVICE
+    scope: ClassVar[Scope] = Scope.DEVICE
 
-    def __init__(self, vm: Vm, fd: int, type: int) -> None:
-        super().__init__(fd)
-        self.vm = vm
+    def __init__(self, vm: Handle, fd: int, type: int) -> None:
+        super().__init__(fd, vm)
         self.type = type
-
-    def check_extension(self, capability: str | int | Capability) -> int:
-        return self.vm.check_extension(capability)

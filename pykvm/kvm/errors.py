@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import errno as errno_module
 import os
-from typing import TYPE_CHECKING
 
 from pykvm.errors import PykvmError
-
-if TYPE_CHECKING:
-    from pykvm.kvm.exits import Exit
-    from pykvm.kvm.ioctls import Ioctl
+from pykvm.kvm.exits import Exit
 
 __all__ = [
     "ApiVersionError",
+    "BreakpointError",
     "CapabilityMissingError",
-    "ConsoleError",
+    "CpuidError",
+    "DirtyLogError",
+    "GsiRoutingError",
     "HandleClosedError",
-    "HypercallNumberError",
+    "HandlerError",
+    "HandlerOverlapError",
     "IoctlError",
     "KvmError",
     "KvmMissingError",
@@ -29,8 +29,10 @@ __all__ = [
     "MemorySlotError",
     "MemorySlotOverlapError",
     "MsrError",
+    "MsrFilterError",
     "NotKvmError",
     "ReplyError",
+    "StateSizeError",
     "UnexpectedExitError",
     "VcpuRunningError",
 ]
@@ -39,8 +41,8 @@ __all__ = [
 class KvmError(PykvmError):
     """Root of this package's errors."""
 
-    def __init__(self, message: str, errno: int | None = None) -> None:
-        super().__init__(message)
+    def __init__(self, problem: str, next_step: str = "", *, errno: int | None = None) -> None:
+        super().__init__(problem, next_step)
         self.errno = errno
 
 
@@ -69,24 +71,27 @@ class CapabilityMissingError(KvmError):
 
     def __init__(self, capability: str, wanted_by: str) -> None:
         super().__init__(
-            f"{wanted_by} needs {capability}, which this kvm does not have: "
+            f"{wanted_by} needs {capability}, which this kvm does not have",
             "type `pykvm doctor` to see what this host can do",
-            errno_module.ENOTTY,
+            errno=errno_module.ENOTTY,
         )
         self.capability = capability
 
 
 class IoctlError(KvmError):
-    """An ioctl failed; `ioctl` is its macro's name."""
+    """An ioctl failed; `ioctl` is its macro's name.
 
-    def __init__(self, entry: Ioctl, errno: int) -> None:
+    next_step: where the call knows more than its errno says.
+    """
+
+    def __init__(self, ioctl: str, errno: int, next_step: str | None = None) -> None:
         name = errno_module.errorcode.get(errno, str(errno))
-        text = os.strerror(errno).lower()
         super().__init__(
-            f"{entry.name} failed with {name} ({text}): {_next(entry, errno)}",
-            errno,
+            f"{ioctl} failed with {name} ({os.strerror(errno).lower()})",
+            next_step or _STEPS.get(errno, _CHECK_ARGUMENTS),
+            errno=errno,
         )
-        self.ioctl = entry.name
+        self.ioctl = ioctl
 
 
 class MemorySlotError(KvmError):
@@ -97,24 +102,48 @@ class MemorySlotOverlapError(KvmError):
     """A memory slot whose guest addresses another slot has already."""
 
 
+class DirtyLogError(KvmError, ValueError):
+    """Page numbers that a memory slot does not have."""
+
+
+class GsiRoutingError(KvmError, ValueError):
+    """A routing table that KVM cannot take."""
+
+
+class CpuidError(KvmError, ValueError):
+    """More CPUID leaves than KVM keeps for a vCPU."""
+
+
 class MsrError(KvmError):
     """KVM refused an MSR; `index` is its number."""
 
-    def __init__(self, message: str, index: int) -> None:
-        super().__init__(message)
+    def __init__(self, problem: str, next_step: str, index: int) -> None:
+        super().__init__(problem, next_step)
         self.index = index
 
 
+class MsrFilterError(KvmError, ValueError):
+    """An MSR filter that KVM cannot take."""
+
+
+class StateSizeError(KvmError, ValueError):
+    """A state of the wrong length: the kernel would read or write behind its end."""
+
+
+class BreakpointError(KvmError, ValueError):
+    """Breakpoints that the processor does not have."""
+
+
 class VcpuRunningError(KvmError):
-    """The vCPU is inside run() in another thread, where its state cannot be touched."""
+    """The vCPU is inside run(), where its state cannot be touched."""
 
 
-class ConsoleError(KvmError):
-    """A console port or buffer that cannot be had."""
+class HandlerError(KvmError, ValueError):
+    """A handler for places that do not exist, or one that is not in the table."""
 
 
-class HypercallNumberError(KvmError):
-    """More hypercalls than the run loop answers."""
+class HandlerOverlapError(KvmError, ValueError):
+    """A handler for places that another handler serves already."""
 
 
 class ReplyError(KvmError):
@@ -125,27 +154,25 @@ class UnexpectedExitError(KvmError):
     """An exit that the caller has no use for.
 
     exit: the exit. report: registers, context, instruction bytes and the last exits, several
-    lines (`pykvm.kvm.report`).
+    lines (`pykvm.kvm.x86.report`).
     """
 
     def __init__(self, exit: Exit, report: str) -> None:
-        super().__init__(f"the guest stopped with {exit}: print the error's .report to see where")
+        super().__init__(f"the guest stopped with {exit}", "print the error's .report to see where")
         self.exit = exit
         self.report = report
 
 
-_HINTS = {
+_CHECK_ARGUMENTS = "check the arguments, and type `pykvm doctor` to see what kvm has"
+
+_STEPS = {
+    errno_module.E2BIG: "pass fewer entries in one call",
     errno_module.EACCES: "run it as root, or type `pykvm doctor`",
-    errno_module.EPERM: "run it as root, or type `pykvm doctor`",
-    errno_module.ENOMEM: "free some memory, or raise the limit with `ulimit -l unlimited`",
-    errno_module.EMFILE: "raise the limit of open files with `ulimit -n 65536`",
-    errno_module.EFAULT: "pass addresses of memory that stays mapped",
     errno_module.EBUSY: "close what uses it first",
+    errno_module.EFAULT: "pass addresses of memory that stays mapped",
     errno_module.EIO: "the vm belongs to another process, or is dead: create it again",
+    errno_module.EMFILE: "raise the limit of open files with `ulimit -n 65536`",
+    errno_module.ENFILE: "close files of other programs: the whole system has too many",
+    errno_module.ENOMEM: "free some memory, or raise the limit with `ulimit -l unlimited`",
+    errno_module.EPERM: "run it as root, or type `pykvm doctor`",
 }
-
-
-def _next(entry: Ioctl, errno: int) -> str:
-    if entry.hint and errno not in (errno_module.EPERM, errno_module.EACCES, errno_module.ENOMEM):
-        return entry.hint
-    return _HINTS.get(errno, "check the arguments, and type `pykvm doctor` to see what kvm has")

@@ -10,6 +10,8 @@ Source: Documentation/virt/kvm/api.rst, chapter 4.
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -39,23 +41,31 @@ class Ioctl:
 
     name: the macro in linux/kvm.h. scopes: descriptors that accept it. capability: the
     ``KVM_CAP_*`` macro that announces it (a mapping where that depends on the descriptor), or
-    None where every KVM has it. hint: what to type or check when the call fails with EINVAL,
-    ENXIO, ENOENT or EEXIST; None where `errors.py` knows better. number: the request of a call
-    that linux/kvm.h does not have (one of a kernel patch); None for those of the table below.
+    None where every KVM has it. steps: what to type or check when the call fails, by errno; a
+    text alone stands for EINVAL, ENXIO, ENOENT, EEXIST and EBADF, which blame the arguments.
+    number: the request of a call that linux/kvm.h does not have (one of a kernel patch).
     """
 
     name: str
     scopes: tuple[Scope, ...]
     capability: str | Capability | dict[Scope, str] | None = None
-    hint: str | None = None
+    steps: str | Mapping[int, str] | None = None
     number: int | None = None
 
     def needs(self, scope: Scope) -> str | Capability | None:
-        """The capability that announces this call on a descriptor of `scope`, or None."""
+        """Return the capability that announces this call on a descriptor of `scope`, or None."""
         if isinstance(self.capability, dict):
             return self.capability.get(scope)
         return self.capability
 
+    def next_step(self, error: int) -> str | None:
+        """Return what to do after an errno of this call; None where the errno says enough."""
+        if isinstance(self.steps, str):
+            return self.steps if error in _OF_ARGUMENTS else None
+        return self.steps.get(error) if self.steps else None
+
+
+_OF_ARGUMENTS = (errno.EINVAL, errno.ENXIO, errno.ENOENT, errno.EEXIST, errno.EBADF)
 
 _S, _V, _C, _D = Scope.SYSTEM, Scope.VM, Scope.VCPU, Scope.DEVICE
 
@@ -65,10 +75,12 @@ _ATTRIBUTES = {
     _C: "KVM_CAP_VCPU_ATTRIBUTES",
 }
 
+_BUS_FULL = "unregister an ioeventfd or a coalesced zone first: linux has 1000 on a bus"
+
 _TABLE = (
     # ---- system -------------------------------------------------------------------------------
     Ioctl("KVM_GET_API_VERSION", (_S,)),
-    Ioctl("KVM_CREATE_VM", (_S,)),
+    Ioctl("KVM_CREATE_VM", (_S,), None, "use a machine type of KVM_CAP_VM_TYPES, or 0"),
     Ioctl("KVM_CHECK_EXTENSION", (_S, _V)),
     Ioctl("KVM_GET_VCPU_MMAP_SIZE", (_S,)),
     Ioctl("KVM_GET_SUPPORTED_CPUID", (_S,), "KVM_CAP_EXT_CPUID"),
@@ -93,7 +105,12 @@ _TABLE = (
         "KVM_CAP_SET_IDENTITY_MAP_ADDR",
         "call it before the first create_vcpu()",
     ),
-    Ioctl("KVM_REGISTER_COALESCED_MMIO", (_V,), "KVM_CAP_COALESCED_MMIO"),
+    Ioctl(
+        "KVM_REGISTER_COALESCED_MMIO",
+        (_V,),
+        "KVM_CAP_COALESCED_MMIO",
+        {errno.ENOSPC: _BUS_FULL},
+    ),
     Ioctl("KVM_UNREGISTER_COALESCED_MMIO", (_V,), "KVM_CAP_COALESCED_MMIO"),
     # ---- VM: interrupts and timers ------------------------------------------------------------
     Ioctl(
@@ -106,14 +123,25 @@ _TABLE = (
     Ioctl("KVM_SET_IRQCHIP", (_V,), "KVM_CAP_IRQCHIP", "call create_irqchip() first"),
     Ioctl("KVM_IRQ_LINE", (_V,), "KVM_CAP_IRQCHIP", "call create_irqchip() first"),
     Ioctl("KVM_IRQ_LINE_STATUS", (_V,), "KVM_CAP_IRQ_INJECT_STATUS", "call create_irqchip() first"),
-    Ioctl("KVM_SET_GSI_ROUTING", (_V,), "KVM_CAP_IRQ_ROUTING", "call create_irqchip() first"),
+    Ioctl(
+        "KVM_SET_GSI_ROUTING",
+        (_V,),
+        "KVM_CAP_IRQ_ROUTING",
+        "call create_irqchip() first, and route each gsi once to each chip, to a pin that it has",
+    ),
     Ioctl("KVM_SIGNAL_MSI", (_V,), "KVM_CAP_SIGNAL_MSI", "call create_irqchip() first"),
     Ioctl("KVM_IRQFD", (_V,), "KVM_CAP_IRQFD", "call create_irqchip() first, then pass an eventfd"),
     Ioctl(
         "KVM_IOEVENTFD",
         (_V,),
         "KVM_CAP_IOEVENTFD",
-        "pass an eventfd and a length of 0, 1, 2, 4 or 8",
+        {
+            errno.EINVAL: "pass an eventfd and a length of 0, 1, 2, 4 or 8",
+            errno.EBADF: "pass an open eventfd",
+            errno.EEXIST: "unregister_ioevent() the one that is there first",
+            errno.ENOENT: "pass what register_ioevent() was given",
+            errno.ENOSPC: _BUS_FULL,
+        },
     ),
     Ioctl("KVM_CREATE_PIT2", (_V,), "KVM_CAP_PIT2", "call it once, after create_irqchip()"),
     Ioctl("KVM_GET_PIT2", (_V,), "KVM_CAP_PIT_STATE2", "call create_pit() first"),
@@ -122,12 +150,22 @@ _TABLE = (
     Ioctl("KVM_GET_CLOCK", (_V,), "KVM_CAP_ADJUST_CLOCK"),
     Ioctl("KVM_SET_CLOCK", (_V,), "KVM_CAP_ADJUST_CLOCK"),
     # ---- VM: the rest -------------------------------------------------------------------------
-    Ioctl("KVM_CREATE_VCPU", (_V,), None, "use each vcpu id once, below KVM_CAP_MAX_VCPU_ID"),
+    Ioctl(
+        "KVM_CREATE_VCPU",
+        (_V,),
+        None,
+        "use each vcpu id once, below KVM_CAP_MAX_VCPU_ID, for at most KVM_CAP_MAX_VCPUS vcpus",
+    ),
     Ioctl("KVM_SET_BOOT_CPU_ID", (_V,), "KVM_CAP_SET_BOOT_CPU_ID", "call it before create_vcpu()"),
     # No capability: Linux 6.1 makes devices on x86 without announcing KVM_CAP_DEVICE_CTRL there.
-    Ioctl("KVM_CREATE_DEVICE", (_V,), None, "ask has_device() first"),
+    Ioctl("KVM_CREATE_DEVICE", (_V,), None, {errno.ENODEV: "ask has_device() first"}),
     Ioctl("KVM_X86_SET_MSR_FILTER", (_V,), "KVM_CAP_X86_MSR_FILTER"),
-    Ioctl("KVM_SET_PMU_EVENT_FILTER", (_V,), "KVM_CAP_PMU_EVENT_FILTER"),
+    Ioctl(
+        "KVM_SET_PMU_EVENT_FILTER",
+        (_V,),
+        "KVM_CAP_PMU_EVENT_FILTER",
+        {errno.E2BIG: "pass fewer events: linux takes 300"},
+    ),
     # ---- more than one scope ------------------------------------------------------------------
     Ioctl("KVM_ENABLE_CAP", (_V, _C), {_V: "KVM_CAP_ENABLE_CAP_VM", _C: "KVM_CAP_ENABLE_CAP"}),
     Ioctl("KVM_GET_STATS_FD", (_V, _C), "KVM_CAP_BINARY_STATS_FD"),
@@ -169,7 +207,15 @@ _TABLE = (
     Ioctl("KVM_GET_LAPIC", (_C,), "KVM_CAP_IRQCHIP", "call create_irqchip() before create_vcpu()"),
     Ioctl("KVM_SET_LAPIC", (_C,), "KVM_CAP_IRQCHIP", "call create_irqchip() before create_vcpu()"),
     Ioctl("KVM_SET_MSRS", (_C,)),
-    Ioctl("KVM_SET_CPUID2", (_C,), "KVM_CAP_EXT_CPUID", "call it before the first run()"),
+    Ioctl(
+        "KVM_SET_CPUID2",
+        (_C,),
+        "KVM_CAP_EXT_CPUID",
+        {
+            errno.EINVAL: "call it before the first run(), without features that the vm lacks",
+            errno.E2BIG: "leave out leaves that the guest does not need: linux keeps 256",
+        },
+    ),
     Ioctl("KVM_GET_CPUID2", (_C,), "KVM_CAP_EXT_CPUID"),
     Ioctl("KVM_INTERRUPT", (_C,), None, "it needs a vcpu without an in-kernel lapic"),
     Ioctl("KVM_NMI", (_C,), "KVM_CAP_USER_NMI"),

@@ -12,9 +12,9 @@ import os
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pykvm.kvm._kvm import ffi, lib
 from pykvm.kvm.handle import Handle
 from pykvm.kvm.ioctls import Scope
+from pykvm.kvm.native import ffi, lib
 
 __all__ = ["Statistic", "Stats"]
 

@@ -26,7 +26,7 @@ def connect(guest: BareGuest, hosted: HostedSwitch, port: int, path: SwitchPath)
         case SwitchPath.VMCALL:
             calls.enable_user_hypercalls(guest.vm)
             environment = hosted.switch.native_env(port)
-            guest.vcpu.set_hypercall(HC_USER, hosted.switch.hypercall, environment)
+            guest.vm.handlers.add_hypercall(HC_USER, hosted.switch.hypercall, environment)
         case SwitchPath.DIRECT:
             memory = instance.direct_region(layout.DIRECT_GPA)
             guest.set_direct(memory, instance.declaration.env(memory.gpa, port))

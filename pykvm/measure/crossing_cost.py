@@ -86,7 +86,7 @@ def measure_crossing(
     images = crossing_images(without)
     with nop.open() as instance, BareGuest(kvm, program, name="crossing") as guest:
         enable_user_hypercalls(guest.vm)
-        guest.vcpu.set_hypercall(HC_USER, NULL_HYPERCALL)
+        guest.vm.handlers.add_hypercall(HC_USER, NULL_HYPERCALL)
         instance.attach(guest)
         counter = ExitCounter(guest.vcpu)
         guest.run(counter.mark)

@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 HC_USER: Final[int] = uapi.lib.KVM_HC_ELISA_USER
-"""The first of the hypercalls that user space answers (`Vcpu.set_hypercall`)."""
+"""The first of the hypercalls that user space answers (`Handlers.add_hypercall`)."""
 
 IDLE_LIMIT: Final = 50_000_000
 """Looks at the lanes without progress: seconds, so that a waiting guest outlasts a busy host."""

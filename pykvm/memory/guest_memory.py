@@ -7,7 +7,7 @@ A `MemoryFile` owns the memory; a `Region` maps a part of it at a guest physical
         memory.add(Region(file, gpa=4 * GIB, offset=2 * MIB, size=4096))
         memory.write(0x1000, b"hello")
         for slot in memory.slots():
-            vm.set_memory(slot)
+            vm.set_memory_slot(slot)
 
 Sources: memfd_create(2), fcntl(2) for seals, Linux Documentation/admin-guide/mm/hugetlbpage.rst.
 """

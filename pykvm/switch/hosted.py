@@ -60,8 +60,11 @@ class HostedSwitch(Closeable):
             self.switch.tick()
 
     def close(self) -> None:
-        """Detach every guest and give up the memory. Harmless twice."""
-        self._closing.set()
-        if self._clock is not None:
+        """Detach every guest and give up the memory. Harmless twice.
+
+        In a forked process, which has no clock, nobody is detached.
+        """
+        if self._clock is not None and not self.inherited:
+            self._closing.set()
             self._clock.join()  # it writes into the memory
         self.instance.close()

@@ -286,8 +286,8 @@ class Emulator(Closeable):
         return "it left no message"
 
     def close(self) -> None:
-        """End the emulator at once and wait until it is gone."""
-        if self._process is not None:
+        """End the emulator at once and wait until it is gone; a forked process lets it run."""
+        if self._process is not None and not self.inherited:
             if self._process.poll() is None:
                 self._process.kill()  # unshare's child dies with it, and all of its namespace
             self._process.wait()

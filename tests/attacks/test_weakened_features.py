@@ -30,7 +30,7 @@ DEBUG_CONTROL = 0x1D9
 def guest(kvm: Kvm) -> Iterator[BareGuest]:
     """A guest with contexts, which may have everything that this KVM offers."""
     with weakened(Weaken.FEATURES), BareGuest(kvm, Probe()) as guest:
-        guest.vcpu.set_cpuid(kvm.supported_cpuid())
+        guest.vcpu.set_cpuid2(kvm.get_supported_cpuid())
         yield guest
 
 
@@ -39,7 +39,7 @@ def guest(kvm: Kvm) -> Iterator[BareGuest]:
 @pytest.mark.control("T27")
 @pytest.mark.parametrize("feature", HIDDEN_FEATURES, ids=lambda feature: str(feature.name))
 def test_the_guest_sees_it(kvm: Kvm, guest: BareGuest, feature: HiddenFeature) -> None:
-    guest.vcpu.set_cpuid(leaves_with(kvm, feature))
+    guest.vcpu.set_cpuid2(leaves_with(kvm, feature))
     which = REGISTERS.index(feature.register)
     give(guest, Step(What.CPUID, feature.function, feature.index, which))
     assert run(guest) == []
@@ -64,7 +64,9 @@ def test_pcid_is_turned_on(guest: BareGuest) -> None:
 
 @pytest.mark.control("T18")
 def test_the_guest_turns_on_what_the_processor_has(kvm: Kvm, guest: BareGuest) -> None:
-    offered = {feature.name for feature in HIDDEN_FEATURES if feature.is_in(kvm.supported_cpuid())}
+    offered = {
+        feature.name for feature in HIDDEN_FEATURES if feature.is_in(kvm.get_supported_cpuid())
+    }
     needs = {"PKE": "pku", "VMXE": "vmx", "CET": "shstk", "PKS": "pks", "FRED": "fred"}
     names = [bit for bit, name in needs.items() if name in offered]
     assert "VMXE" in names

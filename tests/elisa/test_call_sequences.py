@@ -56,7 +56,7 @@ from tests.rigs.call_model.model import (
     judge,
 )
 from tests.rigs.call_model.runs import run_vcpu
-from tests.rigs.context_requests import EPTP, LIST, PAGE
+from tests.rigs.context_requests import EPTP, LIST, PAGE, raw
 from tests.rigs.host_state import (
     VmStatistics,
     host_state,
@@ -73,7 +73,6 @@ from tests.rigs.tiny_guest import (
     crossings_work,
     enable,
     prepare,
-    raw,
     revoke,
     set_memory,
     set_slot,
@@ -195,7 +194,7 @@ class Calls(RuleBasedStateMachine):
         if not judge("create vcpu", fd, errors):
             return
         prepare(host.kvm, fd)
-        area = RunArea(fd, host.kvm.vcpu_mmap_size())
+        area = RunArea(fd, host.kvm.get_vcpu_mmap_size())
         vm.vcpus[vcpu_id] = VcpuModel(OpenFile(f"vcpu {vcpu_id}", [fd], 0, area), vm, vcpu_id)
 
     @precondition(lambda self: self.open_vms())

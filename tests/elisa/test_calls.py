@@ -1,9 +1,10 @@
 """pykvm.elisa.calls: refusal on stock KVM; hypercalls and bad arguments on the patched one.
 
-Contexts that work are tested where they are built, in tests/elisa.
+Contexts that work are tested where they are built.
 """
 
 import errno
+from collections.abc import Iterator
 
 import pytest
 
@@ -60,9 +61,15 @@ def test_tables_are_whole_pages(kvm: Kvm) -> None:
 
 
 @pytest.fixture
-def caller(guest: RealModeGuest) -> RealModeGuest:
+def real_mode(kvm: Kvm) -> Iterator[RealModeGuest]:
+    with kvm.create_vm() as vm:
+        yield RealModeGuest(vm)
+
+
+@pytest.fixture
+def caller(real_mode: RealModeGuest) -> RealModeGuest:
     """VMCALL in a loop of CX turns, its result into [0x6000]."""
-    guest.load("""
+    real_mode.load("""
         89 CF        ; mov di, cx
         89 C5        ; mov bp, ax
         89 E8        ; again: mov ax, bp
@@ -72,11 +79,11 @@ def caller(guest: RealModeGuest) -> RealModeGuest:
         75 F4        ; jnz again
         F4           ; hlt
     """)
-    return guest
+    return real_mode
 
 
-def result(guest: RealModeGuest) -> int:
-    return int.from_bytes(guest.memory[0x6000:0x6004], "little")
+def result(caller: RealModeGuest) -> int:
+    return int.from_bytes(caller.memory[0x6000:0x6004], "little")
 
 
 @pytest.mark.elisa
@@ -92,7 +99,7 @@ def test_null_hypercall_in_the_kernel(caller: RealModeGuest) -> None:
 
 @pytest.mark.elisa
 def test_user_hypercalls_are_off_until_enabled(caller: RealModeGuest) -> None:
-    caller.vcpu.set_hypercall(USER, NULL_HYPERCALL)
+    caller.vm.handlers.add_hypercall(USER, NULL_HYPERCALL)
     caller.vcpu.set_regs(rax=USER, rcx=1)
     assert run(caller.vcpu) == Hlt()
     assert result(caller) == 2**32 - 1000  # -KVM_ENOSYS
@@ -102,7 +109,7 @@ def test_user_hypercalls_are_off_until_enabled(caller: RealModeGuest) -> None:
 @pytest.mark.elisa
 def test_native_handler(caller: RealModeGuest) -> None:
     calls.enable_user_hypercalls(caller.vm)
-    caller.vcpu.set_hypercall(USER + 3, NULL_HYPERCALL)
+    caller.vm.handlers.add_hypercall(USER + 3, NULL_HYPERCALL)
     caller.vcpu.set_regs(rax=USER + 3, rcx=100)
     assert run(caller.vcpu) == Hlt()
     counts = caller.vcpu.exit_counts()
@@ -122,7 +129,7 @@ def test_handler_gets_arguments_and_context(caller: RealModeGuest) -> None:
     pointer = ffi.callback("uint64_t(void *, const uint64_t *)", handler)
     context = ffi.new("int *")
     calls.enable_user_hypercalls(caller.vm)
-    caller.vcpu.set_hypercall(USER + 15, pointer, context)
+    caller.vm.handlers.add_hypercall(USER + 15, pointer, context)
     caller.vcpu.set_regs(rax=USER + 15, rbx=1, rcx=1, rdx=3, rsi=4)
     assert run(caller.vcpu) == Hlt()
     assert seen == [(int(ffi.cast("uintptr_t", context)), [1, 1, 3, 4])]
@@ -145,7 +152,7 @@ def test_hypercall_without_a_handler_comes_to_python(caller: RealModeGuest) -> N
 def test_a_stop_between_hypercalls(caller: RealModeGuest) -> None:
     """A guest that does nothing but call is stopped, and no call is lost or made twice."""
     calls.enable_user_hypercalls(caller.vm)
-    caller.vcpu.set_hypercall(USER, NULL_HYPERCALL)
+    caller.vm.handlers.add_hypercall(USER, NULL_HYPERCALL)
     caller.vcpu.set_regs(rax=USER, rcx=3000)
     stops = 0
     while run(caller.vcpu, 0.01) != Hlt():
@@ -155,22 +162,22 @@ def test_a_stop_between_hypercalls(caller: RealModeGuest) -> None:
 
 
 @pytest.mark.elisa
-def test_bad_tables(guest: RealModeGuest) -> None:
+def test_bad_tables(real_mode: RealModeGuest) -> None:
     with pytest.raises(IoctlError) as caught:
-        calls.create_context(guest.vm, b"\xff" * 4096, [])
+        calls.create_context(real_mode.vm, b"\xff" * 4096, [])
     assert caught.value.errno == errno.EINVAL
     assert caught.value.ioctl == "KVM_ELISA_CREATE_CONTEXT"
 
 
 @pytest.mark.elisa
-def test_bad_slots(guest: RealModeGuest) -> None:
+def test_bad_slots(real_mode: RealModeGuest) -> None:
     for slot in (
         uapi.lib.KVM_ELISA_SLOT_DEFAULT,
         uapi.lib.KVM_ELISA_SLOT_TRANSIENT,
         uapi.lib.KVM_ELISA_SLOTS,
     ):
         with pytest.raises(IoctlError, match="use slots 2 to 511") as caught:
-            calls.set_slot(guest.vcpu, slot, None)
+            calls.set_slot(real_mode.vcpu, slot, None)
         assert caught.value.errno == errno.EINVAL
 
 

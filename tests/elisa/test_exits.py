@@ -7,7 +7,7 @@ from pykvm.kernel import uapi
 from pykvm.kernel.uapi import lib
 from pykvm.kvm import Exit, ffi
 from pykvm.kvm import lib as kvm_lib
-from pykvm.kvm.exits import decode_exit, exit_name
+from pykvm.kvm.native.decoders import decode_exit, exit_name
 
 pytestmark = pytest.mark.unit
 

@@ -30,7 +30,7 @@ GENERAL_PROTECTION = 13
 
 def set_cpuid(vm: Vm, entries: list[CpuidEntry]) -> int:
     try:
-        vm.create_vcpu(0).set_cpuid(entries)
+        vm.create_vcpu(0).set_cpuid2(entries)
     except IoctlError as error:
         return -(error.errno or 0)
     return 0
@@ -54,7 +54,7 @@ def test_cpuid(kvm: Kvm, feature: HiddenFeature) -> None:
 def test_cpuid_under_another_index(kvm: Kvm, feature: HiddenFeature) -> None:
     """Where no flag says that the index is significant, KVM takes the entry for any index; for
     leaf 1 always."""
-    plain = without_hidden_features(kvm.supported_cpuid())
+    plain = without_hidden_features(kvm.get_supported_cpuid())
     odd = [CpuidEntry(feature.function, 9, flags=0, **{feature.register: 1 << feature.bit})]
     if feature.function == 1:
         odd.append(replace(odd[0], flags=SIGNIFICANT_INDEX))
@@ -72,13 +72,13 @@ def test_refused_leaves_change_nothing(kvm: Kvm) -> None:
     with kvm.create_vm() as vm:
         calls.enable_contexts(vm)
         vcpu = vm.create_vcpu(0)
-        good = without_hidden_features(kvm.supported_cpuid())
-        vcpu.set_cpuid(good)
-        before = vcpu.get_cpuid()
+        good = without_hidden_features(kvm.get_supported_cpuid())
+        vcpu.set_cpuid2(good)
+        before = vcpu.get_cpuid2()
         for feature in HIDDEN_FEATURES:
             with pytest.raises(IoctlError):
-                vcpu.set_cpuid(leaves_with(kvm, feature))
-        assert vcpu.get_cpuid() == before
+                vcpu.set_cpuid2(leaves_with(kvm, feature))
+        assert vcpu.get_cpuid2() == before
 
 
 def test_what_the_guest_sees(kvm: Kvm) -> None:
@@ -182,7 +182,7 @@ def test_no_nested_state(kvm: Kvm, guest: BareGuest) -> None:
     # The control: a VM without contexts, whose CPUID has VMX, takes the same state.
     with kvm.create_vm() as vm:
         vcpu = vm.create_vcpu(0)
-        vcpu.set_cpuid(kvm.supported_cpuid())
+        vcpu.set_cpuid2(kvm.get_supported_cpuid())
         try:
             vcpu.set_msrs({FEATURE_CONTROL: VMX_ENABLED})
         except MsrError:

@@ -52,8 +52,8 @@ def test_state_components() -> None:
 @pytest.mark.attack("T17")
 @pytest.mark.kvm
 def test_of_this_kvm(kvm: Kvm) -> None:
-    offered = kvm.supported_cpuid()
+    offered = kvm.get_supported_cpuid()
     left = without_hidden_features(offered)
     assert not [feature.name for feature in HIDDEN_FEATURES if feature.is_in(left)]
     with kvm.create_vm() as vm:
-        vm.create_vcpu(0).set_cpuid(left)
+        vm.create_vcpu(0).set_cpuid2(left)

@@ -23,6 +23,7 @@ import pytest
 
 from pykvm.kernel import uapi
 from pykvm.kvm import Kvm, lib
+from tests.rigs.context_requests import raw
 from tests.rigs.host_state import nothing_stays, quiet_kernel
 from tests.rigs.tiny_guest import (
     Arena,
@@ -32,7 +33,6 @@ from tests.rigs.tiny_guest import (
     crossings_work,
     enable,
     prepare,
-    raw,
     revoke,
     set_memory,
     set_registers,
@@ -98,7 +98,7 @@ class Round:
         assert enable(self.vm, uapi.lib.KVM_ELISA_CONTEXTS, 12) == 0
         assert set_memory(self.vm, self.arena.address) == 0
         self.vcpus = [raw(self.vm, "KVM_CREATE_VCPU", number) for number in range(2)]
-        self.areas = [mmap.mmap(vcpu, kvm.vcpu_mmap_size()) for vcpu in self.vcpus]
+        self.areas = [mmap.mmap(vcpu, kvm.get_vcpu_mmap_size()) for vcpu in self.vcpus]
         for vcpu in self.vcpus:
             prepare(kvm, vcpu)
             set_registers(vcpu, slot=2)

@@ -20,9 +20,9 @@ def test_a_device(vm: Vm) -> None:
         return
     device = vm.create_device(lib.KVM_DEV_TYPE_VFIO)
     fd = device.fileno()
-    assert not device.has_attr(99, 0)
+    assert not device.has_device_attr(99, 0)
     with pytest.raises(IoctlError) as caught:
-        device.set_attr(99, 0, bytes(8))
+        device.set_device_attr(99, 0, bytes(8))
     assert caught.value.errno in (errno.ENXIO, errno.ENOTTY)
     device.close()
     device.close()
@@ -47,8 +47,8 @@ def test_devices_close_with_their_vm(kvm: Kvm) -> None:
 
 def test_system_attribute(kvm: Kvm) -> None:
     need(kvm, "KVM_CAP_SYS_ATTRIBUTES")
-    assert kvm.has_attr(0, lib.KVM_X86_XCOMP_GUEST_SUPP)
-    mask = int.from_bytes(kvm.get_attr(0, lib.KVM_X86_XCOMP_GUEST_SUPP), "little")
+    assert kvm.has_device_attr(0, lib.KVM_X86_XCOMP_GUEST_SUPP)
+    mask = int.from_bytes(kvm.get_device_attr(0, lib.KVM_X86_XCOMP_GUEST_SUPP), "little")
     # Bits 0 and 1: x87 and SSE, always there together; 0 on a processor without XSAVE.
     assert mask & 3 == (3 if kvm.check_extension("KVM_CAP_XCRS") else 0)
-    assert not kvm.has_attr(0, 12345)
+    assert not kvm.has_device_attr(0, 12345)

@@ -1,17 +1,18 @@
 """pykvm.kvm.ioctls: the table against the header, and against the code that uses it."""
 
+import errno
 import re
 from pathlib import Path
 
 import pytest
 
 import pykvm.kvm
-from pykvm.kvm import IOCTLS, lib
+from pykvm.kvm import IOCTLS, IoctlError, lib
 from pykvm.kvm.ioctls import Scope
 
 pytestmark = pytest.mark.unit
 
-_SOURCES = sorted(Path(pykvm.kvm.__file__).parent.glob("*.py"))
+_SOURCES = sorted(Path(pykvm.kvm.__file__).parent.rglob("*.py"))
 
 
 @pytest.mark.parametrize("entry", IOCTLS.values(), ids=lambda entry: entry.name)
@@ -25,8 +26,8 @@ def test_entry(entry: object) -> None:
         if needed is not None and scope in entry.scopes:
             assert isinstance(needed, str), "stock KVM's, which the header knows by name"
             assert isinstance(getattr(lib, needed), int)
-    if entry.hint is not None:
-        assert "\n" not in entry.hint
+    for error in (errno.EINVAL, errno.E2BIG, errno.ENOSPC, errno.EMFILE):
+        assert "\n" not in (entry.next_step(error) or "")
 
 
 def test_numbers_are_the_kernels() -> None:
@@ -48,3 +49,17 @@ def test_code_and_table_agree() -> None:
     used = {name for name in used if not name.endswith("_")}  # prefixes of constants
     assert used - IOCTLS.keys() == set()
     assert IOCTLS.keys() - used == set(), "entries that nothing uses"
+
+
+def test_a_hint_about_arguments_is_not_given_for_other_errors() -> None:
+    """Too many open files are not the fault of a vCPU's id."""
+    entry = IOCTLS["KVM_CREATE_VCPU"]
+    assert "vcpu id" in (entry.next_step(errno.EEXIST) or "")
+    assert entry.next_step(errno.EMFILE) is None
+    assert "ulimit -n" in IoctlError(entry.name, errno.EMFILE).next_step
+
+
+def test_steps_by_errno() -> None:
+    entry = IOCTLS["KVM_SET_CPUID2"]
+    assert entry.next_step(errno.EINVAL) != entry.next_step(errno.E2BIG)
+    assert entry.next_step(errno.EFAULT) is None

@@ -1,4 +1,4 @@
-"""pykvm.kvm.vm: memory slots, read-only memory, dirty logs, coalesced writes."""
+"""pykvm.kvm.memory_slots: slots, read-only memory, dirty logs, coalesced writes."""
 
 import errno
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from pykvm.kvm import (
+    DirtyLogError,
     Hlt,
     IoctlError,
     Kvm,
@@ -49,51 +50,73 @@ class Slot:
 )
 def test_alignment(guest: RealModeGuest, gpa: int, size: int, offset: int, what: str) -> None:
     with pytest.raises(MemorySlotError, match="multiples of 0x1000") as caught:
-        guest.vm.set_memory_region(5, gpa, size, guest.host_address + offset)
+        guest.vm.set_user_memory_region(5, gpa, size, guest.host_address + offset)
     assert what in one_line(caught.value)
     assert caught.value.errno == errno.EINVAL
 
 
 def test_overlap(guest: RealModeGuest) -> None:
     with pytest.raises(MemorySlotOverlapError) as caught:
-        guest.vm.set_memory_region(1, MEMORY - 0x1000, 0x2000, guest.host_address)
+        guest.vm.set_user_memory_region(1, MEMORY - 0x1000, 0x2000, guest.host_address)
     assert caught.value.errno == errno.EEXIST
     assert "another gpa" in one_line(caught.value)
-    guest.vm.set_memory_region(1, MEMORY, 0x1000, guest.host_address)  # beside it: fine
+    guest.vm.set_user_memory_region(1, MEMORY, 0x1000, guest.host_address)  # beside it: fine
 
 
 def test_slot_number_too_large(guest: RealModeGuest) -> None:
     limit = guest.vm.check_extension("KVM_CAP_NR_MEMSLOTS")
     with pytest.raises(MemorySlotError, match=f"below {limit}") as caught:
-        guest.vm.set_memory_region(limit, 0x100000, 0x1000, guest.host_address)
+        guest.vm.set_user_memory_region(limit, 0x100000, 0x1000, guest.host_address)
     one_line(caught.value)
 
 
 def test_addresses_beyond_64_bits(guest: RealModeGuest) -> None:
     with pytest.raises(MemorySlotError, match="64-bit"):
-        guest.vm.set_memory_region(1, 1 << 64, 0x1000, guest.host_address)
+        guest.vm.set_user_memory_region(1, 1 << 64, 0x1000, guest.host_address)
 
 
 def test_empty_slot_and_deleting(guest: RealModeGuest) -> None:
-    with pytest.raises(MemorySlotError, match=r"use delete_memory\(3\)"):
-        guest.vm.set_memory_region(3, 0x100000, 0, guest.host_address)
+    with pytest.raises(MemorySlotError, match=r"use delete_memory_slot\(3\)"):
+        guest.vm.set_user_memory_region(3, 0x100000, 0, guest.host_address)
     with pytest.raises(MemorySlotError, match=r"no memory slot 3: use one of \[0\]"):
-        guest.vm.delete_memory(3)
-    guest.vm.set_memory(Slot(3, 0x100000, 0x1000, guest.host_address))
-    guest.vm.delete_memory(3)
+        guest.vm.delete_memory_slot(3)
+    guest.vm.set_memory_slot(Slot(3, 0x100000, 0x1000, guest.host_address))
+    guest.vm.delete_memory_slot(3)
     with pytest.raises(MemorySlotError):
-        guest.vm.delete_memory(3)
-    guest.vm.set_memory(Slot(4, 0x100000, 0x1000, guest.host_address))  # the place is free again
+        guest.vm.delete_memory_slot(3)
+    # The place is free again.
+    guest.vm.set_memory_slot(Slot(4, 0x100000, 0x1000, guest.host_address))
 
 
-def test_resizing_is_refused_by_name(guest: RealModeGuest) -> None:
-    with pytest.raises(MemorySlotError, match=r"delete_memory\(\) before changing"):
-        guest.vm.set_memory(Slot(0, 0, MEMORY // 2, guest.host_address))
+def test_what_cannot_change_is_refused_by_name(guest: RealModeGuest) -> None:
+    need(guest.vm, "KVM_CAP_READONLY_MEM")
+    for slot, what in (
+        (Slot(0, 0, MEMORY // 2, guest.host_address), "size"),
+        (Slot(0, 0, MEMORY, guest.host_address + 0x1000), "host address"),
+        (Slot(0, 0, MEMORY, guest.host_address, read_only=True), "read only"),
+    ):
+        with pytest.raises(MemorySlotError) as caught:
+            guest.vm.set_memory_slot(slot)
+        assert caught.value.next_step == f"call delete_memory_slot(0) before changing its {what}"
+        one_line(caught.value)
+    guest.vm.set_memory_slot(Slot(0, 0x20000, MEMORY, guest.host_address))  # moving is fine
+
+
+def test_a_slot_larger_than_kvm_has(guest: RealModeGuest) -> None:
+    with pytest.raises(MemorySlotError) as caught:
+        guest.vm.set_user_memory_region(1, 0x100000, 1 << 43, 0)
+    assert caught.value.next_step == "use several slots of at most 0x7fffffff000 bytes"
+
+
+def test_memory_that_is_not_this_processes(guest: RealModeGuest) -> None:
+    """Neither the slot nor its size is wrong: the message blames the addresses."""
+    with pytest.raises(MemorySlotError, match="memory of this process"):
+        guest.vm.set_user_memory_region(1, 0x100000, 0x1000, 1 << 63)
 
 
 def test_no_memory_becomes_mmio(guest: RealModeGuest) -> None:
-    guest.vm.delete_memory(0)
-    guest.vm.set_memory(Slot(0, 0, 0x8000, guest.host_address))
+    guest.vm.delete_memory_slot(0)
+    guest.vm.set_memory_slot(Slot(0, 0, 0x8000, guest.host_address))
     guest.load("""
         A1 00 90  ; mov ax, [0x9000]
         A3 08 90  ; mov [0x9008], ax
@@ -107,10 +130,10 @@ def test_no_memory_becomes_mmio(guest: RealModeGuest) -> None:
 
 def test_read_only_slot(guest: RealModeGuest) -> None:
     need(guest.vm, "KVM_CAP_READONLY_MEM")
-    guest.vm.delete_memory(0)
+    guest.vm.delete_memory_slot(0)
     page = guest.host_address
-    guest.vm.set_memory(Slot(0, 0, 0x5000, page))
-    guest.vm.set_memory(Slot(1, 0x5000, 0x1000, page + 0x5000, read_only=True))
+    guest.vm.set_memory_slot(Slot(0, 0, 0x5000, page))
+    guest.vm.set_memory_slot(Slot(1, 0x5000, 0x1000, page + 0x5000, read_only=True))
     guest.memory[0x5000] = 7
     guest.load("""
         A0 00 50  ; mov al, [0x5000]
@@ -127,16 +150,16 @@ def test_read_only_slot(guest: RealModeGuest) -> None:
 def test_dirty_log(vm: Vm) -> None:
     guest = RealModeGuest(vm, log_dirty=True)
     guest.load(WRITES_TO_PAGES_5_AND_7)
-    vm.dirty_log(0)
+    vm.get_dirty_log(0)
     assert run(guest.vcpu) == Hlt()
     assert guest.memory[0x5010] == guest.memory[0x7010] == 42
-    dirty = vm.dirty_log(0)
+    dirty = vm.get_dirty_log(0)
     assert {5, 7} <= set(dirty)
     assert 9 not in dirty
-    assert vm.dirty_log(0) == []  # reading cleaned it
+    assert vm.get_dirty_log(0) == []  # reading cleaned it
     guest.restart()
     assert run(guest.vcpu) == Hlt()
-    assert {5, 7} <= set(vm.dirty_log(0))
+    assert {5, 7} <= set(vm.get_dirty_log(0))
 
 
 def test_manual_dirty_log(vm: Vm) -> None:
@@ -145,35 +168,36 @@ def test_manual_dirty_log(vm: Vm) -> None:
     guest = RealModeGuest(vm, log_dirty=True)
     guest.load(WRITES_TO_PAGES_5_AND_7)
     assert run(guest.vcpu) == Hlt()
-    assert {5, 7} <= set(vm.dirty_log(0))
-    assert {5, 7} <= set(vm.dirty_log(0))  # still dirty
+    assert {5, 7} <= set(vm.get_dirty_log(0))
+    assert {5, 7} <= set(vm.get_dirty_log(0))  # still dirty
     vm.clear_dirty_log(0, [5])
-    dirty = vm.dirty_log(0)
+    dirty = vm.get_dirty_log(0)
     assert 5 not in dirty
     assert 7 in dirty
 
 
 def test_dirty_log_needs_the_flag(guest: RealModeGuest) -> None:
     with pytest.raises(IoctlError, match="log_dirty=True") as caught:
-        guest.vm.dirty_log(0)
+        guest.vm.get_dirty_log(0)
     assert caught.value.errno == errno.ENOENT
     assert caught.value.ioctl == "KVM_GET_DIRTY_LOG"
     one_line(caught.value)
     with pytest.raises(MemorySlotError):
-        guest.vm.dirty_log(9)
+        guest.vm.get_dirty_log(9)
 
 
-def test_dirty_ring_is_probed(kvm: Kvm, vm: Vm) -> None:
-    size = vm.dirty_ring_bytes()
-    assert size == kvm.check_extension("KVM_CAP_DIRTY_LOG_RING")
-    assert size & (size - 1) == 0
+@pytest.mark.parametrize("page", [-1, MEMORY // 0x1000, 1 << 40])
+def test_pages_that_a_slot_does_not_have(guest: RealModeGuest, page: int) -> None:
+    with pytest.raises(DirtyLogError, match=f"no page {page}: use 0 to 15") as caught:
+        guest.vm.clear_dirty_log(0, [5, page])
+    one_line(caught.value)
 
 
 def test_coalesced_writes(guest: RealModeGuest) -> None:
     need(guest.vm, "KVM_CAP_COALESCED_MMIO")
-    guest.vm.delete_memory(0)
-    guest.vm.set_memory(Slot(0, 0, 0x8000, guest.host_address))
-    guest.vm.coalesce(0x9000, 0x1000)
+    guest.vm.delete_memory_slot(0)
+    guest.vm.set_memory_slot(Slot(0, 0, 0x8000, guest.host_address))
+    guest.vm.register_coalesced_mmio(0x9000, 0x1000)
     guest.load("""
         B0 2A     ; mov al, 42
         A2 00 90  ; mov [0x9000], al
@@ -188,7 +212,7 @@ def test_coalesced_writes(guest: RealModeGuest) -> None:
         (0x9004, b"*", False),
     ]
     assert guest.vcpu.coalesced_writes() == []
-    guest.vm.uncoalesce(0x9000, 0x1000)
+    guest.vm.unregister_coalesced_mmio(0x9000, 0x1000)
     guest.restart()
     assert run(guest.vcpu) == MmioWrite(0x9000, b"*")
 
@@ -213,4 +237,4 @@ def test_addresses_below_4_gib_for_real_mode(kvm: Kvm) -> None:
 
 def test_limit_of_shadow_pages(vm: Vm) -> None:
     need(vm, "KVM_CAP_MMU_SHADOW_CACHE_CONTROL")
-    vm.set_mmu_pages(1024)
+    vm.set_nr_mmu_pages(1024)

@@ -11,7 +11,7 @@ from typing import Any
 
 from pykvm.elisa import calls
 from pykvm.kernel import uapi
-from pykvm.kvm import IoctlError, Kvm, Vcpu, Vm, ffi
+from pykvm.kvm import Kvm, Vcpu, Vm, ffi, lib
 from pykvm.kvm.handle import Handle
 
 PAGE = 4096
@@ -118,11 +118,15 @@ class Request:
         return ffi.from_buffer(CREATE.pack(*values.values())), (tables, pages)
 
 
+def raw(fd: int, name: str, argument: Any = 0) -> int:
+    """An ioctl, without looking at anything before: its result, or -errno."""
+    word = argument if isinstance(argument, int) else int(ffi.cast("uintptr_t", argument))
+    number = calls.CALLS[name].number if name in calls.CALLS else getattr(lib, name)
+    return int(lib.pykvm_ioctl(fd, number, word))
+
+
 def call(handle: Handle, name: str, argument: Any) -> int:
-    try:
-        return handle.ioctl(calls.CALLS.get(name, name), argument)
-    except IoctlError as error:
-        return -(error.errno or 0)
+    return raw(handle.fileno(), name, argument)
 
 
 def set_slot(vcpu: Vcpu, slot: int, fd: int) -> int:

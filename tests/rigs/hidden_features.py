@@ -38,7 +38,7 @@ VMX_ENABLED = 5  # locked, VMXON outside SMX
 
 def leaves_with(kvm: Kvm, feature: HiddenFeature) -> list[CpuidEntry]:
     """What KVM offers without the hidden features, but with this one."""
-    entries = without_hidden_features(kvm.supported_cpuid())
+    entries = without_hidden_features(kvm.get_supported_cpuid())
     leaf = find_leaf(entries, feature.function, feature.index)
     if leaf is None or (leaf.function, leaf.index) != (feature.function, feature.index):
         leaf = CpuidEntry(feature.function, feature.index, flags=1)

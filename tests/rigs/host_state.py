@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pykvm.kvm import Kvm
 from pykvm.kvm.stats import Stats
-from tests.rigs.tiny_guest import raw
+from tests.rigs.context_requests import raw
 
 # Lines of the kernel's log that no test may cause.
 _TROUBLE = re.compile(

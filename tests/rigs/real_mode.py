@@ -22,7 +22,7 @@ class RealModeGuest:
         array = ctypes.c_char.from_buffer(self.memory)
         self.host_address = ctypes.addressof(array)
         del array
-        vm.set_memory_region(0, 0, MEMORY, self.host_address, log_dirty=log_dirty)
+        vm.set_user_memory_region(0, 0, MEMORY, self.host_address, log_dirty=log_dirty)
         self.vcpu = vm.create_vcpu(0)
         self.restart()
 

@@ -40,8 +40,8 @@ def smram(guest: BareGuest) -> Iterator[Smram]:
         MemoryFile("smram", SMRAM_SIZE) as file,
         Region(file, SMRAM_GPA, prefault=True) as region,
     ):
-        guest.vm.set_memory_region(_SLOT, SMRAM_GPA, SMRAM_SIZE, region.host_address)
+        guest.vm.set_user_memory_region(_SLOT, SMRAM_GPA, SMRAM_SIZE, region.host_address)
         try:
             yield Smram(region.view())
         finally:
-            guest.vm.delete_memory(_SLOT)
+            guest.vm.delete_memory_slot(_SLOT)

@@ -20,11 +20,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
 
-from pykvm.elisa.calls import CALLS
 from pykvm.elisa.hidden_features import without_hidden_features
 from pykvm.kernel import uapi
 from pykvm.kvm import Kvm, ffi, find_leaf, lib
-from pykvm.kvm.cpuid import pack_cpuid
+from pykvm.kvm.x86.cpuid import pack_cpuid
 from tests.rigs.context_requests import (
     EPTP,
     LIST,
@@ -36,6 +35,7 @@ from tests.rigs.context_requests import (
     X,
     chain,
     leaf,
+    raw,
 )
 
 CODE_GVA: Final = 3 * PAGE
@@ -183,13 +183,6 @@ class Arena:
 # ---- calls ---------------------------------------------------------------------------------------
 
 
-def raw(fd: int, name: str, argument: Any = 0) -> int:
-    """An ioctl, without looking at anything before: its result, or -errno."""
-    word = argument if isinstance(argument, int) else int(ffi.cast("uintptr_t", argument))
-    number = CALLS[name].number if name in CALLS else getattr(lib, name)
-    return int(lib.pykvm_ioctl(fd, number, word))
-
-
 def create_context(vm: int, request: Request) -> int:
     create, keep = request.packed()
     result = raw(vm, "KVM_ELISA_CREATE_CONTEXT", create)
@@ -223,7 +216,7 @@ def set_memory(vm: int, arena: int, pages: int = GUEST_PAGES, *, slot: int = 0) 
 
 @functools.cache
 def _cpuid(kvm: Kvm) -> Any:
-    entries = without_hidden_features(kvm.supported_cpuid())
+    entries = without_hidden_features(kvm.get_supported_cpuid())
     leaf7 = find_leaf(entries, 7)
     assert leaf7
     assert leaf7.ebx >> 20 & 1, "no SMAP"
@@ -337,7 +330,7 @@ def crossings_work(kvm: Kvm) -> None:
         gate = context_request(Kind.GATE, arena.address, target=sub)
         assert set_slot(vcpu, 2, new(create_context(vm, gate))) == 0
         assert set_slot(vcpu, 3, thing) == 0
-        area = RunArea(vcpu, kvm.vcpu_mmap_size())
+        area = RunArea(vcpu, kvm.get_vcpu_mmap_size())
         for slot, behind in ((2, BEHIND_SUB), (3, BEHIND_OBJECT)):
             set_registers(vcpu, slot=slot)
             end = area.run(vcpu)

@@ -19,6 +19,7 @@ from typing import Any, Final, Protocol
 
 from pykvm import sizes
 from pykvm.closeable import Closeable
+from pykvm.devices.debug_console import DebugConsole
 from pykvm.elisa import calls, crossing
 from pykvm.elisa.trusted_images import CrossingImages
 from pykvm.errors import PykvmError
@@ -142,8 +143,10 @@ class BareGuest(Closeable):
         image = program.image()
         # Memory, then the machine around it.
         self.memory = GuestMemory.create(max(memory, layout.RAM_SIZE), name=name)
+        self._kvm = kvm
         self.vm = kvm.create_vm()
-        self._console = bytearray()
+        self._console = DebugConsole()
+        self._printed = bytearray()
         self.crossing_gva = crossing_gva
         self.elisa_call = 0
         self._crossing: tuple[int, bool] | None = None
@@ -160,6 +163,7 @@ class BareGuest(Closeable):
                 self.vm.create_irqchip()
             self.vm.set_identity_map_address(kvm_pages.IDENTITY_MAP_GPA)
             self.vm.set_tss_address(kvm_pages.KVM_TSS_GPA)
+            self._console.attach(self.vm.handlers, boot_info.CONSOLE_PORT)
             for region in self.memory.regions:
                 self._set_slot(region)
 
@@ -175,7 +179,6 @@ class BareGuest(Closeable):
             # The processor, in 64-bit mode at the image's first instruction.
             self.vcpu = self.vm.create_vcpu(0)
             self.start_vcpu(self.vcpu, image.entry, layout.STACK_TOP_GPA, layout.BOOT_INFO_GPA)
-            self.vcpu.console(boot_info.CONSOLE_PORT)
         except BaseException:
             self.close()
             raise
@@ -185,9 +188,9 @@ class BareGuest(Closeable):
     def start_vcpu(self, vcpu: Vcpu, entry: int, stack: int, argument: int) -> None:
         """Let a vCPU begin at `entry` in 64-bit mode, with RSP and RDI; its own is set already."""
         cpuid = long_mode.supported_features(
-            self.vm.kvm, contexts=self._contexts, irqchip=self._irqchip
+            self._kvm, contexts=self._contexts, irqchip=self._irqchip
         )
-        vcpu.set_cpuid(cpuid)
+        vcpu.set_cpuid2(cpuid)
         long_mode.enter(vcpu, self._tables.root, cpuid)
         # Interrupts on: Bochs keeps the host's own from a guest that has them off.
         vcpu.set_regs(rip=entry, rsp=stack, rdi=argument, rflags=0x202)
@@ -348,8 +351,8 @@ class BareGuest(Closeable):
     @property
     def console(self) -> str:
         """Everything that the guest has printed."""
-        self._console += self.vcpu.read_console()
-        return self._console.decode("utf-8", "replace")
+        self._printed += self._console.read()
+        return self._printed.decode("utf-8", "replace")
 
     def log(self, size: int) -> bytes:
         """The first `size` bytes of the log of received frames."""
@@ -367,14 +370,15 @@ class BareGuest(Closeable):
 
     def close(self) -> None:
         """Stop the guest and give everything back. Harmless twice."""
-        self.stop()
+        if not self.inherited:  # else it runs in the process that started it
+            self.stop()
         self.vm.close()
         self.memory.close()
 
     # ---- steps of the construction ----------------------------------------------------------
 
     def _set_slot(self, region: Region) -> None:
-        self.vm.set_memory(
+        self.vm.set_memory_slot(
             MemorySlot(self._slots, region.gpa, region.size, region.host_address, region.read_only)
         )
         self._slots += 1

@@ -45,7 +45,7 @@ def supported_features(kvm: Kvm, *, contexts: bool, irqchip: bool) -> list[Cpuid
     contexts: the VM has them enabled, so the features that nobody has checked with them go.
     irqchip: the local APIC is KVM's, so its timer's TSC-deadline mode can be had.
     """
-    entries = kvm.supported_cpuid()
+    entries = kvm.get_supported_cpuid()
     if contexts:
         entries = without_hidden_features(entries)
     leaf = find_leaf(entries, 1)

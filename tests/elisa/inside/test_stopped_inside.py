@@ -35,10 +35,10 @@ def stop_inside(guest: BareGuest, instance: ObjectInstance) -> Spin:
 def test_an_interrupt_on_its_way(guest: BareGuest, instance: ObjectInstance) -> None:
     """KVM_SET_VCPU_EVENTS with an interrupt that KVM would enter the guest with at once."""
     spin = stop_inside(guest, instance)
-    state = guest.vcpu.get_events()
+    state = guest.vcpu.get_vcpu_events()
     assert not state.interrupt.injected
     state.interrupt.injected, state.interrupt.nr = 1, VECTOR
-    guest.vcpu.set_events(state)
+    guest.vcpu.set_vcpu_events(state)
     guest.start()
     spin.work_on()
     assert events_taken(guest) == 0

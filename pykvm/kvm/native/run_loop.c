@@ -13,20 +13,13 @@
 
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <unistd.h>
-
-#define DEFAULT_CONSOLE_SIZE (64 * 1024)
-
-struct hypercall {
-	uint64_t number;
-	pykvm_hypercall_fn fn;
-	void *ctx;
-};
 
 struct pykvm_vcpu {
 	int fd;
@@ -39,17 +32,16 @@ struct pykvm_vcpu {
 	pthread_t thread;
 	int running;
 	int stop;
-	int closed;
+	int closing;	/* nobody enters any more */
+	int closed;	/* descriptor and mapping are given back */
 
-	unsigned int hypercall_count;
-	struct hypercall hypercalls[PYKVM_HYPERCALLS];
-
-	unsigned int console_ports;
-	uint16_t console_port[PYKVM_CONSOLE_PORTS];
-	pthread_mutex_t console_lock;
-	char *console;
-	size_t console_size;
-	size_t console_used;
+	/*
+	 * Handlers are replaced while the loop may be in one of them: `serving` is odd meanwhile,
+	 * and whoever replaces the table frees the old one when it has seen that end.
+	 */
+	struct pykvm_table *table;
+	uint64_t serving;
+	pthread_mutex_t change;
 
 	struct pykvm_counts counts;
 };
@@ -89,7 +81,9 @@ struct pykvm_vcpu *pykvm_vcpu_new(int fd, size_t run_size)
 
 	if (!vcpu)
 		goto close_fd;
-	vcpu->console_size = DEFAULT_CONSOLE_SIZE;
+	vcpu->table = pykvm_table_new(NULL, 0);
+	if (!vcpu->table)
+		goto free_vcpu;
 	vcpu->run = mmap(NULL, run_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 	if (vcpu->run == MAP_FAILED) {
 		error = errno;
@@ -99,11 +93,12 @@ struct pykvm_vcpu *pykvm_vcpu_new(int fd, size_t run_size)
 	vcpu->fd = fd;
 	vcpu->run_size = run_size;
 	pthread_mutex_init(&vcpu->lock, NULL);
-	pthread_mutex_init(&vcpu->console_lock, NULL);
+	pthread_mutex_init(&vcpu->change, NULL);
 	pthread_cond_init(&vcpu->left, NULL);
 	return vcpu;
 
 free_vcpu:
+	free(vcpu->table);
 	free(vcpu);
 close_fd:
 	close(fd);
@@ -123,7 +118,7 @@ static void stop_locked(struct pykvm_vcpu *vcpu)
 void pykvm_stop(struct pykvm_vcpu *vcpu)
 {
 	pthread_mutex_lock(&vcpu->lock);
-	if (!vcpu->closed)
+	if (!vcpu->closing)
 		stop_locked(vcpu);
 	pthread_mutex_unlock(&vcpu->lock);
 }
@@ -138,44 +133,55 @@ int pykvm_is_running(struct pykvm_vcpu *vcpu)
 	return running;
 }
 
+/*
+ * The mapping would keep the VM alive. Its address stays valid until the struct is freed, because
+ * another thread may be decoding the last exit.
+ */
+static void let_go(struct pykvm_vcpu *vcpu)
+{
+	vcpu->closed = 1;
+	mmap(vcpu->run, vcpu->run_size, PROT_READ | PROT_WRITE,
+	     MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	close(vcpu->fd);
+}
+
 /* Stops the vCPU, waits until its thread has left the loop, and lets go of everything. */
 int pykvm_vcpu_close(struct pykvm_vcpu *vcpu)
 {
 	int result = 0;
 
 	pthread_mutex_lock(&vcpu->lock);
-	if (!vcpu->closed) {
+	if (!vcpu->closing) {
 		/* A native handler that closes its own vCPU would wait for itself. */
 		if (vcpu->running && pthread_equal(vcpu->thread, pthread_self())) {
 			result = -EDEADLK;
 			goto out;
 		}
 		stop_locked(vcpu);
-		vcpu->closed = 1;
+		vcpu->closing = 1;
 		while (vcpu->running)
 			pthread_cond_wait(&vcpu->left, &vcpu->lock);
-		/*
-		 * The mapping would keep the VM alive. Its address stays valid until the struct
-		 * is freed, because another thread may be decoding the last exit.
-		 */
-		mmap(vcpu->run, vcpu->run_size, PROT_READ | PROT_WRITE,
-		     MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-		close(vcpu->fd);
-		vcpu->fd = -1;
+		let_go(vcpu);
 	}
 out:
 	pthread_mutex_unlock(&vcpu->lock);
 	return result;
 }
 
+void pykvm_vcpu_leave(struct pykvm_vcpu *vcpu)
+{
+	vcpu->closing = 1;
+	if (!vcpu->closed)
+		let_go(vcpu);
+}
+
 void pykvm_vcpu_free(struct pykvm_vcpu *vcpu)
 {
-	pykvm_vcpu_close(vcpu);
+	if (!vcpu->closed)
+		pykvm_vcpu_close(vcpu);
 	munmap(vcpu->run, vcpu->run_size);
-	pthread_cond_destroy(&vcpu->left);
-	pthread_mutex_destroy(&vcpu->console_lock);
-	pthread_mutex_destroy(&vcpu->lock);
-	free(vcpu->console);
+	/* The locks own no memory; after a fork one may be held for ever, and is left as it is. */
+	free(vcpu->table);
 	free(vcpu);
 }
 
@@ -189,117 +195,31 @@ struct pykvm_counts *pykvm_vcpu_counts(struct pykvm_vcpu *vcpu)
 	return &vcpu->counts;
 }
 
-/* Handlers and ports change only while nobody runs: the loop reads them without a lock. */
-static int begin_change(struct pykvm_vcpu *vcpu)
+int pykvm_set_handlers(struct pykvm_vcpu *vcpu, const struct pykvm_handler *handlers, size_t count)
 {
+	struct pykvm_table *table, *old;
+	uint64_t serving;
 	int error = 0;
 
 	pthread_mutex_lock(&vcpu->lock);
-	if (vcpu->closed)
+	if (vcpu->closing)
 		error = -EBADF;
-	else if (vcpu->running)
-		error = -EBUSY;
-	if (error)
-		pthread_mutex_unlock(&vcpu->lock);
-	return error;
-}
-
-int pykvm_set_hypercall(struct pykvm_vcpu *vcpu, uint64_t number, pykvm_hypercall_fn fn, void *ctx)
-{
-	int error = begin_change(vcpu);
-	unsigned int i = 0;
-
+	else if (vcpu->running && pthread_equal(vcpu->thread, pthread_self()))
+		error = -EDEADLK;	/* it would wait for itself */
+	pthread_mutex_unlock(&vcpu->lock);
 	if (error)
 		return error;
-	while (i < vcpu->hypercall_count && vcpu->hypercalls[i].number != number)
-		i++;
-	if (i == PYKVM_HYPERCALLS) {
-		error = -E2BIG;
-		goto out;
-	}
-	if (i == vcpu->hypercall_count)
-		vcpu->hypercall_count++;
-	vcpu->hypercalls[i] = (struct hypercall){ .number = number, .fn = fn, .ctx = ctx };
-out:
-	pthread_mutex_unlock(&vcpu->lock);
-	return error;
-}
-
-int pykvm_console_port(struct pykvm_vcpu *vcpu, uint16_t port)
-{
-	int error = begin_change(vcpu);
-
-	if (error)
-		return error;
-	for (unsigned int i = 0; i < vcpu->console_ports; i++)
-		if (vcpu->console_port[i] == port)
-			goto out;
-	if (vcpu->console_ports == PYKVM_CONSOLE_PORTS) {
-		error = -ENOSPC;
-		goto out;
-	}
-	if (!vcpu->console)
-		vcpu->console = malloc(vcpu->console_size);
-	if (!vcpu->console) {
-		error = -ENOMEM;
-		goto out;
-	}
-	vcpu->console_port[vcpu->console_ports++] = port;
-out:
-	pthread_mutex_unlock(&vcpu->lock);
-	return error;
-}
-
-/* Before the first port: the size of the buffer. */
-int pykvm_console_size(struct pykvm_vcpu *vcpu, size_t size)
-{
-	int error = begin_change(vcpu);
-
-	if (error)
-		return error;
-	if (!size)
-		error = -EINVAL;
-	else if (vcpu->console && size != vcpu->console_size)
-		error = -EEXIST;
-	else
-		vcpu->console_size = size;
-	pthread_mutex_unlock(&vcpu->lock);
-	return error;
-}
-
-size_t pykvm_console_read(struct pykvm_vcpu *vcpu, char *out, size_t size)
-{
-	size_t n;
-
-	pthread_mutex_lock(&vcpu->console_lock);
-	n = vcpu->console_used < size ? vcpu->console_used : size;
-	if (n) {
-		memcpy(out, vcpu->console, n);
-		memmove(vcpu->console, vcpu->console + n, vcpu->console_used - n);
-		vcpu->console_used -= n;
-	}
-	pthread_mutex_unlock(&vcpu->console_lock);
-	return n;
-}
-
-static void console_write(struct pykvm_vcpu *vcpu, const char *data, size_t size)
-{
-	size_t room, n;
-
-	pthread_mutex_lock(&vcpu->console_lock);
-	room = vcpu->console_size - vcpu->console_used;
-	n = size < room ? size : room;
-	memcpy(vcpu->console + vcpu->console_used, data, n);
-	vcpu->console_used += n;
-	pthread_mutex_unlock(&vcpu->console_lock);
-	vcpu->counts.console_bytes += n;
-	vcpu->counts.console_dropped += size - n;
-}
-
-uint64_t pykvm_null_hypercall(void *ctx, const uint64_t args[6])
-{
-	(void)ctx;
-	(void)args;
+	table = pykvm_table_new(handlers, count);
+	if (!table)
+		return -ENOMEM;
+	pthread_mutex_lock(&vcpu->change);
+	old = __atomic_exchange_n(&vcpu->table, table, __ATOMIC_SEQ_CST);
+	serving = __atomic_load_n(&vcpu->serving, __ATOMIC_SEQ_CST);
+	if (serving & 1)
+		while (__atomic_load_n(&vcpu->serving, __ATOMIC_ACQUIRE) == serving)
+			sched_yield();
+	pthread_mutex_unlock(&vcpu->change);
+	free(old);
 	return 0;
 }
 
@@ -311,33 +231,6 @@ void *pykvm_exit_payload(struct kvm_run *run)
 const uint64_t *pykvm_system_event_data(struct kvm_run *run)
 {
 	return (const uint64_t *)run->system_event.data;
-}
-
-static int console_exit(struct pykvm_vcpu *vcpu, struct kvm_run *run)
-{
-	if (run->io.direction != KVM_EXIT_IO_OUT)
-		return 0;
-	for (unsigned int i = 0; i < vcpu->console_ports; i++) {
-		if (vcpu->console_port[i] != run->io.port)
-			continue;
-		console_write(vcpu, (const char *)run + run->io.data_offset,
-			      (size_t)run->io.size * run->io.count);
-		return 1;
-	}
-	return 0;
-}
-
-static int hypercall_exit(struct pykvm_vcpu *vcpu, struct kvm_run *run)
-{
-	for (unsigned int i = 0; i < vcpu->hypercall_count; i++) {
-		const struct hypercall *call = &vcpu->hypercalls[i];
-
-		if (call->number != run->hypercall.nr || !call->fn)
-			continue;
-		run->hypercall.ret = call->fn(call->ctx, (const uint64_t *)run->hypercall.args);
-		return 1;
-	}
-	return 0;
 }
 
 static uint64_t first_bytes(const void *data, size_t size)
@@ -389,17 +282,17 @@ static void remember(struct pykvm_counts *counts, const struct kvm_run *run, int
 		counts->returned[kind]++;
 }
 
-/* 1: answered, run on. 0: for Python. */
-static int native_exit(struct pykvm_vcpu *vcpu, struct kvm_run *run)
+/* 1: a handler has served the exit, run on. 0: it is for Python. */
+static int serve(struct pykvm_vcpu *vcpu)
 {
-	switch (run->exit_reason) {
-	case KVM_EXIT_IO:
-		return console_exit(vcpu, run);
-	case KVM_EXIT_HYPERCALL:
-		return hypercall_exit(vcpu, run);
-	default:
-		return 0;
-	}
+	uint64_t serving = vcpu->serving + 1;
+	int served;
+
+	/* First tell, then look: see pykvm_set_handlers. */
+	__atomic_store_n(&vcpu->serving, serving, __ATOMIC_SEQ_CST);
+	served = pykvm_table_serve(__atomic_load_n(&vcpu->table, __ATOMIC_SEQ_CST), vcpu->run);
+	__atomic_store_n(&vcpu->serving, serving + 1, __ATOMIC_RELEASE);
+	return served;
 }
 
 /* Whether a stop was asked for; if so it is used up. */
@@ -421,7 +314,7 @@ static int loop(struct pykvm_vcpu *vcpu)
 	struct kvm_run *run = vcpu->run;
 
 	for (;;) {
-		int result = ioctl(vcpu->fd, KVM_RUN, 0);
+		int served, result = ioctl(vcpu->fd, KVM_RUN, 0);
 
 		counts->runs++;
 		if (result < 0) {
@@ -433,11 +326,10 @@ static int loop(struct pykvm_vcpu *vcpu)
 			counts->interrupted++;
 			return consume_stop(vcpu) ? PYKVM_RUN_STOPPED : PYKVM_RUN_SIGNAL;
 		}
-		if (!native_exit(vcpu, run)) {
-			remember(counts, run, 0);
+		served = serve(vcpu);
+		remember(counts, run, served);
+		if (!served)
 			return PYKVM_RUN_EXIT;
-		}
-		remember(counts, run, 1);
 	}
 }
 
@@ -447,7 +339,7 @@ int pykvm_run(struct pykvm_vcpu *vcpu)
 	int refused = 0, result;
 
 	pthread_mutex_lock(&vcpu->lock);
-	if (vcpu->closed)
+	if (vcpu->closing)
 		refused = PYKVM_RUN_CLOSED;
 	else if (vcpu->running)
 		refused = PYKVM_RUN_BUSY;
@@ -469,7 +361,7 @@ int pykvm_run(struct pykvm_vcpu *vcpu)
 	pthread_mutex_lock(&vcpu->lock);
 	vcpu->running = 0;
 	pthread_cond_broadcast(&vcpu->left);
-	if (vcpu->closed)
+	if (vcpu->closing)
 		result = PYKVM_RUN_CLOSED;
 	pthread_mutex_unlock(&vcpu->lock);
 	return result;

@@ -6,16 +6,17 @@ last exits.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
 
 from pykvm.kvm.errors import KvmError
-from pykvm.kvm.handle import Struct
-
-if TYPE_CHECKING:
-    from pykvm.kvm.exits import Exit
-    from pykvm.kvm.vcpu import Vcpu
+from pykvm.kvm.exits import Exit
+from pykvm.kvm.native import Struct
+from pykvm.kvm.x86.vcpu import X86Vcpu
 
 __all__ = ["describe"]
+
+ReadPhysical = Callable[[int, int], bytes]
+"""Returns bytes of guest memory at a GPA, as many as asked for or fewer."""
 
 _ROWS = (
     ("rax", "rbx", "rcx", "rdx"),
@@ -29,17 +30,22 @@ _SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
 _CR0_PE, _CR0_PG, _EFER_LMA = 1 << 0, 1 << 31, 1 << 10
 
 
-def describe(vcpu: Vcpu, found: Exit) -> str:
-    """The report, several lines. A part that cannot be read says so instead of raising."""
-    lines = [f"vcpu {vcpu.id}: {found}"]
+def describe(
+    vcpu: X86Vcpu, vcpu_id: int, found: Exit, past: Iterable[object], read_physical: ReadPhysical
+) -> str:
+    """Return the report, several lines. A part that cannot be read says so instead of raising.
+
+    past: the last exits, oldest first.
+    """
+    lines = [f"vcpu {vcpu_id}: {found}"]
     try:
         regs, sregs = vcpu.get_regs(), vcpu.get_sregs()
         lines += _registers(regs, sregs)
-        lines.append(_instruction(vcpu, regs, sregs))
+        lines.append(_instruction(vcpu, regs, sregs, read_physical))
     except KvmError as error:
         lines.append(f"no registers: {error}")
     lines.append("last exits, oldest first:")
-    lines += [f"  {past}" for past in vcpu.last_exits()] or ["  none"]
+    lines += [f"  {each}" for each in past] or ["  none"]
     return "\n".join(lines)
 
 
@@ -77,13 +83,13 @@ def _mode(sregs: Struct) -> str:
     return f"{mode}{paging}, cpl {sregs.ss.dpl}"
 
 
-def _instruction(vcpu: Vcpu, regs: Struct, sregs: Struct) -> str:
+def _instruction(vcpu: X86Vcpu, regs: Struct, sregs: Struct, read_physical: ReadPhysical) -> str:
     """The bytes at RIP, read through the guest's page tables and the default EPT."""
     linear = regs.rip if sregs.efer & _EFER_LMA else (sregs.cs.base + regs.rip) & 0xFFFFFFFF
-    where = vcpu.translate(linear)
+    where = vcpu.translate_gva(linear)
     if where is None:
         return f"instruction at {linear:#x}: not mapped by the guest"
-    code = vcpu.vm.read_physical(where.physical, 15)
+    code = read_physical(where.physical, 15)
     if not code:
         return f"instruction at {linear:#x} (GPA {where.physical:#x}): no memory there"
     return f"instruction at {linear:#x} (GPA {where.physical:#x}): {code.hex(' ')}"

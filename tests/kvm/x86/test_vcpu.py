@@ -1,4 +1,4 @@
-"""pykvm.kvm.state: registers and everything else inside a vCPU, written and read back."""
+"""pykvm.kvm.x86.vcpu: registers and everything else inside a vCPU, written and read back."""
 
 import pytest
 
@@ -9,11 +9,11 @@ from pykvm.kvm import (
     IoctlError,
     Kvm,
     MpState,
+    Struct,
     Translation,
     ffi,
     lib,
 )
-from pykvm.kvm.handle import Struct
 from tests.rigs.needs import need, need_hardware, refused_without
 from tests.rigs.real_mode import CODE, RealModeGuest, run
 
@@ -58,7 +58,7 @@ def long_mode(guest: RealModeGuest) -> Struct:
 
     KVM of Linux 6.12 refuses bits of EFER that the guest's CPUID does not know, with EINVAL.
     """
-    guest.vcpu.set_cpuid(guest.vm.kvm.supported_cpuid())
+    guest.vcpu.set_cpuid2(guest.vm.kvm.get_supported_cpuid())
     sregs = guest.vcpu.get_sregs()
     sregs.cr3 = 0x3000
     sregs.cr4 |= 1 << 5  # PAE
@@ -117,7 +117,7 @@ def test_fpu(guest: RealModeGuest) -> None:
 def test_xsave(guest: RealModeGuest) -> None:
     if refused_without(guest.vm, "KVM_CAP_XSAVE", guest.vcpu.get_xsave):
         return
-    guest.vcpu.set_cpuid(guest.vm.kvm.supported_cpuid())
+    guest.vcpu.set_cpuid2(guest.vm.kvm.get_supported_cpuid())
     area = bytearray(guest.vcpu.get_xsave())
     assert len(area) >= 4096
     area[512] |= 2  # XSTATE_BV: SSE state is there (SDM vol. 1, 13.4.2)
@@ -130,7 +130,7 @@ def test_xsave(guest: RealModeGuest) -> None:
 def test_xcrs(guest: RealModeGuest) -> None:
     if refused_without(guest.vm, "KVM_CAP_XCRS", guest.vcpu.get_xcrs):
         return
-    guest.vcpu.set_cpuid(guest.vm.kvm.supported_cpuid())
+    guest.vcpu.set_cpuid2(guest.vm.kvm.get_supported_cpuid())
     xcrs = guest.vcpu.get_xcrs()
     assert xcrs[0] & 1  # x87 state is always on
     guest.vcpu.set_xcrs({0: 3})
@@ -141,21 +141,21 @@ def test_xcrs(guest: RealModeGuest) -> None:
 
 def test_debugregs(guest: RealModeGuest) -> None:
     need(guest.vm, "KVM_CAP_DEBUGREGS")
-    regs = guest.vcpu.get_debugregs()
+    regs = guest.vcpu.get_debug_regs()
     regs.db = [0x1000, 0x2000, 0x3000, 0x4000]
     regs.dr7 = 0x400
-    guest.vcpu.set_debugregs(regs)
-    assert list(guest.vcpu.get_debugregs().db) == [0x1000, 0x2000, 0x3000, 0x4000]
+    guest.vcpu.set_debug_regs(regs)
+    assert list(guest.vcpu.get_debug_regs().db) == [0x1000, 0x2000, 0x3000, 0x4000]
 
 
 def test_events(guest: RealModeGuest) -> None:
     need(guest.vm, "KVM_CAP_VCPU_EVENTS")
-    assert guest.vcpu.get_events().nmi.masked == 0
-    events = guest.vcpu.get_events()
+    assert guest.vcpu.get_vcpu_events().nmi.masked == 0
+    events = guest.vcpu.get_vcpu_events()
     events.nmi.masked = 1
     events.flags |= lib.KVM_VCPUEVENT_VALID_NMI_PENDING
-    guest.vcpu.set_events(events)
-    assert guest.vcpu.get_events().nmi.masked == 1
+    guest.vcpu.set_vcpu_events(events)
+    assert guest.vcpu.get_vcpu_events().nmi.masked == 1
 
 
 def test_nmi(guest: RealModeGuest) -> None:
@@ -223,12 +223,12 @@ def test_no_lapic_without_an_irqchip(guest: RealModeGuest) -> None:
 
 def test_tsc(guest: RealModeGuest) -> None:
     need(guest.vm, "KVM_CAP_GET_TSC_KHZ")
-    khz = guest.vcpu.tsc_khz()
+    khz = guest.vcpu.get_tsc_khz()
     assert khz > 1000
     if refused_without(guest.vm, "KVM_CAP_TSC_CONTROL", lambda: guest.vcpu.set_tsc_khz(khz)):
         return
     guest.vcpu.set_tsc_khz(khz)
-    assert guest.vcpu.tsc_khz() == khz
+    assert guest.vcpu.get_tsc_khz() == khz
 
 
 def test_tsc_offset(guest: RealModeGuest) -> None:
@@ -236,11 +236,11 @@ def test_tsc_offset(guest: RealModeGuest) -> None:
         pytest.skip("this kvm has no attribute KVM_VCPU_TSC_OFFSET")
     need_hardware("offset of the TSC")
     guest.vcpu.set_tsc_offset(-5)
-    assert guest.vcpu.tsc_offset() == 2**64 - 5
+    assert guest.vcpu.get_tsc_offset() == 2**64 - 5
 
 
 def test_translate(guest: RealModeGuest) -> None:
-    assert guest.vcpu.translate(0x1234) == Translation(0x1234, True, False)
+    assert guest.vcpu.translate_gva(0x1234) == Translation(0x1234, True, False)
 
 
 def test_translate_follows_page_tables(guest: RealModeGuest) -> None:
@@ -253,16 +253,16 @@ def test_translate_follows_page_tables(guest: RealModeGuest) -> None:
     entry(0x6000, 7, 0x9000 | 3)
     sregs = long_mode(guest)
     guest.vcpu.set_sregs(sregs)
-    found = guest.vcpu.translate(0x7123)
+    found = guest.vcpu.translate_gva(0x7123)
     assert found is not None
     assert found.physical == 0x9123
-    assert guest.vcpu.translate(0x8000) is None
+    assert guest.vcpu.translate_gva(0x8000) is None
 
 
 def test_single_step(guest: RealModeGuest) -> None:
     need(guest.vm, "KVM_CAP_SET_GUEST_DEBUG")
     guest.load("40 40 40 F4 ; inc ax; inc ax; inc ax; hlt")
-    guest.vcpu.guest_debug(single_step=True)
+    guest.vcpu.set_guest_debug(single_step=True)
     found = run(guest.vcpu)
     assert isinstance(found, Debug)
     if found.pc == CODE:  # Bochs traps once more, before the first instruction
@@ -273,28 +273,28 @@ def test_single_step(guest: RealModeGuest) -> None:
         assert found.single_step
         assert found.pc == CODE + step
         assert guest.vcpu.get_regs().rax & 0xFFFF == step
-    guest.vcpu.guest_debug()
+    guest.vcpu.set_guest_debug()
     assert run(guest.vcpu) == Hlt()
 
 
 def test_hardware_breakpoint(guest: RealModeGuest) -> None:
     need(guest.vm, "KVM_CAP_SET_GUEST_DEBUG")
     guest.load("40 40 40 F4 ; inc ax; inc ax; inc ax; hlt")
-    guest.vcpu.guest_debug(breakpoints=[Breakpoint(0x9999), Breakpoint(CODE + 2)])
+    guest.vcpu.set_guest_debug(breakpoints=[Breakpoint(0x9999), Breakpoint(CODE + 2)])
     found = run(guest.vcpu)
     assert isinstance(found, Debug)
     assert found.pc == CODE + 2
     assert found.dr6 & 0xF == 0b10
-    guest.vcpu.guest_debug()
+    guest.vcpu.set_guest_debug()
     assert run(guest.vcpu) == Hlt()
     assert guest.vcpu.get_regs().rax & 0xFFFF == 3
 
 
 def test_impossible_breakpoints(guest: RealModeGuest) -> None:
-    with pytest.raises(ValueError, match="the processor has 4"):
-        guest.vcpu.guest_debug(breakpoints=[Breakpoint(0)] * 5)
+    with pytest.raises(ValueError, match="use at most 4"):
+        guest.vcpu.set_guest_debug(breakpoints=[Breakpoint(0)] * 5)
     with pytest.raises(ValueError, match="use execute, write or access"):
-        guest.vcpu.guest_debug(breakpoints=[Breakpoint(0, "read")])
+        guest.vcpu.set_guest_debug(breakpoints=[Breakpoint(0, "read")])
 
 
 def test_nested_state(guest: RealModeGuest) -> None:
@@ -307,5 +307,5 @@ def test_nested_state(guest: RealModeGuest) -> None:
 
 def test_mce(guest: RealModeGuest) -> None:
     need(guest.vm, "KVM_CAP_MCE")
-    guest.vcpu.setup_mce(guest.vm.kvm.mce_capabilities() & ~0xFF | 4)
+    guest.vcpu.setup_mce(guest.vm.kvm.get_mce_cap_supported() & ~0xFF | 4)
     assert guest.vcpu.get_msrs([0x179])[0x179] & 0xFF == 4  # IA32_MCG_CAP: banks

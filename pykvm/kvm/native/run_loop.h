@@ -10,6 +10,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <linux/kvm.h>
+#include "handlers.h"
 
 /* The members of kvm_run's union have anonymous types; their layouts stay the header's. */
 typedef __typeof__(((struct kvm_run *)0)->hw) kvm_exit_hw;
@@ -27,8 +28,6 @@ typedef __typeof__(((struct kvm_run *)0)->msr) kvm_exit_msr;
 typedef __typeof__(((struct kvm_run *)0)->notify) kvm_exit_notify;
 /* } */
 
-#define PYKVM_HYPERCALLS	16
-#define PYKVM_CONSOLE_PORTS	4
 #define PYKVM_EXIT_KINDS	128
 #define PYKVM_HISTORY		16
 
@@ -39,12 +38,10 @@ typedef __typeof__(((struct kvm_run *)0)->notify) kvm_exit_notify;
 #define PYKVM_RUN_BUSY		3	/* another thread runs this vCPU */
 #define PYKVM_RUN_CLOSED	4	/* the vCPU was closed */
 
-typedef uint64_t (*pykvm_hypercall_fn)(void *ctx, const uint64_t args[6]);
-
 /* One entry of the history: an exit in 24 bytes, enough for a report. */
 struct pykvm_past_exit {
 	uint32_t reason;
-	uint32_t native;	/* answered by the loop */
+	uint32_t native;	/* served by a handler */
 	uint64_t first;		/* port, address, hypercall number, MSR, ... */
 	uint64_t second;	/* data written, argument, ... */
 };
@@ -53,10 +50,8 @@ struct pykvm_past_exit {
 struct pykvm_counts {
 	uint64_t runs;					/* KVM_RUN calls */
 	uint64_t interrupted;				/* of which a signal or a stop ended */
-	uint64_t native[PYKVM_EXIT_KINDS];		/* answered by the loop, by exit reason */
+	uint64_t native[PYKVM_EXIT_KINDS];		/* served by handlers, by exit reason */
 	uint64_t returned[PYKVM_EXIT_KINDS];		/* handed to Python; the last takes the rest */
-	uint64_t console_bytes;				/* accepted into the console buffer */
-	uint64_t console_dropped;			/* lost because the buffer was full */
 	uint64_t history_next;				/* exits so far: next slot modulo the size */
 	struct pykvm_past_exit history[PYKVM_HISTORY];
 };
@@ -68,13 +63,22 @@ long pykvm_ioctl(int fd, unsigned long request, uint64_t arg);
 struct pykvm_vcpu *pykvm_vcpu_new(int fd, size_t run_size);
 void pykvm_vcpu_free(struct pykvm_vcpu *vcpu);
 int pykvm_vcpu_close(struct pykvm_vcpu *vcpu);
+
+/*
+ * In a forked child: gives descriptor and mapping back. Takes no lock, because the thread that
+ * held it at the fork is not here, and stops nobody, because the vCPU runs in the parent.
+ */
+void pykvm_vcpu_leave(struct pykvm_vcpu *vcpu);
+
 struct kvm_run *pykvm_vcpu_run_area(struct pykvm_vcpu *vcpu);
 struct pykvm_counts *pykvm_vcpu_counts(struct pykvm_vcpu *vcpu);
 
-int pykvm_set_hypercall(struct pykvm_vcpu *vcpu, uint64_t number, pykvm_hypercall_fn fn, void *ctx);
-int pykvm_console_port(struct pykvm_vcpu *vcpu, uint16_t port);
-int pykvm_console_size(struct pykvm_vcpu *vcpu, size_t size);
-size_t pykvm_console_read(struct pykvm_vcpu *vcpu, char *out, size_t size);
+/*
+ * Replaces the handlers (sorted, see handlers.h), also while the vCPU runs; returns when no
+ * handler of the old ones runs any more. -EBADF: closed. -EDEADLK: called from a handler.
+ */
+int pykvm_set_handlers(struct pykvm_vcpu *vcpu, const struct pykvm_handler *handlers,
+		       size_t count);
 
 int pykvm_run(struct pykvm_vcpu *vcpu);
 void pykvm_stop(struct pykvm_vcpu *vcpu);
@@ -82,8 +86,5 @@ int pykvm_is_running(struct pykvm_vcpu *vcpu);
 
 void *pykvm_exit_payload(struct kvm_run *run);
 const uint64_t *pykvm_system_event_data(struct kvm_run *run);
-
-/* A handler that returns 0: the cheapest call that leaves the kernel. */
-uint64_t pykvm_null_hypercall(void *ctx, const uint64_t args[6]);
 
 #endif

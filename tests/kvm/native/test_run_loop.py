@@ -1,4 +1,4 @@
-"""pykvm.kvm.vcpu and run_loop.c: exits, replies, the console, and stopping without a race."""
+"""pykvm.kvm.vcpu and run_loop.c: exits, replies, and stopping without a race."""
 
 import errno
 import os
@@ -9,9 +9,8 @@ import time
 
 import pytest
 
+from pykvm.devices.debug_console import DebugConsole
 from pykvm.kvm import (
-    NULL_HYPERCALL,
-    ConsoleError,
     HandleClosedError,
     Hlt,
     Hypercall,
@@ -113,10 +112,10 @@ def test_triple_fault(guest: RealModeGuest) -> None:
     need(guest.vm, "KVM_CAP_X86_TRIPLE_FAULT_EVENT")
     guest.vm.enable_cap("KVM_CAP_X86_TRIPLE_FAULT_EVENT", 1)
     guest.load(SPIN)
-    events = guest.vcpu.get_events()
+    events = guest.vcpu.get_vcpu_events()
     events.triple_fault.pending = 1
     events.flags |= lib.KVM_VCPUEVENT_VALID_TRIPLE_FAULT
-    guest.vcpu.set_events(events)
+    guest.vcpu.set_vcpu_events(events)
     assert run(guest.vcpu) == Shutdown()
 
 
@@ -132,7 +131,7 @@ def test_unexpected_exit_says_where(guest: RealModeGuest) -> None:
 
 
 def test_counts_and_history(guest: RealModeGuest) -> None:
-    guest.vcpu.console(0xE9)
+    DebugConsole().attach(guest.vm.handlers)
     guest.load("""
         B0 41  ; mov al, 'A'
         E6 E9  ; out 0xE9, al
@@ -157,7 +156,7 @@ def test_counts_and_history(guest: RealModeGuest) -> None:
 
 
 def test_history_keeps_the_last_sixteen(guest: RealModeGuest) -> None:
-    guest.vcpu.console(0xE9)
+    DebugConsole().attach(guest.vm.handlers)
     guest.load("""
         B0 00  ; mov al, 0
         E6 E9  ; again: out 0xE9, al
@@ -171,70 +170,6 @@ def test_history_keeps_the_last_sixteen(guest: RealModeGuest) -> None:
     assert len(past) == lib.PYKVM_HISTORY == 16
     assert [p.second for p in past[:-1]] == list(range(15, 30))
     assert past[-1].name == "KVM_EXIT_HLT"
-
-
-# ---- console ------------------------------------------------------------------------------------
-
-
-def test_console(guest: RealModeGuest) -> None:
-    guest.vcpu.console(0xE9)
-    guest.vcpu.console(0x3F8)
-    guest.vcpu.console(0xE9)  # again: nothing changes
-    guest.memory[0x6000:0x6006] = b"hello "
-    guest.load("""
-        BE 00 60     ; mov si, 0x6000
-        B9 06 00     ; mov cx, 6
-        BA F8 03     ; mov dx, 0x3F8
-        F3 6E        ; rep outsb
-        B0 57        ; mov al, 'W'
-        E6 E9        ; out 0xE9, al
-        F4           ; hlt
-    """)
-    assert guest.vcpu.read_console() == b""
-    assert run(guest.vcpu) == Hlt()
-    assert guest.vcpu.read_console() == b"hello W"
-    assert guest.vcpu.read_console() == b""
-    assert guest.vcpu.console_dropped == 0
-
-
-def test_console_overflow_is_counted(guest: RealModeGuest) -> None:
-    guest.vcpu.console(0xE9, size=10)
-    guest.load("""
-        B0 61  ; mov al, 'a'
-        E6 E9  ; again: out 0xE9, al
-        FE C0  ; inc al
-        3C 7B  ; cmp al, 'z' + 1
-        75 F8  ; jne again
-        F4     ; hlt
-    """)
-    assert run(guest.vcpu) == Hlt()
-    assert guest.vcpu.read_console() == b"abcdefghij"
-    assert guest.vcpu.console_dropped == 16
-    guest.restart()
-    assert run(guest.vcpu) == Hlt()
-    assert guest.vcpu.read_console() == b"abcdefghij"
-    assert guest.vcpu.console_dropped == 32
-
-
-def test_console_limits(guest: RealModeGuest) -> None:
-    for port in range(lib.PYKVM_CONSOLE_PORTS):
-        guest.vcpu.console(port)
-    with pytest.raises(ConsoleError, match="share one") as caught:
-        guest.vcpu.console(99)
-    one_line(caught.value)
-    with pytest.raises(ConsoleError, match="with the first port"):
-        guest.vcpu.console(0, size=5)
-
-
-def test_console_size_zero(guest: RealModeGuest) -> None:
-    with pytest.raises(ConsoleError, match="1 or more"):
-        guest.vcpu.console(0, size=0)
-
-
-def test_input_from_a_console_port_is_not_swallowed(guest: RealModeGuest) -> None:
-    guest.vcpu.console(0xE9)
-    guest.load("E4 E9 F4 ; in al, 0xE9; hlt")
-    assert run(guest.vcpu) == Io(0xE9, 1, 1, False, b"")
 
 
 # ---- hypercalls (with handlers: tests/elisa/test_calls.py) --------------------------------------
@@ -449,8 +384,6 @@ def test_state_of_a_running_vcpu_is_refused(guest: RealModeGuest) -> None:
         for call in (
             guest.vcpu.get_regs,
             guest.vcpu.run,
-            lambda: guest.vcpu.console(1),
-            lambda: guest.vcpu.set_hypercall(0, NULL_HYPERCALL),
         ):
             with pytest.raises(VcpuRunningError, match=r"stop\(\)") as caught:
                 call()
@@ -490,11 +423,10 @@ def test_use_after_close(guest: RealModeGuest) -> None:
     vcpu.close()
     vcpu.close()
     vcpu.stop()
-    for call in (vcpu.run, vcpu.get_regs, lambda: vcpu.console(1)):
+    for call in (vcpu.run, vcpu.get_regs):
         with pytest.raises(HandleClosedError, match="create another one"):
             call()
     assert vcpu.exit_counts().runs == 0
-    assert vcpu.read_console() == b""
 
 
 def test_closing_gives_everything_back(kvm: Kvm) -> None:

@@ -1,9 +1,9 @@
-"""Builds the cffi extension ``pykvm.kvm._kvm``; setup.py names ``ffibuilder``.
+"""Builds the cffi extension ``pykvm.kvm.native._kvm``; setup.py names ``ffibuilder``.
 
 Three inputs, each the only place of what it holds: ``kvm_cdef.h`` (fields of the kernel's
-structs), ``ioctls.py`` (the calls) and ``run_loop.h`` (our C). Constants are every macro of
-``<linux/kvm.h>`` whose name starts with one of `PREFIXES`; the C compiler lists them and evaluates
-them, so that no number is typed into pykvm.
+structs), ``ioctls.py`` (the calls), ``handlers.h`` and ``run_loop.h`` (our C). Constants are every
+macro of ``<linux/kvm.h>`` whose name starts with one of `PREFIXES`; the C compiler lists them and
+evaluates them, so that no number is typed into pykvm.
 """
 
 from __future__ import annotations
@@ -53,31 +53,37 @@ PREFIXES = (
 def constant_names() -> list[str]:
     """Names of the constants to export, sorted: those of `PREFIXES`, and the calls."""
     names = runpy.run_path(str(HERE / "macros.py"))["macro_names"](HEADERS, PREFIXES, HERE)
-    return sorted({*names, *runpy.run_path(str(HERE / "ioctls.py"))["IOCTLS"]})
+    return sorted({*names, *runpy.run_path(str(HERE.parent / "ioctls.py"))["IOCTLS"]})
 
 
 def declarations() -> str:
     """Everything for `FFI.cdef`."""
     constants = "".join(f"#define {name} ...\n" for name in constant_names())
-    own = (HERE / "run_loop.h").read_text()
-    # cffi has no preprocessor: what it cannot parse stands between these two marks.
-    own = re.sub(r"/\* not for cffi \{ \*/.*?/\* \} \*/", "", own, flags=re.DOTALL)
-    own = "".join(
+    own = "".join(_for_cffi((HERE / name).read_text()) for name in ("handlers.h", "run_loop.h"))
+    return (HERE / "kvm_cdef.h").read_text() + constants + own
+
+
+def _for_cffi(header: str) -> str:
+    """A header without what cffi, which has no preprocessor, cannot parse."""
+    header = re.sub(r"/\* not for cffi \{ \*/.*?/\* \} \*/", "", header, flags=re.DOTALL)
+    return "".join(
         line
-        for line in own.splitlines(True)
+        for line in header.splitlines(True)
         if not line.startswith("#") or re.match(r"#define \w+\s+\d", line)
     )
-    return (HERE / "kvm_cdef.h").read_text() + constants + own
 
 
 ffibuilder = FFI()
 ffibuilder.cdef(declarations())
 ffibuilder.set_source(
-    "pykvm.kvm._kvm",
+    "pykvm.kvm.native._kvm",
     HEADERS + '#include "run_loop.h"\n',
     # Relative: setuptools wants sources below the directory of setup.py, where it runs.
-    sources=["pykvm/kvm/run_loop.c"],
-    depends=[f"pykvm/kvm/{name}" for name in ("run_loop.h", "kvm_cdef.h", "ioctls.py")],
+    sources=["pykvm/kvm/native/run_loop.c", "pykvm/kvm/native/handlers.c"],
+    depends=[
+        "pykvm/kvm/ioctls.py",
+        *(f"pykvm/kvm/native/{name}" for name in ("handlers.h", "run_loop.h", "kvm_cdef.h")),
+    ],
     include_dirs=[str(HERE)],
     extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra"],
 )

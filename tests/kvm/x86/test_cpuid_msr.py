@@ -1,6 +1,9 @@
-"""pykvm.kvm.cpuid and pykvm.kvm.msr: tables of leaves and registers, and the MSR filter."""
+"""pykvm.kvm.x86.cpuid and pykvm.kvm.x86.msr: tables of leaves and registers, and the MSR filter."""
 
 import dataclasses
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -8,14 +11,24 @@ from pykvm.kvm import (
     CpuidEntry,
     Hlt,
     Io,
+    IoctlError,
+    Kvm,
     MsrError,
+    MsrFilterError,
     MsrRange,
     Rdmsr,
+    Struct,
     Wrmsr,
     find_leaf,
     lib,
 )
-from pykvm.kvm.msr import pack_msr_filter
+from pykvm.kvm.x86.msr import (
+    MOST_IN_A_CALL,
+    MOST_IN_A_RANGE,
+    pack_msr_filter,
+    write_msrs,
+)
+from tests.rigs.messages import one_line
 from tests.rigs.needs import need
 from tests.rigs.real_mode import RealModeGuest, run
 
@@ -24,6 +37,7 @@ pytestmark = pytest.mark.kvm
 MTRR_DEF_TYPE = 0x2FF
 SYSENTER_EIP = 0x176
 UNKNOWN_MSR = 0x4321
+EFER = 0xC0000080
 
 
 # ---- CPUID --------------------------------------------------------------------------------------
@@ -44,16 +58,16 @@ def test_find_leaf() -> None:
 
 
 def test_set_and_get(guest: RealModeGuest) -> None:
-    leaves = guest.vm.kvm.supported_cpuid()
-    guest.vcpu.set_cpuid(leaves)
-    assert [leaf.function for leaf in guest.vcpu.get_cpuid()] == [leaf.function for leaf in leaves]
+    leaves = guest.vm.kvm.get_supported_cpuid()
+    guest.vcpu.set_cpuid2(leaves)
+    assert [leaf.function for leaf in guest.vcpu.get_cpuid2()] == [leaf.function for leaf in leaves]
 
 
 def test_the_guest_sees_it(guest: RealModeGuest) -> None:
-    leaves = guest.vm.kvm.supported_cpuid()
+    leaves = guest.vm.kvm.get_supported_cpuid()
     mine = CpuidEntry(0x40000000, eax=0x40000000, ebx=0x4B594C45, ecx=0x1234)
     leaves = [leaf for leaf in leaves if leaf.function < 0x40000000] + [mine]
-    guest.vcpu.set_cpuid(leaves)
+    guest.vcpu.set_cpuid2(leaves)
     guest.load("""
         66 B8 00 00 00 40  ; mov eax, 0x40000000
         0F A2              ; cpuid
@@ -67,11 +81,19 @@ def test_the_guest_sees_it(guest: RealModeGuest) -> None:
 def test_many_leaves_are_read_back(guest: RealModeGuest) -> None:
     """More than the first guess of the reader."""
     leaves = [CpuidEntry(0x50000000 + number, eax=number) for number in range(100)]
-    guest.vcpu.set_cpuid(leaves)
-    found = guest.vcpu.get_cpuid()
+    guest.vcpu.set_cpuid2(leaves)
+    found = guest.vcpu.get_cpuid2()
     assert [dataclasses.astuple(leaf) for leaf in found] == [
         dataclasses.astuple(leaf) for leaf in leaves
     ]
+
+
+def test_more_leaves_than_kvm_keeps(guest: RealModeGuest) -> None:
+    leaves = [CpuidEntry(0x50000000 + number) for number in range(1000)]
+    with pytest.raises(IoctlError, match="leave out leaves") as caught:
+        guest.vcpu.set_cpuid2(leaves)
+    assert caught.value.errno == errno.E2BIG
+    one_line(caught.value)
 
 
 # ---- MSRs ---------------------------------------------------------------------------------------
@@ -87,8 +109,8 @@ def test_msr_round_trip(guest: RealModeGuest) -> None:
 
 
 def test_every_listed_msr_is_read_or_named(guest: RealModeGuest) -> None:
-    guest.vcpu.set_cpuid(guest.vm.kvm.supported_cpuid())
-    wanted = guest.vm.kvm.msr_index_list()
+    guest.vcpu.set_cpuid2(guest.vm.kvm.get_supported_cpuid())
+    wanted = guest.vm.kvm.get_msr_index_list()
     refused = []
     for index in wanted:
         try:
@@ -100,13 +122,71 @@ def test_every_listed_msr_is_read_or_named(guest: RealModeGuest) -> None:
 
 
 def test_unknown_msr(guest: RealModeGuest) -> None:
-    with pytest.raises(MsrError, match=r"does not read msr 0x4321: use a number of") as caught:
+    with pytest.raises(MsrError, match=r"does not read msr 0x4321: use a number that") as caught:
         guest.vcpu.get_msrs([SYSENTER_EIP, UNKNOWN_MSR])
     assert caught.value.index == UNKNOWN_MSR
+    one_line(caught.value)
     with pytest.raises(MsrError, match=r"does not write 0x7 to msr 0x4321") as caught:
         guest.vcpu.set_msrs({SYSENTER_EIP: 1, UNKNOWN_MSR: 7})
     assert caught.value.index == UNKNOWN_MSR
+    assert "leave it out" in one_line(caught.value)
     assert guest.vcpu.get_msrs([SYSENTER_EIP]) == {SYSENTER_EIP: 1}  # those before it are set
+
+
+def test_more_msrs_than_one_call_takes(guest: RealModeGuest) -> None:
+    """KVM_GET_MSRS takes fewer than 256; the split shows in nothing."""
+    many = [SYSENTER_EIP, 0xC0000082] * 300
+    guest.vcpu.set_msrs({SYSENTER_EIP: 0x1234, 0xC0000082: 0x5678})
+    assert guest.vcpu.get_msrs(many) == {SYSENTER_EIP: 0x1234, 0xC0000082: 0x5678}
+    assert len(guest.vcpu.get_msrs([0x10] * MOST_IN_A_CALL)) == 1
+    with pytest.raises(MsrError, match="msr 0x4321") as caught:
+        guest.vcpu.get_msrs([*many, UNKNOWN_MSR, SYSENTER_EIP])
+    assert caught.value.index == UNKNOWN_MSR
+
+
+@pytest.mark.unit
+def test_writes_are_split_in_order() -> None:
+    calls: list[int] = []
+    written: list[tuple[int, int]] = []
+
+    def write(table: Struct) -> int:
+        calls.append(table.nmsrs)
+        written.extend((table.entries[i].index, table.entries[i].data) for i in range(table.nmsrs))
+        return int(table.nmsrs)
+
+    values = {0x10000 + number: number for number in range(600)}
+    write_msrs(write, write, values)
+    assert calls == [MOST_IN_A_CALL, MOST_IN_A_CALL, 600 - 2 * MOST_IN_A_CALL]
+    assert written == list(values.items())
+
+
+def test_a_listed_msr_that_cannot_be_written(kvm: Kvm, guest: RealModeGuest) -> None:
+    """Saved as it is and written back: what is wrong is not that the list lacks it."""
+    guest.vcpu.set_cpuid2(kvm.get_supported_cpuid())
+    steps = {
+        "give the vcpu the feature it belongs to, with set_cpuid2()",
+        "leave it out: it holds that value, and is read-only",
+    }
+    for index in kvm.get_msr_index_list():
+        with suppress_msr_error() as refused:
+            guest.vcpu.set_msrs(guest.vcpu.get_msrs([index]))
+        assert {error.next_step for error in refused} <= steps
+        assert {error.index for error in refused} <= {index}
+
+
+def test_bits_that_an_msr_does_not_have(guest: RealModeGuest) -> None:
+    with pytest.raises(MsrError, match="use bits that the vcpu's cpuid allows: it holds") as caught:
+        guest.vcpu.set_msrs({EFER: 1 << 63})
+    assert caught.value.index == EFER
+
+
+@contextmanager
+def suppress_msr_error() -> Iterator[list[MsrError]]:
+    refused: list[MsrError] = []
+    try:
+        yield refused
+    except MsrError as error:
+        refused.append(error)
 
 
 READ_MSR = """
@@ -176,13 +256,52 @@ def test_filter_shapes() -> None:
     assert (packed.ranges[0].base, packed.ranges[0].nmsrs) == (0x100, 10)
     assert packed.ranges[0].flags == lib.KVM_MSR_FILTER_READ
     assert list(bitmaps[0]) == [1, 2]
-    with pytest.raises(MsrError, match="empty"):
+    with pytest.raises(MsrFilterError, match="empty"):
         pack_msr_filter([MsrRange(0x100, [])], default_allow=True)
-    with pytest.raises(MsrError, match="at most 16"):
+    with pytest.raises(MsrFilterError, match="at most 16"):
         pack_msr_filter([MsrRange(n, [True]) for n in range(17)], default_allow=True)
+    with pytest.raises(MsrFilterError, match="0xffffffff"):
+        pack_msr_filter([MsrRange(0xFFFFFFFF, [True, True])], default_allow=True)
+
+
+@pytest.mark.unit
+def test_a_range_longer_than_kvm_takes_becomes_several() -> None:
+    flags = [index % 3 == 0 for index in range(2 * MOST_IN_A_RANGE + 5)]
+    packed, bitmaps = pack_msr_filter([MsrRange(0x1000, flags)], default_allow=True)
+    ranges = [(packed.ranges[i].base, packed.ranges[i].nmsrs) for i in range(4)]
+    assert ranges == [
+        (0x1000, MOST_IN_A_RANGE),
+        (0x1000 + MOST_IN_A_RANGE, MOST_IN_A_RANGE),
+        (0x1000 + 2 * MOST_IN_A_RANGE, 5),
+        (0, 0),
+    ]
+    bits = [byte >> bit & 1 for bitmap in bitmaps for byte in bitmap for bit in range(8)]
+    assert [bool(bit) for bit in bits[: len(flags)]] == flags
+
+
+def test_a_long_filter_works(guest: RealModeGuest) -> None:
+    """The MSR of the guest's is in the second of the ranges that KVM gets."""
+    need(guest.vm, "KVM_CAP_X86_MSR_FILTER")
+    guest.vm.enable_user_msrs()
+    first = 0xC0000082 - MOST_IN_A_RANGE - 7
+    flags = [True] * (MOST_IN_A_RANGE + 20)
+    flags[0xC0000082 - first] = False
+    guest.vm.set_msr_filter([MsrRange(first, flags)])
+    guest.load("""
+        66 B9 82 00 00 C0  ; mov ecx, 0xC0000082
+        0F 32              ; rdmsr
+        F4                 ; hlt
+    """)
+    assert run(guest.vcpu) == Rdmsr(0xC0000082, lib.KVM_MSR_EXIT_REASON_FILTER)
+    guest.vcpu.reply(0)
+    assert run(guest.vcpu) == Hlt()
 
 
 def test_pmu_event_filter(guest: RealModeGuest) -> None:
     need(guest.vm, "KVM_CAP_PMU_EVENT_FILTER")
     guest.vm.set_pmu_event_filter([0x3C, 0xC0], allow=True)
     guest.vm.set_pmu_event_filter([], allow=False)
+    with pytest.raises(IoctlError, match="pass fewer events") as caught:
+        guest.vm.set_pmu_event_filter(list(range(100_000)), allow=True)
+    assert caught.value.errno == errno.E2BIG
+    one_line(caught.value)

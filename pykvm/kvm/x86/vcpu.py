@@ -1,4 +1,4 @@
-"""What is inside a vCPU: registers, events, CPUID, MSRs, time, debugging.
+"""The part of `Vcpu` that x86 alone has: registers, events, CPUID, MSRs, time, debugging.
 
 Structs are cffi's: read one, change its fields, write it back::
 
@@ -15,16 +15,15 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
 
-from pykvm.kvm._kvm import ffi, lib
-from pykvm.kvm.cpuid import CpuidEntry, pack_cpuid, read_cpuid
 from pykvm.kvm.device import Attributes
-from pykvm.kvm.handle import Struct, capability_number
-from pykvm.kvm.ioctls import Capability
-from pykvm.kvm.msr import read_msrs, write_msrs
+from pykvm.kvm.errors import BreakpointError, StateSizeError
+from pykvm.kvm.native import Struct, ffi, lib
+from pykvm.kvm.x86.cpuid import CpuidEntry, pack_cpuid, read_cpuid
+from pykvm.kvm.x86.msr import read_msrs, write_msrs
+from pykvm.kvm.x86.system import X86System
 
-__all__ = ["Breakpoint", "MpState", "Translation", "VcpuState"]
+__all__ = ["Breakpoint", "MpState", "Translation", "X86Vcpu"]
 
 
 class MpState(IntEnum):
@@ -63,12 +62,12 @@ _DR7_ALWAYS_ONE = 1 << 10
 _DR7_GLOBAL_EXACT = 1 << 9
 
 
-class VcpuState(Attributes):
-    """The part of `Vcpu` that reads and writes its state. Not while the vCPU runs."""
+class X86Vcpu(Attributes):
+    """The state of a vCPU. Not while it runs."""
 
     # ---- registers --------------------------------------------------------------------------
     def get_regs(self) -> Struct:
-        """struct kvm_regs: rax to r15, rip, rflags."""
+        """Return struct kvm_regs: rax to r15, rip, rflags."""
         return self._get("KVM_GET_REGS", "kvm_regs")
 
     def set_regs(self, regs: Struct | None = None, **values: int) -> None:
@@ -79,11 +78,11 @@ class VcpuState(Attributes):
         self.ioctl("KVM_SET_REGS", regs)
 
     def get_sregs(self) -> Struct:
-        """struct kvm_sregs: segments, descriptor tables, control registers, EFER."""
+        """Return struct kvm_sregs: segments, descriptor tables, control registers, EFER."""
         return self._get("KVM_GET_SREGS", "kvm_sregs")
 
     def set_sregs(self, sregs: Struct) -> None:
-        """Set all of struct kvm_sregs; call `set_cpuid` first.
+        """Set all of struct kvm_sregs; call `set_cpuid2` first.
 
         Newer kernels refuse EFER.LME, LMA and NX of a vCPU whose CPUID lacks long mode or NX
         (Linux arch/x86/kvm, kvm_is_valid_sregs(): seen in 6.12.117, not in 6.1.192).
@@ -91,70 +90,87 @@ class VcpuState(Attributes):
         self.ioctl("KVM_SET_SREGS", sregs)
 
     def get_sregs2(self) -> Struct:
-        """struct kvm_sregs2: as kvm_sregs, with PDPTRs and without the interrupt bitmap."""
+        """Return struct kvm_sregs2: as kvm_sregs, with PDPTRs and without the interrupt bitmap."""
         return self._get("KVM_GET_SREGS2", "kvm_sregs2")
 
     def set_sregs2(self, sregs: Struct) -> None:
+        """Set all of struct kvm_sregs2."""
         self.ioctl("KVM_SET_SREGS2", sregs)
 
     def get_fpu(self) -> Struct:
-        """struct kvm_fpu: x87 and SSE."""
+        """Return struct kvm_fpu: x87 and SSE."""
         return self._get("KVM_GET_FPU", "kvm_fpu")
 
     def set_fpu(self, fpu: Struct) -> None:
+        """Set all of struct kvm_fpu."""
         self.ioctl("KVM_SET_FPU", fpu)
 
     def get_xsave(self) -> bytes:
-        """The XSAVE area (SDM vol. 1, 13.4), 4096 bytes or as many as KVM_CAP_XSAVE2 says."""
-        size = self.check_extension("KVM_CAP_XSAVE2")
-        area = ffi.new("char[]", max(size, ffi.sizeof("struct kvm_xsave")))
-        self.ioctl("KVM_GET_XSAVE2" if size else "KVM_GET_XSAVE", area)
+        """Return the XSAVE area (SDM vol. 1, 13.4), 4096 bytes or KVM_CAP_XSAVE2's size."""
+        area = ffi.new("char[]", self._xsave_size())
+        newer = self.check_extension("KVM_CAP_XSAVE2")
+        self.ioctl("KVM_GET_XSAVE2" if newer else "KVM_GET_XSAVE", area)
         return ffi.buffer(area)[:]
 
     def set_xsave(self, area: bytes) -> None:
-        """Write back what `get_xsave` gave."""
+        """Write back what `get_xsave` gave. Raises StateSizeError."""
+        _require_size("an xsave area", area, self._xsave_size())
         self.ioctl("KVM_SET_XSAVE", ffi.from_buffer(area))
 
+    def _xsave_size(self) -> int:
+        return max(self.check_extension("KVM_CAP_XSAVE2"), ffi.sizeof("struct kvm_xsave"))
+
     def get_xcrs(self) -> dict[int, int]:
-        """Extended control registers, number to value; XCR0 is 0."""
+        """Return extended control registers, number to value; XCR0 is 0."""
         xcrs = self._get("KVM_GET_XCRS", "kvm_xcrs")
         return {xcrs.xcrs[i].xcr: xcrs.xcrs[i].value for i in range(xcrs.nr_xcrs)}
 
     def set_xcrs(self, values: Mapping[int, int]) -> None:
-        xcrs = ffi.new("struct kvm_xcrs *", {"nr_xcrs": len(values)})
+        """Set extended control registers. Raises StateSizeError for more than KVM has."""
+        xcrs = ffi.new("struct kvm_xcrs *")
+        if len(values) > len(xcrs.xcrs):
+            raise StateSizeError(
+                f"{len(values)} extended control registers", f"pass at most {len(xcrs.xcrs)}"
+            )
+        xcrs.nr_xcrs = len(values)
         for slot, (number, value) in enumerate(values.items()):
             xcrs.xcrs[slot].xcr = number
             xcrs.xcrs[slot].value = value
         self.ioctl("KVM_SET_XCRS", xcrs)
 
-    def get_debugregs(self) -> Struct:
-        """struct kvm_debugregs: db[4], dr6, dr7."""
+    def get_debug_regs(self) -> Struct:
+        """Return struct kvm_debugregs: db[4], dr6, dr7."""
         return self._get("KVM_GET_DEBUGREGS", "kvm_debugregs")
 
-    def set_debugregs(self, debugregs: Struct) -> None:
+    def set_debug_regs(self, debugregs: Struct) -> None:
+        """Set all of struct kvm_debugregs."""
         self.ioctl("KVM_SET_DEBUGREGS", debugregs)
 
     # ---- events -----------------------------------------------------------------------------
-    def get_events(self) -> Struct:
-        """struct kvm_vcpu_events: pending and injected exceptions, interrupts, NMI, SMI."""
+    def get_vcpu_events(self) -> Struct:
+        """Return struct kvm_vcpu_events: pending and injected exceptions, interrupts, NMI, SMI."""
         return self._get("KVM_GET_VCPU_EVENTS", "kvm_vcpu_events")
 
-    def set_events(self, events: Struct) -> None:
-        """events.flags says which optional fields count: ``lib.KVM_VCPUEVENT_VALID_*``."""
+    def set_vcpu_events(self, events: Struct) -> None:
+        """Set events; events.flags: optional fields that count, ``lib.KVM_VCPUEVENT_VALID_*``."""
         self.ioctl("KVM_SET_VCPU_EVENTS", events)
 
     def get_mp_state(self) -> MpState:
+        """Return whether the vCPU runs, is halted, or waits to be started."""
         return MpState(self._get("KVM_GET_MP_STATE", "kvm_mp_state").mp_state)
 
     def set_mp_state(self, state: MpState) -> None:
+        """Let it run, halt, or wait to be started."""
         self.ioctl("KVM_SET_MP_STATE", ffi.new("struct kvm_mp_state *", {"mp_state": int(state)}))
 
     def get_lapic(self) -> bytes:
-        """The local APIC's registers, 1024 bytes."""
+        """Return the local APIC's registers, 1024 bytes."""
         return ffi.buffer(self._get("KVM_GET_LAPIC", "kvm_lapic_state"))[:]
 
     def set_lapic(self, registers: bytes) -> None:
+        """Write back what `get_lapic` gave. Raises StateSizeError."""
         state = ffi.new("struct kvm_lapic_state *")
+        _require_size("a local apic", registers, len(ffi.buffer(state)))
         ffi.buffer(state)[:] = registers
         self.ioctl("KVM_SET_LAPIC", state)
 
@@ -176,35 +192,38 @@ class VcpuState(Attributes):
         self.ioctl("KVM_TPR_ACCESS_REPORTING", request)
 
     def setup_mce(self, capabilities: int) -> None:
-        """Machine-check banks, out of `Kvm.mce_capabilities`."""
+        """Give it machine-check banks, out of `Kvm.get_mce_cap_supported`."""
         self.ioctl("KVM_X86_SETUP_MCE", ffi.new("__u64 *", capabilities))
 
     # ---- CPUID, MSRs ------------------------------------------------------------------------
-    def get_cpuid(self) -> list[CpuidEntry]:
-        """What the guest's CPUID gives."""
+    def get_cpuid2(self) -> list[CpuidEntry]:
+        """Return what the guest's CPUID gives."""
         return read_cpuid(lambda table: self.ioctl("KVM_GET_CPUID2", table))
 
-    def set_cpuid(self, entries: Iterable[CpuidEntry]) -> None:
-        """What the guest's CPUID gives; once, before the first run()."""
+    def set_cpuid2(self, entries: Iterable[CpuidEntry]) -> None:
+        """Choose what the guest's CPUID gives; once, before the first run().
+
+        Raises IoctlError: E2BIG for more leaves than KVM keeps (256).
+        """
         self.ioctl("KVM_SET_CPUID2", pack_cpuid(entries))
 
     def get_msrs(self, indices: Iterable[int]) -> dict[int, int]:
-        """Number to value. Raises MsrError at the first that KVM does not read."""
-        return read_msrs(lambda table: self.ioctl("KVM_GET_MSRS", table), indices)
+        """Return number to value. Raises MsrError at the first that KVM does not read."""
+        return read_msrs(self._read_msrs, indices, self._listed_msrs)
 
     def set_msrs(self, values: Mapping[int, int]) -> None:
         """Set MSRs, in order. Raises MsrError at the first that KVM does not write."""
-        write_msrs(lambda table: self.ioctl("KVM_SET_MSRS", table), values)
+        write_msrs(lambda table: self.ioctl("KVM_SET_MSRS", table), self._read_msrs, values)
 
-    def enable_cap(self, capability: str | int | Capability, *args: int, flags: int = 0) -> None:
-        """KVM_ENABLE_CAP on the vCPU with up to four arguments."""
-        number = capability_number(capability)
-        request: Any = ffi.new("struct kvm_enable_cap *", {"cap": number, "flags": flags})
-        request.args = args
-        self.ioctl("KVM_ENABLE_CAP", request)
+    def _read_msrs(self, table: Struct) -> int:
+        return self.ioctl("KVM_GET_MSRS", table)
+
+    def _listed_msrs(self) -> list[int]:
+        system = self._root()
+        return system.get_msr_index_list() if isinstance(system, X86System) else []
 
     def get_nested_state(self) -> bytes:
-        """State of the guest's own guests (struct kvm_nested_state), as many bytes as it has."""
+        """Return the state of the guest's own guests (struct kvm_nested_state), all its bytes."""
         size = self.require("KVM_CAP_NESTED_STATE", "get_nested_state()")
         area = ffi.new("char[]", size)
         state = ffi.cast("struct kvm_nested_state *", area)
@@ -213,35 +232,44 @@ class VcpuState(Attributes):
         return ffi.buffer(area, state.size)[:]
 
     def set_nested_state(self, state: bytes) -> None:
-        self.ioctl("KVM_SET_NESTED_STATE", ffi.from_buffer(state))
+        """Write back what `get_nested_state` gave. Raises StateSizeError."""
+        least = ffi.sizeof("struct kvm_nested_state")
+        if len(state) < least:
+            raise StateSizeError(f"{len(state)} bytes of nested state", f"pass {least} or more")
+        area = ffi.new("char[]", state)
+        said = ffi.cast("struct kvm_nested_state *", area).size
+        _require_size("a nested state", state, said)
+        self.ioctl("KVM_SET_NESTED_STATE", area)
 
     # ---- time -------------------------------------------------------------------------------
-    def tsc_khz(self) -> int:
-        """Frequency of the guest's TSC, kHz."""
+    def get_tsc_khz(self) -> int:
+        """Return the frequency of the guest's TSC, kHz."""
         return self.ioctl("KVM_GET_TSC_KHZ")
 
     def set_tsc_khz(self, khz: int) -> None:
-        """Needs a processor that scales the TSC, or a frequency close to the host's."""
+        """Set it: with a processor that scales the TSC, or close to the host's frequency."""
         self.ioctl("KVM_SET_TSC_KHZ", khz)
 
     def has_tsc_offset(self) -> bool:
-        return self.has_attr(lib.KVM_VCPU_TSC_CTRL, lib.KVM_VCPU_TSC_OFFSET)
+        """Return whether `get_tsc_offset` and `set_tsc_offset` work."""
+        return self.has_device_attr(lib.KVM_VCPU_TSC_CTRL, lib.KVM_VCPU_TSC_OFFSET)
 
-    def tsc_offset(self) -> int:
-        """What is added to the host's (scaled) TSC, modulo 2**64."""
-        raw = self.get_attr(lib.KVM_VCPU_TSC_CTRL, lib.KVM_VCPU_TSC_OFFSET, 8)
+    def get_tsc_offset(self) -> int:
+        """Return what is added to the host's (scaled) TSC, modulo 2**64."""
+        raw = self.get_device_attr(lib.KVM_VCPU_TSC_CTRL, lib.KVM_VCPU_TSC_OFFSET, 8)
         return int(struct.unpack("<Q", raw)[0])
 
     def set_tsc_offset(self, offset: int) -> None:
+        """Set what is added to the host's (scaled) TSC."""
         raw = struct.pack("<Q", offset % 2**64)
-        self.set_attr(lib.KVM_VCPU_TSC_CTRL, lib.KVM_VCPU_TSC_OFFSET, raw)
+        self.set_device_attr(lib.KVM_VCPU_TSC_CTRL, lib.KVM_VCPU_TSC_OFFSET, raw)
 
-    def kvmclock_paused(self) -> None:
+    def kvmclock_ctrl(self) -> None:
         """Tell a guest that uses kvmclock that it was paused, so that no watchdog bites."""
         self.ioctl("KVM_KVMCLOCK_CTRL")
 
     # ---- debugging --------------------------------------------------------------------------
-    def guest_debug(
+    def set_guest_debug(
         self,
         *,
         single_step: bool = False,
@@ -252,7 +280,7 @@ class VcpuState(Attributes):
         """Make the guest leave with `Debug`; without arguments: stop debugging.
 
         breakpoints: at most four. software_breakpoints: INT3 instructions leave too.
-        block_interrupts: none is injected while single-stepping. Raises ValueError,
+        block_interrupts: none is injected while single-stepping. Raises BreakpointError,
         CapabilityMissingError, IoctlError.
         """
         request = ffi.new("struct kvm_guest_debug *")
@@ -269,7 +297,7 @@ class VcpuState(Attributes):
             request.control |= lib.KVM_GUESTDBG_ENABLE
         self.ioctl("KVM_SET_GUEST_DEBUG", request)
 
-    def translate(self, address: int) -> Translation | None:
+    def translate_gva(self, address: int) -> Translation | None:
         """Walk the guest's page tables for a virtual address; None where nothing is mapped."""
         request = ffi.new("struct kvm_translation *", {"linear_address": address})
         self.ioctl("KVM_TRANSLATE", request)
@@ -280,17 +308,24 @@ class VcpuState(Attributes):
         )
 
 
-def _debug_registers(registers: Any, breakpoints: Sequence[Breakpoint]) -> int:
+def _debug_registers(registers: Struct, breakpoints: Sequence[Breakpoint]) -> int:
     """Fill DR0 to DR3; return DR7."""
     if len(breakpoints) > 4:
-        raise ValueError(f"{len(breakpoints)} breakpoints: the processor has 4")
+        raise BreakpointError(f"{len(breakpoints)} breakpoints", "use at most 4")
     dr7 = _DR7_ALWAYS_ONE | _DR7_GLOBAL_EXACT
     for slot, each in enumerate(breakpoints):
         if each.kind not in _DR7_KINDS or each.size not in _DR7_SIZES:
-            raise ValueError(f"{each}: use execute, write or access, and size 1, 2, 4 or 8")
+            raise BreakpointError(
+                f"no {each}", "use execute, write or access, and size 1, 2, 4 or 8"
+            )
         # SDM: an execution breakpoint has length 1.
         size = 1 if each.kind == "execute" else each.size
         registers[slot] = each.address
         dr7 |= 2 << slot * 2
         dr7 |= (_DR7_SIZES[size] << 2 | _DR7_KINDS[each.kind]) << 16 + slot * 4
     return dr7
+
+
+def _require_size(what: str, state: bytes, size: int) -> None:
+    if len(state) != size:
+        raise StateSizeError(f"{len(state)} bytes for {what}", f"pass {size}")

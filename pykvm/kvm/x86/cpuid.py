@@ -9,9 +9,8 @@ import errno
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from pykvm.kvm._kvm import ffi, lib
 from pykvm.kvm.errors import IoctlError
-from pykvm.kvm.handle import Struct
+from pykvm.kvm.native import Struct, ffi, lib
 
 __all__ = ["CpuidEntry", "find_leaf", "pack_cpuid", "read_cpuid"]
 
@@ -74,7 +73,7 @@ def read_cpuid(call: Callable[[Struct], int]) -> list[CpuidEntry]:
 
 
 def pack_cpuid(entries: Iterable[CpuidEntry]) -> Struct:
-    """A struct kvm_cpuid2 for KVM_SET_CPUID2."""
+    """Return a struct kvm_cpuid2 for KVM_SET_CPUID2."""
     entries = list(entries)
     table = ffi.new("struct kvm_cpuid2 *", {"nent": len(entries), "entries": len(entries)})
     for slot, entry in enumerate(entries):
@@ -84,7 +83,7 @@ def pack_cpuid(entries: Iterable[CpuidEntry]) -> Struct:
 
 
 def find_leaf(entries: Iterable[CpuidEntry], function: int, index: int = 0) -> CpuidEntry | None:
-    """The leaf that CPUID(eax=function, ecx=index) would read, or None."""
+    """Return the leaf that CPUID(eax=function, ecx=index) would read, or None."""
     for entry in entries:
         if entry.function == function and (
             entry.index == index or not entry.flags & lib.KVM_CPUID_FLAG_SIGNIFCANT_INDEX

@@ -1,4 +1,4 @@
-"""pykvm.kvm.irq: interrupts that reach a guest, eventfds in both directions, timers."""
+"""pykvm.kvm.interrupts and pykvm.kvm.x86.vm: interrupts, eventfds in both directions, timers."""
 
 import errno
 import os
@@ -84,20 +84,20 @@ def signalled(fd: int) -> bool:
 
 def test_irq_line(waiting: RealModeGuest) -> None:
     assert run(waiting.vcpu) == READY
-    waiting.vm.irq_line(4, True)
+    waiting.vm.set_irq_line(4, True)
     assert run(waiting.vcpu) == took(0x24)
-    waiting.vm.irq_line(4, False)
+    waiting.vm.set_irq_line(4, False)
     assert run(waiting.vcpu, 0.3) == Stopped()  # nothing more comes
 
 
 def test_irqfd(waiting: RealModeGuest, eventfd: int) -> None:
     need(waiting.vm, "KVM_CAP_IRQFD")
-    waiting.vm.irqfd(eventfd, 4)
+    waiting.vm.register_irqfd(eventfd, 4)
     assert run(waiting.vcpu) == READY
     for _ in range(3):
         os.eventfd_write(eventfd, 1)
         assert run(waiting.vcpu) == took(0x24)
-    waiting.vm.remove_irqfd(eventfd, 4)
+    waiting.vm.unregister_irqfd(eventfd, 4)
     os.eventfd_write(eventfd, 1)
     assert run(waiting.vcpu, 0.3) == Stopped()
 
@@ -105,7 +105,7 @@ def test_irqfd(waiting: RealModeGuest, eventfd: int) -> None:
 def test_irqfd_wants_an_eventfd(waiting: RealModeGuest) -> None:
     need(waiting.vm, "KVM_CAP_IRQFD")
     with open("/dev/null") as file, pytest.raises(IoctlError) as caught:
-        waiting.vm.irqfd(file, 4)
+        waiting.vm.register_irqfd(file, 4)
     assert caught.value.ioctl == "KVM_IRQFD"
     assert caught.value.errno == errno.EINVAL
 
@@ -113,14 +113,14 @@ def test_irqfd_wants_an_eventfd(waiting: RealModeGuest) -> None:
 def test_irqfd_needs_an_irqchip(guest: RealModeGuest, eventfd: int) -> None:
     need(guest.vm, "KVM_CAP_IRQFD")
     with pytest.raises(IoctlError, match=r"call create_irqchip\(\) first"):
-        guest.vm.irqfd(eventfd, 4)
+        guest.vm.register_irqfd(eventfd, 4)
 
 
 def test_gsi_routing(waiting: RealModeGuest, eventfd: int) -> None:
     """GSI 20 is routed to pin 5 of the PIC: without the route it would go nowhere there."""
     need(waiting.vm, "KVM_CAP_IRQ_ROUTING")
     waiting.vm.set_gsi_routing([IrqchipRoute(20, lib.KVM_IRQCHIP_PIC_MASTER, 5)])
-    waiting.vm.irqfd(eventfd, 20)
+    waiting.vm.register_irqfd(eventfd, 20)
     assert run(waiting.vcpu) == READY
     os.eventfd_write(eventfd, 1)
     assert run(waiting.vcpu) == took(0x25)
@@ -129,7 +129,7 @@ def test_gsi_routing(waiting: RealModeGuest, eventfd: int) -> None:
 def test_msi_route(waiting: RealModeGuest, eventfd: int) -> None:
     need(waiting.vm, "KVM_CAP_IRQ_ROUTING")
     waiting.vm.set_gsi_routing([MsiRoute(30, 0xFEE00000, 0x40)])
-    waiting.vm.irqfd(eventfd, 30)
+    waiting.vm.register_irqfd(eventfd, 30)
     assert run(waiting.vcpu) == READY
     os.eventfd_write(eventfd, 1)
     assert run(waiting.vcpu) == took(0x40)
@@ -175,7 +175,7 @@ def test_irqchip_comes_once_and_first(kvm: Kvm) -> None:
 def test_split_irqchip(kvm: Kvm) -> None:
     with kvm.create_vm() as vm:
         need(vm, "KVM_CAP_SPLIT_IRQCHIP")
-        vm.split_irqchip(24)
+        vm.enable_split_irqchip(24)
         vcpu = vm.create_vcpu(0)
         assert len(vcpu.get_lapic()) == 1024
         with pytest.raises(IoctlError):
@@ -184,7 +184,7 @@ def test_split_irqchip(kvm: Kvm) -> None:
 
 def test_ioeventfd_on_a_port(guest: RealModeGuest, eventfd: int) -> None:
     need(guest.vm, "KVM_CAP_IOEVENTFD")
-    guest.vm.ioeventfd(eventfd, 0x30, 1, port=True, datamatch=7)
+    guest.vm.register_ioevent(eventfd, 0x30, 1, port=True, datamatch=7)
     guest.load("""
         B0 07  ; mov al, 7
         E6 30  ; out 0x30, al   no exit
@@ -197,18 +197,18 @@ def test_ioeventfd_on_a_port(guest: RealModeGuest, eventfd: int) -> None:
     assert run(guest.vcpu) == Io(0x30, 1, 1, True, b"\x08")
     assert os.eventfd_read(eventfd) == 2
     with pytest.raises(IoctlError) as caught:
-        guest.vm.ioeventfd(eventfd, 0x30, 1, port=True, datamatch=7)
+        guest.vm.register_ioevent(eventfd, 0x30, 1, port=True, datamatch=7)
     assert caught.value.errno == errno.EEXIST
-    guest.vm.remove_ioeventfd(eventfd, 0x30, 1, port=True, datamatch=7)
+    guest.vm.unregister_ioevent(eventfd, 0x30, 1, port=True, datamatch=7)
     guest.restart()
     assert run(guest.vcpu) == Io(0x30, 1, 1, True, b"\x07")
 
 
 def test_ioeventfd_on_memory(guest: RealModeGuest, eventfd: int) -> None:
     need(guest.vm, "KVM_CAP_IOEVENTFD")
-    guest.vm.delete_memory(0)
-    guest.vm.set_memory_region(0, 0, 0x8000, guest.host_address)
-    guest.vm.ioeventfd(eventfd, 0x9000, 2)
+    guest.vm.delete_memory_slot(0)
+    guest.vm.set_user_memory_region(0, 0, 0x8000, guest.host_address)
+    guest.vm.register_ioevent(eventfd, 0x9000, 2)
     guest.load("A3 00 90 F4 ; mov [0x9000], ax; hlt")
     assert run(guest.vcpu) == Hlt()
     assert os.eventfd_read(eventfd) == 1
@@ -217,28 +217,28 @@ def test_ioeventfd_on_memory(guest: RealModeGuest, eventfd: int) -> None:
 def test_ioeventfd_of_a_wrong_length(guest: RealModeGuest, eventfd: int) -> None:
     need(guest.vm, "KVM_CAP_IOEVENTFD")
     with pytest.raises(IoctlError, match="0, 1, 2, 4 or 8") as caught:
-        guest.vm.ioeventfd(eventfd, 0x9000, 3)
+        guest.vm.register_ioevent(eventfd, 0x9000, 3)
     assert caught.value.errno == errno.EINVAL
 
 
 def test_pit(vm: Vm) -> None:
     need(vm, "KVM_CAP_PIT2")
     vm.create_irqchip()
-    vm.create_pit()
-    state = vm.get_pit()
+    vm.create_pit2()
+    state = vm.get_pit2()
     state.channels[0].count = 0x1234
     state.channels[0].mode = 2
-    vm.set_pit(state)
-    assert vm.get_pit().channels[0].count == 0x1234
+    vm.set_pit2(state)
+    assert vm.get_pit2().channels[0].count == 0x1234
     vm.set_pit_reinject(False)
 
 
 def test_pit_comes_once(vm: Vm) -> None:
     need(vm, "KVM_CAP_PIT2")
     vm.create_irqchip()
-    vm.create_pit()
+    vm.create_pit2()
     with pytest.raises(IoctlError) as caught:
-        vm.create_pit()
+        vm.create_pit2()
     assert caught.value.errno == errno.EEXIST
 
 
@@ -250,9 +250,9 @@ def test_clock(vm: Vm) -> None:
 
 
 def test_tsc_of_the_vm(vm: Vm) -> None:
-    if refused_without(vm, "KVM_CAP_VM_TSC_CONTROL", vm.tsc_khz):
+    if refused_without(vm, "KVM_CAP_VM_TSC_CONTROL", vm.get_tsc_khz):
         return
-    khz = vm.tsc_khz()
+    khz = vm.get_tsc_khz()
     assert khz > 1000
     vm.set_tsc_khz(khz)
-    assert vm.create_vcpu(0).tsc_khz() == khz
+    assert vm.create_vcpu(0).get_tsc_khz() == khz

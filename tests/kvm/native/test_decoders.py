@@ -1,10 +1,11 @@
-"""pykvm.kvm.exits: decoding of struct kvm_run, for exits that no test guest can make happen."""
+"""pykvm.kvm.native.decoders and pykvm.kvm.x86.exits: also exits that no test guest can cause."""
 
 import pytest
 
 from pykvm.kvm import (
     BusLock,
     Debug,
+    Exit,
     FailEntry,
     GuestException,
     Hypercall,
@@ -19,18 +20,18 @@ from pykvm.kvm import (
     Notify,
     Rdmsr,
     SetTpr,
+    Struct,
     SystemEvent,
     SystemEventKind,
     TprAccess,
     Unknown,
-    UnknownHardware,
+    Unsupported,
     Wrmsr,
     exit_name,
     ffi,
     lib,
 )
-from pykvm.kvm.exits import Exit, decode_exit
-from pykvm.kvm.handle import Struct
+from pykvm.kvm.native.decoders import decode_exit
 
 pytestmark = pytest.mark.unit
 
@@ -49,17 +50,17 @@ def decoded(number: int, /, ctype: str = "", **fields: object) -> Exit:
 
 def test_unknown_number_is_kept() -> None:
     found = decoded(77, "kvm_exit_hw *", hardware_exit_reason=0x1122)
-    assert isinstance(found, Unknown)
+    assert isinstance(found, Unsupported)
     assert found.number == 77
     assert len(found.payload) == 64
     assert int.from_bytes(found.payload[:8], "little") == 0x1122
     assert "77" in str(found)
-    assert decoded(2**32 - 1) == Unknown(2**32 - 1, bytes(64))
+    assert decoded(2**32 - 1) == Unsupported(2**32 - 1, bytes(64))
 
 
 def test_known_to_the_header_but_not_decoded() -> None:
     found = decoded(lib.KVM_EXIT_WATCHDOG)
-    assert isinstance(found, Unknown)
+    assert isinstance(found, Unsupported)
     assert "KVM_EXIT_WATCHDOG" in str(found)
 
 
@@ -80,7 +81,7 @@ def test_plain_exits() -> None:
 
 
 def test_fields() -> None:
-    assert decoded(0, "kvm_exit_hw *", hardware_exit_reason=65) == UnknownHardware(65)
+    assert decoded(0, "kvm_exit_hw *", hardware_exit_reason=65) == Unknown(65)
     assert decoded(
         lib.KVM_EXIT_FAIL_ENTRY, "kvm_exit_fail_entry *", hardware_entry_failure_reason=0x80000021
     ) == FailEntry(0x80000021, 0)

@@ -1,0 +1,1 @@
+"""Devices of virtual machines, built on handlers of the run loop (`pykvm.kvm.handlers`)."""

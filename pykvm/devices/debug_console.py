@@ -1,0 +1,63 @@
+"""A debug console: ports whose output is collected, as Bochs and QEMU do with port 0xE9.
+
+Output never reaches Python until `DebugConsole.read` takes it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from pykvm.closeable import ForkAware
+from pykvm.devices._devices import ffi, lib
+from pykvm.errors import PykvmError
+from pykvm.kvm import Handler, Handlers
+from pykvm.sizes import KIB, PAGE_SIZE
+
+__all__ = ["DEBUG_PORT", "ConsoleSizeError", "DebugConsole"]
+
+DEBUG_PORT: Final = 0xE9
+
+
+class ConsoleSizeError(PykvmError, ValueError):
+    """A console with a buffer that cannot be."""
+
+
+class DebugConsole(ForkAware):
+    """Collects what guests write to its ports.
+
+    size: bytes of the buffer; what does not fit is dropped and counted. Raises ConsoleSizeError.
+    """
+
+    def __init__(self, size: int = 64 * KIB) -> None:
+        if size < 1:
+            raise ConsoleSizeError(f"a console buffer of {size} bytes", "use 1 or more")
+        raw: Any = lib.debug_console_new(size)
+        if raw == ffi.NULL:
+            raise MemoryError(f"no memory for a console of {size} bytes")
+        self._console = ffi.gc(raw, lib.debug_console_free)
+
+    def attach(self, handlers: Handlers, port: int = DEBUG_PORT) -> Handler:
+        """Collect the output to a port of a VM, also together with other ports and VMs.
+
+        Raises what `Handlers.add_ports` raises.
+        """
+        function = ffi.addressof(lib, "debug_console_access")
+        return handlers.add_ports(port, 1, function, self._console)
+
+    def read(self) -> bytes:
+        """Take what has been collected; from any thread, also while vCPUs run.
+
+        Raises ForkedProcessError: a vCPU of the parent process may hold the lock for ever.
+        """
+        self.require_own("reading of a debug console")
+        chunk = ffi.new("char[]", PAGE_SIZE)
+        result = b""
+        while n := lib.debug_console_read(self._console, chunk, PAGE_SIZE):
+            result += ffi.buffer(chunk, n)[:]
+        return result
+
+    @property
+    def dropped(self) -> int:
+        """Bytes lost because nobody called read() in time."""
+        self.require_own("reading of a debug console")
+        return int(lib.debug_console_dropped(self._console))
