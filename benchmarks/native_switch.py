@@ -20,8 +20,8 @@ from typing import Any
 from cffi import FFI
 
 from pykvm.errors import PykvmError
-from pykvm.host.fingerprint import fingerprint
 from pykvm.measure import Samples, write_record
+from pykvm.measure.fingerprint import fingerprint
 from pykvm.switch import NativePort, Switch, SwitchConfig
 from pykvm.switch._native import ffi
 from pykvm.switch.build_native import COMPILE_ARGS

@@ -15,7 +15,7 @@ from pathlib import Path
 from pykvm import cache
 from pykvm.errors import PykvmError
 from pykvm.host import distribution
-from pykvm.host.fingerprint import is_emulated
+from pykvm.host.emulation import is_emulated
 from pykvm.host.processor import MsrUnreadable, VmxCapabilities, read_processor
 from pykvm.kernel import modules
 from pykvm.kernel import packages as kernel_packages

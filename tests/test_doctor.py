@@ -8,7 +8,7 @@ import pytest
 
 from pykvm import doctor as checks
 from pykvm.doctor import EMULATED, HOST, Check
-from pykvm.host.fingerprint import is_emulated
+from pykvm.host.emulation import is_emulated
 from pykvm.host.processor import read_processor
 from pykvm.kernel import modules
 

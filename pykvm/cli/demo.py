@@ -6,7 +6,8 @@ from typing import Any, Final
 
 from pykvm.cli.hosts import on_suitable_host, ticks_scale
 from pykvm.errors import PykvmError
-from pykvm.host.fingerprint import fingerprint, host_kind, is_emulated
+from pykvm.host.emulation import host_kind, is_emulated
+from pykvm.measure.fingerprint import fingerprint
 from pykvm.measure.records import unit_of_host
 from pykvm.resources import CAPTURE
 from pykvm.switch.capture import read_capture, split_capture

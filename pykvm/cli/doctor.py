@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pykvm.doctor import EMULATED, HOST, Check, emulated_host_usable, host_usable, run_checks
-from pykvm.host.fingerprint import fingerprint
+from pykvm.measure.fingerprint import fingerprint
 
 __all__ = ["add_parser", "run"]
 

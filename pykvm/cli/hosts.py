@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from pykvm.elisa import calls
 from pykvm.errors import PykvmError
-from pykvm.host.fingerprint import is_emulated
+from pykvm.host.emulation import is_emulated
 from pykvm.kvm import Kvm, KvmError
 from pykvm.measure.records import read_record, write_record
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from pykvm.elisa.attachment import AttachmentCost
 from pykvm.elisa.objects import SharedObject
-from pykvm.host.fingerprint import is_emulated
+from pykvm.host.emulation import is_emulated
 from pykvm.kvm import Kvm
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.measure.programs import CrossingProgram

@@ -8,7 +8,7 @@ from pykvm.elisa.calls import enable_user_hypercalls
 from pykvm.elisa.objects import SharedObject
 from pykvm.elisa.protections import ALL, Without
 from pykvm.elisa.trusted_images import VMFUNC, crossing_images
-from pykvm.host.fingerprint import is_emulated
+from pykvm.host.emulation import is_emulated
 from pykvm.kvm import NULL_HYPERCALL, Kvm
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.measure.exit_counter import ExitCounter, Exits

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any, Final
 
 from pykvm.errors import PykvmError
-from pykvm.host.fingerprint import is_emulated
+from pykvm.host.emulation import is_emulated
 from pykvm.kvm import Kvm
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.measure.connect import SWITCH_SEED, connect

@@ -14,7 +14,7 @@ from typing import Any, Final
 from pykvm.elisa import crossing
 from pykvm.elisa.objects import SharedObject
 from pykvm.errors import PykvmError
-from pykvm.host.fingerprint import is_emulated
+from pykvm.host.emulation import is_emulated
 from pykvm.kvm import Kvm
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.measure.exit_counter import ExitCounter, Exits

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from pykvm.elisa.objects import SharedObject
 from pykvm.elisa.protections import Protection
-from pykvm.host.fingerprint import is_emulated
+from pykvm.host.emulation import is_emulated
 from pykvm.kvm import Kvm
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.measure.crossing_cost import measure_crossing

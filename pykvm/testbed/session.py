@@ -18,7 +18,7 @@ from pathlib import Path
 from pykvm import cache
 from pykvm.cache import pruning as cache_pruning
 from pykvm.errors import PykvmError
-from pykvm.host.fingerprint import commit
+from pykvm.host.checkout import commit
 from pykvm.kernel.series import newest_kernel
 from pykvm.testbed import instances, payload, saved_state
 from pykvm.testbed.bochs import DEFAULT_CPU, Emulator, Machine

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pykvm.cli.main import main
-from pykvm.host.fingerprint import is_emulated
+from pykvm.host.emulation import is_emulated
 from pykvm.kernel import modules
 
 

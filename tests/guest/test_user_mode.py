@@ -6,7 +6,7 @@ from pykvm.elisa.exits import ElisaExit
 from pykvm.elisa.objects import ObjectInstance, SharedObject
 from pykvm.elisa.protections import Protection
 from pykvm.elisa.trusted_images import build_object, crossing_images
-from pykvm.host.fingerprint import is_emulated
+from pykvm.host.emulation import is_emulated
 from pykvm.kernel import uapi
 from pykvm.kvm import Kvm, UnexpectedExitError
 from pykvm.machine.bare.guest import BareGuest

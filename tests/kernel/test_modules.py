@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pykvm import doctor as checks
-from pykvm.host.fingerprint import is_emulated
+from pykvm.host.emulation import is_emulated
 from pykvm.host.processor import Processor
 from pykvm.kernel import modules
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pykvm.host.fingerprint import is_emulated
+from pykvm.host.emulation import is_emulated
 from pykvm.kvm import Kvm
 from pykvm.measure.bursts import measure_bursts
 from pykvm.measure.crossing_cost import Crossing, measure_crossing

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pykvm.elisa import crossing
-from pykvm.host.fingerprint import is_emulated
+from pykvm.host.emulation import is_emulated
 from pykvm.kvm import Kvm
 from pykvm.measure.exit_counter import Exits
 from pykvm.measure.interrupts import LateTimerError, _point, measure_interrupts

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pykvm.elisa.protections import Protection
-from pykvm.host.fingerprint import is_emulated
+from pykvm.host.emulation import is_emulated
 from pykvm.kvm import Kvm
 from pykvm.measure.prebuild import build_images
 from pykvm.measure.protection_cost import MEASURED, Protections, measure_protections

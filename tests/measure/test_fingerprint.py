@@ -2,16 +2,16 @@
 
 import getpass
 import json
-import os
 import platform
 import socket
 from pathlib import Path
 
 import pytest
 
-from pykvm.host.fingerprint import commit, fingerprint, host_kind
+from pykvm.host.emulation import host_kind
 from pykvm.host.processor import read_processor
 from pykvm.kernel import modules
+from pykvm.measure.fingerprint import fingerprint
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,20 +44,6 @@ def test_the_testbed_is_told_by_its_marker(monkeypatch: pytest.MonkeyPatch) -> N
     assert host_kind() == fingerprint()["host"] == "emulated"
     monkeypatch.delenv("PYKVM_TESTBED")
     assert host_kind() == fingerprint()["host"] == "hardware"
-
-
-@pytest.mark.unit
-def test_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYKVM_COMMIT", "abcdef123456+")
-    assert commit() == "abcdef123456+"
-    monkeypatch.delenv("PYKVM_COMMIT")
-    if (ROOT / ".git").is_dir():
-        head = (ROOT / ".git/HEAD").read_text().strip()
-        if head.startswith("ref: ") and (ROOT / ".git" / head[5:]).exists():
-            head = (ROOT / ".git" / head[5:]).read_text().strip()
-            assert commit().rstrip("+") == head[:12]
-    monkeypatch.setenv("PATH", os.devnull)
-    assert commit() == ""
 
 
 @pytest.mark.elisa
