@@ -34,6 +34,24 @@
 #define SWITCH_DEFAULT_FRAME 1514
 #define SWITCH_MAX_FRAME 2040 /* a slot less its 8-byte header */
 
+/*
+ * VLAN tags: 802.1Q customer and 802.1ad service tags, stacked in any order. A frame may be 4 bytes
+ * longer than its port's limit for each (IEEE 802.3, 3.2.7), as far as it fits into a slot. Linux
+ * looks for no more than eight either (VLAN_MAX_DEPTH in include/linux/if_vlan.h).
+ */
+#define SWITCH_TAG_BYTES 4
+#define SWITCH_MAX_TAGS 8
+#define SWITCH_CUSTOMER_TAG 0x8100
+#define SWITCH_SERVICE_TAG 0x88a8
+#define SWITCH_ANY_VLAN 0xfff /* no frame's own: IEEE 802.1Q reserves it (table 9-2) */
+
+/*
+ * Group addresses of the link, 01-80-C2-00-00-00 to -0F, first byte lowest: spanning tree, pause,
+ * LACP, LLDP and others end at the next bridge (IEEE 802.1Q, table 8-1).
+ */
+#define SWITCH_LINK_LOCAL 0x0000c28001ULL
+#define SWITCH_LINK_LOCAL_SHIFT 40 /* of the four bits that differ */
+
 /* a0 of the call: operation in bits 0-7, the caller's port in 8-15, flags from bit 16 */
 #define SWITCH_OP_SEND 1
 /* Stop before a frame whose only receiver's lane is full, instead of dropping it. */
@@ -42,7 +60,7 @@
 
 #define SWITCH_WINDOW_MAGIC 0x57495645u /* "EVIW" */
 #define SWITCH_SHARED_MAGIC 0x53495645u /* "EVIS" */
-#define SWITCH_VERSION 2
+#define SWITCH_VERSION 3
 
 /* ------------------------------------------------------------------ windows */
 
@@ -53,7 +71,7 @@ struct switch_window_info {
 	uint32_t ports;       /* lanes 0 to ports - 1 exist; the port's own one stays empty */
 	uint32_t tx_slots;    /* a power of two, at most SWITCH_MAX_TX_SLOTS */
 	uint32_t lane_slots;  /* a power of two */
-	uint32_t frame_limit; /* longest frame in bytes, SWITCH_MIN_FRAME to SWITCH_MAX_FRAME */
+	uint32_t frame_limit; /* longest frame in bytes without tags, up to SWITCH_MAX_FRAME */
 	uint32_t reserved;
 	uint64_t lanes_offset; /* of lane 0's first slot in the window */
 	uint64_t lane_bytes;   /* from one lane's first slot to the next one's */
@@ -107,6 +125,7 @@ static inline uint64_t switch_window_size(uint32_t ports, uint32_t tx_slots, uin
  * never run again. All of them grow from the switch's creation on. When no call is under way:
  *   frames = unicast + broadcast + multicast + unknown
  *            + too_short + too_long + same_port + no_receiver + spoofed
+ *            + bad_source + link_local
  *   copies = delivered + full + bad_tail, summed over the lanes from this port, + lost
  *
  * A call that is cut short by its vCPU's end leaves the first two sums open; the host closes them
@@ -124,11 +143,13 @@ struct switch_port {
 	uint64_t multicast;
 	uint64_t unknown;   /* flooded, because the destination was not learned or too old */
 	uint64_t copies;    /* that these four kinds asked for */
-	uint64_t too_short;
-	uint64_t too_long;
+	uint64_t too_short;   /* no room for addresses, type and the tag that the type announces */
+	uint64_t too_long;    /* longer than the limit and its tags allow */
 	uint64_t same_port;   /* filtered: the destination is on the sender's own port */
 	uint64_t no_receiver; /* no other port is enabled, or the learned one no longer is */
 	uint64_t spoofed;     /* the source is pinned to another port */
+	uint64_t bad_source;  /* a group address or zero, which no station has */
+	uint64_t link_local;  /* filtered: for the link's own protocols, which end here */
 	uint64_t waited;      /* calls that SWITCH_WAIT ended early */
 	uint64_t cut;         /* calls that never ended because their vCPU did */
 	uint64_t lost;        /* copies that such calls had asked for and not published */
@@ -155,21 +176,29 @@ struct switch_lane {
 };
 
 /*
- * Station table: lines of eight 64-bit words, one word per address, so that an entry is read and
- * replaced in one piece and needs no lock. A word is 0 when empty, else
- *   bits 0-47 address (first byte lowest), 48-53 port, 54-61 epoch, 62 pinned, 63 one.
+ * Station table: lines of eight 64-bit words, one word per station, so that an entry is read and
+ * replaced in one piece and needs no lock. A station is an address on a VLAN (IEEE 802.1Q's
+ * independent learning). Of its 59 bits (12 of the VLAN, 47 of the address without the group bit,
+ * which is 0) a word has room for 50, so the table is quotiented: the station's bits are multiplied
+ * by an odd number modulo 2^59, which can be undone; the product's first nine bits name the line,
+ * and the word holds the other 50. A word is 0 when empty, else
+ *   bits 0-5 port, 6-11 epoch, 12 pinned, 13 one, 14-63 rest of the station.
+ *
+ * The VLAN is that of the outermost tag, and 0 for frames without a tag or with a priority tag
+ * (VLAN 0). A pinned address counts on every VLAN: its word is that of SWITCH_ANY_VLAN, and it is
+ * looked up before all others.
  */
 #define SWITCH_TABLE_LINES 512
 #define SWITCH_TABLE_WAYS 8
 /* Fresh entries of one port in a line: no single guest can crowd the others out of the table. */
 #define SWITCH_TABLE_SHARE 2
 #define SWITCH_MAC_MASK 0xffffffffffffULL
-#define SWITCH_ENTRY_PORT_SHIFT 48
-#define SWITCH_ENTRY_EPOCH_SHIFT 54
-#define SWITCH_ENTRY_EPOCH_MASK 0xffu
-#define SWITCH_ENTRY_PINNED (1ULL << 62)
-#define SWITCH_ENTRY_VALID (1ULL << 63)
-#define SWITCH_MAX_AGE 200 /* epochs; below 256 less some, so that an old entry cannot look new */
+#define SWITCH_ENTRY_EPOCH_SHIFT 6
+#define SWITCH_ENTRY_EPOCH_MASK 0x3fu
+#define SWITCH_ENTRY_PINNED (1ULL << 12)
+#define SWITCH_ENTRY_VALID (1ULL << 13)
+#define SWITCH_ENTRY_REST_SHIFT 14
+#define SWITCH_MAX_AGE 50 /* epochs; below 64 less some, so that an old entry cannot look new */
 
 struct switch_shared {
 	/* Written once by the host */
@@ -179,26 +208,51 @@ struct switch_shared {
 	uint32_t tx_slots;
 	uint32_t lane_slots;
 	uint32_t frame_limit;
-	uint32_t max_age;   /* epochs without a frame after which an address is forgotten */
-	uint32_t reserved;
+	uint32_t max_age;   /* epochs without a frame after which a station is forgotten */
+	uint32_t group_forward_mask; /* bit n: 01-80-C2-00-00-0n is forwarded all the same */
 	uint64_t hash_seed; /* odd and random, so that guests cannot aim at a line of the table */
 	/* Written by the host at run time */
 	_Alignas(64) uint64_t enabled; /* bit p: port p sends and receives */
 	uint64_t epoch;
+	uint64_t pins; /* pinned addresses; while there are none, nobody looks for them */
 	struct switch_port port[SWITCH_MAX_PORTS];
 	_Alignas(64) uint64_t table[SWITCH_TABLE_LINES][SWITCH_TABLE_WAYS];
 	struct switch_lane lane[SWITCH_MAX_PORTS][SWITCH_MAX_PORTS]; /* [source][destination] */
 };
 
-static inline uint32_t switch_table_line(const struct switch_shared *shared, uint64_t address)
+/* A station's bits, mixed: of the product the line, and its rest where an entry has it. */
+static inline uint64_t switch_station(const struct switch_shared *shared, uint64_t address,
+				      uint32_t vlan)
 {
-	return (uint32_t)((address * shared->hash_seed) >> 55); /* 512 lines: the top 9 bits */
+	return ((uint64_t)vlan << 52 | address << 4) * shared->hash_seed;
+}
+
+static inline uint32_t switch_station_line(uint64_t station)
+{
+	return (uint32_t)(station >> 55);
+}
+
+static inline uint64_t switch_station_rest(uint64_t station)
+{
+	return station << 9; /* the lowest five bits of a station are 0: its address has no group bit */
+}
+
+/* Whether an entry is the station's; another entry of it will do for `rest`. */
+static inline int switch_entry_is(uint64_t entry, uint64_t rest)
+{
+	return (entry ^ rest) >> SWITCH_ENTRY_REST_SHIFT == 0 && entry != 0;
+}
+
+static inline uint32_t switch_entry_port(uint64_t entry)
+{
+	return entry & (SWITCH_MAX_PORTS - 1);
 }
 
 _Static_assert(sizeof(struct switch_slot) == SWITCH_SLOT_BYTES, "a slot is one stride");
 _Static_assert(sizeof(struct switch_window) == 0x3000, "transmit slots start at 0x3000");
 _Static_assert(sizeof(struct switch_lane_control) == 128, "two cache lines");
 _Static_assert(sizeof(struct switch_lane) == 64, "one cache line");
-_Static_assert(SWITCH_TABLE_LINES == 1 << 9, "switch_table_line takes nine bits");
+_Static_assert(SWITCH_TABLE_LINES == 1 << 9, "switch_station_line takes nine bits");
+_Static_assert(SWITCH_MAX_PORTS == 1 << SWITCH_ENTRY_EPOCH_SHIFT, "a port takes the first bits");
 
 #endif

@@ -6,9 +6,10 @@
  * Three rules keep hostile guests and stopped vCPUs from harming anyone else:
  *
  *  - What lies in a window changes at any moment. A value is read once into a local, checked, and
- *    only the local is used; the header that was looked up is the header that is delivered.
- *    Positions are masked or compared with what `shared` says, which no guest can write. The
- *    bytes behind the header decide nothing, so it does not matter when they are read.
+ *    only the local is used; the header that was looked up is the header that is delivered, its
+ *    outermost tag included. Positions are masked or compared with what `shared` says, which no
+ *    guest can write. Of the bytes behind the header only further tags decide anything: how much
+ *    longer than usual the frame may be. It fits into a slot in any case.
  *  - Nobody waits for anybody. Every lane and every counter has one writer, the source port's
  *    call; table entries are replaced in one compare-and-swap that may fail. A call that stops
  *    for ever in the middle leaves frames unpublished, and its own counters open: what is asked
@@ -46,7 +47,7 @@ typedef uint64_t word __attribute__((may_alias, aligned(1)));
 /* The first 16 bytes of a frame. */
 struct header {
 	uint64_t low;  /* destination in bits 0-47, first two bytes of the source above */
-	uint64_t high; /* the source's other four bytes, type, two bytes of payload */
+	uint64_t high; /* the source's other four bytes, type, the outermost tag or payload */
 };
 
 struct call {
@@ -60,27 +61,75 @@ struct call {
 /* What resolve() says when it is not a port number. */
 enum { FLOOD = SWITCH_MAX_PORTS, NOWHERE };
 
+/* -------------------------------------------------------------------- tags */
+
+/* `type` as it stands in the frame, in network byte order. */
+static inline bool is_tag(uint16_t type)
+{
+	return type == __builtin_bswap16(SWITCH_CUSTOMER_TAG) ||
+	       type == __builtin_bswap16(SWITCH_SERVICE_TAG);
+}
+
+/* Of header.high: all but priority and drop eligibility of a tag, or but the payload. */
+#define TAGGED_BITS 0xff0fffffffffffffULL
+#define UNTAGGED_BITS 0x0000ffffffffffffULL
+
+/* What a header says about its frame and about those of one run with it. */
+struct format {
+	uint64_t bits;     /* of header.high that name source, type and VLAN */
+	uint32_t vlan;
+	uint32_t shortest; /* frame in bytes */
+	uint32_t spread;   /* of the longest one, without looking for more tags, less the shortest */
+};
+
+static inline struct format format_of(const struct switch_shared *shared, struct header header)
+{
+	uint32_t longest = shared->frame_limit + SWITCH_TAG_BYTES;
+
+	if (LIKELY(!is_tag((uint16_t)(header.high >> 32))))
+		return (struct format){ UNTAGGED_BITS, 0, SWITCH_MIN_FRAME,
+					shared->frame_limit - SWITCH_MIN_FRAME };
+	if (longest > SWITCH_MAX_FRAME)
+		longest = SWITCH_MAX_FRAME;
+	return (struct format){
+		.bits = TAGGED_BITS,
+		.vlan = (uint32_t)(header.high >> 40 & 0xf00) | (uint32_t)(header.high >> 56),
+		.shortest = SWITCH_MIN_FRAME + SWITCH_TAG_BYTES,
+		.spread = longest - (SWITCH_MIN_FRAME + SWITCH_TAG_BYTES),
+	};
+}
+
+/* Whether a tagged frame of more than the limit has as many further tags as that takes. */
+static __attribute__((noinline)) bool has_tags_for(const struct switch_shared *shared,
+						   const uint8_t *frame, uint32_t length)
+{
+	const uint16_t *type = (const uint16_t *)(frame + 12);
+	uint32_t longest = shared->frame_limit + SWITCH_TAG_BYTES;
+
+	for (unsigned int tags = 1; length > longest; tags++) {
+		type += SWITCH_TAG_BYTES / sizeof(*type);
+		if (tags == SWITCH_MAX_TAGS || !is_tag(READ_ONCE(*type)))
+			return false;
+		longest += SWITCH_TAG_BYTES;
+	}
+	return true;
+}
+
 /* ----------------------------------------------------------- station table */
 
 static bool is_fresh(const struct switch_shared *shared, uint64_t entry, uint64_t epoch)
 {
 	uint64_t age = (epoch - (entry >> SWITCH_ENTRY_EPOCH_SHIFT)) & SWITCH_ENTRY_EPOCH_MASK;
 
-	return (entry & SWITCH_ENTRY_PINNED) || ((entry & SWITCH_ENTRY_VALID) && age <= shared->max_age);
-}
-
-static uint32_t entry_port(uint64_t entry)
-{
-	return (entry >> SWITCH_ENTRY_PORT_SHIFT) & (SWITCH_MAX_PORTS - 1);
+	return (entry & SWITCH_ENTRY_VALID) && age <= shared->max_age;
 }
 
 /*
- * Write `wanted`, an entry for an address of the calling port, over the same address's older
- * entry, or into a free or stale way, or over another one of this port. False when the address is
- * pinned to another port. A failed compare-and-swap means that another port's call just wrote
- * this entry; the next call of this one tries again.
+ * Write `wanted`, an entry for a station of the calling port, over the same station's older entry,
+ * or into a free or stale way, or over another one of this port. A failed compare-and-swap means
+ * that another port's call just wrote this entry; the next call of this one tries again.
  */
-static __attribute__((noinline)) bool learn(const struct call *call, uint64_t *line,
+static __attribute__((noinline)) void learn(const struct call *call, uint64_t *line,
 					    uint64_t wanted, uint64_t epoch)
 {
 	uint64_t *place = 0, *own = 0;
@@ -90,9 +139,9 @@ static __attribute__((noinline)) bool learn(const struct call *call, uint64_t *l
 	for (unsigned int way = 0; way < SWITCH_TABLE_WAYS; way++) {
 		uint64_t entry = READ_ONCE(line[way]);
 
-		if (entry && ((entry ^ wanted) & SWITCH_MAC_MASK) == 0) {
-			if (entry & SWITCH_ENTRY_PINNED)
-				return entry_port(entry) == call->id;
+		if (entry & SWITCH_ENTRY_PINNED)
+			continue;
+		if (switch_entry_is(entry, wanted)) {
 			place = &line[way];
 			place_entry = entry;
 			owned = 0;
@@ -103,7 +152,7 @@ static __attribute__((noinline)) bool learn(const struct call *call, uint64_t *l
 				place = &line[way];
 				place_entry = entry;
 			}
-		} else if (!(entry & SWITCH_ENTRY_PINNED) && entry_port(entry) == call->id) {
+		} else if (switch_entry_port(entry) == call->id) {
 			own = &line[way];
 			own_entry = entry;
 			owned++;
@@ -112,69 +161,106 @@ static __attribute__((noinline)) bool learn(const struct call *call, uint64_t *l
 	if (!place || owned >= SWITCH_TABLE_SHARE) {
 		if (!own) {
 			call->port->not_learned++;
-			return true;
+			return;
 		}
 		place = own;
 		place_entry = own_entry;
 	}
 	__atomic_compare_exchange_n(place, &place_entry, wanted, false, __ATOMIC_RELAXED,
 				    __ATOMIC_RELAXED);
-	return true;
 }
 
-/* Note that `source` is behind the calling port. False when it is pinned to another port. */
-static inline bool note_source(const struct call *call, uint64_t source)
+/* Note that the station is behind the calling port. */
+static inline void note_source(const struct call *call, uint64_t station)
 {
 	struct switch_shared *shared = call->shared;
-	uint64_t *line = shared->table[switch_table_line(shared, source)];
+	uint64_t *line = shared->table[switch_station_line(station)];
 	uint64_t epoch = READ_ONCE(shared->epoch) & SWITCH_ENTRY_EPOCH_MASK;
-	uint64_t wanted = source | (uint64_t)call->id << SWITCH_ENTRY_PORT_SHIFT |
-			  epoch << SWITCH_ENTRY_EPOCH_SHIFT | SWITCH_ENTRY_VALID;
+	uint64_t wanted = switch_station_rest(station) | SWITCH_ENTRY_VALID |
+			  epoch << SWITCH_ENTRY_EPOCH_SHIFT | call->id;
 
-	if ((source & 1) || source == 0) /* no station sends from a group address */
-		return true;
 	/* Mostly it is known already, and in this epoch too. */
-	return READ_ONCE(line[0]) == wanted || learn(call, line, wanted, epoch);
+	if (READ_ONCE(line[0]) != wanted)
+		learn(call, line, wanted, epoch);
 }
 
-/* The port behind which `destination` is, or FLOOD. */
-static uint32_t look_up(const struct switch_shared *shared, uint64_t destination)
+/* The port behind which the station is, or FLOOD. */
+static uint32_t look_up(const struct switch_shared *shared, uint64_t station)
 {
-	const uint64_t *line = shared->table[switch_table_line(shared, destination)];
-	uint64_t epoch = READ_ONCE(shared->epoch);
+	const uint64_t *line = shared->table[switch_station_line(station)];
+	uint64_t rest = switch_station_rest(station), epoch = READ_ONCE(shared->epoch);
 
 	for (unsigned int way = 0; way < SWITCH_TABLE_WAYS; way++) {
 		uint64_t entry = READ_ONCE(line[way]);
 
-		if (((entry ^ destination) & SWITCH_MAC_MASK) == 0 && entry != 0)
-			return is_fresh(shared, entry, epoch) ? entry_port(entry) : FLOOD;
+		if (switch_entry_is(entry, rest) && !(entry & SWITCH_ENTRY_PINNED))
+			return is_fresh(shared, entry, epoch) ? switch_entry_port(entry) : FLOOD;
 	}
 	return FLOOD;
 }
 
+/* The port to which `address` is pinned, or FLOOD. */
+static uint32_t look_up_pin(const struct switch_shared *shared, uint64_t address)
+{
+	uint64_t station = switch_station(shared, address, SWITCH_ANY_VLAN);
+	const uint64_t *line = shared->table[switch_station_line(station)];
+	uint64_t rest = switch_station_rest(station);
+
+	for (unsigned int way = 0; way < SWITCH_TABLE_WAYS; way++) {
+		uint64_t entry = READ_ONCE(line[way]);
+
+		if (switch_entry_is(entry, rest) && entry & SWITCH_ENTRY_PINNED)
+			return switch_entry_port(entry);
+	}
+	return FLOOD;
+}
+
+/* Whether a group address is for the link only, and not let through by the host. */
+static inline bool is_link_local(const struct switch_shared *shared, uint64_t destination)
+{
+	return (destination & ~(0xfULL << SWITCH_LINK_LOCAL_SHIFT)) == SWITCH_LINK_LOCAL &&
+	       !(shared->group_forward_mask >> (destination >> SWITCH_LINK_LOCAL_SHIFT) & 1);
+}
+
 /*
- * Where frames with these addresses go: a port, FLOOD or NOWHERE. In the first two cases `kind`
- * is the counter for them; for NOWHERE the frame has been counted under its reason.
+ * Where frames with these addresses go on this VLAN: a port, FLOOD or NOWHERE. In the first two
+ * cases `kind` is the counter for them; for NOWHERE the frame has been counted under its reason.
  */
 static __attribute__((noinline)) uint32_t resolve(const struct call *call, struct header header,
-						  uint64_t **kind)
+						  uint32_t vlan, uint64_t **kind)
 {
+	struct switch_shared *shared = call->shared;
 	struct switch_port *port = call->port;
 	uint64_t destination = header.low & SWITCH_MAC_MASK;
 	uint64_t source = header.low >> 48 | (header.high & 0xffffffff) << 16;
 	uint64_t others = call->enabled & ~(1ULL << call->id);
-	uint32_t found = FLOOD;
+	bool pins = READ_ONCE(shared->pins);
+	uint32_t found = pins ? look_up_pin(shared, source) : FLOOD;
 
-	if (!note_source(call, source)) {
+	if ((source & 1) || source == 0) {
+		port->bad_source++;
+		return NOWHERE;
+	}
+	if (found == FLOOD) {
+		note_source(call, switch_station(shared, source, vlan));
+	} else if (found != call->id) {
 		port->spoofed++;
 		return NOWHERE;
 	}
+	found = FLOOD;
 	if (destination == SWITCH_MAC_MASK) {
 		*kind = &port->broadcast;
 	} else if (destination & 1) {
+		if (is_link_local(shared, destination)) {
+			port->link_local++;
+			return NOWHERE;
+		}
 		*kind = &port->multicast;
 	} else {
-		found = look_up(call->shared, destination);
+		if (pins)
+			found = look_up_pin(shared, destination);
+		if (found == FLOOD)
+			found = look_up(shared, switch_station(shared, destination, vlan));
 		*kind = found == FLOOD ? &port->unknown : &port->unicast;
 	}
 	if (found == call->id) {
@@ -328,8 +414,6 @@ static uint32_t send(const struct call *call, uint32_t first, uint32_t count, bo
 	struct switch_port *port = call->port;
 	uint8_t *base = (uint8_t *)(call->env->windows + call->id * call->env->window_size);
 	struct switch_window *window = (struct switch_window *)base;
-	/* Lengths less the minimum, so that one unsigned comparison refuses both ends. */
-	const uint32_t spread = shared->frame_limit - SWITCH_MIN_FRAME;
 	uint32_t done = 0;
 
 	while (done < count) {
@@ -338,21 +422,26 @@ static uint32_t send(const struct call *call, uint32_t first, uint32_t count, bo
 		const uint32_t *lengths = &window->tx_length[index];
 		uint32_t length = READ_ONCE(*lengths);
 		struct header header, run;
+		struct format format;
 		struct open_lane open;
 		struct switch_slot *slot;
 		const uint8_t *start, *end;
 		uint32_t to, at, frames;
 		uint64_t *kind, bytes = 0;
 
-		if (length - SWITCH_MIN_FRAME > spread) {
-			*(length < SWITCH_MIN_FRAME ? &port->too_short : &port->too_long) += 1;
+		header.low = READ_ONCE(((const word *)frame)[0]);
+		header.high = READ_ONCE(((const word *)frame)[1]);
+		format = format_of(shared, header);
+		/* Less the shortest, so that one unsigned comparison refuses both ends. */
+		if (UNLIKELY(length - format.shortest > format.spread) &&
+		    (length < format.shortest || length > SWITCH_MAX_FRAME ||
+		     format.bits == UNTAGGED_BITS || !has_tags_for(shared, frame, length))) {
+			*(length < format.shortest ? &port->too_short : &port->too_long) += 1;
 			done++;
 			continue;
 		}
 		length &= SWITCH_SLOT_BYTES - 1; /* also when the branch above is mispredicted */
-		header.low = READ_ONCE(((const word *)frame)[0]);
-		header.high = READ_ONCE(((const word *)frame)[1]);
-		to = resolve(call, header, &kind);
+		to = resolve(call, header, format.vlan, &kind);
 		if (to >= FLOOD) {
 			if (to == FLOOD) {
 				*kind += 1;
@@ -377,9 +466,10 @@ static uint32_t send(const struct call *call, uint32_t first, uint32_t count, bo
 			continue;
 		}
 		/*
-		 * A run: frames with the same addresses go to the same lane, without looking
-		 * anything up, until a ring wraps. One that differs, or has no valid length, ends
-		 * the run and is read afresh above; nothing that was read of it here is kept.
+		 * A run: frames with the same addresses, type and VLAN go to the same lane, without
+		 * looking anything up, until a ring wraps. One that differs, or has no usual
+		 * length, ends the run and is read afresh above; nothing that was read of it here
+		 * is kept.
 		 */
 		at = open.head & (shared->lane_slots - 1);
 		slot = (struct switch_slot *)open.slots + at;
@@ -397,13 +487,13 @@ static uint32_t send(const struct call *call, uint32_t first, uint32_t count, bo
 			slot++;
 			lengths++;
 			length = READ_ONCE(*lengths);
-			if (UNLIKELY(length - SWITCH_MIN_FRAME > spread))
+			if (UNLIKELY(length - format.shortest > format.spread))
 				break;
 			length &= SWITCH_SLOT_BYTES - 1;
 			header.low = READ_ONCE(((const word *)frame)[0]);
 			header.high = READ_ONCE(((const word *)frame)[1]);
 			if (UNLIKELY(header.low != run.low ||
-				     (uint32_t)header.high != (uint32_t)run.high))
+				     ((header.high ^ run.high) & format.bits)))
 				break;
 		}
 		frames = (uint32_t)((uint64_t)(frame - start) / SWITCH_SLOT_BYTES);

@@ -9,7 +9,7 @@
 
 void switch_initialise(struct switch_shared *shared, uint32_t ports, uint32_t tx_slots,
 		       uint32_t lane_slots, uint32_t frame_limit, uint32_t max_age,
-		       uint64_t hash_seed)
+		       uint32_t group_forward_mask, uint64_t hash_seed)
 {
 	memset(shared, 0, sizeof(*shared));
 	shared->version = SWITCH_VERSION;
@@ -18,6 +18,7 @@ void switch_initialise(struct switch_shared *shared, uint32_t ports, uint32_t tx
 	shared->lane_slots = lane_slots;
 	shared->frame_limit = frame_limit;
 	shared->max_age = max_age;
+	shared->group_forward_mask = group_forward_mask;
 	shared->hash_seed = hash_seed | 1;
 	STORE_RELEASE(shared->magic, SWITCH_SHARED_MAGIC); /* readers of counters look at it */
 }
@@ -40,8 +41,7 @@ static void sweep(struct switch_shared *shared, int (*wanted)(uint64_t entry, ui
 
 static int is_behind(uint64_t entry, uint64_t port)
 {
-	return !(entry & SWITCH_ENTRY_PINNED) &&
-	       (entry >> SWITCH_ENTRY_PORT_SHIFT & (SWITCH_MAX_PORTS - 1)) == port;
+	return !(entry & SWITCH_ENTRY_PINNED) && switch_entry_port(entry) == port;
 }
 
 void switch_disable_port(struct switch_shared *shared, uint32_t port)
@@ -73,7 +73,7 @@ static void settle(struct switch_shared *shared, uint8_t *windows, uint64_t wind
 	port->lost = port->copies - published;
 	port->frames = port->unicast + port->broadcast + port->multicast + port->unknown +
 		       port->too_short + port->too_long + port->same_port + port->no_receiver +
-		       port->spoofed;
+		       port->spoofed + port->bad_source + port->link_local;
 	port->cut++;
 }
 
@@ -137,39 +137,53 @@ void switch_tick(struct switch_shared *shared)
 	sweep(shared, is_too_old, (epoch & SWITCH_ENTRY_EPOCH_MASK) << 32 | shared->max_age);
 }
 
-static int is_address(uint64_t entry, uint64_t address)
+/* While there are none, calls do not look for pins. */
+static void count_pins(struct switch_shared *shared)
 {
-	return (entry & SWITCH_MAC_MASK) == address;
+	uint64_t pins = 0;
+
+	for (uint32_t line = 0; line < SWITCH_TABLE_LINES; line++) {
+		for (uint32_t way = 0; way < SWITCH_TABLE_WAYS; way++)
+			pins += (READ_ONCE(shared->table[line][way]) & SWITCH_ENTRY_PINNED) != 0;
+	}
+	STORE_RELEASE(shared->pins, pins);
 }
 
 int switch_pin(struct switch_shared *shared, uint64_t address, uint32_t port)
 {
-	uint64_t *line = shared->table[switch_table_line(shared, address)];
-	uint64_t wanted = address | (uint64_t)port << SWITCH_ENTRY_PORT_SHIFT |
-			  SWITCH_ENTRY_PINNED | SWITCH_ENTRY_VALID;
+	uint64_t station = switch_station(shared, address, SWITCH_ANY_VLAN);
+	uint64_t *line = shared->table[switch_station_line(station)];
+	int result = -1;
 
-	/* The first way that may be taken: calls find it before any later one. */
 	switch_unpin(shared, address);
 	for (uint32_t way = 0; way < SWITCH_TABLE_WAYS; way++) {
 		if (READ_ONCE(line[way]) & SWITCH_ENTRY_PINNED)
 			continue;
-		__atomic_store_n(&line[way], wanted, __ATOMIC_RELAXED);
-		/* One that a call learned in between, elsewhere in the line. */
-		for (way++; way < SWITCH_TABLE_WAYS; way++) {
-			uint64_t entry = READ_ONCE(line[way]);
-
-			if (is_address(entry, address))
-				__atomic_compare_exchange_n(&line[way], &entry, 0, 0, __ATOMIC_RELAXED,
-							    __ATOMIC_RELAXED);
-		}
-		return 0;
+		/* Over what a call may have learned just now: calls never replace a pin. */
+		STORE_RELEASE(line[way], switch_station_rest(station) | port |
+						 SWITCH_ENTRY_PINNED | SWITCH_ENTRY_VALID);
+		result = 0;
+		break;
 	}
-	return -1;
+	count_pins(shared);
+	return result;
 }
 
 void switch_unpin(struct switch_shared *shared, uint64_t address)
 {
-	sweep(shared, is_address, address);
+	for (uint32_t vlan = 0; vlan <= SWITCH_ANY_VLAN; vlan++) {
+		uint64_t station = switch_station(shared, address, vlan);
+		uint64_t *line = shared->table[switch_station_line(station)];
+
+		for (uint32_t way = 0; way < SWITCH_TABLE_WAYS; way++) {
+			uint64_t entry = READ_ONCE(line[way]);
+
+			if (switch_entry_is(entry, switch_station_rest(station)))
+				__atomic_compare_exchange_n(&line[way], &entry, 0, 0, __ATOMIC_RELAXED,
+							    __ATOMIC_RELAXED);
+		}
+	}
+	count_pins(shared);
 }
 
 uint64_t switch_hypercall(void *env, const uint64_t args[6])

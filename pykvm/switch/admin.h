@@ -9,7 +9,7 @@
 /* Everything zero, then the geometry, which the caller has checked. No port is enabled. */
 void switch_initialise(struct switch_shared *shared, uint32_t ports, uint32_t tx_slots,
 		       uint32_t lane_slots, uint32_t frame_limit, uint32_t max_age,
-		       uint64_t hash_seed);
+		       uint32_t group_forward_mask, uint64_t hash_seed);
 
 /* Clear the port's bit and forget what was learned behind it. Calls already inside go on. */
 void switch_disable_port(struct switch_shared *shared, uint32_t port);
@@ -29,11 +29,14 @@ uint64_t switch_port_inside(const struct switch_shared *shared, uint32_t port);
 void switch_enable_port(struct switch_shared *shared, uint8_t *windows, uint64_t window_size,
 			uint32_t port);
 
-/* One epoch on: addresses silent for more than max_age epochs are forgotten. */
+/* One epoch on: stations silent for more than max_age epochs are forgotten. */
 void switch_tick(struct switch_shared *shared);
-/* Bind an address to a port for good; -1 when its line of the table is full of pinned ones. */
+/*
+ * Bind an address to a port for good, on every VLAN; -1 when its line of the table is full of
+ * pinned ones.
+ */
 int switch_pin(struct switch_shared *shared, uint64_t address, uint32_t port);
-/* The table's words for `address`, pinned or not, are removed. */
+/* The table's words for `address`, pinned or learned on any VLAN, are removed. */
 void switch_unpin(struct switch_shared *shared, uint64_t address);
 
 /* The baseline: elisa_serve(args[0], args[1], args[2], env), called by the VMM's run loop. */

@@ -21,6 +21,8 @@ CONSTANTS = (
     "SWITCH_SLOT_BYTES",
     "SWITCH_MIN_FRAME",
     "SWITCH_DEFAULT_FRAME",
+    "SWITCH_TAG_BYTES",
+    "SWITCH_MAX_TAGS",
     "SWITCH_MAX_FRAME",
     "SWITCH_OP_SEND",
     "SWITCH_WAIT",
@@ -29,6 +31,7 @@ CONSTANTS = (
     "SWITCH_VERSION",
     "SWITCH_MAX_AGE",
     "SWITCH_TABLE_SHARE",
+    "SWITCH_ANY_VLAN",
     "ELISA_EPERM",
     "ELISA_EINVAL",
     "ELISA_ENETDOWN",
@@ -46,18 +49,22 @@ struct switch_window {
     uint32_t tx_length[...]; struct switch_lane_control lane[...]; ...; };
 struct switch_port {
     uint64_t sequence, calls, frames, bytes, unicast, broadcast, multicast, unknown, copies,
-        too_short, too_long, same_port, no_receiver, spoofed, waited, cut, lost,
-        not_learned, foreign_port, bad_request, port_down; ...; };
+        too_short, too_long, same_port, no_receiver, spoofed, bad_source, link_local, waited,
+        cut, lost, not_learned, foreign_port, bad_request, port_down; ...; };
 struct switch_lane { uint64_t delivered, bytes, full, bad_tail, start; ...; };
 struct switch_shared {
-    uint32_t magic, version, ports, tx_slots, lane_slots, frame_limit, max_age;
-    uint64_t hash_seed, enabled, epoch;
+    uint32_t magic, version, ports, tx_slots, lane_slots, frame_limit, max_age,
+        group_forward_mask;
+    uint64_t hash_seed, enabled, epoch, pins;
     struct switch_port port[...]; uint64_t table[...][...]; struct switch_lane lane[...][...];
     ...; };
 """
 
 FUNCTIONS = """
 uint64_t elisa_serve(uint64_t a0, uint64_t a1, uint64_t a2, const struct elisa_env *env);
+uint64_t switch_station(const struct switch_shared *shared, uint64_t address, uint32_t vlan);
+uint32_t switch_station_line(uint64_t station);
+uint64_t switch_station_rest(uint64_t station);
 uint64_t switch_tx_offset(uint32_t slot);
 uint64_t switch_lane_offset(uint32_t tx_slots, uint32_t lane_slots, uint32_t source);
 uint64_t switch_window_size(uint32_t ports, uint32_t tx_slots, uint32_t lane_slots);

@@ -17,6 +17,7 @@ from pykvm.switch._native import ffi, lib
 
 __all__ = [
     "DROP_REASONS",
+    "FILTER_REASONS",
     "LaneCounters",
     "NotASwitchError",
     "PortCounters",
@@ -24,8 +25,11 @@ __all__ = [
     "read_counters",
 ]
 
-DROP_REASONS = ("too_short", "too_long", "no_receiver", "spoofed")
-"""Reasons, by name in `PortCounters`, for which a frame reaches no lane at all."""
+DROP_REASONS = ("too_short", "too_long", "no_receiver", "spoofed", "bad_source")
+"""Names in `PortCounters` of the reasons to drop a frame before any lane is looked at."""
+
+FILTER_REASONS = ("same_port", "link_local")
+"""Names in `PortCounters` of the reasons for which a bridge does not forward a good frame."""
 
 
 class NotASwitchError(PykvmError):
@@ -49,6 +53,8 @@ class PortCounters:
     same_port: int
     no_receiver: int
     spoofed: int
+    bad_source: int
+    link_local: int
     waited: int
     cut: int
     lost: int
@@ -65,7 +71,12 @@ class PortCounters:
     @property
     def dropped(self) -> int:
         """Frames dropped before any lane was looked at."""
-        return self.too_short + self.too_long + self.no_receiver + self.spoofed
+        return sum(getattr(self, name) for name in DROP_REASONS)
+
+    @property
+    def filtered(self) -> int:
+        """Frames that a bridge does not forward."""
+        return sum(getattr(self, name) for name in FILTER_REASONS)
 
 
 @dataclass(frozen=True)
@@ -107,7 +118,7 @@ class SwitchCounters:
         """Which sums do not hold, one line each; empty when all do. For an idle switch."""
         wrong = []
         for number, port in enumerate(self.ports):
-            accounted = port.forwarded + port.dropped + port.same_port
+            accounted = port.forwarded + port.dropped + port.filtered
             if port.frames != accounted:
                 wrong.append(f"port {number}: {port.frames} frames, {accounted} accounted for")
             lanes = self.sent_by(number)

@@ -12,7 +12,9 @@ __all__ = [
     "MAX_BURST",
     "MAX_FRAME",
     "MAX_PORTS",
+    "MAX_TAGS",
     "MIN_FRAME",
+    "TAG_BYTES",
     "WINDOWS_ALIGNMENT",
     "SwitchConfig",
     "SwitchConfigError",
@@ -23,6 +25,8 @@ MAX_BURST: int = lib.SWITCH_MAX_BURST
 MIN_FRAME: int = lib.SWITCH_MIN_FRAME
 MAX_FRAME: int = lib.SWITCH_MAX_FRAME
 DEFAULT_FRAME_LIMIT: int = lib.SWITCH_DEFAULT_FRAME
+TAG_BYTES: int = lib.SWITCH_TAG_BYTES
+MAX_TAGS: int = lib.SWITCH_MAX_TAGS
 
 WINDOWS_ALIGNMENT = 2 << 20
 """Windows start at the next multiple of this behind the shared memory, as in a shared object."""
@@ -49,8 +53,12 @@ class SwitchConfig:
     lane_slots:  frames that wait in one lane, a power of two; each takes 2 KiB in every receiver's
                  window for every source, that is ports * ports * lane_slots * 2 KiB in all
     tx_slots:    transmit slots of a port and its longest burst, a power of two up to 256
-    frame_limit: longest frame in bytes, without checksum, 14 to 2040
-    max_age:     epochs (`Switch.tick`) of silence after which an address is forgotten, up to 200
+    frame_limit: longest frame in bytes, without checksum, 14 to 2040; 4 bytes more for each VLAN
+                 tag of the frame, up to 8 tags and 2040 bytes
+    max_age:     epochs (`Switch.tick`) of silence after which a station is forgotten, up to 50
+    group_forward_mask:
+                 bit n lets frames to 01-80-C2-00-00-0n through, group addresses that a bridge does
+                 not forward (IEEE 802.1Q table 8-1; like group_fwd_mask of Linux's bridge)
 
     Raises SwitchConfigError.
     """
@@ -60,6 +68,7 @@ class SwitchConfig:
     tx_slots: int = 256
     frame_limit: int = DEFAULT_FRAME_LIMIT
     max_age: int = 30
+    group_forward_mask: int = 0
 
     def __post_init__(self) -> None:
         _require(
@@ -81,7 +90,11 @@ class SwitchConfig:
         )
         _require(
             1 <= self.max_age <= lib.SWITCH_MAX_AGE,
-            f"addresses are kept 1 to {lib.SWITCH_MAX_AGE} epochs: change max_age={self.max_age}",
+            f"stations are kept 1 to {lib.SWITCH_MAX_AGE} epochs: change max_age={self.max_age}",
+        )
+        _require(
+            0 <= self.group_forward_mask <= 0xFFFF,
+            f"group_forward_mask has 16 bits: change {self.group_forward_mask:#x}",
         )
 
     @property

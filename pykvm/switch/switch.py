@@ -114,6 +114,7 @@ class Switch:
             config.lane_slots,
             config.frame_limit,
             config.max_age,
+            config.group_forward_mask,
             secrets.randbits(64) if hash_seed is None else hash_seed,
         )
 
@@ -174,7 +175,7 @@ class Switch:
         lib.switch_tick(self._shared)
 
     def pin(self, address: str, port: int) -> None:
-        """Bind a station's address to `port` for good.
+        """Bind a station's address to `port` for good, on every VLAN.
 
         It does not age, and frames that claim it as their source from another port are dropped
         and counted as spoofed. Raises AddressError, PortStateError, PinError.
@@ -184,7 +185,10 @@ class Switch:
             raise PinError(f"no room to pin {address}: unpin another address first")
 
     def unpin(self, address: str) -> None:
-        """Forget `address`, pinned or learned; it can be learned again. Raises AddressError."""
+        """Forget `address` on every VLAN, pinned or learned; it can be learned again.
+
+        Raises AddressError.
+        """
         lib.switch_unpin(self._shared, parse_address(address))
 
     def counters(self) -> SwitchCounters:

@@ -15,12 +15,12 @@ SECONDS = 30
 
 FAULTS = {
     "a frame longer than the limit": (
-        "if (length - SWITCH_MIN_FRAME > spread) {",
-        "if (length < SWITCH_MIN_FRAME) {",
+        "if (UNLIKELY(length - format.shortest > format.spread) &&",
+        "if (length < format.shortest &&",
     ),
     "a longer frame in the middle of a run": (
-        "if (UNLIKELY(length - SWITCH_MIN_FRAME > spread))",
-        "if (length < SWITCH_MIN_FRAME)",
+        "if (UNLIKELY(length - format.shortest > format.spread))",
+        "if (length < format.shortest)",
     ),
     "the length read again after it was checked": (
         "length &= SWITCH_SLOT_BYTES - 1; /* also when the branch above is mispredicted */",
@@ -63,8 +63,36 @@ FAULTS = {
         "uint64_t others = call->enabled;\n\tuint32_t slot_mask",
     ),
     "another port's address taken": (
-        "return entry_port(entry) == call->id;",
-        "return true;",
+        "} else if (found != call->id) {",
+        "} else if (found == SWITCH_MAX_PORTS + 1) {",
+    ),
+    "a frame that ends inside its tag": (
+        ".shortest = SWITCH_MIN_FRAME + SWITCH_TAG_BYTES,",
+        ".shortest = SWITCH_MIN_FRAME,",
+    ),
+    "a longer frame without a tag": (
+        "format.bits == UNTAGGED_BITS || !has_tags_for",
+        "!has_tags_for",
+    ),
+    "a longer frame with fewer tags than that takes": (
+        "if (tags == SWITCH_MAX_TAGS || !is_tag(READ_ONCE(*type)))",
+        "if (tags == SWITCH_MAX_TAGS)",
+    ),
+    "a station looked up on another VLAN": (
+        "found = look_up(shared, switch_station(shared, destination, vlan));",
+        "found = look_up(shared, switch_station(shared, destination, 0));",
+    ),
+    "frames of two VLANs in one run": (
+        "((header.high ^ run.high) & format.bits)",
+        "(uint32_t)(header.high ^ run.high)",
+    ),
+    "a frame for the link alone": (
+        "if (is_link_local(shared, destination)) {",
+        "if (shared->group_forward_mask > 0xffff) {",
+    ),
+    "a frame from a group": (
+        "if ((source & 1) || source == 0) {",
+        "if (source == 0) {",
     ),
     "frames published before they are counted": (
         "\t\tport->copies += frames;\n",

@@ -7,7 +7,7 @@ import pytest
 from pykvm.switch import SwitchCallError, SwitchConfig
 from pykvm.switch._native import ffi, lib
 from pykvm.switch.native_port import NativePort
-from tests.rigs.switch.native_rig import BROADCAST, Rig, frame, make_rig
+from tests.rigs.switch.native_rig import BROADCAST, Rig, frame, make_rig, tagged
 
 pytestmark = pytest.mark.unit
 
@@ -43,6 +43,59 @@ def test_lengths_that_no_frame_has(length: int) -> None:
     assert rig.ports[0].call(lib.SWITCH_OP_SEND, 0, 1) == 1
     assert rig.ports[1].receive_all() == []
     assert rig.switch.counters().ports[0].dropped == 1
+
+
+@pytest.mark.parametrize("tpid", [0x8100, 0x88A8])
+@pytest.mark.parametrize("tags", range(10))
+def test_four_bytes_more_for_each_of_up_to_eight_tags(tpid: int, tags: int) -> None:
+    rig = small_rig()
+    allowed = 1000 + 4 * min(tags, 8)
+    vlans = range(1, tags + 1)
+    sent = [
+        tagged(frame(1, 0, size=allowed + more - 4 * tags), *vlans, tpid=tpid) for more in (0, 1)
+    ]
+    assert [len(one) for one in sent] == [allowed, allowed + 1]
+    assert rig.ports[0].send(sent * 3) == 6
+    assert rig.ports[1].receive_all() == [sent[0]] * 3
+    assert rig.switch.counters().ports[0].too_long == 3
+    assert rig.switch.counters().check() == []
+
+
+def test_tags_behind_another_type_do_not_count() -> None:
+    rig = small_rig()
+    sent = frame(1, 0, size=12) + b"\x08\x00" + b"\x81\x00\x00\x01" * 8
+    rig.ports[0].send([sent.ljust(1000, b"\0"), sent.ljust(1004, b"\0")])
+    assert [len(one) for one in rig.ports[1].receive_all()] == [1000]
+
+
+def test_no_frame_is_longer_than_a_slot() -> None:
+    rig = make_rig(SwitchConfig(lane_slots=4, tx_slots=16, frame_limit=2040))
+    sent = tagged(frame(1, 0, size=2036), 1)
+    rig.ports[0].send([sent, sent + b"x"])
+    assert rig.ports[1].receive_all() == [sent]
+    assert rig.switch.counters().ports[0].too_long == 1
+
+
+def test_a_frame_that_ends_inside_its_tag() -> None:
+    rig = small_rig()
+    whole = tagged(frame(1, 0, size=14), 5)
+    assert rig.ports[0].send([whole[:size] for size in (14, 15, 16, 17, 18)]) == 5
+    assert rig.ports[1].receive_all() == [whole]
+    assert rig.switch.counters().ports[0].too_short == 4
+    # In a run as well: those before and behind it are as good.
+    assert rig.ports[0].send([whole, whole[:17], whole]) == 3
+    assert rig.ports[1].receive_all() == [whole, whole]
+    assert rig.switch.counters().check() == []
+
+
+@pytest.mark.parametrize("source", [BROADCAST, b"\x01\x00\x5e\x00\x00\x01", bytes(6)])
+def test_sources_that_no_station_has(source: bytes) -> None:
+    rig = small_rig(ports=3)
+    assert rig.ports[0].send([frame(1, source), frame(BROADCAST, source)]) == 2
+    assert rig.ports[1].receive_all() == rig.ports[2].receive_all() == []
+    counters = rig.switch.counters()
+    assert (counters.ports[0].bad_source, counters.ports[0].dropped) == (2, 2)
+    assert counters.check() == []
 
 
 def test_a_full_lane_drops_what_does_not_fit() -> None:

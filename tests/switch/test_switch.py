@@ -42,8 +42,10 @@ pytestmark = pytest.mark.unit
         ({"tx_slots": 512}, "up to 256"),
         ({"frame_limit": 13}, "14 to 2040"),
         ({"frame_limit": 2041}, "14 to 2040"),
-        ({"max_age": 0}, "1 to 200"),
-        ({"max_age": 201}, "1 to 200"),
+        ({"max_age": 0}, "1 to 50"),
+        ({"max_age": 51}, "1 to 50"),
+        ({"group_forward_mask": -1}, "has 16 bits"),
+        ({"group_forward_mask": 0x10000}, "has 16 bits: change 0x10000"),
     ],
 )
 def test_switches_that_cannot_be(change: dict[str, int], message: str) -> None:

@@ -37,9 +37,10 @@ def with_a_lock(directory: Path) -> Path:
     locked.write_text(
         source.replace(
             old,
-            "\t\twhile (__atomic_exchange_n(&shared->reserved, 1, __ATOMIC_ACQUIRE))\n"
+            "\t\tuint64_t *lock = &shared->lane[0][0].full; /* nobody's lane */\n\n"
+            "\t\twhile (__atomic_exchange_n(lock, 1, __ATOMIC_ACQUIRE))\n"
             '\t\t\t__asm__ volatile("pause");\n'
-            f"{old}\t\tSTORE_RELEASE(shared->reserved, 0);\n",
+            f"{old}\t\tSTORE_RELEASE(*lock, 0);\n",
         )
     )
     return locked

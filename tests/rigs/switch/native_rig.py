@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pykvm.switch import NativePort, Switch, SwitchConfig
 
-__all__ = ["BROADCAST", "Rig", "frame", "mac", "make_rig"]
+__all__ = ["BROADCAST", "Rig", "frame", "mac", "make_rig", "tagged"]
 
 BROADCAST = b"\xff" * 6
 
@@ -25,6 +25,14 @@ def frame(destination: bytes | int, source: bytes | int, size: int = 64, mark: i
     payload = b"\x88\xb5" + mark.to_bytes(4, "little")
     payload += bytes((mark * 31 + position * 7) & 0xFF for position in range(size))
     return (addresses + payload)[:size]
+
+
+def tagged(untagged: bytes, *vlans: int, tpid: int = 0x8100, priority: int = 0) -> bytes:
+    """The frame with a tag for each of `vlans`, the outermost first, 4 bytes longer for each."""
+    tags = b"".join(
+        tpid.to_bytes(2, "big") + (priority << 13 | vlan).to_bytes(2, "big") for vlan in vlans
+    )
+    return untagged[:12] + tags + untagged[12:]
 
 
 @dataclass

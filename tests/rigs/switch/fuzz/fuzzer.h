@@ -40,7 +40,7 @@ extern struct switch_shared *shared;
 extern uint8_t *windows;
 extern uint8_t *expected; /* what the windows must hold outside the lanes of calls under way */
 extern uint64_t window_size;
-extern uint32_t ports, tx_slots, lane_slots, frame_limit;
+extern uint32_t ports, tx_slots, lane_slots, frame_limit, group_forward_mask;
 
 /* A new switch, of a shape that depends on one byte; no port is enabled. */
 void make_switch(uint8_t geometry);

@@ -49,7 +49,7 @@ struct switch_shared *shared;
 uint8_t *windows;
 uint8_t *expected; /* what the windows must hold outside the lanes of calls under way */
 uint64_t window_size;
-uint32_t ports, tx_slots, lane_slots, frame_limit;
+uint32_t ports, tx_slots, lane_slots, frame_limit, group_forward_mask;
 
 struct switch_window *window_of(uint32_t port)
 {
@@ -92,8 +92,10 @@ void make_switch(uint8_t geometry)
 	tx_slots = 1u << (geometry >> 2 & 3);
 	lane_slots = 1u << (geometry >> 4 & 3);
 	frame_limit = limits[geometry >> 6];
+	group_forward_mask = ports == 3 ? 1 << 14 : 0; /* LLDP */
 	window_size = switch_window_size(ports, tx_slots, lane_slots);
-	switch_initialise(shared, ports, tx_slots, lane_slots, frame_limit, 2, HASH_SEED);
+	switch_initialise(shared, ports, tx_slots, lane_slots, frame_limit, 2,
+			  group_forward_mask, HASH_SEED);
 	memset(windows, 0, ports * window_size);
 	memset(expected, 0, ports * window_size);
 }

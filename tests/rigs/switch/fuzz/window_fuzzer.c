@@ -2,7 +2,7 @@
 /*
  * Fuzzes the switch with everything that guests control: the contents of all windows, at every
  * single moment, the arguments of calls, and the order in which calls, deaths and the host's own
- * steps happen. Built by tests/rigs/switch/fuzz/build.py with libFuzzer; docs/fuzzing.md explains it.
+ * steps happen. Built by tests/rigs/switch/fuzz/fuzzer.py with libFuzzer; docs/fuzzing.md explains it.
  *
  * switch.c is compiled with -fsanitize-coverage=trace-loads,trace-stores, so the compiler calls
  * __sanitizer_cov_loadN before every load and __sanitizer_cov_storeN before every store:
@@ -15,7 +15,8 @@
  *
  * After each call the counters must add up, what was delivered must have been for that port, and
  * every byte of every window outside the caller's lanes must be as it was. Anything else aborts.
- */#include <string.h>
+ */
+#include <string.h>
 
 #include "fuzzer.h"
 
@@ -94,16 +95,31 @@ static void call(uint32_t id, uint8_t mode, uint64_t a0, uint64_t a1, uint64_t a
 /* Addresses that meet again and again: a few stations, groups, and a full line of the table. */
 static uint64_t station(uint8_t number)
 {
-	static const uint64_t odd[] = {0, SWITCH_MAC_MASK, 1, 0x800000000002, 0x5e0001, 2};
+	static const uint64_t odd[] = {0, SWITCH_MAC_MASK, 1, 0x800000000002, 0x5e0001, 2,
+				       0xc28001, 0x0e0000c28001, 0x100000c28001};
 	static uint64_t crowd[2 * SWITCH_TABLE_WAYS];
 
 	for (uint64_t at = 0, address = 2; !crowd[2 * SWITCH_TABLE_WAYS - 1]; address += 256) {
-		if (switch_table_line(shared, address) == 7)
+		if (switch_station_line(switch_station(shared, address, 0)) == 7)
 			crowd[at++] = address;
 	}
 	if (number < 0x60)
 		return 0x02 | (uint64_t)(number & 7) << 40;
-	return number < 0xc0 ? crowd[number % (2 * SWITCH_TABLE_WAYS)] : odd[number % 6];
+	return number < 0xc0 ? crowd[number % (2 * SWITCH_TABLE_WAYS)] : odd[number % 9];
+}
+
+/* No tag, or tags of a few VLANs, as the input wants it. */
+static void write_tags(uint8_t *at)
+{
+	static const uint8_t types[][2] = {{0x08, 0x00}, {0x81, 0x00}, {0x88, 0xa8}, {0x88, 0xb5}};
+	static const uint8_t vlans[][2] = {{0, 0}, {0, 1}, {0xa0, 1}, {0x0f, 0xff}};
+	uint8_t what = (uint8_t)take_number(1);
+
+	for (uint8_t tags = 1 + (what >> 4); tags; tags--, at += SWITCH_TAG_BYTES) {
+		poke(at, types[what & 3], 2);
+		poke(at + 2, vlans[what >> 2 & 3], 2);
+	}
+	poke(at, types[0], 2);
 }
 
 static void write_frame(uint32_t port)
@@ -116,6 +132,7 @@ static void write_frame(uint32_t port)
 
 	poke(at, &destination, 6);
 	poke(at + 6, &source, 6);
+	write_tags(at + 12);
 	poke((uint8_t *)&window_of(port)->tx_length[slot], &length, 4);
 }
 
