@@ -193,7 +193,7 @@ static uint32_t look_up(const struct switch_shared *shared, uint64_t station)
 	for (unsigned int way = 0; way < SWITCH_TABLE_WAYS; way++) {
 		uint64_t entry = READ_ONCE(line[way]);
 
-		if (switch_entry_is(entry, rest) && !(entry & SWITCH_ENTRY_PINNED))
+		if (switch_entry_is(entry, rest))
 			return is_fresh(shared, entry, epoch) ? switch_entry_port(entry) : FLOOD;
 	}
 	return FLOOD;

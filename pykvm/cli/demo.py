@@ -10,7 +10,8 @@ from pykvm.host.emulation import host_kind, is_emulated
 from pykvm.measure.fingerprint import fingerprint
 from pykvm.measure.records import unit_of_host
 from pykvm.resources import CAPTURE
-from pykvm.switch.capture import read_capture, split_capture
+from pykvm.switch.capture import Sides, encode_capture, read_capture, split_capture
+from pykvm.switch.capture.sides import REASONS
 
 __all__ = ["DemoFailedError", "add_parser"]
 
@@ -30,10 +31,10 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("demo", help=__doc__.splitlines()[0].rstrip("."))
     parser.add_argument(
         "--capture",
-        type=Path,
-        default=CAPTURE,
+        default=str(CAPTURE),
         metavar="FILE",
-        help="the packets to send, a pcap file of an Ethernet (default: memcached and HTTP)",
+        help="the packets to send: pcap or pcapng of an Ethernet, plain or gzip, - for standard "
+        "input (default: memcached and HTTP)",
     )
     parser.add_argument(
         "--json",
@@ -53,22 +54,26 @@ def add_parser(subparsers: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure here or on the emulated host, then show the table and draw the chart."""
+    from pykvm.measure.exchange import check_room  # noqa: PLC0415
+
     for name, most in (("calls", 100_000), ("rounds", 1000)):
         if not 1 <= getattr(options, name) <= most:
             raise PykvmError(f"--{name} {getattr(options, name)}: use 1 to {most}")
-    frames = read_capture(options.capture)  # a bad file is refused before anything is started
+    # Whatever cannot be sent is refused before anything is started.
+    capture = read_capture(options.capture)
+    sides = split_capture(capture)
+    sent = [[frame.data for frame in side] for side in sides.sent]
+    check_room(sent, options.rounds)
     if not is_emulated():  # there, the command that started this one has said it
-        print(
-            f"capture: {len(frames)} frames, {sum(len(f.data) for f in frames)} bytes", flush=True
-        )
+        print(_summary(sides), flush=True)
 
     def measure() -> dict[str, Any]:
-        return _measure(options)
+        return _measure(options, sent)
 
     record = on_suitable_host(
         measure,
         ["demo", "--calls", str(options.calls), "--rounds", str(options.rounds)],
-        files={"--capture": options.capture},
+        files={"--capture": encode_capture(capture.frames, nanoseconds=True)},
         out=options.json,
     )
     if is_emulated():
@@ -87,15 +92,22 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _measure(options: argparse.Namespace) -> dict[str, Any]:
+def _summary(sides: Sides) -> str:
+    sent = [frame for side in sides.sent for frame in side]
+    lines = [f"capture: {len(sent)} frames, {sum(len(frame.data) for frame in sent)} bytes"]
+    lines += [
+        f"left out: {len(frames)} frames {REASONS[reason]}, which a switch does not forward"
+        for reason, frames in sides.left_out.items()
+    ]
+    return "\n".join(lines)
+
+
+def _measure(options: argparse.Namespace, sides: list[list[bytes]]) -> dict[str, Any]:
     from pykvm.kvm import Kvm  # noqa: PLC0415
     from pykvm.measure.crossing_cost import measure_crossing  # noqa: PLC0415
     from pykvm.measure.exchange import exchange  # noqa: PLC0415
     from pykvm.measure.programs import SwitchPath  # noqa: PLC0415
 
-    sides = [
-        [frame.data for frame in side] for side in split_capture(read_capture(options.capture))
-    ]
     with Kvm() as kvm:
         scale = ticks_scale(kvm)
         print(f"calling nothing, {options.calls} times by each path", flush=True)

@@ -1,7 +1,6 @@
 """Where a measurement runs: on this machine if it can, else on the emulated Intel host."""
 
 import shlex
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -45,13 +44,13 @@ def on_suitable_host(
     measure: Callable[[], dict[str, Any]],
     arguments: list[str],
     *,
-    files: Mapping[str, Path],
+    files: Mapping[str, bytes],
     out: Path,
 ) -> dict[str, Any]:
     """Measure, keep the record in `out`, and return it.
 
     arguments: of this `pykvm` command, to repeat it on the emulated host, where --json FILE is
-    added. files: options with files to take along.
+    added. files: options with the contents of files to take along.
 
     Raises InsideFailedError, RecordError, and what `measure` raises.
     """
@@ -67,7 +66,7 @@ def on_suitable_host(
     return _measure_inside(arguments, files, out)
 
 
-def _measure_inside(arguments: list[str], files: Mapping[str, Path], out: Path) -> dict[str, Any]:
+def _measure_inside(arguments: list[str], files: Mapping[str, bytes], out: Path) -> dict[str, Any]:
     from pykvm.measure.prebuild import build_images  # noqa: PLC0415
     from pykvm.testbed import Testbed  # noqa: PLC0415
 
@@ -75,8 +74,9 @@ def _measure_inside(arguments: list[str], files: Mapping[str, Path], out: Path) 
     with tempfile.TemporaryDirectory(prefix="pykvm-") as name:
         folder = Path(name)
         command = ["pykvm", *arguments, "--json", str(_RECORD)]
-        for option, path in files.items():
-            shutil.copyfile(path, folder / path.name)
+        for option, content in files.items():
+            path = folder / option.lstrip("-")
+            path.write_bytes(content)
             command += [option, path.name]
         outcome = Testbed(folder).run(command, stdout=_show(sys.stdout), stderr=_show(sys.stderr))
         if outcome.status or not (folder / _RECORD).exists():

@@ -1,7 +1,7 @@
 """Two guests replay a capture through the switch; every frame that arrives is compared."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -10,7 +10,8 @@ from typing import Any, Final
 from pykvm.errors import PykvmError
 from pykvm.host.emulation import is_emulated
 from pykvm.kvm import Kvm
-from pykvm.machine.bare.guest import BareGuest
+from pykvm.machine.bare import layout
+from pykvm.machine.bare.guest import BareGuest, GuestTimeoutError
 from pykvm.measure.connect import SWITCH_SEED, connect
 from pykvm.measure.exit_counter import ExitCounter, Exits
 from pykvm.measure.programs import (
@@ -22,11 +23,19 @@ from pykvm.measure.programs import (
     send_samples,
 )
 from pykvm.measure.records import typical
-from pykvm.switch.counters import SwitchCounters
+from pykvm.sizes import MIB
+from pykvm.switch.counters import DROP_REASONS, FILTER_REASONS, SwitchCounters
 from pykvm.switch.geometry import SwitchConfig
 from pykvm.switch.hosted import HostedSwitch
 
-__all__ = ["Exchange", "ExchangeStuckError", "ExchangeTooLargeError", "exchange"]
+__all__ = [
+    "Exchange",
+    "ExchangeDroppedError",
+    "ExchangeStuckError",
+    "ExchangeTooLargeError",
+    "check_room",
+    "exchange",
+]
 
 BURST: Final = 32
 TIMEOUT: Final = 300.0
@@ -42,7 +51,11 @@ class ExchangeTooLargeError(PykvmError, ValueError):
 
 
 class ExchangeStuckError(PykvmError):
-    """A guest gave up waiting for frames."""
+    """Guests that were too slow: one gave up waiting for frames that were not sent in time."""
+
+
+class ExchangeDroppedError(PykvmError):
+    """Frames for which a guest waited and which the switch had not forwarded."""
 
 
 @dataclass(frozen=True)
@@ -105,11 +118,13 @@ def exchange(
 ) -> Exchange:
     """Let two guests send their side of a conversation to each other, `rounds` times.
 
-    sides: the frames of either guest, in order.
+    sides: the frames of either guest, in order. The switch has to forward each of them to the
+    other guest (`split_capture`).
 
-    Raises ExchangeTooLargeError, ExchangeStuckError, and what `BareGuest.run` and
-    `ObjectInstance.attach` raise.
+    Raises ExchangeTooLargeError, ExchangeStuckError, ExchangeDroppedError, and what `BareGuest.run`
+    and `ObjectInstance.attach` raise.
     """
+    check_room(sides, rounds)
     config = SwitchConfig(ports=2, lane_slots=_LANE_SLOTS)
     with ExitStack() as stack:
         hosted = stack.enter_context(HostedSwitch(config, hash_seed=SWITCH_SEED, epoch=None))
@@ -121,20 +136,24 @@ def exchange(
             )
             guest = stack.enter_context(BareGuest(kvm, program, name=f"guest {port}"))
             guest.set_input(frame_records(frames))
-            _limit_log(guest, len(frame_records(sides[1 - port])) * rounds)
+            # No more room for received frames than it needs: it touches all of it.
+            guest.info.log_size = _room_of(sides[1 - port]) * rounds
             connect(guest, hosted, port, path)
             guests.append(guest)
             counters.append(ExitCounter(guest.vcpu))
         for guest, counter in zip(guests, counters, strict=True):
             guest.start(counter.mark)
-        statuses = [guest.wait(TIMEOUT) for guest in guests]
-        results = [guest.results() for guest in guests]
-        if any(statuses):
-            arrived = " and ".join(str(result[1]) for result in results)
+        try:
+            statuses = [guest.wait(TIMEOUT) for guest in guests]
+        except GuestTimeoutError as error:
             raise ExchangeStuckError(
-                f"the guests gave up waiting when {arrived} frames had arrived",
-                "run it again on a host with less load",
-            )
+                f"the guests did not finish in {TIMEOUT:g} s",
+                "send fewer frames or rounds, or run it again on a host with less load",
+            ) from error
+        results = [guest.results() for guest in guests]
+        dropped = _drop_reasons(hosted.switch.counters())
+        if any(statuses):
+            raise _why_stuck([result[1] for result in results], dropped)
         wrong = sum(
             _wrong_frames(guest, result, sides[1 - port], rounds)
             for port, (guest, result) in enumerate(zip(guests, results, strict=True))
@@ -145,7 +164,7 @@ def exchange(
             sent=sum(result[0] for result in results),
             delivered=sum(result[1] for result in results),
             corrupted=wrong,
-            dropped=_drop_reasons(hosted.switch.counters()),
+            dropped=dropped,
             exits=counters[0].parts[0] + counters[1].parts[0],
             samples=[
                 send_samples(guest.samples(), result[2])
@@ -155,22 +174,48 @@ def exchange(
         )
 
 
-def _limit_log(guest: BareGuest, needed: int) -> None:
-    """Give the guest no more room for received frames than it needs: it touches all of it."""
-    if needed > guest.info.log_size:
+def _room_of(frames: Sequence[bytes]) -> int:
+    """Bytes of the frames in a guest's memory, be they sent or received."""
+    return len(frame_records(frames))
+
+
+def check_room(sides: Sequence[Sequence[bytes]], rounds: int) -> None:
+    """Raise ExchangeTooLargeError if a guest has no room for its frames or its peer's."""
+    largest = max(_room_of(frames) for frames in sides)
+    if largest > layout.CAPTURE_SIZE:
         raise ExchangeTooLargeError(
-            f"{needed >> 20} MiB of frames to receive, a guest has room for "
-            f"{guest.info.log_size >> 20} MiB",
-            "send fewer rounds or a shorter capture",
+            f"{-(-largest // MIB)} MiB of frames to send, a guest has room for "
+            f"{layout.CAPTURE_SIZE // MIB} MiB",
+            "take fewer frames: `tcpdump -r FILE -w first.pcap -c 10000`",
         )
-    guest.info.log_size = needed
+    if largest * rounds > layout.RX_LOG_SIZE:
+        raise ExchangeTooLargeError(
+            f"{-(-largest * rounds // MIB)} MiB of frames to receive in {rounds} rounds, a guest "
+            f"has room for {layout.RX_LOG_SIZE // MIB} MiB",
+            f"send them less often: --rounds {layout.RX_LOG_SIZE // largest}",
+        )
+
+
+def _why_stuck(received: Sequence[int], dropped: Mapping[str, int]) -> PykvmError:
+    """The error for guests that gave up waiting, by what the switch says of their frames."""
+    reasons = ", ".join(f"{name} {count}" for name, count in dropped.items() if count)
+    if reasons:
+        return ExchangeDroppedError(
+            f"the switch did not forward {sum(dropped.values())} frames ({reasons})",
+            "keep the capture, and report this with it",
+        )
+    arrived = " and ".join(str(count) for count in received)
+    return ExchangeStuckError(
+        f"the guests gave up waiting: {arrived} frames arrived",
+        "run it again on a host with less load",
+    )
 
 
 def _drop_reasons(counters: SwitchCounters) -> dict[str, int]:
     """Frames that the switch did not deliver, and copies that found no room, by reason."""
     reasons = {
         name: sum(getattr(port, name) for port in counters.ports)
-        for name in ("too_short", "too_long", "same_port", "no_receiver", "spoofed")
+        for name in (*DROP_REASONS, *FILTER_REASONS)
     }
     lanes = [lane for row in counters.lanes for lane in row]
     reasons["full"] = sum(lane.full for lane in lanes)

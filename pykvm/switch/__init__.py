@@ -6,8 +6,10 @@ memory, adds and removes ports, lets time pass, and reads counters while frames 
 """
 
 from pykvm.switch.capture import (
+    Capture,
     CaptureError,
     Frame,
+    Sides,
     read_capture,
     split_capture,
     write_capture,
@@ -23,6 +25,7 @@ from pykvm.switch.native_port import NativePort, SwitchCallError
 from pykvm.switch.switch import PortBusyError, PortStateError, Switch, SwitchMemoryError
 
 __all__ = [
+    "Capture",
     "CaptureError",
     "Frame",
     "LaneCounters",
@@ -30,6 +33,7 @@ __all__ = [
     "PortBusyError",
     "PortCounters",
     "PortStateError",
+    "Sides",
     "Switch",
     "SwitchCallError",
     "SwitchConfig",

@@ -84,9 +84,10 @@ def test_bare_guest_areas_follow_each_other() -> None:
         (layout.IMAGE_GPA, layout.IMAGE_END_GPA - layout.IMAGE_GPA),
         (layout.CAPTURE_GPA, layout.CAPTURE_SIZE),
         (layout.RX_LOG_GPA, layout.RX_LOG_SIZE),
+        (layout.SAMPLES_GPA, layout.SAMPLES_SIZE),
     ]
     for (start, size), (following, _) in pairwise(areas):
         assert start + size <= following
-    assert layout.RX_LOG_GPA + layout.RX_LOG_SIZE <= layout.RAM_SIZE < kvm_pages.IDENTITY_MAP_GPA
+    assert layout.SAMPLES_GPA + layout.SAMPLES_SIZE <= layout.RAM_SIZE < kvm_pages.IDENTITY_MAP_GPA
     assert kvm_pages.KVM_TSS_GPA + 3 * 0x1000 <= layout.WINDOW_GPA
     assert layout.WINDOW_GPA < layout.DIRECT_GPA < layout.RAM_LIMIT_GPA

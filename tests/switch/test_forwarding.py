@@ -141,7 +141,7 @@ def test_sixty_four_ports() -> None:
 @pytest.mark.parametrize("lane_slots", [64, 256])
 def test_the_capture_arrives_byte_for_byte_and_in_order(burst: int, lane_slots: int) -> None:
     rig = make_rig(SwitchConfig(lane_slots=lane_slots))
-    sides = [[f.data for f in side] for side in split_capture(read_capture(CAPTURE))]
+    sides = [[f.data for f in side] for side in split_capture(read_capture(CAPTURE)).sent]
     got: list[list[bytes]] = [[], []]
     left = [list(side) for side in sides]
     while any(left):

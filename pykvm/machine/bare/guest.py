@@ -17,7 +17,6 @@ import threading
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
-from pykvm import sizes
 from pykvm.closeable import Closeable
 from pykvm.devices.debug_console import DebugConsole
 from pykvm.elisa import calls, crossing
@@ -48,9 +47,6 @@ __all__ = [
 _READ: Final = Access.READ
 _READ_WRITE: Final = Access.READ | Access.WRITE
 _READ_EXECUTE: Final = Access.READ | Access.EXECUTE
-
-_SAMPLES_SIZE: Final = 4 * sizes.MIB
-"""Bytes for measurements, behind the frames' log."""
 
 _VECTORS: Final = {
     0: "division error",
@@ -358,7 +354,7 @@ class BareGuest(Closeable):
         """The first `size` bytes of the log of received frames."""
         return self.memory.read(layout.RX_LOG_GPA, size)
 
-    def samples(self, size: int = _SAMPLES_SIZE) -> bytes:
+    def samples(self, size: int = layout.SAMPLES_SIZE) -> bytes:
         """The first `size` bytes of the measurements."""
         return self.memory.read(self.info.samples, size)
 
@@ -413,9 +409,9 @@ class BareGuest(Closeable):
         self.info = BootInfo.from_buffer(view)
         self.info.magic = boot_info.MAGIC
         self.info.log = layout.RX_LOG_GPA
-        self.info.log_size = layout.RX_LOG_SIZE - _SAMPLES_SIZE
-        self.info.samples = layout.RX_LOG_GPA + self.info.log_size
-        self.info.samples_size = _SAMPLES_SIZE
+        self.info.log_size = layout.RX_LOG_SIZE
+        self.info.samples = layout.SAMPLES_GPA
+        self.info.samples_size = layout.SAMPLES_SIZE
         params = program.params()
         if len(params) > boot_info.PARAMS:
             raise InputTooLargeError(f"{len(params)} parameters, a guest takes {boot_info.PARAMS}")

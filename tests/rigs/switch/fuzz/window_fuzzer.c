@@ -95,8 +95,8 @@ static void call(uint32_t id, uint8_t mode, uint64_t a0, uint64_t a1, uint64_t a
 /* Addresses that meet again and again: a few stations, groups, and a full line of the table. */
 static uint64_t station(uint8_t number)
 {
-	static const uint64_t odd[] = {0, SWITCH_MAC_MASK, 1, 0x800000000002, 0x5e0001, 2,
-				       0xc28001, 0x0e0000c28001, 0x100000c28001};
+	static const uint64_t odd[] = {0, SWITCH_MAC_MASK, 1, 0x800000000002, 0x5e0001, 2};
+	static const uint64_t link[] = {0xc28001, 0x0e0000c28001, 0x100000c28001};
 	static uint64_t crowd[2 * SWITCH_TABLE_WAYS];
 
 	for (uint64_t at = 0, address = 2; !crowd[2 * SWITCH_TABLE_WAYS - 1]; address += 256) {
@@ -105,7 +105,9 @@ static uint64_t station(uint8_t number)
 	}
 	if (number < 0x60)
 		return 0x02 | (uint64_t)(number & 7) << 40;
-	return number < 0xc0 ? crowd[number % (2 * SWITCH_TABLE_WAYS)] : odd[number % 9];
+	if (number < 0xc0)
+		return crowd[number % (2 * SWITCH_TABLE_WAYS)];
+	return number < 0xf0 ? odd[number % 6] : link[number % 3];
 }
 
 /* No tag, or tags of a few VLANs, as the input wants it. */
@@ -122,7 +124,7 @@ static void write_tags(uint8_t *at)
 	poke(at, types[0], 2);
 }
 
-static void write_frame(uint32_t port)
+static void write_frame(uint32_t port, bool with_tags)
 {
 	uint32_t slot = take_number(1) & (tx_slots - 1);
 	uint32_t length = (uint32_t)take_number(2);
@@ -132,7 +134,8 @@ static void write_frame(uint32_t port)
 
 	poke(at, &destination, 6);
 	poke(at + 6, &source, 6);
-	write_tags(at + 12);
+	if (with_tags)
+		write_tags(at + 12);
 	poke((uint8_t *)&window_of(port)->tx_length[slot], &length, 4);
 }
 
@@ -229,7 +232,7 @@ void operation(void)
 		return;
 	}
 	case 5: case 6: case 7:
-		write_frame(port);
+		write_frame(port, (what & 15) == 7);
 		return;
 	case 8:
 		touched[port] = true;
