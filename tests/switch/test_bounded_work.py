@@ -84,14 +84,14 @@ def test_full_lines_of_the_table_and_frames_full_of_tags() -> None:
         octets = address.to_bytes(6, "little")
         rig.switch.pin(":".join(f"{octet:02x}" for octet in octets), 1)
     some = list(itertools.islice(crowd, 100))
-    vlan, source, to = next(
-        (vlan, *there)
+    vlan, meeting = next(
+        (vlan, there)
         for vlan in range(1, lib.SWITCH_ANY_VLAN)
-        if len(there := [n.to_bytes(6, "little") for n in some if line(n, vlan) == 7][:2]) == 2
+        if len(there := [n.to_bytes(6, "little") for n in some if line(n, vlan) == 7]) >= 2
     )
     for slot in range(config.tx_slots):
         tags = b"\x81\x00" + (slot << 13 | vlan).to_bytes(2, "big") + b"\x88\xa8\x00\x09" * 7
-        one = frame(to, source, size=767)
+        one = frame(meeting[0], meeting[1], size=767)
         rig.ports[0].put(slot, one[:12] + tags + one[12 : -len(tags)])
     steps = most(AS_BUILT, rig, config.tx_slots)
     counters = rig.switch.counters().ports[0]

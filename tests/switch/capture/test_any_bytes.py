@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pykvm.switch.capture import CaptureError, encode_capture, read_capture, split_capture
-from tests.switch.capture.files import A, B, block, enhanced, interface, packet, pcap, section
+from tests.rigs.switch.capture_files import A, B, block, enhanced, interface, packet, pcap, section
 
 pytestmark = pytest.mark.unit
 

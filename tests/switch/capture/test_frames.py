@@ -16,7 +16,7 @@ from pykvm.switch.capture import (
     encode_capture,
     read_capture,
 )
-from tests.switch.capture.files import A, B, packet, pcap
+from tests.rigs.switch.capture_files import A, B, packet, pcap
 
 pytestmark = pytest.mark.unit
 

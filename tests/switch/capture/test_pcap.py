@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pykvm.resources import CAPTURE
 from pykvm.switch.capture import (
     CaptureError,
     DamagedCaptureError,
@@ -21,20 +22,19 @@ from pykvm.switch.capture import (
     split_capture,
     write_capture,
 )
-from tests.switch.capture.files import A, B, packet, pcap
+from tests.rigs.switch.capture_files import A, B, packet, pcap
 
 pytestmark = pytest.mark.unit
 
-REAL = Path(__file__).parents[2] / "data" / "memcached-http.pcap"
 ONE = B + A + bytes(range(60))
 FRAMES = [Frame(1_700_000_000_123_456_000, ONE), Frame(1_700_000_001_000_007_000, b"\1" * 1514)]
 
 
 def test_the_stored_capture_is_what_its_note_says() -> None:
-    capture = read_capture(REAL)
+    capture = read_capture(CAPTURE)
     sizes = [len(frame.data) for frame in capture.frames]
     assert (len(sizes), min(sizes), max(sizes)) == (1227, 60, 1514)
-    assert REAL.stat().st_size < 1_000_000
+    assert CAPTURE.stat().st_size < 1_000_000
     assert [frame.number for frame in capture.frames] == list(range(1, 1228))
     client, server = split_capture(capture).sent
     assert {frame.source for frame in client} == {b"\x02\0\0\0\0\x02"}

@@ -19,7 +19,7 @@ from pykvm.switch.capture import (
     encode_capture,
     read_capture,
 )
-from tests.switch.capture.files import A, B, block, enhanced, interface, option, section
+from tests.rigs.switch.capture_files import A, B, block, enhanced, interface, option, section
 
 pytestmark = pytest.mark.unit
 

@@ -18,8 +18,8 @@ from pykvm.switch.capture import (
     Sides,
     split_capture,
 )
-from tests.switch.capture.files import A, B, C
-from tests.switch.native_rig import BROADCAST, frame, mac, make_rig, tagged
+from tests.rigs.switch.capture_files import A, B, C
+from tests.rigs.switch.native_rig import BROADCAST, frame, mac, make_rig, tagged
 
 pytestmark = pytest.mark.unit
 

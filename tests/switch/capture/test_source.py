@@ -27,7 +27,7 @@ from pykvm.switch.capture import (
     read_capture,
 )
 from pykvm.switch.capture.source import LIMIT
-from tests.switch.capture.files import A, B, enhanced, interface, packet, pcap, section
+from tests.rigs.switch.capture_files import A, B, enhanced, interface, packet, pcap, section
 
 pytestmark = pytest.mark.unit
 
