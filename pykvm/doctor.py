@@ -1,11 +1,14 @@
-"""What this host has and lacks, for `pykvm doctor`: one check per need, each with a next step.
+"""The checks of `pykvm doctor`: one for each need of this host, with a next step that works here.
 
 A check looks and never changes anything. The checks of the group "host" decide whether ELISA runs
 on this machine itself; those of "emulated host" decide whether it can emulate one that does.
 """
 
+import grp
 import os
+import pwd
 import resource
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -13,21 +16,37 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pykvm import cache
+from pykvm.cache import CacheError
 from pykvm.errors import PykvmError
 from pykvm.host import distribution
+from pykvm.host.advice import install, load_module
+from pykvm.host.commands import as_root, emulated_host, program
 from pykvm.host.emulation import is_emulated
-from pykvm.host.processor import MsrUnreadable, VmxCapabilities, read_processor
+from pykvm.host.processor import MsrUnreadableError, VmxCapabilities, read_processor
 from pykvm.kernel import modules
 from pykvm.kernel import packages as kernel_packages
 from pykvm.kernel import series as kernel_series
 from pykvm.kernel.patch import find_patch
+from pykvm.testbed import requirements
+from pykvm.testbed.requirements import RequirementsError
 
 __all__ = ["EMULATED", "HOST", "Check", "emulated_host_usable", "host_usable", "run_checks"]
 
 HOST = "host"
 EMULATED = "emulated host"
 
-_USE_TESTBED = "use the emulated host: pykvm testbed -- COMMAND"
+_KVM = Path("/dev/kvm")
+_LIMITS = Path("/etc/security/limits.conf")  # of PAM
+
+# What can keep an ordinary user from making namespaces: the value that does, and one that does not.
+_NAMESPACE_SETTINGS = {
+    "kernel.unprivileged_userns_clone": ("0", "1"),
+    "kernel.apparmor_restrict_unprivileged_userns": ("1", "0"),
+    "user.max_user_namespaces": ("0", "1000"),
+    "user.max_net_namespaces": ("0", "1000"),
+    "user.max_pid_namespaces": ("0", "1000"),
+}
+
 _MIB = 1 << 20
 _GIB = 1 << 30
 
@@ -42,24 +61,6 @@ _CAP_SYS_ADMIN = 21
 
 # What a context of ours relies on; the rest of EPT's features is reported only.
 _EPT_NEEDED = ("4 levels", "write-back tables", "execute-only", "INVEPT", "INVEPT of all contexts")
-
-# Programs of the emulated host, and Debian's packages for them.
-_TESTBED_PROGRAMS = {
-    "bochs-bin": "bochs",
-    "mke2fs": "e2fsprogs",
-    "depmod": "kmod",
-    "dpkg-deb": "dpkg",
-    "apt-get": "apt",
-    "gcc": "gcc",
-    "unshare": "util-linux",
-    "xorriso": "xorriso",
-    "xz": "xz-utils",
-    "zstd": "zstd",
-}
-_TESTBED_FILES = {
-    "/usr/share/bochs/BIOS-bochs-latest": "bochsbios",
-    "/usr/share/vgabios/vgabios.bin": "vgabios",
-}
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Check:
 
 
 def run_checks() -> list[Check]:
-    """Every check, in the order in which a reader would repair things.
+    """Return every check, in the order in which a reader would repair things.
 
     Inside the emulated host there is no second one, and its checks are left out.
     """
@@ -95,12 +96,12 @@ def run_checks() -> list[Check]:
 
 
 def host_usable(checks: list[Check]) -> bool:
-    """Whether ELISA runs on this host itself."""
+    """Return whether ELISA runs on this host itself."""
     return all(check.ok for check in checks if check.group == HOST and check.needed)
 
 
 def emulated_host_usable(checks: list[Check]) -> bool:
-    """Whether this host can run the emulated one."""
+    """Return whether this host can run the emulated one."""
     emulated = [check for check in checks if check.group == EMULATED]
     return bool(emulated) and all(check.ok for check in emulated if check.needed)
 
@@ -120,7 +121,8 @@ def _distribution() -> Check:
 def _processor() -> Check:
     processor = read_processor()
     found = f"{processor.name} ({processor.vendor})"
-    return Check(HOST, "processor", processor.is_intel, found, f"needs Intel; {_USE_TESTBED}")
+    step = f"needs Intel; {emulated_host()}"
+    return Check(HOST, "processor", processor.is_intel, found, step)
 
 
 def _vmx() -> Check:
@@ -128,7 +130,7 @@ def _vmx() -> Check:
     if processor.has_vmx:
         return Check(HOST, "VMX", True, "present")
     step = "switch VMX on in the firmware, or nested virtualization if this is a VM"
-    return Check(HOST, "VMX", False, "absent", step if processor.is_intel else _USE_TESTBED)
+    return Check(HOST, "VMX", False, "absent", step if processor.is_intel else emulated_host())
 
 
 def _vm_functions() -> Check:
@@ -136,49 +138,69 @@ def _vm_functions() -> Check:
     proven = modules.elisa_version() > 0
     try:
         vmx = VmxCapabilities.read()
-    except MsrUnreadable as error:
+    except MsrUnreadableError as error:
         if proven:
             return Check(HOST, name, True, "present (KVM says so)")
         if not read_processor().has_vmx:
-            return Check(HOST, name, False, "absent: no VMX", _USE_TESTBED)
-        problem, _, step = str(error).partition("; ")
-        return Check(HOST, name, False, f"unknown: {problem}", step.removeprefix("type: "))
+            return Check(HOST, name, False, "absent: no VMX", emulated_host())
+        return Check(HOST, name, False, f"unknown: {error.problem}", error.next_step)
     values = f"MSR 0x48b = {vmx.procbased2:#x}, 0x491 = {vmx.vmfunc:#x}"
     if not vmx.enabled_by_firmware:
         return Check(HOST, name, False, f"VMX locked off, {values}", "switch it on in the firmware")
-    return Check(HOST, name, vmx.eptp_switching, values, _USE_TESTBED)
+    return Check(HOST, name, vmx.eptp_switching, values, emulated_host())
 
 
 def _ept() -> Check:
     try:
         features = VmxCapabilities.read().ept_features()
-    except MsrUnreadable as error:
+    except MsrUnreadableError as error:
         if modules.elisa_version() > 0:
             return Check(HOST, "EPT", True, "present (KVM says so)")
-        problem, _, step = str(error).partition("; ")
         if not read_processor().has_vmx:
-            problem, step = "absent: no VMX", _USE_TESTBED
-        return Check(HOST, "EPT", False, problem, step.removeprefix("type: "))
+            return Check(HOST, "EPT", False, "absent: no VMX", emulated_host())
+        return Check(HOST, "EPT", False, error.problem, error.next_step)
     has = ", ".join(name for name, present in features.items() if present)
     lacks = [name for name in _EPT_NEEDED if not features[name]]
     return Check(
-        HOST, "EPT", not lacks, has or "absent", f"lacks {', '.join(lacks)}; {_USE_TESTBED}"
+        HOST, "EPT", not lacks, has or "absent", f"lacks {', '.join(lacks)}; {emulated_host()}"
     )
 
 
 def _device() -> Check:
     name = "/dev/kvm"
     try:
-        os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
+        os.close(os.open(_KVM, os.O_RDWR | os.O_CLOEXEC))
     except FileNotFoundError:
-        intel = read_processor().has_vmx
-        return Check(HOST, name, False, "absent", "modprobe kvm_intel" if intel else _USE_TESTBED)
+        return Check(HOST, name, False, "absent", _device_step())
     except PermissionError:
-        step = "sudo usermod -aG kvm $USER, then log in again"
-        return Check(HOST, name, False, "no permission", step)
+        return Check(HOST, name, False, "no permission", _permission_step())
     except OSError as error:
-        return Check(HOST, name, False, f"does not open: {error.strerror}", "modprobe kvm_intel")
+        return Check(HOST, name, False, f"does not open: {error.strerror}", _device_step())
     return Check(HOST, name, True, "usable")
+
+
+def _device_step() -> str:
+    if Path("/sys/module/kvm/refcnt").exists():
+        return f"give this container the device {_KVM}: KVM is loaded"
+    if not read_processor().has_vmx:
+        return emulated_host()
+    return load_module("kvm_intel", emulated_host())
+
+
+def _permission_step() -> str:
+    """Return how to become a member of the device's group, if that is what it takes."""
+    status = os.stat(_KVM)
+    try:
+        user = pwd.getpwuid(os.getuid()).pw_name
+        group = grp.getgrgid(status.st_gid)
+    except KeyError:  # a user or group without an entry
+        return as_root(f"{program()} COMMAND")
+    if status.st_mode & 0o060 != 0o060 or group.gr_gid == 0:
+        return as_root(f"{program()} COMMAND")
+    if user in group.gr_mem:
+        return f"log in again: {user} has become a member of {group.gr_name} meanwhile"
+    command = as_root(f"usermod -aG {shlex.quote(group.gr_name)} {shlex.quote(user)}")
+    return f"{command}, then log in again"
 
 
 def _kvm() -> Check:
@@ -187,16 +209,24 @@ def _kvm() -> Check:
     sources = "".join(f", {name} {hash}" for name, hash in status.srcversion.items() if hash)
     further = f" ({status.test_build})" if status.test_build else ""
     found = f"{status.state}{further}{version}{sources}"
-    step = "pykvm kernel build && sudo .venv/bin/pykvm kernel load"
-    if status.state == "built in" or not read_processor().has_vmx:
-        step = _USE_TESTBED
+    step = ""
+    if status.state != "patched":
+        buildable = status.state != "built in" and read_processor().has_vmx
+        if buildable and _kernel_packages().ok:
+            step = f"{program()} kernel build && {as_root(f'{program()} kernel load')}"
+        else:
+            step = emulated_host()
     return Check(HOST, "patched KVM", status.state == "patched", found, step)
 
 
 def _privilege() -> Check:
     allowed = _effective_capabilities() >> _CAP_SYS_ADMIN & 1
     found = "CAP_SYS_ADMIN" if allowed else "no CAP_SYS_ADMIN"
-    return Check(HOST, "privilege", bool(allowed), found, "run it as root (sudo)")
+    if os.geteuid() == 0:
+        step = "give this container CAP_SYS_ADMIN (--cap-add SYS_ADMIN)"
+    else:
+        step = as_root(f"{program()} COMMAND")
+    return Check(HOST, "privilege", bool(allowed), found, step)
 
 
 def _lockable_memory() -> Check:
@@ -208,10 +238,10 @@ def _lockable_memory() -> Check:
         return Check(HOST, name, True, "unlimited")
     step = f"ulimit -l {_LOCKABLE >> 10}"
     if ceiling != resource.RLIM_INFINITY and ceiling < _LOCKABLE:
-        step = (
-            'echo "$USER - memlock unlimited" | sudo tee -a /etc/security/limits.conf, '
-            "then log in again"
-        )
+        step = as_root(f"{program()} COMMAND")
+        if _LIMITS.exists():
+            line = 'echo "$USER - memlock unlimited"'
+            step = f"{line} | {as_root(f'tee -a {_LIMITS}')}, then log in again"
     return Check(HOST, name, limit >= _LOCKABLE, f"{limit / _MIB:.0f} MiB", step)
 
 
@@ -227,15 +257,20 @@ def _huge_pages() -> Check:
 def _kernel_packages() -> Check:
     # Once the patched modules are loaded, nothing has to be built: hence not needed as such.
     name = "headers and source of the running kernel"
+    release = kernel_packages.running_release()
     try:
-        headers = kernel_packages.find_headers()
+        if series := kernel_series.of_release(release):
+            find_patch(series)
+        if kernel := kernel_series.find_kernel(release):
+            where = "installed" if kernel.installed else "to be fetched"
+            return Check(HOST, name, True, f"{release}, {kernel.package}, {where}", needed=False)
+        headers = kernel_packages.find_headers(release)
         find_patch(headers.series)
         source = kernel_packages.find_source(headers.series)
         kernel_packages.require_match(headers, source, headers.version)
     except PykvmError as error:
-        problem, _, step = str(error).partition("; ")
-        return Check(HOST, name, False, problem, step.removeprefix("type: "), needed=False)
-    return Check(HOST, name, True, f"{headers.release}, {headers.package}", needed=False)
+        return Check(HOST, name, False, error.problem, error.next_step, needed=False)
+    return Check(HOST, name, True, f"{release}, {headers.version}", needed=False)
 
 
 def _memory() -> Check:
@@ -250,19 +285,12 @@ def _memory() -> Check:
 
 
 def _programs() -> Check:
-    path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
-    missing = {
-        program: package
-        for program, package in _TESTBED_PROGRAMS.items()
-        if not shutil.which(program, path=path)
-    }
-    missing |= {
-        file: package for file, package in _TESTBED_FILES.items() if not Path(file).exists()
-    }
-    found = f"missing: {', '.join(missing)}" if missing else "all there"
-    packages = " ".join(sorted(set(missing.values())))
-    step = f"sudo apt-get install --no-install-recommends {packages}"
-    return Check(EMULATED, "Bochs and tools", not missing, found, step)
+    name = "Bochs and tools"
+    try:
+        requirements.require()
+    except RequirementsError as error:
+        return Check(EMULATED, name, False, error.problem, error.next_step)
+    return Check(EMULATED, name, True, "all there")
 
 
 def _namespaces() -> Check:
@@ -274,31 +302,49 @@ def _namespaces() -> Check:
     try:
         done = subprocess.run(command, capture_output=True, check=False)
     except FileNotFoundError:
-        return Check(EMULATED, name, False, "no unshare", "sudo apt-get install util-linux")
-    found = "allowed" if done.returncode == 0 else "refused"
-    step = "sudo sysctl kernel.unprivileged_userns_clone=1 user.max_user_namespaces=1000"
-    return Check(EMULATED, name, done.returncode == 0, found, step)
+        return Check(EMULATED, name, False, "no unshare", install(["util-linux"]))
+    if done.returncode == 0:
+        return Check(EMULATED, name, True, "allowed")
+    return Check(EMULATED, name, False, "refused", _namespaces_step())
+
+
+def _namespaces_step() -> str:
+    settings = []
+    for setting, (refusing, allowing) in _NAMESPACE_SETTINGS.items():
+        file = Path("/proc/sys", *setting.split("."))
+        if file.exists() and file.read_text().strip() == refusing:
+            settings.append(f"{setting}={allowing}")
+    if settings:
+        return as_root(f"sysctl {' '.join(settings)}")
+    if os.geteuid() == 0:
+        return "give this container CAP_SYS_ADMIN (--cap-add SYS_ADMIN)"
+    return as_root(f"{program()} testbed -- COMMAND")
 
 
 def _testbed_kernels() -> Check:
+    name = "kernel series (--series)"
     found, missing = [], []
     for series in kernel_series.SERIES:
         try:
             kernel = kernel_series.newest_kernel(series)
-            find_patch(series)
-        except PykvmError:
+        except kernel_series.KernelMissingError:
             missing.append(series)
             continue
+        except PykvmError as error:  # not the kernels' fault
+            return Check(EMULATED, name, False, error.problem, error.next_step)
         where = "installed" if kernel.installed else "to be fetched"
         found.append(f"{series} ({kernel.release}, {where})")
-    text = ", ".join(found) or "none with headers and source of one version and a patch"
+    text = ", ".join(found) or "none with headers and source of one version"
     if missing and found:
         text += f"; not {', '.join(missing)}"
-    return Check(EMULATED, "kernel series (--series)", bool(found), text, "sudo apt-get update")
+    return Check(EMULATED, name, bool(found), text, as_root("apt-get update"))
 
 
 def _disk() -> Check:
-    place = cache.root()
+    try:
+        place = cache.root()
+    except CacheError as error:
+        return Check(EMULATED, "disk for the cache", False, error.problem, error.next_step)
     while not os.path.exists(place):  # Path.exists raises where the parent cannot be read
         place = place.parent
     free = shutil.disk_usage(place).free

@@ -1,7 +1,6 @@
 """What `pykvm doctor` looks at, on the machine that runs the tests."""
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,8 @@ from pykvm.doctor import EMULATED, HOST, Check
 from pykvm.host.emulation import is_emulated
 from pykvm.host.processor import read_processor
 from pykvm.kernel import modules
+from pykvm.testbed import requirements
+from tests.rigs import apt
 
 
 def _named(name: str) -> Check:
@@ -56,12 +57,13 @@ def test_the_host_is_usable_only_with_everything_it_needs() -> None:
 def test_missing_tools_are_named_with_their_packages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "which", lambda program, path=None: None)
+    monkeypatch.setattr(requirements, "_PROGRAMS", {"no-such-bochs": "bochs", "sh": "dash"})
+    monkeypatch.setattr(requirements, "_FILES", {str(tmp_path / "BIOS"): "bochsbios"})
+    apt.offer_packages(tmp_path, monkeypatch, ["bochs", "bochsbios"])
     check = _named("Bochs and tools")
     assert not check.ok
-    assert "bochs-bin" in check.found
-    assert check.next_step.startswith("sudo apt-get install --no-install-recommends ")
-    assert {"bochs", "e2fsprogs", "kmod"} <= set(check.next_step.split())
+    assert check.found == f"not installed: no-such-bochs, {tmp_path / 'BIOS'}"
+    assert check.next_step.endswith("apt-get install --no-install-recommends bochs bochsbios")
 
 
 @pytest.mark.elisa

@@ -27,12 +27,22 @@ class CacheError(PykvmError):
 
 
 def root() -> Path:
-    """The cache directory: `$PYKVM_CACHE`, else `$XDG_CACHE_HOME/pykvm`, else `~/.cache/pykvm`."""
+    """Return the cache: `$PYKVM_CACHE`, else `$XDG_CACHE_HOME/pykvm`, else `~/.cache/pykvm`.
+
+    Raises:
+        CacheError: there is no home directory to put it in.
+    """
     if explicit := os.environ.get("PYKVM_CACHE"):
         return Path(explicit).absolute()
     if xdg := os.environ.get("XDG_CACHE_HOME"):
         return Path(xdg).absolute() / "pykvm"
-    return Path.home() / ".cache" / "pykvm"
+    try:
+        return Path.home() / ".cache" / "pykvm"
+    except RuntimeError as error:  # no HOME, and a user without an entry in the password file
+        raise CacheError(
+            "this user has no home directory for the cache",
+            "set PYKVM_CACHE to a directory that you may write",
+        ) from error
 
 
 def key(*inputs: bytes | str | int | Path) -> str:
@@ -134,6 +144,6 @@ def log_path(name: str) -> Path:
 
 def _unwritable(error: OSError) -> CacheError:
     return CacheError(
-        f"cannot write the cache at {root()} ({error.strerror}); "
-        "set PYKVM_CACHE to a directory that you may write"
+        f"cannot write the cache at {root()} ({error.strerror})",
+        "set PYKVM_CACHE to a directory that you may write",
     )

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pykvm.doctor import EMULATED, HOST, Check, emulated_host_usable, host_usable, run_checks
+from pykvm.host.commands import program
 from pykvm.measure.fingerprint import fingerprint
 
 __all__ = ["add_parser", "run"]
@@ -61,6 +62,7 @@ def _verdict(here: bool, emulated: bool) -> str:
         return "This host runs ELISA itself."
     if emulated:
         return (
-            "This host cannot run ELISA itself, but its emulated host can: pykvm testbed -- COMMAND"
+            "This host cannot run ELISA itself, but its emulated host can: "
+            f"{program()} testbed -- COMMAND"
         )
     return "This host can run ELISA neither itself nor emulated; the steps above (->) lead there."

@@ -7,7 +7,7 @@ from typing import Any
 
 from pykvm.cli.signals import exit_on_signals
 from pykvm.kernel.series import SERIES
-from pykvm.testbed import selftests
+from pykvm.testbed import selftest_comparison
 
 __all__ = ["add_action", "run"]
 
@@ -37,10 +37,10 @@ def add_action(actions: Any) -> None:
     parser.add_argument(
         "--limit",
         type=float,
-        default=selftests.LIMIT,
+        default=selftest_comparison.LIMIT,
         metavar="S",
         help="seconds of the emulated clock for each, 45 million instructions in one "
-        f"(default: {selftests.LIMIT:g})",
+        f"(default: {selftest_comparison.LIMIT:g})",
     )
     parser.add_argument(
         "--distribution",
@@ -63,12 +63,12 @@ def run(options: argparse.Namespace) -> int:
     """Do what the command line says; return the exit status."""
     exit_on_signals()
     start = time.monotonic()
-    suite = selftests.Selftests(options.series)
+    suite = selftest_comparison.Selftests(options.series)
     if options.list:
         for name in suite.names:
             print(f"{name:50} {_why_left_out(name, slow=False)}".rstrip())
         return 0
-    names = selftests.choose(suite.names, options.tests, slow=options.all)
+    names = selftest_comparison.choose(suite.names, options.tests, slow=options.all)
     left_out = [] if options.tests else [name for name in suite.names if name not in names]
     print(
         f"KVM selftests of Linux {suite.release}, {len(names)} of {len(suite.names)}; "
@@ -95,12 +95,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _why_left_out(name: str, slow: bool) -> str:
-    if name in selftests.EXCLUDED:
-        return selftests.EXCLUDED[name]
-    return "" if slow else selftests.SLOW.get(name, "")
+    if name in selftest_comparison.EXCLUDED:
+        return selftest_comparison.EXCLUDED[name]
+    return "" if slow else selftest_comparison.SLOW.get(name, "")
 
 
-def _print_one(each: selftests.Comparison) -> None:
+def _print_one(each: selftest_comparison.Comparison) -> None:
     outcome = "DIFFERENT" if not each.same else "same" if each.conclusive else "not compared"
     reason = f": {each.stock.reason}" if each.same and each.stock.reason else ""
     print(

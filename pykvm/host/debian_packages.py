@@ -17,14 +17,18 @@ from pathlib import Path
 
 from pykvm import cache
 from pykvm.errors import PykvmError
+from pykvm.host.commands import as_root
 
 __all__ = [
     "Package",
     "PackageError",
+    "apt_cache",
     "closure",
     "exact",
     "fetch",
+    "has_lists",
     "installed_version",
+    "known_versions",
     "lists_fingerprint",
     "unpack",
     "unpack_release",
@@ -87,7 +91,7 @@ def exact(name: str, version: str) -> Package:
     """
     found = _print_uris(["download", f"{name}={version}"])
     if len(found) != 1:
-        raise PackageError(f"apt has no {name} {version}; run: apt-get update")
+        raise PackageError(f"apt has no {name} {version}", as_root("apt-get update"))
     return found[0]
 
 
@@ -109,8 +113,9 @@ def fetch(packages: Sequence[Package]) -> list[Path]:
             lost = [package.file for package in missing if not _complete(store, package)]
             if lost:
                 raise PackageError(
-                    f"apt-get could not download {', '.join(lost[:3])}: "
-                    f"{_last_line(result.stderr)}; run: apt-get update"
+                    f"apt-get could not download {', '.join(lost[:3])} "
+                    f"({_last_line(result.stderr)})",
+                    as_root("apt-get update"),
                 )
         files = [store / package.file for package in packages]
         for file in files:
@@ -195,15 +200,44 @@ def _debian_archive() -> str:
 
 
 def installed_version(name: str) -> str | None:
-    """The version of `name` that the machine has installed, or None."""
+    """Return the version of `name` that the machine has installed, or None."""
     query = ["dpkg-query", "-W", "-f", "${db:Status-Status} ${Version}", name]
-    result = subprocess.run(query, capture_output=True, text=True, check=False)
+    try:
+        result = subprocess.run(query, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no Debian
+        return None
     status, _, version = result.stdout.partition(" ")
     return version if result.returncode == 0 and status == "installed" else None
 
 
+def known_versions(names: Sequence[str]) -> dict[str, set[str]]:
+    """Return the versions that apt could install of each package of `names`; no others' names."""
+    found: dict[str, set[str]] = {}
+    for line in apt_cache("madison", *names).splitlines():
+        name, version, origin = (field.strip() for field in line.split("|", 2))
+        if origin.endswith("Packages"):
+            found.setdefault(name, set()).add(version)
+    return found
+
+
+def apt_cache(*arguments: str) -> str:
+    """Return what apt-cache prints; nothing where there is no apt."""
+    try:
+        done = subprocess.run(
+            ["apt-cache", *arguments], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return ""
+    return done.stdout
+
+
+def has_lists() -> bool:
+    """Return whether the machine has lists of packages, which `apt-get update` fetches."""
+    return any(_APT_LISTS.glob("*_Packages*"))
+
+
 def lists_fingerprint() -> str:
-    """What changes whenever the machine's package lists do."""
+    """Return a text that changes whenever the machine's package lists do."""
     digest = hashlib.sha256()
     for file in sorted(_APT_LISTS.glob("*_*")):
         status = file.stat()
@@ -217,7 +251,7 @@ def _print_uris(arguments: list[str]) -> list[Package]:
         archives = ["-o", f"Dir::Cache::archives={empty}"]
         result = _apt(["-o", "Debug::NoLocking=1", *archives, "--print-uris", *arguments])
     if result.returncode:
-        raise PackageError(f"apt-get: {_last_line(result.stderr)}; run: apt-get update")
+        raise PackageError(f"apt-get: {_last_line(result.stderr)}", as_root("apt-get update"))
     matches = (_URI_LINE.match(line) for line in result.stdout.splitlines())
     return sorted(
         (Package(match["file"], int(match["size"])) for match in matches if match),

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pykvm.errors import PykvmError
+from pykvm.host.advice import load_module
+from pykvm.host.commands import emulated_host
 
-__all__ = ["MsrUnreadable", "Processor", "VmxCapabilities", "read_msr", "read_processor"]
+__all__ = ["MsrUnreadableError", "Processor", "VmxCapabilities", "read_msr", "read_processor"]
 
 _IA32_FEATURE_CONTROL = 0x3A
 _IA32_VMX_PROCBASED_CTLS = 0x482
@@ -20,7 +22,7 @@ _IA32_VMX_EPT_VPID_CAP = 0x48C
 _IA32_VMX_VMFUNC = 0x491
 
 
-class MsrUnreadable(PykvmError):
+class MsrUnreadableError(PykvmError):
     """A model-specific register cannot be read."""
 
 
@@ -70,23 +72,24 @@ def read_msr(register: int, cpu: int = 0) -> int:
     """The 64 bits of a model-specific register of one processor.
 
     Raises:
-        MsrUnreadable: no `msr` module, no permission, or no such register.
+        MsrUnreadableError: no `msr` module, no permission, or no such register.
     """
     path = f"/dev/cpu/{cpu}/msr"
     try:
         device = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError as error:
-        raise MsrUnreadable(f"no {path}; type: modprobe msr") from error
+        raise MsrUnreadableError(f"no {path}", load_module("msr", emulated_host())) from error
     except PermissionError as error:
-        raise MsrUnreadable(f"no permission to read {path}; run this as root") from error
+        raise MsrUnreadableError(f"no permission to read {path}", "run this as root") from error
     except OSError as error:
-        raise MsrUnreadable(f"cannot open {path} ({error.strerror}); run this as root") from error
+        raise MsrUnreadableError(
+            f"cannot open {path} ({error.strerror})", emulated_host()
+        ) from error
     try:
         return int(struct.unpack("<Q", os.pread(device, 8, register))[0])
     except OSError as error:
-        raise MsrUnreadable(
-            f"this processor has no MSR {register:#x} ({error.strerror}); "
-            "use the emulated host: pykvm testbed -- COMMAND"
+        raise MsrUnreadableError(
+            f"this processor has no MSR {register:#x} ({error.strerror})", emulated_host()
         ) from error
     finally:
         os.close(device)
@@ -111,7 +114,7 @@ class VmxCapabilities:
         """Read the MSRs of one processor.
 
         Raises:
-            MsrUnreadable: see `read_msr`; also where there is no VMX.
+            MsrUnreadableError: see `read_msr`; also where there is no VMX.
         """
         feature_control = read_msr(_IA32_FEATURE_CONTROL, cpu)
         procbased = read_msr(_IA32_VMX_PROCBASED_CTLS, cpu)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pykvm import cache
 from pykvm.errors import PykvmError
+from pykvm.host.advice import install
 from pykvm.kernel import make as kernel_make
 from pykvm.kernel.packages import (
     Headers,
@@ -23,14 +24,14 @@ from pykvm.kernel.packages import (
     running_release,
 )
 from pykvm.kernel.patch import Patch, apply, apply_further, find_patch, read_further
-from pykvm.kernel.series import place
+from pykvm.kernel.series import of_release, place
 from pykvm.kernel.source_tree import unpack
 
 __all__ = [
     "MODULES",
     "TEST_BUILD",
-    "CompileFailed",
-    "ToolMissing",
+    "ModuleBuildError",
+    "ToolMissingError",
     "build",
 ]
 
@@ -67,11 +68,11 @@ _MAKE_VARIABLES = (
 )
 
 
-class ToolMissing(PykvmError):
+class ToolMissingError(PykvmError):
     """A program that the build needs is not installed."""
 
 
-class CompileFailed(PykvmError):
+class ModuleBuildError(PykvmError):
     """The modules do not compile."""
 
 
@@ -94,13 +95,16 @@ def build(
         patches: Where the patches are; by default `kernel-patches` of this checkout.
 
     Raises:
-        HeadersMissing, SourceMissing, VersionMismatch: see `pykvm.kernel.packages`.
+        HeadersMissingError, KernelSourceMissingError, VersionMismatchError: see
+            `pykvm.kernel.packages`.
         PatchMissingError, PatchConflictError, FurtherPatchError: see `pykvm.kernel.patch`.
         UnpackError: the source cannot be unpacked.
-        ToolMissing, CompileFailed: as their names say.
+        ToolMissingError, ModuleBuildError: as their names say.
         PackageError: the packages cannot be fetched.
     """
     release = release or running_release()
+    if patched and (series := of_release(release)):
+        find_patch(series, patches)  # before anything is fetched
     src = src or place(release)
     headers = find_headers(release, src)
     patch = find_patch(headers.series, patches) if patched else None
@@ -133,9 +137,8 @@ def _require_tools(headers: Headers) -> None:
     }
     missing = {tool: package for tool, package in packages.items() if not shutil.which(tool)}
     if missing:
-        raise ToolMissing(
-            f"the kernel build needs {', '.join(missing)}; "
-            f"type: apt-get install --no-install-recommends {' '.join(missing.values())}"
+        raise ToolMissingError(
+            f"the kernel build needs {', '.join(missing)}", install(list(missing.values()))
         )
 
 
@@ -159,8 +162,9 @@ def _build_into(
     command = ["make", "-C", str(headers.path), f"M={kvm}", f"kvm_tree={work}"]
     command += [*_MAKE_VARIABLES, f"-j{jobs}", "modules"]
     if kernel_make.run(command, work, log) != 0:
-        raise CompileFailed(
-            f"the KVM modules for {headers.release} do not compile{_first_error(log)}; read {log}"
+        raise ModuleBuildError(
+            f"the KVM modules for {headers.release} do not compile{_first_error(log)}",
+            f"read {log}",
         )
     for module in MODULES:
         shutil.copy2(kvm / f"{module}.ko", out)

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pykvm.errors import PykvmError
+from pykvm.host.advice import install
+from pykvm.host.commands import again_as_root, as_root, emulated_host, program
 from pykvm.host.kvm_users import describe_users
 from pykvm.host.processor import read_processor
 from pykvm.kernel import build as kernel
@@ -23,13 +25,13 @@ from pykvm.kernel import uapi
 from pykvm.kvm import lib
 
 __all__ = [
-    "KvmBuiltIn",
-    "LoadFailed",
-    "ModulesInUse",
-    "ModulesMissing",
-    "NotRoot",
+    "KvmBuiltInError",
+    "ModuleLoadError",
+    "ModulesInUseError",
+    "ModulesMissingError",
+    "NotRootError",
     "Status",
-    "UnsupportedProcessor",
+    "UnsupportedProcessorError",
     "elisa_version",
     "load",
     "restore",
@@ -45,27 +47,27 @@ _LOADED_NAMES = ("kvm_intel", "kvm")
 _Parameters = dict[str, dict[str, str]]
 
 
-class NotRoot(PykvmError):
+class NotRootError(PykvmError):
     """Only root may change the kernel's modules."""
 
 
-class UnsupportedProcessor(PykvmError):
+class UnsupportedProcessorError(PykvmError):
     """The patched modules are for Intel processors with VMX."""
 
 
-class KvmBuiltIn(PykvmError):
+class KvmBuiltInError(PykvmError):
     """KVM is part of the running kernel and cannot be exchanged."""
 
 
-class ModulesInUse(PykvmError):
+class ModulesInUseError(PykvmError):
     """A virtual machine runs, or another module needs KVM."""
 
 
-class ModulesMissing(PykvmError):
+class ModulesMissingError(PykvmError):
     """There are no patched modules to load."""
 
 
-class LoadFailed(PykvmError):
+class ModuleLoadError(PykvmError):
     """Modules did not load; the message says which ones are loaded now."""
 
 
@@ -135,8 +137,9 @@ def load(directory: Path | None = None) -> list[str]:
         The parameters, as `module.name=value`, that the new modules did not take over.
 
     Raises:
-        NotRoot, UnsupportedProcessor, KvmBuiltIn, ModulesInUse, ModulesMissing: nothing changed.
-        LoadFailed: the patched modules do not load; the distribution's are loaded.
+        NotRootError, UnsupportedProcessorError, KvmBuiltInError, ModulesInUseError,
+            ModulesMissingError: nothing changed.
+        ModuleLoadError: the patched modules do not load; the distribution's are loaded.
         What `pykvm.kernel.build.build` raises: nothing changed.
     """
     _require_root()
@@ -150,11 +153,15 @@ def load(directory: Path | None = None) -> list[str]:
         _unload()
         lost = _insert_with(saved, lambda arguments: _insert_patched(source, arguments))
         if not elisa_version():
-            raise LoadFailed("the patched KVM offers no EPTP switching on this processor")
+            raise ModuleLoadError(
+                "the patched KVM offers no EPTP switching on this processor", emulated_host()
+            )
         return lost
-    except LoadFailed as error:
+    except ModuleLoadError as error:
         _back_to_stock(saved, error)
-        raise LoadFailed(f"{error}; the distribution's KVM is loaded again") from error
+        raise ModuleLoadError(
+            f"{error.problem}; the distribution's KVM is loaded again", error.next_step
+        ) from error
 
 
 def restore() -> list[str]:
@@ -164,8 +171,8 @@ def restore() -> list[str]:
         As `load`.
 
     Raises:
-        NotRoot, KvmBuiltIn, ModulesInUse: nothing changed.
-        LoadFailed: the distribution's modules do not load; the message says what is loaded.
+        NotRootError, KvmBuiltInError, ModulesInUseError: nothing changed.
+        ModuleLoadError: the distribution's modules do not load; the message says what is loaded.
     """
     _require_root()
     _require_modular()
@@ -176,22 +183,21 @@ def restore() -> list[str]:
     try:
         _unload()
         return _insert_with(saved, _insert_stock)
-    except LoadFailed as error:
+    except ModuleLoadError as error:
         try:
             _insert_patched(_built_directory(), {})
         except PykvmError:
-            raise LoadFailed(
-                f"{error}; no KVM is loaded: reinstall the kernel's package, then type: "
-                "modprobe kvm_intel"
+            raise ModuleLoadError(
+                f"{error.problem}; no KVM is loaded now", _reinstall_kernel()
             ) from error
-        raise LoadFailed(f"{error}; the patched KVM is loaded again") from error
+        raise ModuleLoadError(
+            f"{error.problem}; the patched KVM is loaded again", error.next_step
+        ) from error
 
 
 def _require_root() -> None:
     if os.geteuid() != 0:
-        raise NotRoot(
-            "only root may exchange kernel modules; type: sudo .venv/bin/pykvm kernel ..."
-        )
+        raise NotRootError("only root may exchange kernel modules", again_as_root())
 
 
 def _require_processor() -> None:
@@ -202,16 +208,14 @@ def _require_processor() -> None:
         what = "an Intel processor without VMX (off in the firmware, or not given to this VM)"
     else:
         return
-    raise UnsupportedProcessor(
-        f"this is {what}; use the emulated Intel host: pykvm testbed -- COMMAND"
-    )
+    raise UnsupportedProcessorError(f"this is {what}", emulated_host())
 
 
 def _require_modular() -> None:
     if _is_built_in():
-        raise KvmBuiltIn(
-            "KVM is built into the running kernel and cannot be exchanged; boot a distribution "
-            "kernel, or use the emulated host: pykvm testbed -- COMMAND"
+        raise KvmBuiltInError(
+            "KVM is built into the running kernel and cannot be exchanged",
+            f"boot a distribution kernel, or {emulated_host()}",
         )
 
 
@@ -225,12 +229,12 @@ def _require_loadable(directory: Path) -> None:
     for module in kernel.MODULES:
         file = directory / f"{module}.ko"
         if not file.is_file():
-            raise ModulesMissing(f"no {file}; type: pykvm kernel build")
+            raise ModulesMissingError(f"no {file}", _other_modules())
         magic = _modinfo("vermagic", str(file)).split(" ")[0]
         if magic != platform.release():
-            raise ModulesMissing(
-                f"{file} is for kernel {magic or 'unknown'}, not for {platform.release()}; "
-                "type: pykvm kernel build"
+            raise ModulesMissingError(
+                f"{file} is for kernel {magic or 'unknown'}, not for {platform.release()}",
+                _other_modules(),
             )
 
 
@@ -240,12 +244,13 @@ def _require_idle() -> None:
             continue
         holders = {path.name for path in (_SYS_MODULE / name / "holders").iterdir()}
         if others := sorted(holders - {"kvm_intel"}):
-            raise ModulesInUse(
-                f"module {name} is needed by {', '.join(others)}; type: modprobe -r {others[0]}"
+            raise ModulesInUseError(
+                f"module {name} is needed by {', '.join(others)}",
+                as_root(f"modprobe -r {others[0]}"),
             )
         if int(_read(_SYS_MODULE / name / "refcnt") or 0) > len(holders):
             users = ", ".join(describe_users()) or "a process that cannot be seen from here"
-            raise ModulesInUse(f"KVM is in use by {users}; end these virtual machines first")
+            raise ModulesInUseError(f"KVM is in use by {users}", "end these virtual machines first")
 
 
 def _insert_with(saved: _Parameters, insert: Callable[[_Parameters], None]) -> list[str]:
@@ -259,7 +264,7 @@ def _insert_with(saved: _Parameters, insert: Callable[[_Parameters], None]) -> l
         _unload()
         try:
             insert(arguments)
-        except LoadFailed:  # not every value that can be read is taken as an argument
+        except ModuleLoadError:  # not every value that can be read is taken as an argument
             _unload()
             insert({})
     for module, name, value in _differences(saved):
@@ -323,14 +328,25 @@ def _as_arguments(arguments: _Parameters, module: str) -> list[str]:
     return [f"{name}={value}" for name, value in arguments.get(module, {}).items()]
 
 
-def _back_to_stock(saved: _Parameters, cause: LoadFailed) -> None:
+def _other_modules() -> str:
+    """Return what to do where the modules of the named directory cannot be loaded."""
+    return f"name the directory that this prints: {program()} kernel build"
+
+
+def _reinstall_kernel() -> str:
+    package = f"linux-image-{platform.release()}"
+    step = install([package], "boot a kernel that Debian has", again=True)
+    return f"{step}; then {as_root('modprobe kvm_intel')}"
+
+
+def _back_to_stock(saved: _Parameters, cause: ModuleLoadError) -> None:
     try:
         _unload()
         _insert_with(saved, _insert_stock)
-    except LoadFailed as error:
-        raise LoadFailed(
-            f"{cause}; the distribution's KVM does not load either ({error}); "
-            "type: modprobe kvm_intel"
+    except ModuleLoadError as error:
+        raise ModuleLoadError(
+            f"{cause.problem}; the distribution's KVM does not load either ({error.problem})",
+            _reinstall_kernel(),
         ) from error
 
 
@@ -364,18 +380,19 @@ def _modinfo(field: str, module: str) -> str:
     """One field of a module, by file or by name; empty if there is no such module."""
     try:
         return _run("modinfo", "-F", field, module).strip()
-    except LoadFailed:
+    except ModuleLoadError:
         return ""
 
 
 def _run(tool: str, *arguments: str) -> str:
     program = shutil.which(tool, path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
     if program is None:
-        raise LoadFailed(f"no program {tool}; type: apt-get install kmod")
+        raise ModuleLoadError(f"no program {tool}", install(["kmod"]))
     done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return done.stdout
     said = " ".join(done.stderr.split()) or f"{tool} ended with status {done.returncode}"
     if re.search("rejected|not available|not permitted", said):
-        said += " (Secure Boot wants signed modules: sign them, or switch it off in the firmware)"
-    raise LoadFailed(said)
+        step = "sign the modules, which Secure Boot wants, or switch it off in the firmware"
+        raise ModuleLoadError(said, step)
+    raise ModuleLoadError(said)

@@ -7,19 +7,22 @@ version of the kernel, and last month's version may be gone from the archive.
 
 import platform
 import re
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from pykvm.errors import PykvmError
+from pykvm.host import debian_packages
+from pykvm.host.advice import install
+from pykvm.host.commands import as_root, emulated_host, program
+from pykvm.kernel.patch import patched_series
 
 __all__ = [
     "SRC",
     "Headers",
-    "HeadersMissing",
+    "HeadersMissingError",
+    "KernelSourceMissingError",
     "Source",
-    "SourceMissing",
-    "VersionMismatch",
+    "VersionMismatchError",
     "by_number",
     "find_headers",
     "find_source",
@@ -32,15 +35,15 @@ __all__ = [
 SRC = Path("/usr/src")
 
 
-class HeadersMissing(PykvmError):
+class HeadersMissingError(PykvmError):
     """The headers of the wanted kernel are not installed."""
 
 
-class SourceMissing(PykvmError):
+class KernelSourceMissingError(PykvmError):
     """The source of the wanted kernel series is not installed."""
 
 
-class VersionMismatch(PykvmError):
+class VersionMismatchError(PykvmError):
     """Headers and source are of different versions of the kernel."""
 
 
@@ -97,16 +100,14 @@ def find_headers(release: str | None = None, src: Path = SRC) -> Headers:
     """The headers of `release`, by default of the running kernel.
 
     Raises:
-        HeadersMissing: they are not installed, or not complete.
+        HeadersMissingError: they are not installed, or not complete.
     """
     wanted = release or running_release()
     path = src / f"linux-headers-{wanted}"
     installed = installed_headers(src)
     if wanted not in installed:
-        others = f", or name one that is here (--kernel {installed[-1]})" if installed else ""
-        raise HeadersMissing(
-            f"no headers for kernel {wanted} in {src}; "
-            f"type: apt-get install linux-headers-{wanted}{others}"
+        raise HeadersMissingError(
+            f"no headers for kernel {wanted} in {src}", _headers_step(wanted, installed)
         )
     return Headers(
         release=wanted,
@@ -121,13 +122,13 @@ def find_source(series: str, src: Path = SRC) -> Source:
     """The distribution's source of a kernel series such as `6.1`.
 
     Raises:
-        SourceMissing: it is not installed.
+        KernelSourceMissingError: it is not installed.
     """
     tarball = src / f"linux-source-{series}.tar.xz"
     if not tarball.is_file():
-        raise SourceMissing(
-            f"no source of Linux {series} ({tarball}); "
-            f"type: apt-get install --no-install-recommends linux-source-{series}"
+        raise KernelSourceMissingError(
+            f"no source of Linux {series} ({tarball})",
+            install([f"linux-source-{series}"], emulated_host()),
         )
     return Source(series, tarball, _package_version(f"linux-source-{series}", src))
 
@@ -139,16 +140,15 @@ def require_match(headers: Headers, source: Source, source_version: str) -> None
         source_version: What the Makefile inside the source says, `6.1.192`.
 
     Raises:
-        VersionMismatch: they are not.
+        VersionMismatchError: they are not.
     """
     packages = headers.package and source.package and headers.package != source.package
     if headers.version == source_version and not packages:
         return
-    raise VersionMismatch(
+    raise VersionMismatchError(
         f"headers of {headers.release} are version {headers.package or headers.version}, "
-        f"linux-source-{source.series} is {source.package or source_version}; "
-        f"type: apt-get update && apt-get install linux-source-{source.series} "
-        f"{_newest_headers(headers.release)}, and boot that kernel if it runs here"
+        f"linux-source-{source.series} is {source.package or source_version}",
+        _newest_step([f"linux-source-{source.series}", _newest_headers(headers.release)]),
     )
 
 
@@ -157,21 +157,28 @@ def by_number(release: str) -> list[tuple[int, str]]:
     return [(int(number or 0), text) for number, text in re.findall(r"(\d*)(\D*)", release)]
 
 
+def _newest_step(packages: list[str]) -> str:
+    if len(debian_packages.known_versions(packages)) < len(packages):
+        return emulated_host()
+    update, newest = as_root("apt-get update"), install(packages)
+    return f"{update}, then {newest}, and boot that kernel if it runs here"
+
+
+def _headers_step(release: str, installed: list[str]) -> str:
+    """Return what to do without the headers of `release`, with those of `installed` at hand."""
+    series = "|".join(map(re.escape, patched_series()))
+    buildable = [each for each in installed if re.match(rf"(?:{series})\.", each)]
+    if buildable:
+        instead = f"build for a kernel that is here: {program()} kernel build --kernel "
+        instead += buildable[-1]
+    else:
+        instead = f"boot a kernel that Debian has, or {emulated_host()}"
+    return install([f"linux-headers-{release}"], instead)
+
+
 def _package_version(package: str, src: Path) -> str:
     """Version of an installed Debian package; empty if there is none, or `src` is not its place."""
-    if src != SRC:
-        return ""
-    try:
-        query = subprocess.run(
-            ["dpkg-query", "-W", "-f", "${db:Status-Status} ${Version}", package],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except FileNotFoundError:
-        return ""
-    status, _, version = query.stdout.partition(" ")
-    return version if status == "installed" else ""
+    return "" if src != SRC else debian_packages.installed_version(package) or ""
 
 
 def _newest_headers(release: str) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pykvm.errors import PykvmError
+from pykvm.host.commands import emulated_host, program
 from pykvm.kernel import make as kernel_make
 from pykvm.resources import KERNEL_PATCHES
 
@@ -26,6 +27,7 @@ __all__ = [
     "complete",
     "conflict",
     "find_patch",
+    "patched_series",
     "read_further",
 ]
 
@@ -61,6 +63,12 @@ class Patch:
         return [self.hooks, *(part for item in self.files.items() for part in item)]
 
 
+def patched_series(directory: Path | None = None) -> list[str]:
+    """Return the kernel series that there is a patch for, as text sorts them."""
+    found = (directory or KERNEL_PATCHES).glob("linux-*.patch")
+    return sorted(path.stem.removeprefix("linux-") for path in found)
+
+
 def find_patch(series: str, directory: Path | None = None) -> Patch:
     """Return the patch for a kernel series such as "6.1".
 
@@ -70,11 +78,10 @@ def find_patch(series: str, directory: Path | None = None) -> Patch:
     directory = directory or KERNEL_PATCHES
     hooks = directory / f"linux-{series}.patch"
     if not hooks.is_file():
-        found = sorted(directory.glob("linux-*.patch"))
-        have = ", ".join(path.stem.removeprefix("linux-") for path in found) or "none"
+        have = ", ".join(patched_series(directory)) or "none"
         raise PatchMissingError(
             f"no KVM patch for Linux {series}, only for: {have}",
-            "boot a kernel of such a series, or use the emulated host: pykvm testbed -- COMMAND",
+            f"boot a kernel of such a series, or {emulated_host()}",
         )
     top = directory / "files"
     files = sorted(path for path in top.rglob("*") if path.is_file())
@@ -150,7 +157,7 @@ def apply_further(patches: Sequence[Path], tree: Path, log: Path) -> None:
         if not _applies(patch, tree, log):
             raise FurtherPatchError(
                 f"{patch} does not apply on top of pykvm's patch{_first_reject(log)}, see {log}",
-                "make it against that patch: pykvm kernel patch",
+                f"make it against that patch: {program()} kernel patch",
             )
 
 

@@ -13,8 +13,9 @@ from pykvm import cache
 from pykvm.errors import PykvmError
 from pykvm.kernel import make as kernel_make
 from pykvm.kernel.packages import Source
+from pykvm.kernel.source_tree import UnpackError, fetch_again
 
-__all__ = ["SelftestsFailed", "build", "programs"]
+__all__ = ["SelftestBuildError", "build", "programs"]
 
 _SELFTESTS = "tools/testing/selftests"
 
@@ -53,15 +54,16 @@ _CURES = {"6.1": "-DTEST_ASSERT_EQ=ASSERT_EQ -include linux/stddef.h"}
 _LIST = "pykvm-list: ; @printf '%s\\n' $(patsubst $(OUTPUT)/%,%,$(TEST_GEN_PROGS))"
 
 
-class SelftestsFailed(PykvmError):
-    """The selftests cannot be unpacked, or do not compile."""
+class SelftestBuildError(PykvmError):
+    """A selftest does not compile."""
 
 
 def build(source: Source) -> Path:
     """The directory with the selftests of `source`; `programs` lists them.
 
     Raises:
-        SelftestsFailed: they cannot be unpacked, or one of them does not compile.
+        UnpackError: see `pykvm.kernel.source_tree`.
+        SelftestBuildError: one of them does not compile.
     """
     stat = source.tarball.stat()
     cures = _CURES.get(source.series, "")
@@ -83,9 +85,8 @@ def _build_into(out: Path, source: Source, cures: str) -> None:
     command = ["tar", "-xJf", str(source.tarball), "-C", str(tree), "--strip-components=1"]
     command += ["--wildcards", *(f"{top}/{member}" for member in _UNPACKED)]
     if kernel_make.run(command, tree, log) != 0:
-        raise SelftestsFailed(
-            f"cannot unpack the selftests from {source.tarball}, see {log}; "
-            f"type: apt-get install --reinstall linux-source-{source.series}"
+        raise UnpackError(
+            f"cannot unpack the selftests from {source.tarball}, see {log}", fetch_again(source)
         )
     jobs = f"-j{len(os.sched_getaffinity(0))}"
     tests = tree / _SELFTESTS / "kvm"
@@ -95,8 +96,8 @@ def _build_into(out: Path, source: Source, cures: str) -> None:
         kernel_make.run(["make", "ARCH=x86", jobs, "headers"], tree, log) != 0
         or kernel_make.run([*make, *flags, jobs, "all"], tests, log) != 0
     ):
-        raise SelftestsFailed(
-            f"KVM's selftests of Linux {source.series} do not compile; read {log}"
+        raise SelftestBuildError(
+            f"KVM's selftests of Linux {source.series} do not compile", f"read {log}"
         )
     listed = subprocess.run(
         [*make, "-s", "--eval", _LIST, "pykvm-list"],
@@ -110,6 +111,6 @@ def _build_into(out: Path, source: Source, cures: str) -> None:
         (out / name).parent.mkdir(exist_ok=True)
         # Stripped, since what runs on the emulated host is read from an emulated disc.
         if kernel_make.run(["strip", "-o", str(out / name), str(tests / name)], out, log) != 0:
-            raise SelftestsFailed(f"the selftest {name} was not built; read {log}")
+            raise SelftestBuildError(f"the selftest {name} was not built", f"read {log}")
     (out / "programs").write_text("".join(f"{name}\n" for name in listed))
     shutil.rmtree(tree)

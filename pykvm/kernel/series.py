@@ -7,7 +7,6 @@ whole kernel along, and a boot menu entry for it.
 
 import json
 import re
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +14,18 @@ from pathlib import Path
 from pykvm import cache
 from pykvm.errors import PykvmError
 from pykvm.host import debian_packages
+from pykvm.host.commands import as_root
 from pykvm.kernel import packages as kernel_packages
 
 __all__ = [
     "SERIES",
     "HostKernel",
-    "KernelMissing",
-    "SeriesUnknown",
+    "KernelMissingError",
+    "SeriesUnknownError",
     "default_series",
     "find_kernel",
     "newest_kernel",
+    "of_release",
     "offered_series",
     "packages_directory",
     "place",
@@ -40,11 +41,11 @@ _FLAVOUR = "cloud-amd64"
 _RELEASE = re.compile(r"(?P<abi>(?P<series>\d+\.\d+)\.\d+(?:-\d+|\+\w+))-(?P<flavour>\S+)")
 
 
-class KernelMissing(PykvmError):
+class KernelMissingError(PykvmError):
     """Debian has no kernel with matching headers and source, as far as this machine knows."""
 
 
-class SeriesUnknown(PykvmError):
+class SeriesUnknownError(PykvmError):
     """There is no patch for this series."""
 
 
@@ -82,19 +83,21 @@ def newest_kernel(series: str | None = None) -> HostKernel:
     series: one of `SERIES`; by default `default_series()`.
 
     Raises:
-        SeriesUnknown: `series` is none of `SERIES`.
-        KernelMissing: there is none.
+        SeriesUnknownError: `series` is none of `SERIES`.
+        KernelMissingError: there is none.
     """
     series = series or default_series()
     if series not in SERIES:
-        raise SeriesUnknown(f"no KVM patch for Linux {series}, only for: {', '.join(SERIES)}")
+        raise SeriesUnknownError(
+            f"no KVM patch for Linux {series}", f"use one of: {', '.join(SERIES)}"
+        )
     if found := _newest(series):
         return found
     offered = offered_series()
-    raise KernelMissing(
+    raise KernelMissingError(
         f"Debian has no cloud kernel of the {series} series with headers and source of one "
         "version, as far as this machine knows",
-        f"use the series {' or '.join(offered)}" if offered else "run: apt-get update",
+        f"use the series {' or '.join(offered)}" if offered else as_root("apt-get update"),
     )
 
 
@@ -107,6 +110,12 @@ def _newest(series: str) -> HostKernel | None:
             return HostKernel(series, release, package, installed=True)
     known = (kernel for kernel in _known_to_apt(series) if kernel.release.endswith(f"-{_FLAVOUR}"))
     return next(known, None)
+
+
+def of_release(release: str) -> str:
+    """Return the series of a kernel by its `uname -r`, "6.1"; empty if that has no numbers."""
+    match = re.match(r"\d+\.\d+", release)
+    return match[0] if match else ""
 
 
 def find_kernel(release: str) -> HostKernel | None:
@@ -189,7 +198,7 @@ def _known_to_apt(series: str) -> list[HostKernel]:
 
 
 def _ask_apt(series: str) -> Iterator[HostKernel]:
-    names = _apt_cache("pkgnames", "linux-").split()
+    names = debian_packages.apt_cache("pkgnames", "linux-").split()
     headers = [name for name in names if name.startswith(f"linux-headers-{series}.")]
     releases = [name.removeprefix("linux-headers-") for name in headers]
     releases = [name for name in releases if _RELEASE.fullmatch(name) and "common" not in name]
@@ -197,7 +206,7 @@ def _ask_apt(series: str) -> Iterator[HostKernel]:
     source = f"linux-source-{series}"
     images = [name for name in names if name.startswith(f"linux-image-{series}.")]
     kbuilds = [name for name in names if name.startswith("linux-kbuild-")]
-    versions = _versions([*headers, *images, *kbuilds, source])
+    versions = debian_packages.known_versions([*headers, *images, *kbuilds, source])
     for release in releases:
         for package in _newest_first(versions.get(f"linux-headers-{release}", set())):
             image = f"linux-image-{release}"
@@ -225,7 +234,7 @@ def _kbuild_names(release: str) -> list[str]:
 
 def _kbuild(release: str, package: str) -> str:
     names = _kbuild_names(release)
-    versions = _versions(names)
+    versions = debian_packages.known_versions(names)
     return next((name for name in names if package in versions.get(name, ())), names[0])
 
 
@@ -234,25 +243,5 @@ def _abi(release: str) -> str:
     return match["abi"] if match else release
 
 
-def _versions(names: list[str]) -> dict[str, set[str]]:
-    """The versions of each of the packages `names` that apt has."""
-    found: dict[str, set[str]] = {}
-    for line in _apt_cache("madison", *names).splitlines():
-        name, version, origin = (field.strip() for field in line.split("|", 2))
-        if origin.endswith("Packages"):
-            found.setdefault(name, set()).add(version)
-    return found
-
-
 def _newest_first(versions: set[str]) -> list[str]:
     return sorted(versions, key=kernel_packages.by_number, reverse=True)
-
-
-def _apt_cache(*arguments: str) -> str:
-    try:
-        done = subprocess.run(
-            ["apt-cache", *arguments], capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError:
-        return ""
-    return done.stdout

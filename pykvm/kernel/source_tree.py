@@ -1,17 +1,19 @@
 """KVM's part of the distribution's kernel source, unpacked into the cache."""
 
 import re
+import shlex
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
 from pykvm import cache
 from pykvm.errors import PykvmError
+from pykvm.host.advice import install
 from pykvm.kernel import make as kernel_make
 from pykvm.kernel.packages import Source
 from pykvm.kernel.patch import FurtherPatchError, Patch, changed_files, conflict
 
-__all__ = ["UnpackError", "unpack"]
+__all__ = ["UnpackError", "fetch_again", "unpack"]
 
 # Unpacked besides the files that the patch changes. Headers here come before the
 # distribution's, so nothing but KVM's own belongs in the list.
@@ -28,6 +30,14 @@ _UNPACKED = (
 
 class UnpackError(PykvmError):
     """The source cannot be unpacked."""
+
+
+def fetch_again(source: Source) -> str:
+    """Return the step for a source that cannot be read: a new copy from where it came from."""
+    if source.tarball.is_relative_to(cache.root()):
+        place = source.tarball.relative_to(cache.root())
+        return f"rm -r {shlex.quote(str(cache.root().joinpath(*place.parts[:2])))}, and try again"
+    return install([f"linux-source-{source.series}"], again=True)
 
 
 def unpack(source: Source, patch: Patch | None, further: Sequence[Path] = ()) -> Path:
@@ -69,7 +79,7 @@ def unpack(source: Source, patch: Patch | None, further: Sequence[Path] = ()) ->
                     )
         raise UnpackError(
             f"cannot unpack {source.tarball}, see {log}",
-            f"type: apt-get install --reinstall linux-source-{source.series}",
+            fetch_again(source),
         )
 
     return cache.entry("linux-source", key, extract)

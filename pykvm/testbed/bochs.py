@@ -10,7 +10,6 @@ import ctypes
 import os
 import pty
 import re
-import shutil
 import signal
 import subprocess
 import termios
@@ -20,7 +19,8 @@ from pathlib import Path
 
 from pykvm.closeable import Closeable
 from pykvm.errors import PykvmError
-from pykvm.testbed import bochs_installation
+from pykvm.host.commands import program
+from pykvm.testbed import bochs_installation, requirements
 from pykvm.testbed.bochs_installation import Installation
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
     "EmulatorError",
     "Machine",
     "make_restorable",
-    "require_tools",
 ]
 
 # Bytes. A resume copies all of it, in pages of 4 KiB: 1 GiB would take twice as long.
@@ -82,16 +81,6 @@ debug: action=ignore
 """
 
 _OPEN_TIMEOUT = 20.0  # seconds
-
-_TOOLS = {
-    "bochs-bin": "bochs bochsbios vgabios",
-    "unshare": "util-linux",
-    "xorriso": "xorriso",
-    "mke2fs": "e2fsprogs",
-    "depmod": "kmod",
-    "lz4": "lz4",
-    "gcc": "gcc",
-}
 
 
 class EmulatorError(PykvmError):
@@ -159,22 +148,6 @@ def make_restorable(state: Path) -> None:
     config.write_text(re.sub(r"^usb_uhci:.*\n?", "", text, flags=re.MULTILINE))
 
 
-def require_tools() -> None:
-    """Make sure of all that the testbed needs of the machine, before anything is begun.
-
-    Raises:
-        EmulatorError: a program is missing; the message names the packages of all that are.
-    """
-    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
-    missing = [program for program in _TOOLS if shutil.which(program, path=path) is None]
-    if missing:
-        packages = " ".join(dict.fromkeys(_TOOLS[program] for program in missing))
-        raise EmulatorError(
-            f"{', '.join(missing)}: not installed; "
-            f"run: apt-get install --no-install-recommends {packages}"
-        )
-
-
 class Emulator(Closeable):
     """A running Bochs in `directory`, which holds all that its configuration names.
 
@@ -191,7 +164,7 @@ class Emulator(Closeable):
         Raises:
             EmulatorError: a program is missing, or namespaces are not permitted.
         """
-        require_tools()
+        requirements.require()
         self.directory = directory
         self._descriptors: list[int] = []
         self._process: subprocess.Popen[bytes] | None = None
@@ -238,7 +211,7 @@ class Emulator(Closeable):
         try:
             self._process.wait(timeout)
         except subprocess.TimeoutExpired as error:
-            raise EmulatorError(f"the emulator did not end: {self.last_words()}") from error
+            raise EmulatorError(f"the emulator did not end ({self.last_words()})") from error
 
     def say_go(self) -> None:
         """Let the agent inside go on, on the control channel.
@@ -272,12 +245,14 @@ class Emulator(Closeable):
         try:
             return int(children.read_text().split()[0])
         except (OSError, IndexError) as error:
-            raise EmulatorError(f"the emulator did not start: {self.last_words()}") from error
+            raise EmulatorError(
+                f"the emulator did not start ({self.last_words()})", f"{program()} doctor"
+            ) from error
 
     def last_words(self) -> str:
         """What the emulator said last, in one line."""
         if "unshare failed" in _text(self.directory / "bochs.out"):
-            return "it may not make namespaces; run as root, or allow unprivileged user namespaces"
+            return "it may not make namespaces"
         for name in ("bochs.log", "bochs.out"):
             lines = [line.strip() for line in _text(self.directory / name).splitlines()]
             told = [line for line in lines if ">>PANIC<<" in line or "cannot" in line.lower()]

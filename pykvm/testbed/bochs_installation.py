@@ -59,7 +59,7 @@ class Installation:
         said = self._help("cpu")
         _, _, listed = said.partition("Supported CPU models:\n\n")
         if not listed:
-            raise BochsMissingError(f"{self.command[-1]} does not start: {said.strip()}")
+            raise BochsMissingError(f"{self.command[-1]} does not start ({said.strip()})")
         return listed.partition("\n\n")[0].split()
 
     def debugger_options(self) -> list[str]:

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from pykvm.errors import PykvmError
+from pykvm.host.advice import install
 from pykvm.testbed.kernel_image import FlatKernel
 
 __all__ = ["BootDiskError", "cpio", "write"]
@@ -127,8 +128,8 @@ def _boot_sector() -> bytes:
                 result = subprocess.run(command, capture_output=True, text=True, check=False)
             except FileNotFoundError as error:
                 raise BootDiskError(
-                    f"{error.filename} is missing; run: apt-get install gcc binutils"
+                    f"no program {error.filename}", install(["gcc", "binutils"])
                 ) from error
             if result.returncode:
-                raise BootDiskError(f"cannot assemble the boot sector: {result.stderr.strip()}")
+                raise BootDiskError(f"cannot assemble the boot sector ({result.stderr.strip()})")
         return (work / "sector").read_bytes()

@@ -13,6 +13,7 @@ from pathlib import Path
 from pykvm import cache
 from pykvm.errors import PykvmError
 from pykvm.host import debian_packages
+from pykvm.host.advice import install
 from pykvm.kernel.series import HostKernel
 from pykvm.testbed import rootfs
 
@@ -93,9 +94,9 @@ def _uncompress_modules(directory: Path) -> None:
             ["xz", "-d", "-T0", *modules], capture_output=True, text=True, check=False
         )
     except FileNotFoundError as error:
-        raise KernelImageError("xz is missing; run: apt-get install xz-utils") from error
+        raise KernelImageError("no program xz", install(["xz-utils"])) from error
     if done.returncode:
-        raise KernelImageError(f"xz cannot unpack the kernel's modules: {done.stderr.strip()!r}")
+        raise KernelImageError(f"xz cannot unpack the kernel's modules ({done.stderr.strip()})")
 
 
 def flatten(bzimage: bytes) -> FlatKernel:
@@ -106,7 +107,7 @@ def flatten(bzimage: bytes) -> FlatKernel:
     """
     elf = _decompressed(bzimage)
     if elf[:4] != b"\x7fELF":
-        raise KernelImageError("the kernel image holds no ELF kernel; use a distribution kernel")
+        raise KernelImageError("the kernel image holds no ELF kernel", "use a distribution kernel")
     (header_offset,) = struct.unpack_from("<Q", elf, 32)
     (count,) = struct.unpack_from("<H", elf, 56)
     headers = [struct.unpack_from("<IIQQQQQQ", elf, header_offset + 56 * i) for i in range(count)]
@@ -119,12 +120,12 @@ def flatten(bzimage: bytes) -> FlatKernel:
         if kind == _PT_NOTE and (entry := _pvh_entry(elf[offset : offset + size])):
             memory = max(header[4] + header[6] for header in loads) - address
             return FlatKernel(address, bytes(image), memory, entry)
-    raise KernelImageError("the kernel has no PVH entry point; it needs CONFIG_PVH")
+    raise KernelImageError("the kernel has no PVH entry point", "use one with CONFIG_PVH")
 
 
 def _decompressed(bzimage: bytes) -> bytes:
     if bzimage[0x202:0x206] != b"HdrS":
-        raise KernelImageError("not a bzImage; fetch the kernel package again")
+        raise KernelImageError("the kernel is no bzImage", "use a distribution kernel")
     setup = (bzimage[_SETUP_SECTORS] + 1) * 512
     (offset,) = struct.unpack_from("<I", bzimage, _PAYLOAD_OFFSET)
     (length,) = struct.unpack_from("<I", bzimage, _PAYLOAD_LENGTH)
@@ -147,9 +148,11 @@ def _filtered(program: str, data: bytes) -> bytes:
     try:
         result = subprocess.run([program, "-d", "-c"], input=data, capture_output=True, check=False)
     except FileNotFoundError as error:
-        raise KernelImageError(f"{program} is missing; run: apt-get install {program}") from error
+        raise KernelImageError(f"no program {program}", install([program])) from error
     if result.returncode:
-        raise KernelImageError(f"{program} cannot unpack the kernel: {result.stderr.decode()!r}")
+        raise KernelImageError(
+            f"{program} cannot unpack the kernel ({result.stderr.decode().strip()})"
+        )
     return result.stdout
 
 

@@ -18,6 +18,8 @@ from pathlib import Path
 
 from pykvm import cache
 from pykvm.errors import PykvmError
+from pykvm.host.advice import install
+from pykvm.host.commands import program
 from pykvm.resources import CHECKOUT, DISTRIBUTION
 from pykvm.testbed.folder import carried_files
 
@@ -172,7 +174,10 @@ def module_files(modules: Path) -> list[Path]:
     files = [modules / "kvm.ko", modules / "kvm-intel.ko"]
     for file in files:
         if not file.is_file():
-            raise PayloadError(f"{modules} has no {file.name}; run: pykvm kernel build")
+            raise PayloadError(
+                f"{modules} has no {file.name}",
+                f"name the directory that this prints: {program()} kernel build --series SERIES",
+            )
     return files
 
 
@@ -208,7 +213,7 @@ def _make_iso(image: Path, grafts: Iterable[tuple[str, Path]]) -> None:
             command, capture_output=True, text=True, errors="replace", check=False
         )
     except FileNotFoundError as error:
-        raise PayloadError("xorriso is missing; run: apt-get install xorriso") from error
+        raise PayloadError("no program xorriso", install(["xorriso"])) from error
     if result.returncode:
         lines = [line for line in result.stderr.splitlines() if "FAILURE" in line]
         raise PayloadError(f"xorriso cannot pack the files: {(lines or ['no message'])[0]}")

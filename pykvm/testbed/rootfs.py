@@ -8,6 +8,7 @@ would have done that we need is done here. The result is an ext4 image, made wit
 import importlib.metadata
 import os
 import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -19,6 +20,7 @@ from pathlib import Path
 from pykvm import cache
 from pykvm.errors import PykvmError
 from pykvm.host import debian_packages
+from pykvm.host.advice import install
 
 __all__ = [
     "PYTHON_PACKAGES",
@@ -143,7 +145,7 @@ def modules_in_order(modules: Path, names: list[str]) -> list[Path]:
                 if each not in order:
                     order.append(each)
         elif name not in built_in:
-            raise RootfsError(f"the kernel has no module {name}; it cannot run as a testbed")
+            raise RootfsError(f"the kernel has no module {name}", "use a distribution kernel")
     return [modules / path for path in order]
 
 
@@ -227,7 +229,7 @@ def _distributions() -> list[importlib.metadata.Distribution]:
         except importlib.metadata.PackageNotFoundError as error:
             raise RootfsError(
                 f"the Python package {name} is missing",
-                f"type: {sys.executable} -m pip install {name}",
+                f"{shlex.quote(sys.executable)} -m pip install {name}",
             ) from error
         found[_canonical(name)] = distribution
         for requirement in distribution.requires or []:
@@ -306,6 +308,6 @@ def _run(program: str, *arguments: str, optional: bool = False) -> None:
         )
     except FileNotFoundError as error:
         package = {"mke2fs": "e2fsprogs", "depmod": "kmod"}.get(program, program)
-        raise RootfsError(f"{program} is missing; run: apt-get install {package}") from error
+        raise RootfsError(f"no program {program}", install([package])) from error
     if result.returncode and not optional:
         raise RootfsError(f"{program} failed: {(result.stderr or result.stdout).strip()[-300:]}")

@@ -19,7 +19,7 @@ from pykvm.cache import pruning as cache_pruning
 from pykvm.errors import PykvmError
 from pykvm.host import debian_packages
 from pykvm.kernel.series import HostKernel
-from pykvm.testbed import bochs, boot_disk, instances, kernel_image, payload, rootfs
+from pykvm.testbed import bochs, boot_disk, instances, kernel_image, payload, requirements, rootfs
 from pykvm.testbed.bochs import Emulator, Machine
 
 __all__ = [
@@ -89,7 +89,7 @@ def booted_host(kernel: HostKernel, machine: Machine, progress: Progress) -> Pat
     """
 
     def build(directory: Path) -> None:
-        bochs.require_tools()
+        requirements.require()
         progress(f"fetching Linux {kernel.release}")
         image = kernel_image.unpacked(kernel)
         root = _root_image(image, kernel.release, progress)
@@ -191,7 +191,7 @@ def _reach_and_suspend(
         except PykvmError as error:
             kept = cache.log_path("testbed-boot")
             collect_logs(instance, kept)
-            raise BootError(f"{error}; logs: {kept}") from error
+            raise BootError(f"{error.problem} (logs: {kept})", error.next_step) from error
 
 
 def _await_ready(emulator: Emulator, progress: Progress) -> None:

@@ -93,7 +93,7 @@ class Testbed:
         newer one does, which is fetched first if need be.
 
         Raises:
-            SeriesUnknown, KernelMissing: see `pykvm.kernel.series.newest_kernel`.
+            SeriesUnknownError, KernelMissingError: see `pykvm.kernel.series.newest_kernel`.
             BochsMissingError, PackageError: see `pykvm.testbed.bochs_installation.knowing`.
             FolderMissingError, FolderPlaceError: see `pykvm.testbed.folder.require_place`.
         """
@@ -198,7 +198,7 @@ class Testbed:
                 outcome.brought = self._take_back(instance / "out.img", size)
             except (HostDiedError, CommandTimeoutError) as error:
                 kept = _keep_logs(instance)
-                raise type(error)(f"{error}; logs: {kept}") from error
+                raise type(error)(f"{error.problem} (logs: {kept})", error.next_step) from error
         outcome.seconds = time.monotonic() - start
         return outcome
 

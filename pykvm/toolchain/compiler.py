@@ -15,6 +15,7 @@ from typing import Final
 
 from pykvm import cache
 from pykvm.errors import PykvmError
+from pykvm.host.advice import install
 from pykvm.resources import GUEST_SOURCES
 
 __all__ = [
@@ -122,7 +123,7 @@ def content_key(
         parts += [name, value]
     for source in sources:
         if not source.is_file():
-            raise SourceMissingError(f"no source file {source}; check its name")
+            raise SourceMissingError(f"no source file {source}", "check its name")
         parts += [source.name, source]
         parts += [part for header in _headers(source, include) for part in (header.name, header)]
     return cache.key(*parts)
@@ -187,7 +188,7 @@ def link(
 def _run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     gcc = shutil.which("gcc")
     if gcc is None:
-        raise CompilerMissingError("no gcc on this machine; apt-get install gcc")
+        raise CompilerMissingError("no gcc on this machine", install(["gcc"]))
     with tempfile.TemporaryDirectory(prefix="pykvm-gcc-") as directory:
         return subprocess.run(
             [gcc, *arguments], cwd=directory, capture_output=True, text=True, check=False

@@ -93,7 +93,7 @@ class ElfFile:
         try:
             return _parse(data)
         except _Malformed as error:
-            raise ElfError(f"{name}: {error}; build it again") from None
+            raise ElfError(f"{name}: {error}", "build it again") from None
 
     def address_of(self, symbol: str) -> int:
         """The address of a defined symbol.
@@ -104,7 +104,7 @@ class ElfFile:
         for candidate in self.symbols:
             if candidate.name == symbol and candidate.section:
                 return candidate.address
-        raise ElfError(f"symbol {symbol} is not defined; define it in one of the sources")
+        raise ElfError(f"symbol {symbol} is not defined", "define it in one of the sources")
 
     def section(self, name: str) -> Section:
         """The section of that name.
@@ -115,7 +115,7 @@ class ElfFile:
         for candidate in self.sections:
             if candidate.name == name:
                 return candidate
-        raise ElfError(f"no section {name}; check the linker script")
+        raise ElfError(f"no section {name}", "check the linker script")
 
 
 class _Malformed(Exception):

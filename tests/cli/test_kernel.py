@@ -20,7 +20,7 @@ def test_build_without_headers(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["kernel", "build", "--kernel", "6.1.0-1-none"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("pykvm: no headers for kernel 6.1.0-1-none ")
-    assert "apt-get install linux-headers-6.1.0-1-none" in error
+    assert "linux-headers-6.1.0-1-none" not in error  # apt has no such package
     assert error.count("\n") == 1
 
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from pykvm.cli.main import main
-from pykvm.testbed import selftests
-from pykvm.testbed.selftests import Comparison, Result
+from pykvm.testbed import selftest_comparison
+from pykvm.testbed.selftest_comparison import Comparison, Result
 
 pytestmark = pytest.mark.unit
 
@@ -38,7 +38,7 @@ class _Made:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> type[_Made]:
-    monkeypatch.setattr(selftests, "Selftests", _Made)
+    monkeypatch.setattr(selftest_comparison, "Selftests", _Made)
     monkeypatch.setattr(_Made, "ends", _Made.ends)
     return _Made
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pykvm.host.processor import MsrUnreadable, VmxCapabilities, read_msr, read_processor
+from pykvm.host.processor import MsrUnreadableError, VmxCapabilities, read_msr, read_processor
 from pykvm.kernel import modules
 
 INTEL = """\
@@ -75,7 +75,7 @@ def test_firmware_lock(value: int, enabled: bool) -> None:
 
 @pytest.mark.unit
 def test_a_processor_that_is_not_there_says_what_to_do() -> None:
-    with pytest.raises(MsrUnreadable, match=r"modprobe msr|run this as root"):
+    with pytest.raises(MsrUnreadableError, match=r"modprobe msr|pykvm testbed|run this as root"):
         read_msr(0x3A, cpu=4095)
 
 

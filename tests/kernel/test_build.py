@@ -17,6 +17,7 @@ from pykvm.kernel import build as kernel
 from pykvm.kernel import packages as kernel_packages
 from pykvm.kernel import patch as kernel_patch
 from pykvm.kernel.source_tree import UnpackError
+from tests.rigs import apt
 
 pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("own_cache")]
 
@@ -119,12 +120,26 @@ def test_releases_are_sorted_by_number(tmp_path: Path) -> None:
     assert found == ["6.1.0-9-amd64", "6.1.0-10-amd64", "6.1.0-56-amd64"]
 
 
-def test_no_headers(src: Path, patches: Path) -> None:
-    with pytest.raises(kernel_packages.HeadersMissing) as caught:
+def test_no_headers(
+    src: Path, patches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apt.offer_packages(tmp_path, monkeypatch, ["linux-headers-6.1.0-1-known"])
+    with pytest.raises(kernel_packages.HeadersMissingError) as caught:
+        kernel.build("6.1.0-1-known", src=src, patches=patches)
+    assert caught.value.problem == f"no headers for kernel 6.1.0-1-known in {src}"
+    assert caught.value.next_step.endswith(" linux-headers-6.1.0-1-known")
+    with pytest.raises(kernel_packages.HeadersMissingError) as caught:
         kernel.build("6.1.0-1-none", src=src, patches=patches)
-    message = str(caught.value)
-    assert "apt-get install linux-headers-6.1.0-1-none" in message
-    assert f"--kernel {RELEASE}" in message
+    assert caught.value.next_step.endswith(f"pykvm kernel build --kernel {RELEASE}")
+    assert "apt-get" not in caught.value.next_step
+
+
+def test_no_patch_comes_before_what_would_be_installed_in_vain(
+    src: Path, patches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apt.offer_packages(tmp_path, monkeypatch, ["linux-headers-6.18.44"])
+    with pytest.raises(kernel_patch.PatchMissingError, match=r"for Linux 6\.18, only for: 6\.1:"):
+        kernel.build("6.18.44", src=src, patches=patches)
 
 
 @pytest.mark.parametrize(
@@ -135,29 +150,43 @@ def test_no_headers(src: Path, patches: Path) -> None:
         ("6.12.117+deb12-cloud-amd64", "linux-headers-6.12-cloud-amd64"),
     ],
 )
-def test_package_with_the_newest_headers(release: str, package: str, tmp_path: Path) -> None:
+def test_package_with_the_newest_headers(
+    release: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apt.offer_packages(tmp_path, monkeypatch, [package, "linux-source-6.1"])
     _make_headers(tmp_path, release)
     headers = kernel_packages.find_headers(release, tmp_path)
     _make_source(tmp_path)
     source = kernel_packages.find_source("6.1", tmp_path)
-    with pytest.raises(kernel_packages.VersionMismatch, match=f" {re.escape(package)}, and boot"):
+    with pytest.raises(kernel_packages.VersionMismatchError, match=package):
         kernel_packages.require_match(headers, source, "6.1.6")
 
 
-def test_no_source(src: Path, patches: Path) -> None:
+def test_no_source(
+    src: Path, patches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apt.offer_packages(tmp_path, monkeypatch, ["linux-source-6.1"])
     (src / "linux-source-6.1.tar.xz").unlink()
-    with pytest.raises(kernel_packages.SourceMissing, match=r"install .* linux-source-6\.1$"):
+    with pytest.raises(
+        kernel_packages.KernelSourceMissingError, match=r"install .* linux-source-6\.1$"
+    ):
         kernel.build(RELEASE, src=src, patches=patches)
 
 
-def test_source_of_another_version(src: Path, patches: Path) -> None:
+def test_source_of_another_version(
+    src: Path, patches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apt.offer_packages(tmp_path, monkeypatch, ["linux-source-6.1", "linux-headers-made-amd64"])
     _make_source(src, "6.1.6")
-    with pytest.raises(kernel_packages.VersionMismatch) as caught:
+    with pytest.raises(kernel_packages.VersionMismatchError) as caught:
         kernel.build(RELEASE, src=src, patches=patches)
-    message = str(caught.value)
-    assert "6.1.7" in message
-    assert "6.1.6" in message
-    assert "apt-get install linux-source-6.1 linux-headers-made-amd64" in message
+    assert "6.1.7" in caught.value.problem
+    assert "6.1.6" in caught.value.problem
+    assert " linux-source-6.1 linux-headers-made-amd64, and boot" in caught.value.next_step
+    apt.offer_packages(tmp_path, monkeypatch, ["linux-source-6.1"])
+    with pytest.raises(kernel_packages.VersionMismatchError) as caught:
+        kernel.build(RELEASE, src=src, patches=patches)
+    assert "apt-get" not in caught.value.next_step
 
 
 def test_no_patch_for_the_series(src: Path, patches: Path) -> None:
@@ -208,7 +237,7 @@ def test_broken_source_archive(src: Path, patches: Path) -> None:
 
 
 def test_compile_error_names_the_log(src: Path, patches: Path) -> None:
-    with pytest.raises(kernel.CompileFailed, match="no such thing") as caught:
+    with pytest.raises(kernel.ModuleBuildError, match="no such thing") as caught:
         kernel.build(RELEASE, src=src, patches=patches)
     log = cache.log_path(f"kernel-build-{RELEASE}")
     assert str(caught.value).endswith(f"read {log}")
@@ -218,7 +247,7 @@ def test_compile_error_names_the_log(src: Path, patches: Path) -> None:
 
 
 def test_files_that_only_the_patch_names_are_unpacked(src: Path, patches: Path) -> None:
-    with pytest.raises(kernel.CompileFailed):
+    with pytest.raises(kernel.ModuleBuildError):
         kernel.build(RELEASE, src=src, patches=patches)
     log = cache.log_path(f"kernel-build-{RELEASE}").read_text()
     assert "patching file include/linux/other.h" in log
@@ -320,5 +349,5 @@ def test_missing_tool(
         found = shutil.which(name)
         (tools / name).symlink_to(found or "/bin/true")
     monkeypatch.setenv("PATH", str(tools))
-    with pytest.raises(kernel.ToolMissing, match=f"needs {tool}; .*install .* {tool}$"):
+    with pytest.raises(kernel.ToolMissingError, match=f"needs {tool}: install .* {tool}$"):
         kernel.build(RELEASE, src=src, patches=patches)

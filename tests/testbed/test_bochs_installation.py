@@ -31,7 +31,7 @@ def test_a_program_that_does_not_start_is_told(tmp_path: Path) -> None:
     program = tmp_path / "broken"
     program.write_text("#!/bin/sh\necho no such library >&2; exit 127\n")
     program.chmod(0o755)
-    with pytest.raises(BochsMissingError, match="broken does not start: no such library"):
+    with pytest.raises(BochsMissingError, match=r"broken does not start \(no such library\)"):
         Installation("1", (str(program),), tmp_path).models()
 
 

@@ -57,7 +57,7 @@ def test_kernel_without_pvh_is_refused() -> None:
 
 
 def test_what_is_no_kernel_is_refused() -> None:
-    with pytest.raises(kernel_image.KernelImageError, match="not a bzImage"):
+    with pytest.raises(kernel_image.KernelImageError, match="no bzImage"):
         kernel_image.flatten(bytes(4096))
     with pytest.raises(kernel_image.KernelImageError, match="unknown compression"):
         kernel_image.flatten(_bzimage(b"abcdefgh"))

@@ -81,7 +81,5 @@ def test_pykvm_is_in_its_own_checkout() -> None:
 
 def test_directory_without_modules_is_refused(tmp_path: Path) -> None:
     (tmp_path / "kvm.ko").touch()
-    with pytest.raises(
-        payload.PayloadError, match=r"has no kvm-intel\.ko; run: pykvm kernel build"
-    ):
+    with pytest.raises(payload.PayloadError, match=r"has no kvm-intel\.ko: .* pykvm kernel build"):
         payload.module_files(tmp_path)

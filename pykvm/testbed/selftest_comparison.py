@@ -19,6 +19,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from pykvm.errors import PykvmError
+from pykvm.host.commands import program
 from pykvm.kernel import build as kernel
 from pykvm.kernel import selftests as kernel_selftests
 from pykvm.kernel.packages import find_source
@@ -31,7 +32,7 @@ __all__ = [
     "SLOW",
     "Comparison",
     "Result",
-    "SelftestUnknown",
+    "SelftestUnknownError",
     "Selftests",
     "choose",
     "compare",
@@ -80,7 +81,7 @@ _BATCH = 12
 _SECONDS_FOR_EACH = 10.0
 
 
-class SelftestUnknown(PykvmError):
+class SelftestUnknownError(PykvmError):
     """No selftest of this series has such a name."""
 
 
@@ -174,7 +175,7 @@ def choose(available: Sequence[str], patterns: Sequence[str], *, slow: bool = Fa
             all but those that say nothing here, and but the slow ones unless `slow`.
 
     Raises:
-        SelftestUnknown: a pattern fits no name.
+        SelftestUnknownError: a pattern fits no name.
     """
     if not patterns:
         left_out = {*EXCLUDED, *({} if slow else SLOW)}
@@ -183,9 +184,9 @@ def choose(available: Sequence[str], patterns: Sequence[str], *, slow: bool = Fa
     for pattern in patterns:
         fitting = [n for n in available if fnmatch(n, pattern) or fnmatch(Path(n).name, pattern)]
         if not fitting:
-            raise SelftestUnknown(
-                f"no selftest is called {pattern}; for their names type: "
-                "pykvm kernel selftests --list"
+            raise SelftestUnknownError(
+                f"no selftest is called {pattern}",
+                f"list their names: {program()} kernel selftests --list",
             )
         chosen += fitting
     return sorted(set(chosen))

@@ -4,8 +4,15 @@ import json
 
 import pytest
 
-from pykvm.testbed import selftests
-from pykvm.testbed.selftests import Comparison, Result, Selftests, choose, compare, parse
+from pykvm.testbed.selftest_comparison import (
+    Comparison,
+    Result,
+    Selftests,
+    SelftestUnknownError,
+    choose,
+    compare,
+    parse,
+)
 
 _NAMES = ["kvm_page_table_test", "x86_64/cpuid_test", "x86_64/smm_test", "x86_64/xapic_ipi_test"]
 _NAMES += ["hardware_disable_test"]
@@ -31,7 +38,7 @@ def test_choice_by_name_and_pattern() -> None:
 
 @pytest.mark.unit
 def test_choice_of_an_unknown_name() -> None:
-    with pytest.raises(selftests.SelftestUnknown, match=r"called cpu_test; .* selftests --list"):
+    with pytest.raises(SelftestUnknownError, match=r"called cpu_test: .* selftests --list"):
         choose(_NAMES, ["cpu_test"])
 
 
