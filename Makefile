@@ -28,6 +28,7 @@ help:
 	@echo "make fuzz    let guests write anything into their windows at any moment, for FUZZ_SECONDS=60"
 	@echo "make bench   measure the crossing, its protections, attaching, the switch and interrupts"
 	@echo "make verify-gate  show that the gate is safe to enter at any byte"
+	@echo "make fresh   run make demo and make test on a new Debian 12 that has nothing (DEBIAN=13, RUN=...)"
 	@echo "make clean   remove everything that was built in this directory"
 
 # A virtual environment holds for one place and one Python.
@@ -85,6 +86,12 @@ fuzz: setup
 # --after-tests, which repeats nothing that make test has just run.
 attacks: setup
 	$(VENV)/bin/python -m tools.attacks --series $(SERIES) $(ATTACKS)
+
+# The README's commands on a Debian that has nothing, or those in RUN="make setup && make demo".
+# FRESH may hold --keep.
+DEBIAN := 12
+fresh:
+	@$(PYTHON) -B -m tools.fresh --debian $(DEBIAN) $(if $(RUN),--run "$$RUN") $(FRESH)
 
 lint: setup
 	$(VENV)/bin/ruff check

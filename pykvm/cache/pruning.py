@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pykvm import cache
+from pykvm.cache import scratch
 
 __all__ = ["KEPT_DAYS", "Kind", "keep_newest", "kinds", "prune", "prune_daily"]
 
@@ -21,7 +22,6 @@ KEPT_DAYS = 30.0
 
 _DAY = 86400.0
 _IN_USE = 3600.0
-_INSTANCES = "testbed-instances"  # pykvm.testbed.instances looks after them
 _FILES = ("debs", "logs")  # plain files instead of entries
 
 
@@ -87,7 +87,9 @@ def _directories() -> list[Path]:
     root = cache.root()
     if not root.is_dir():
         return []
-    return sorted(path for path in root.iterdir() if path.is_dir() and path.name != _INSTANCES)
+    return sorted(
+        path for path in root.iterdir() if path.is_dir() and path.name not in scratch.KINDS
+    )
 
 
 def _items(directory: Path) -> Iterator[Path]:

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from pykvm import cache
 from pykvm.cache import pruning as cache_pruning
+from pykvm.cache import scratch
 from pykvm.errors import PykvmError
 from pykvm.host import debian_packages
 from pykvm.kernel.series import HostKernel
-from pykvm.testbed import bochs, boot_disk, instances, kernel_image, payload, requirements, rootfs
+from pykvm.testbed import bochs, boot_disk, kernel_image, payload, requirements, rootfs
 from pykvm.testbed.bochs import Emulator, Machine
 
 __all__ = [
@@ -125,7 +126,7 @@ def host_with_kvm(
         progress("loading KVM" if modules else "loading the distribution's KVM")
         for name in ("boot.img", "root.img"):
             (directory / name).hardlink_to(host / name)
-        with instances.directory() as work:
+        with scratch.directory("testbed-instances") as work:
             image = work / "modules.iso"
             payload.write_modules(image, modules)
             _reach_and_suspend(directory, machine, image, host / "state", progress)
@@ -179,7 +180,7 @@ def _reach_and_suspend(
 ) -> None:
     """Boot, or do the job on `image` after a `restore`, until the agent waits; then suspend."""
     state = directory / "state"
-    with instances.directory() as instance:
+    with scratch.directory("testbed-instances") as instance:
         lay_out(instance, directory, image)
         try:
             with Emulator(instance, machine, restore) as emulator:

@@ -17,10 +17,11 @@ from pathlib import Path
 
 from pykvm import cache
 from pykvm.cache import pruning as cache_pruning
+from pykvm.cache import scratch
 from pykvm.errors import PykvmError
 from pykvm.host.checkout import commit
 from pykvm.kernel.series import newest_kernel
-from pykvm.testbed import instances, payload, saved_state
+from pykvm.testbed import payload, saved_state
 from pykvm.testbed.bochs import DEFAULT_CPU, Emulator, Machine
 from pykvm.testbed.folder import carried_files, current_folder, require_place
 
@@ -184,7 +185,7 @@ class Testbed:
         if kvm == "payload" and modules is None:
             modules = self._built_modules(also)
         host = self.prepare(kvm, modules)
-        with instances.directory() as instance:
+        with scratch.directory("testbed-instances") as instance:
             image = instance / "files.iso"
             # They are loaded already; `pykvm kernel load` inside may want them again.
             payload.write(image, job, modules if kvm == "payload" else None, stdin)

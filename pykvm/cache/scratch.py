@@ -1,4 +1,4 @@
-"""Directories in which emulators run, each locked by its owner for as long as that lives."""
+"""Directories in the cache for work in progress, each locked by its owner while that lives."""
 
 import fcntl
 import shutil
@@ -7,18 +7,25 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 from pykvm import cache
 
-__all__ = ["directory"]
+__all__ = ["KINDS", "directory"]
+
+KINDS: Final = ("testbed-instances", "fresh-machines")
+"""What such directories are for: one emulator each; one root file system of `make fresh` each."""
 
 _YOUNG = 60.0  # seconds
 
 
 @contextmanager
-def directory() -> Iterator[Path]:
-    """A directory for one emulator, gone afterwards; those of killed processes go as well."""
-    parent = cache.root() / "testbed-instances"
+def directory(kind: str) -> Iterator[Path]:
+    """Give a directory of one of `KINDS`, and remove it afterwards.
+
+    Those of killed processes are removed as well.
+    """
+    parent = cache.root() / kind
     parent.mkdir(parents=True, exist_ok=True)
     for old in parent.iterdir():
         _remove_if_dead(old)

@@ -1,0 +1,67 @@
+"""First process of a fresh machine: mounts what a system has, runs one command, and reaps.
+
+    init.py ROOT DIRECTORY COMMAND
+
+It starts in mount and process namespaces of its own, so its mounts are seen by nobody else, and
+its end takes all processes and mounts along. DIRECTORY is one in ROOT; COMMAND is for its shell.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+_DEVICES = ("null", "zero", "full", "random", "urandom", "tty", "kvm")
+_LINKS = {
+    "ptmx": "pts/ptmx",
+    "fd": "/proc/self/fd",
+    "stdin": "/proc/self/fd/0",
+    "stdout": "/proc/self/fd/1",
+    "stderr": "/proc/self/fd/2",
+}
+
+
+def _mount(kind: str, target: Path, options: str = "nosuid") -> None:
+    target.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", kind, "-o", options, kind, target], check=True)
+
+
+def _populate(root: Path) -> None:
+    _mount("proc", root / "proc")
+    subprocess.run(["mount", "--rbind", "/sys", root / "sys"], check=True)
+    devices = root / "dev"
+    _mount("tmpfs", devices, "mode=755,nosuid")
+    for name in _DEVICES:
+        if os.path.exists(f"/dev/{name}"):
+            (devices / name).touch()
+            subprocess.run(["mount", "--bind", f"/dev/{name}", devices / name], check=True)
+    _mount("devpts", devices / "pts", "newinstance,ptmxmode=0666,mode=620,gid=5")
+    _mount("tmpfs", devices / "shm", "mode=1777,nosuid,nodev")
+    for name, target in _LINKS.items():
+        (devices / name).symlink_to(target)
+
+
+def _execute(root: Path, directory: str, command: str) -> NoReturn:
+    os.chroot(root)
+    os.chdir(directory)
+    os.execv("/bin/sh", ["sh", "-c", command])
+
+
+def main(root: Path, directory: str, command: str) -> int:
+    """Run `command`; return its exit status, or 128 plus the number of the signal that ended it."""
+    _populate(root)
+    child = os.fork()
+    if child == 0:
+        _execute(root, directory, command)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a shell is the shell's
+    while True:  # orphans of the whole namespace are this process's children
+        ended, status = os.wait()
+        if ended == child:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else 128 - code
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:4]))
