@@ -1,12 +1,15 @@
 """Measure the crossing, its protections, the switch or interrupts; keep raw samples, draw."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from pykvm.cli.hosts import on_suitable_host, ticks_scale
+from pykvm.cli.kept import keep_charts
 from pykvm.errors import PykvmError
 from pykvm.host.emulation import host_kind, is_emulated
+from pykvm.measure.charts import draw_crossing, draw_interrupts, draw_protections, draw_switch
 from pykvm.measure.fingerprint import fingerprint
 from pykvm.measure.records import unit_of_host
 
@@ -107,16 +110,13 @@ def run_crossing(options: argparse.Namespace) -> int:
     arguments = ["bench", "crossing", "--calls", str(options.calls)]
     record = on_suitable_host(measure, arguments, files={}, out=options.json)
     if not is_emulated():
-        from pykvm.measure.charts import draw_crossing  # noqa: PLC0415  (slow to import)
-
-        drawn = draw_crossing(record, options.json.with_suffix(""))
         for name in ("vmfunc", "vmcall_kernel", "vmcall_user", "direct"):
             way = record[name]
             print(
                 f"{name:14} {way['cost']:8.0f} {record['unit']}  "
                 f"{way['vm_exits']:.3f} VM exits  {way['vmfuncs']} VMFUNCs"
             )
-        _kept(options.json, drawn)
+        keep_charts(options.json, partial(draw_crossing, record))
     return 0
 
 
@@ -135,9 +135,6 @@ def run_protections(options: argparse.Namespace) -> int:
     arguments = ["bench", "protections", "--calls", str(options.calls)]
     record = on_suitable_host(measure, arguments, files={}, out=options.json)
     if not is_emulated():
-        from pykvm.measure.charts import draw_protections  # noqa: PLC0415  (slow to import)
-
-        drawn = draw_protections(record, options.json.with_suffix(""))
         unit = record["unit"]
         for mode in ("kernel", "user"):
             print(f"{record[mode]['cost']:8.0f} {unit} for a call from {mode} mode")
@@ -146,7 +143,7 @@ def run_protections(options: argparse.Namespace) -> int:
                 f"{one['cost']:8.0f} of them for {one['what']}, {one['mode']} mode"
                 f" ({one['ratio']:.2f}x){'' if one['optional'] else ', not optional'}"
             )
-        _kept(options.json, drawn)
+        keep_charts(options.json, partial(draw_protections, record))
     return 0
 
 
@@ -216,11 +213,8 @@ def run_switch(options: argparse.Namespace) -> int:
         arguments += [option, ",".join(map(str, numbers))]
     record = on_suitable_host(measure, arguments, files={}, out=options.json)
     if not is_emulated():
-        from pykvm.measure.charts import draw_switch  # noqa: PLC0415  (slow to import)
-
-        drawn = draw_switch(record, options.json.with_suffix(""))
         _print_points(record)
-        _kept(options.json, drawn)
+        keep_charts(options.json, partial(draw_switch, record))
     return 0
 
 
@@ -244,11 +238,8 @@ def run_interrupts(options: argparse.Namespace) -> int:
     arguments += ["--left", ",".join(map(str, left))]
     record = on_suitable_host(measure, arguments, files={}, out=options.json)
     if not is_emulated():
-        from pykvm.measure.charts import draw_interrupts  # noqa: PLC0415  (slow to import)
-
-        drawn = draw_interrupts(record, options.json.with_suffix(""))
         _print_latencies(record)
-        _kept(options.json, drawn)
+        keep_charts(options.json, partial(draw_interrupts, record))
     return 0
 
 
@@ -291,7 +282,3 @@ def _print_latencies(record: dict[str, Any]) -> None:
             f"{left:>10} {default['median']:10.0f} {inside['median']:10.0f} {behind}"
             f"  {inside['at_return']} of {len(inside['samples'])}"
         )
-
-
-def _kept(json: Path, drawn: list[Path]) -> None:
-    print("kept: " + ", ".join(str(path) for path in [json, *drawn]))

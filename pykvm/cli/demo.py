@@ -1,12 +1,15 @@
 """Send real packets between two guests: VMFUNC beside VMCALL and directly mapped memory."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from pykvm.cli.hosts import on_suitable_host, ticks_scale
+from pykvm.cli.kept import keep_charts
 from pykvm.errors import PykvmError
 from pykvm.host.emulation import host_kind, is_emulated
+from pykvm.measure.charts import draw_demo
 from pykvm.measure.fingerprint import fingerprint
 from pykvm.measure.records import unit_of_host
 from pykvm.resources import CAPTURE
@@ -78,11 +81,8 @@ def run(options: argparse.Namespace) -> int:
     )
     if is_emulated():
         return 0  # the command that started this one shows the results
-    from pykvm.measure.charts import draw_demo  # noqa: PLC0415  (matplotlib is slow to import)
-
-    drawn = draw_demo(record, options.json.with_suffix(""))
-    print(table(record))
-    print("kept: " + ", ".join(str(path) for path in [options.json, *drawn]))
+    print(table(record), flush=True)
+    keep_charts(options.json, partial(draw_demo, record))
     bad = [p for p in record["paths"] if p["delivered"] != p["sent"] or p["corrupted"]]
     if bad:
         raise DemoFailedError(

@@ -11,7 +11,7 @@ from pykvm.elisa import calls
 from pykvm.errors import PykvmError
 from pykvm.host.emulation import is_emulated
 from pykvm.kvm import Kvm, KvmError
-from pykvm.measure.records import read_record, write_record
+from pykvm.measure.records import read_record, require_writable, write_record
 
 __all__ = ["InsideFailedError", "on_suitable_host", "ticks_scale"]
 
@@ -54,6 +54,7 @@ def on_suitable_host(
 
     Raises InsideFailedError, RecordError, and what `measure` raises.
     """
+    require_writable(out)
     if is_emulated() or can_run_here():
         record = measure()
         write_record(out, record)

@@ -4,15 +4,11 @@ import argparse
 import random
 from typing import Any
 
-from pykvm.errors import PykvmError
+from pykvm.installation import ExtraMissingError
 
-__all__ = ["VerifierMissingError", "add_parser", "run"]
+__all__ = ["add_parser", "run"]
 
 _EPILOG = "What is claimed, and under which assumptions: docs/gate-proof.md. Exit status: 1 if not."
-
-
-class VerifierMissingError(PykvmError):
-    """The packages that the verifier needs are not installed."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -29,10 +25,8 @@ def run(args: argparse.Namespace) -> int:
     """Verify, and print what was covered."""
     try:
         from pykvm.verify.report import verify  # noqa: PLC0415 (needs packages of its own)
-    except ImportError as error:
-        raise VerifierMissingError(
-            f"no {error.name} here; type: pip install --editable '.[verify]'"
-        ) from error
+    except ModuleNotFoundError as error:
+        raise ExtraMissingError("verify", str(error.name)) from error
     seed = random.randrange(1 << 32) if args.seed is None else args.seed
     sections = verify(seed, args.states)
     for section in sections:

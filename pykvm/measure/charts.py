@@ -1,10 +1,12 @@
-"""Charts drawn from records, as SVG and PNG. Needs matplotlib (`pip install -e .[charts]`)."""
+"""Charts drawn from records, as SVG and PNG. They need matplotlib, the extra `charts`."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pykvm.errors import PykvmError
+from pykvm.installation import ExtraMissingError
 
 __all__ = [
     "ChartError",
@@ -32,15 +34,21 @@ _LABELS = {
 
 
 class ChartError(PykvmError):
-    """A chart that cannot be drawn."""
+    """A chart that cannot be written."""
 
 
-def _pyplot() -> Any:
+def _figure(width: float, height: float) -> Any:
+    """An empty figure, in inches; it belongs to no display, whatever MPLBACKEND says."""
+    # A notebook's backend need not exist here, and matplotlib does not load then.
+    backend = os.environ.pop("MPLBACKEND", None)
     try:
         import matplotlib as mpl  # noqa: PLC0415  (optional, and slow to import)
-    except ImportError as error:
-        raise ChartError("matplotlib is missing: pip install -e '.[charts]'") from error
-    mpl.use("Agg")
+        from matplotlib.figure import Figure  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise ExtraMissingError("charts", str(error.name)) from error
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
     mpl.rcParams.update(
         {
             "svg.hashsalt": "pykvm",  # the same record gives the same file
@@ -51,20 +59,23 @@ def _pyplot() -> Any:
             "figure.constrained_layout.use": True,
         }
     )
-    from matplotlib import pyplot  # noqa: PLC0415
-
-    return pyplot
+    return Figure(figsize=(width, height))
 
 
 def _save(figure: Any, stem: Path) -> list[Path]:
-    stem.parent.mkdir(parents=True, exist_ok=True)
     written = []
     for suffix, metadata in ((".svg", {"Date": None}), (".png", {})):
         path = stem.with_suffix(suffix)
-        # Tight: the line about the source stands below the axes.
-        figure.savefig(path, dpi=150, metadata=metadata, bbox_inches="tight")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Tight: the line about the source stands below the axes.
+            figure.savefig(path, dpi=150, metadata=metadata, bbox_inches="tight")
+        except OSError as error:
+            raise ChartError(
+                f"cannot write {path} ({error.strerror})",
+                "name a file in a folder that you can write to with --json",
+            ) from error
         written.append(path)
-    _pyplot().close(figure)
     return written
 
 
@@ -97,7 +108,8 @@ def draw_demo(record: dict[str, Any], stem: Path) -> list[Path]:
     """The demo's two costs for its paths; returns the files written (.svg, .png)."""
     names = [path["name"] for path in record["paths"]]
     unit = record["unit"]
-    figure, (call, packet) = _pyplot().subplots(2, 1, figsize=(7.2, 4.4))
+    figure = _figure(7.2, 4.4)
+    call, packet = figure.subplots(2, 1)
     _bars(call, names, [p["cost_per_call"] for p in record["paths"]], "One empty call", unit)
     _bars(
         packet,
@@ -113,7 +125,8 @@ def draw_demo(record: dict[str, Any], stem: Path) -> list[Path]:
 def draw_crossing(record: dict[str, Any], stem: Path) -> list[Path]:
     """The cost of one empty call by each path; returns the files written."""
     names = ["vmfunc", "vmcall_kernel", "vmcall_user", "direct"]
-    figure, axes = _pyplot().subplots(figsize=(7.2, 2.6))
+    figure = _figure(7.2, 2.6)
+    axes = figure.subplots()
     _bars(axes, names, [record[name]["cost"] for name in names], "One empty call", record["unit"])
     figure.text(0.01, -0.05, _source(record), fontsize=7, color="#555555")
     return _save(figure, stem)
@@ -121,7 +134,8 @@ def draw_crossing(record: dict[str, Any], stem: Path) -> list[Path]:
 
 def draw_interrupts(record: dict[str, Any], stem: Path) -> list[Path]:
     """Latency of an interrupt against the work left when it comes; returns the files written."""
-    figure, axes = _pyplot().subplots(figsize=(7.2, 3.4))
+    figure = _figure(7.2, 3.4)
+    axes = figure.subplots()
     for way, name, label in (
         ("object", "vmfunc", "inside an object: taken at the return"),
         ("default", "direct", "in the default context"),
@@ -147,7 +161,8 @@ def draw_interrupts(record: dict[str, Any], stem: Path) -> list[Path]:
 
 def draw_protections(record: dict[str, Any], stem: Path) -> list[Path]:
     """What each protection adds to one empty call; returns the files written."""
-    figure, axes = _pyplot().subplots(figsize=(7.2, 2.8))
+    figure = _figure(7.2, 2.8)
+    axes = figure.subplots()
     points = record["protections"]
     values = [point["cost"] for point in points]
     colours = ["#1b7f5c" if point["optional"] else "#8a8f98" for point in points]
@@ -172,9 +187,8 @@ def draw_switch(record: dict[str, Any], stem: Path) -> list[Path]:
     fewest = min(point["guests"] for point in points)
     columns = min(3, len(sizes))
     rows = -(-len(sizes) // columns)
-    figure, grid = _pyplot().subplots(
-        rows, columns, figsize=(3 * columns, 2.4 * rows), squeeze=False, sharex=True, sharey=True
-    )
+    figure = _figure(3 * columns, 2.4 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for panel, size in zip(grid.flat, sizes, strict=False):
         for name in ("vmfunc", "vmcall", "direct"):
             line = sorted(

@@ -5,9 +5,11 @@ two readings is a count of instructions and is never called a time. On hardware 
 with the vCPU's TSC frequency.
 """
 
+import errno
 import json
 import os
 import statistics
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,15 @@ from typing import Any
 
 from pykvm.errors import PykvmError
 
-__all__ = ["RecordError", "Samples", "read_record", "typical", "unit_of_host", "write_record"]
+__all__ = [
+    "RecordError",
+    "Samples",
+    "read_record",
+    "require_writable",
+    "typical",
+    "unit_of_host",
+    "write_record",
+]
 
 
 class RecordError(PykvmError):
@@ -71,6 +81,23 @@ class Samples:
         }
 
 
+def require_writable(path: Path) -> None:
+    """Make sure, before anything is measured, that a record can be written to the file `path`.
+
+    Its folder exists afterwards.
+
+    Raises RecordError if it cannot be.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Write a record so that a reader never sees half of one.
 
@@ -82,9 +109,12 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
         partial.write_text(json.dumps(record, indent=1) + "\n")
         os.replace(partial, path)
     except OSError as error:
-        raise RecordError(
-            f"cannot write {path} ({error.strerror})", "name a file in a folder you can write to"
-        ) from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> RecordError:
+    next_step = "name a file in a folder that you can write to with --json"
+    return RecordError(f"cannot write {path} ({error.strerror})", next_step)
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -1,14 +1,19 @@
 """Charts are files that other programs can open, with what the record says in them."""
 
 import builtins
+import json
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import matplotlib as mpl
 import pytest
 
+from pykvm.installation import ExtraMissingError
 from pykvm.measure import charts
 
 pytestmark = pytest.mark.unit
@@ -59,12 +64,6 @@ DRAWN = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _needs_matplotlib(request: pytest.FixtureRequest) -> None:
-    if "without" not in request.node.name:
-        pytest.importorskip("matplotlib", reason="no matplotlib: pip install -e '.[charts]'")
-
-
 def check_png(data: bytes) -> tuple[int, int]:
     """Width and height of a PNG whose chunks are all whole (ISO/IEC 15948, 5.3 and 11.2.2)."""
     assert data.startswith(b"\x89PNG\r\n\x1a\n")
@@ -104,7 +103,7 @@ def test_the_same_record_gives_the_same_file(tmp_path: Path, kind: str) -> None:
 
 def texts(monkeypatch: pytest.MonkeyPatch, kind: str, stem: Path) -> str:
     """Everything written in the chart: as text, not as outlines."""
-    pytest.importorskip("matplotlib").rcParams["svg.fonttype"] = "none"
+    mpl.rcParams["svg.fonttype"] = "none"
     draw, content = DRAWN[kind]
     svg = draw(content, stem)[0]
     return "\n".join(ElementTree.parse(svg).getroot().itertext())
@@ -128,15 +127,41 @@ def test_what_a_chart_says(
         assert one in text, text
 
 
+def test_backend_that_does_not_exist_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = (
+        "import json, os, sys; from pathlib import Path; from pykvm.measure import charts\n"
+        "charts.draw_crossing(json.load(sys.stdin), Path('chart'))\n"
+        "print(os.environ['MPLBACKEND'])"
+    )
+    backend = "module://matplotlib_inline.backend_inline"  # what a notebook sets
+    monkeypatch.setenv("MPLBACKEND", backend)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        input=json.dumps(CROSSING),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"{backend}\n"
+    check_png((tmp_path / "chart.png").read_bytes())
+
+
+def test_folder_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(charts.ChartError, match=r"cannot write .*chart\.svg"):
+        charts.draw_crossing(CROSSING, tmp_path / "file" / "chart")
+
+
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
     def missing(name: str, *rest: Any, **more: Any) -> Any:
         if name.startswith("matplotlib"):
-            raise ImportError(name)
+            raise ModuleNotFoundError(name, name=name)
         return real(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(charts.ChartError, match="pip install"):
+    with pytest.raises(ExtraMissingError, match=r"matplotlib is missing: type: .* 'matplotlib>="):
         charts.draw_crossing(CROSSING, tmp_path / "chart")
     assert not list(tmp_path.iterdir())

@@ -10,6 +10,7 @@ from pykvm.measure.records import (
     RecordError,
     Samples,
     read_record,
+    require_writable,
     typical,
     unit_of_host,
     write_record,
@@ -60,8 +61,16 @@ def test_write_and_read(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RecordError, match="name a file in a folder you can write to"):
-        write_record(tmp_path / "file" / "record.json", {})
+    for path in (tmp_path / "file" / "record.json", tmp_path):
+        with pytest.raises(RecordError, match="name a file in a folder that you can write to"):
+            write_record(path, {})
+        with pytest.raises(RecordError, match="name a file in a folder that you can write to"):
+            require_writable(path)
+
+
+def test_a_folder_that_can_be(tmp_path: Path) -> None:
+    require_writable(tmp_path / "new" / "record.json")
+    assert not list((tmp_path / "new").iterdir())
 
 
 @pytest.mark.parametrize(

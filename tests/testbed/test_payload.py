@@ -22,9 +22,9 @@ _FILES = {
 
 
 @pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of a user's; the cache is empty."""
-    monkeypatch.setenv("PYKVM_CACHE", str(tmp_path / "cache"))
+def work(tmp_path: Path, own_cache: Path) -> Path:
+    """A folder of a user's, outside of an empty cache."""
+    assert not own_cache.exists()
     for name, data in _FILES.items():
         path = tmp_path / "work" / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,44 @@
+"""How this pykvm is installed: what to type to run it, and to get what an optional part needs."""
+
+import importlib.metadata
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from pykvm.errors import PykvmError
+from pykvm.resources import DISTRIBUTION
+
+__all__ = ["ExtraMissingError", "install_command", "program"]
+
+
+class ExtraMissingError(PykvmError):
+    """A package that an optional part needs is not installed."""
+
+    def __init__(self, extra: str, module: str) -> None:
+        command = install_command(extra)
+        super().__init__(f"the Python package {module} is missing", f"type: {command}")
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs what `extra` of pyproject.toml needs, beside this pykvm.
+
+    It names the packages themselves: where an installation came from, nobody knows any more.
+    """
+    try:
+        requirements = importlib.metadata.requires(DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is not set up
+        return "make setup"
+    marker = re.compile(rf"\bextra\s*==\s*['\"]{re.escape(extra)}['\"]")
+    parts = (requirement.partition(";") for requirement in requirements)
+    names = [text.strip() for text, _, condition in parts if marker.search(condition)]
+    return shlex.join([sys.executable, "-m", "pip", "install", *names])
+
+
+def program() -> str:
+    """Return what to type for `pykvm` behind sudo, which does not look where PATH says."""
+    started = Path(sys.argv[0])
+    if started.name == "pykvm" and started.is_file():
+        return shlex.quote(str(started))
+    beside = Path(sys.executable).with_name("pykvm")
+    return shlex.quote(str(beside)) if beside.is_file() else "pykvm"
