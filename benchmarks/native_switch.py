@@ -1,4 +1,4 @@
-"""What the switch itself costs a sender on this processor, without any crossing.
+"""Measure what the switch itself costs a sender on this processor, without any crossing.
 
     .venv/bin/python benchmarks/native_switch.py [--json FILE] [--samples N]
 
@@ -20,13 +20,14 @@ from typing import Any
 from cffi import FFI
 
 from pykvm.errors import PykvmError
-from pykvm.measure import Samples, write_record
 from pykvm.measure.fingerprint import fingerprint
+from pykvm.measure.records import Samples, require_writable, write_record
+from pykvm.resources import GUEST_SOURCES
 from pykvm.switch import NativePort, Switch, SwitchConfig
 from pykvm.switch._native import ffi
 from pykvm.switch.build_native import COMPILE_ARGS
 
-ROOT = Path(__file__).resolve().parents[1]
+LOOP = Path(__file__).resolve().with_name("native_switch.c")
 SIZES = (64, 128, 256, 512, 1024, 1514)
 BURSTS = (1, 8, 32, 128, 256)
 PACKETS_PER_SAMPLE = 8192
@@ -44,14 +45,14 @@ def build_loop(directory: Path) -> Any:
         "_native_switch",
         "uint64_t native_switch_measure(const void *env, uint32_t receiver, uint32_t burst,"
         " uint32_t calls);",
-        sources=[str(ROOT / "benchmarks/native_switch.c"), str(ROOT / "guest/switch/switch.c")],
-        include_dirs=[str(ROOT / "guest/include")],
+        sources=[str(LOOP), str(GUEST_SOURCES / "switch/switch.c")],
+        include_dirs=[str(GUEST_SOURCES / "include")],
         extra_compile_args=COMPILE_ARGS,
     )
     library = builder.compile(tmpdir=str(directory))
     spec = importlib.util.spec_from_file_location("_native_switch", library)
     if spec is None or spec.loader is None:
-        raise PykvmError(f"cannot load {library}: check the compiler's messages")
+        raise PykvmError(f"cannot load {library}", "check the compiler's messages")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -77,7 +78,7 @@ def measure(loop: Any, size: int, burst: int, samples: int) -> Samples:
     for _ in range(samples + 1):
         took = loop.lib.native_switch_measure(env, 1, burst, calls)
         if took == 0:
-            raise PykvmError("frames were lost on the way: run the tests first")
+            raise PykvmError("frames were lost on the way", "run the tests first")
         values.append(int(took))
     return Samples(values[1:], scale=1 / PACKETS_PER_SAMPLE)  # the first one warms caches up
 
@@ -87,6 +88,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the record with all raw samples here")
     parser.add_argument("--samples", type=int, default=21, help="per row (default: 21)")
     options = parser.parse_args(arguments)
+    if not 1 <= options.samples <= 10_000:
+        raise PykvmError(f"--samples {options.samples}", "use 1 to 10000")
+    if options.json:
+        require_writable(options.json)
     rows = []
     print(f"{'bytes':>6} {'burst':>6} {'ns/packet':>10} {'min':>8} {'max':>8}")
     with tempfile.TemporaryDirectory() as directory:
@@ -94,10 +99,9 @@ def main(arguments: list[str] | None = None) -> int:
         for size in SIZES:
             for burst in BURSTS:
                 row = measure(loop, size, burst, options.samples).as_dict()
+                least = min(row["samples"])
                 rows.append({"size": size, "burst": burst, "ns_per_packet": row})
-                print(
-                    f"{size:6} {burst:6} {row['median']:10.1f} {row['min']:8.1f} {row['max']:8.1f}"
-                )
+                print(f"{size:6} {burst:6} {row['median']:10.1f} {least:8.1f} {row['max']:8.1f}")
     if options.json:
         record = {
             "benchmark": "native_switch",
