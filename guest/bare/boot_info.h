@@ -30,12 +30,12 @@ struct boot_attachment {
 
 /* A failed assertion or an exception. Addresses of strings are the guest's. */
 struct boot_failure {
-	uint64_t file;
+	uint64_t file; /* 0 for an exception */
 	uint64_t line;
 	uint64_t expression;
 	uint64_t left; /* the two sides of a comparison; vector and error code of an exception */
 	uint64_t right;
-	uint64_t rip; /* of an exception, with CR2; 0 for an assertion */
+	uint64_t rip; /* of an exception, with CR2 */
 	uint64_t cr2;
 };
 

@@ -113,7 +113,6 @@ __attribute__((weak)) void on_exception(const struct exception_frame *frame)
 _Noreturn void runtime_exception(const struct exception_frame *frame)
 {
 	struct boot_failure failure = {
-		.expression = (uint64_t)"exception",
 		.left = frame->vector,
 		.right = frame->error,
 		.rip = frame->rip,

@@ -67,7 +67,7 @@ class BootAttachment(ctypes.LittleEndianStructure):
 
 
 class BootFailure(ctypes.LittleEndianStructure):
-    """A failed assertion or an exception; strings are addresses in the guest."""
+    """A failed assertion, or an exception (file 0). Strings are addresses in the guest."""
 
     file: int
     line: int

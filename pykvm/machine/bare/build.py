@@ -1,6 +1,8 @@
 """Builds bare-metal guest programs: start.S, the runtime, and a program's own sources."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Final
 
@@ -10,7 +12,7 @@ from pykvm.resources import GUEST_SOURCES
 from pykvm.toolchain import compiler
 from pykvm.toolchain.elf import ElfFile
 
-__all__ = ["GUEST_DEFINES", "GUEST_FLAGS", "GUEST_INCLUDE", "build_guest"]
+__all__ = ["GUEST_DEFINES", "GUEST_FLAGS", "GUEST_INCLUDE", "GuestProgram", "build_guest"]
 
 _BARE: Final = GUEST_SOURCES / "bare"
 
@@ -25,6 +27,26 @@ GUEST_DEFINES: Final[dict[str, str | int]] = {
     "ELISA_RETURN_OFFSET": crossing.RETURN_OFFSET,
 }
 """The addresses that guests and their linker script know."""
+
+
+@dataclass(frozen=True)
+class GuestProgram:
+    """A guest program of one's own, for `pykvm.machine.bare.guest.BareGuest`.
+
+    source: a C file that includes "runtime.h" and defines `guest_main`. parameters: numbers that it
+    finds in `boot_info->param`, at most `pykvm.machine.bare.boot_info.PARAMS`.
+    """
+
+    source: str | PathLike[str]
+    parameters: Sequence[int] = ()
+
+    def image(self) -> ElfFile:
+        """Compile and link it, or take it from the cache; raises what `build_guest` raises."""
+        return build_guest([Path(self.source).absolute()])
+
+    def params(self) -> list[int]:
+        """Return the parameters."""
+        return list(self.parameters)
 
 
 def build_guest(

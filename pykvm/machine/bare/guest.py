@@ -79,9 +79,11 @@ class GuestFaultError(PykvmError):
     def __init__(self, vector: int, error_code: int, rip: int, cr2: int) -> None:
         name = _VECTORS.get(vector, f"exception {vector}")
         where = f", address {cr2:#x}" if vector == 14 else ""
+        next_step = "disassemble its image there"
+        if rip < PAGE_SIZE:  # object_call() of an object that is not attached, most likely
+            next_step = "it called a null pointer; attach the object that it calls before it runs"
         super().__init__(
-            f"{name} in the guest at rip {rip:#x}, error code {error_code:#x}{where}: "
-            "disassemble its image there"
+            f"{name} in the guest at rip {rip:#x}, error code {error_code:#x}{where}", next_step
         )
         self.vector = vector
         self.error_code = error_code
@@ -425,7 +427,7 @@ class BareGuest(Closeable):
 
     def _failure(self) -> PykvmError:
         failure = self.info.failure
-        if failure.rip:
+        if not failure.file:  # an exception, wherever it was
             return GuestFaultError(failure.left, failure.right, failure.rip, failure.cr2)
         expression = self._string(failure.expression)
         values = ""

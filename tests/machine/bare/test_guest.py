@@ -98,6 +98,16 @@ def test_a_wrong_write_is_a_page_fault(kvm: Kvm, address: int) -> None:
     assert f"address {address:#x}" in str(caught.value)
 
 
+def test_call_without_an_attached_object_is_no_assertion(kvm: Kvm) -> None:
+    with BareGuest(kvm, Selftest(8)) as guest, pytest.raises(GuestFaultError) as caught:
+        guest.run()
+    assert (caught.value.vector, caught.value.rip, caught.value.cr2) == (14, 0, 0)
+    assert str(caught.value) == (
+        "page fault in the guest at rip 0x0, error code 0x10, address 0x0: "
+        "it called a null pointer; attach the object that it calls before it runs"
+    )
+
+
 def test_marks_reach_the_host_in_order(kvm: Kvm) -> None:
     seen: list[int] = []
     with BareGuest(kvm, Selftest(5, 20)) as guest:

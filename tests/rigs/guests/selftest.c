@@ -3,6 +3,7 @@
  * Exercises the runtime itself. param[0] says what:
  *   0 print and succeed   1 fail an assertion   2 fail a comparison   3 touch address 0
  *   4 finish with status param[1]   5 mark param[1] times   6 loop for ever   7 use an unknown port
+ *   8 call an object by slot 2
  */
 #include "runtime.h"
 
@@ -36,6 +37,8 @@ uint32_t guest_main(void)
 	case 6:
 		for (;;)
 			__asm__ volatile("");
+	case 8:
+		return (uint32_t)object_call(0, 0, 0, 2);
 	default:
 		__asm__ volatile("outb %0, %1" : : "a"((uint8_t)1), "Nd"((uint16_t)0x123));
 		return 0;
