@@ -16,7 +16,7 @@ SOURCES := setup.py $(wildcard $(foreach folder,pykvm/* pykvm/kvm/native, \
 	guest/*/*.[ch] kernel-patches/files/include/uapi/linux/*.h)
 SOURCES := $(filter-out $(GENERATED),$(SOURCES))
 
-.PHONY: help verify-gate setup demo test selftests lint bench fuzz clean attacks fresh environment
+.PHONY: help verify-gate setup demo test selftests lint bench fuzz clean attacks fresh environment docs
 
 help:
 	@echo "make setup   install what is missing (Debian packages, $(VENV), C extensions)"
@@ -24,6 +24,7 @@ help:
 	@echo "make test    run every test, on this host and on the emulated Intel host (two kernels)"
 	@echo "make attacks try every row of docs/threats.md, and its controls"
 	@echo "make lint    check style and types"
+	@echo "make docs    build the documentation site into build/docs"
 	@echo "make selftests  compare KVM's own selftests, unpatched and patched, on SERIES='6.1 6.12' (default: what Debian offers)"
 	@echo "make fuzz    let guests write anything into their windows at any moment, for FUZZ_SECONDS=60"
 	@echo "make bench   measure the crossing, its protections, attaching, the switch and interrupts"
@@ -98,6 +99,17 @@ lint: setup
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 
+$(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	@touch $@
+
+# docs/api is generated anew, lest the page of a module that is gone stay.
+docs: setup $(VENV)/.docs
+	$(VENV)/bin/mypy --strict docs/conf.py
+	rm -rf docs/api build/docs
+	$(VENV)/bin/sphinx-build --quiet --fail-on-warning --jobs auto -d build/doctrees docs build/docs
+	@echo "docs: open build/docs/index.html"
+
 bench: setup
 	$(VENV)/bin/pykvm bench crossing --json build/bench/crossing.json
 	$(VENV)/bin/pykvm bench protections --json build/bench/protections.json
@@ -109,6 +121,6 @@ verify-gate: setup
 	$(VENV)/bin/pykvm verify-gate
 
 clean:
-	rm -rf build $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build docs/api $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -f $(GENERATED:.c=.*.so) $(GENERATED)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
