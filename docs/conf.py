@@ -2,12 +2,16 @@
 
 import builtins
 import importlib
+import inspect
+import pydoc
+import re
+import textwrap
 from importlib.metadata import version as distribution_version
 from pathlib import Path
 from typing import Final
 
 from docutils import nodes
-from sphinx.addnodes import download_reference, pending_xref
+from sphinx.addnodes import download_reference, pending_xref, toctree
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 
@@ -27,8 +31,8 @@ exclude_patterns = ["templates"]
 
 autodoc_default_options = {"members": True, "undoc-members": True, "show-inheritance": True}
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True
 add_module_names = False
 
 # A name in single backquotes becomes a link where it names something documented, else code.
@@ -54,14 +58,56 @@ _INCLUDED: Final = {
 }
 
 
+def _place_attributes(
+    app: Sphinx, what: str, name: str, item: object, options: object, lines: list[str]
+) -> None:
+    """Move what a class's "Attributes:" section says of each attribute to the attribute itself."""
+    if what in {"class", "exception"} and "Attributes:" in lines:
+        first = last = lines.index("Attributes:")
+        while last + 1 < len(lines) and not re.match(r"\S", lines[last + 1]):
+            last += 1
+        del lines[first : last + 1]
+    elif what == "attribute" and not any(lines):
+        owner, _, attribute = name.rpartition(".")
+        section = re.search(
+            r"^Attributes:\n((?: .*\n?|\n)+)", inspect.getdoc(pydoc.locate(owner)) or "", re.M
+        )
+        text = textwrap.dedent(section[1]) if section else ""
+        if found := re.search(rf"^{attribute}: (.*\n?(?: .*\n?)*)", text, re.M):
+            text = found[1][0].upper() + found[1][1:]
+            lines[:] = [line.strip() for line in text.splitlines()]
+
+
+def _shorten_defaults(
+    app: Sphinx,
+    what: str,
+    name: str,
+    item: object,
+    options: object,
+    signature: str | None,
+    returns: str | None,
+) -> tuple[str | None, str | None]:
+    """Show a flag as its name, `Access.NONE` instead of `<Access.NONE: 0>`."""
+    return signature and re.sub(r"<(\w+\.\w+): \d+>", r"\1", signature), returns
+
+
 def _tidy(app: Sphinx, doctree: nodes.document) -> None:
-    """Drop "Bases: object", and links that types such as `bytes` make to attributes so named."""
+    """Drop what only distracts.
+
+    That is "Bases: object", links from types such as `bytes` to attributes of that name, and the
+    package in the sidebar's names of modules.
+    """
     for paragraph in list(doctree.findall(nodes.paragraph)):
         if paragraph.astext() == "Bases: object":
             paragraph.parent.remove(paragraph)
     for reference in list(doctree.findall(pending_xref)):
         if reference["reftype"] in {"class", "obj"} and reference["reftarget"] in _BUILTINS:
             reference.replace_self(reference.children)
+    for tree in doctree.findall(toctree):
+        tree["entries"] = [
+            (page.rpartition(".")[2] if page.startswith("api/pykvm.") else title, page)
+            for title, page in tree["entries"]
+        ]
 
 
 def _link_files(app: Sphinx, doctree: nodes.document) -> None:
@@ -104,6 +150,9 @@ def _resolve_imported(
 
 def setup(app: Sphinx) -> None:
     """Connect the functions above to Sphinx's events."""
-    app.connect("doctree-read", _tidy)
+    # Before Napoleon parses docstrings, and before the sidebar is collected.
+    app.connect("autodoc-process-docstring", _place_attributes, priority=400)
+    app.connect("autodoc-process-signature", _shorten_defaults)
+    app.connect("doctree-read", _tidy, priority=400)
     app.connect("doctree-read", _link_files)
     app.connect("missing-reference", _resolve_imported)
