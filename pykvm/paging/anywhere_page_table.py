@@ -1,14 +1,14 @@
-"""The Anywhere Page Table: the same page at every GPA that nothing else is mapped at.
+"""The Anywhere Page Table: one page, mapped at every GPA where nothing else is.
 
-`VMFUNC` leaves CR3 as the guest set it, and the EPT that it switches to decides what lies at that
-GPA. So every empty entry of every table of a context is made to lead, level by level, to the page
-that holds the root of the context's guest page table: whatever the guest put into CR3, the walk
-starts there. The tables in between repeat one entry 512 times, so one for each level serves all of
-them: three more pages for an EPT of four levels, whatever the number of GPAs.
+``VMFUNC`` leaves CR3 as the guest set it, and the EPT that it switches to decides what lies at that
+GPA. Therefore every empty entry of a context's EPT leads, level by level, to the page that holds
+the root of the context's guest page table. Whatever the guest put into CR3, the walk starts there.
+The tables in between repeat one entry 512 times, so one table for each level is enough: three more
+pages for an EPT of four levels, however many GPAs there are.
 
-The page is mapped for reading only, which is all that the processor's walk needs: the entries of
-the guest page table have their accessed and dirty bits set (`X86Entry`), and the EPTP does not
-enable EPT accessed and dirty flags.
+The page is mapped read-only, which is all that the processor's walk needs: the entries of the guest
+page table have their accessed and dirty bits set (`X86Entry`), and the EPTP does not enable EPT
+accessed and dirty flags.
 """
 
 from pykvm.paging.entries import ENTRIES, Access, EptEntry, page_size
@@ -21,20 +21,24 @@ __all__ = ["fill_anywhere"]
 def fill_anywhere(
     ept: PageTables[EptEntry], target: int, *, exclude: tuple[int, int] | None = None
 ) -> None:
-    """Map every GPA that is not mapped yet to the one 4 KiB page at target, read-only.
+    """Map every GPA that is not mapped yet to the one 4 KiB page at `target`, read-only.
 
-    target: address of the page that holds the root of the guest page table, or, where the tables
-        hold indices, its number times 4096.
-    exclude: first GPA and one past the last of a range that stays as it is: what is mapped there
-        remains, what is absent remains absent. Gate contexts exclude the private range, so that
-        no CR3 that passes a gate names anything that a sub context maps to something else than its
-        root.
+    Call it last: afterwards nothing can be mapped outside the excluded range. It makes no shared
+    table to which nothing leads, because the kernel refuses such a table.
 
-    To be called last: afterwards nothing can be mapped outside the excluded range. Shared tables
-    to which nothing leads are not made: the kernel refuses them.
+    Args:
+        ept: the tables to fill.
+        target: address of the page that holds the root of the guest page table, or its number
+            times 4096 if the tables hold indices.
+        exclude: a range that stays as it is, as its first GPA and one past its last: mapped pages
+            remain mapped, absent ones absent. Gate contexts exclude the private range. So no CR3
+            with which a guest passes the gate is a GPA that a sub context maps to anything but its
+            root.
 
-    Raises AlignmentError, AddressRangeError; TableLimitError, which leaves the tables
-    half filled: build them anew.
+    Raises:
+        AlignmentError: `target` or `exclude` is not a multiple of 4096.
+        AddressRangeError: `exclude` is not a range that the tables translate.
+        TableLimitError: there are too many tables. The EPT is then half filled; build it again.
     """
     first, last = exclude or (0, 0)
     if (first | last | target) & (PAGE_SIZE - 1):
@@ -50,7 +54,7 @@ def fill_anywhere(
 
 
 class _Filler:
-    """The shared entries of each level, made when they are first needed."""
+    """The shared entry of each level, created on first use."""
 
     def __init__(self, ept: PageTables[EptEntry], target: int, first: int, last: int) -> None:
         self.ept = ept
@@ -59,7 +63,7 @@ class _Filler:
         self.entries: dict[int, int] = {1: int(EptEntry.leaf(1, target, Access.READ))}
 
     def entry(self, level: int) -> int:
-        """What goes into an empty entry of a table of this level."""
+        """Return the entry that fills the empty entries of a table of this level."""
         if level not in self.entries:
             shared = self.ept.add_table(level - 1, None, self.entry(level - 1))
             self.entries[level] = self.ept.entry_to(shared, Access.READ)
@@ -70,8 +74,8 @@ class _Filler:
         if 0 not in table:
             return
         base, size = self.ept.base(number) or 0, page_size(level)
-        # Entries wholly outside: before index `low` and from index `high` on; wholly inside: from
-        # `low` rounded up to `high` rounded down. At most two are cut by a bound.
+        # Entries before index `low` and from index `high` on lie outside the excluded range, those
+        # in between inside it; a bound of the range may cut the first and the last of them.
         low = self._index(self.first - base, size)
         high = self._index(self.last - base + size - 1, size)
         if self.first == self.last or low >= high:
@@ -79,7 +83,7 @@ class _Filler:
         for start, stop in ((0, low), (high, ENTRIES)):
             if 0 in table[start:stop]:
                 entry = self.entry(level)
-                # A comprehension over 512 words, for the few tables that are partly empty.
+                # Slow, but few tables are partly empty.
                 table[start:stop] = type(table)("Q", [word or entry for word in table[start:stop]])
         for index in {low, high - 1} if low < high else ():
             here = base + index * size

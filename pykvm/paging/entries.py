@@ -1,7 +1,7 @@
 """Entries of EPT and x86 page tables, and the EPTP, as integers with named bit ranges.
 
-An entry *is* an `int`, so that it can be stored and compared as one; `str()` decodes it. Level 1
-is the lowest: its leaves are 4 KiB pages, those of level 2 are 2 MiB, those of level 3 1 GiB.
+An entry is an `int`, so that it can be stored and compared as one; `str()` decodes it. Level 1 is
+the lowest: its leaves map 4 KiB, those of level 2 map 2 MiB, and those of level 3 map 1 GiB.
 
 Sources: SDM vol. 3C 29.3.2 (EPT entries), 25.6.11 (EPTP), vol. 3A 4.5 (4- and 5-level paging).
 """
@@ -44,8 +44,7 @@ class EntryError(PykvmError, ValueError):
 
 
 class Access(enum.IntFlag):
-    """What a mapping allows; x86 entries know READ and WRITE, EXECUTE and USER, EPT entries
-    everything but USER."""
+    """Accesses that a mapping allows; EPT entries have no USER."""
 
     NONE = 0
     READ = 1
@@ -55,8 +54,10 @@ class Access(enum.IntFlag):
 
 
 class MemoryType(enum.IntEnum):
-    """Memory types by their encoding in EPT entries (SDM vol. 3C 29.3.7); 2, 3 and 7 are
-    reserved."""
+    """Memory types, by their encoding in EPT entries (SDM vol. 3C 29.3.7).
+
+    The encodings 2, 3 and 7 are reserved.
+    """
 
     UC = 0
     WC = 1
@@ -66,12 +67,12 @@ class MemoryType(enum.IntEnum):
 
 
 def page_size(level: int) -> int:
-    """Bytes that one entry of a table of this level spans."""
+    """Return how many bytes one entry of a table of this level spans."""
     return 1 << (3 + 9 * level)
 
 
 def size_name(size: int) -> str:
-    """4K, 2M, 1G."""
+    """Return the short form of a size in bytes, such as 4K, 2M or 1G."""
     for shift, letter in ((30, "G"), (20, "M"), (10, "K")):
         if size >> shift and not size & ((1 << shift) - 1):
             return f"{size >> shift}{letter}"
@@ -79,7 +80,10 @@ def size_name(size: int) -> str:
 
 
 class Field:
-    """Bits low to high of a `Word`, high included; one bit if high is left out."""
+    """Descriptor for the bits `low` to `high` of a `Word`, both included; `high` defaults to `low`.
+
+    Read from a word, it gives the bits' value; read from the class, itself.
+    """
 
     def __init__(self, low: int, high: int | None = None) -> None:
         self.low = low
@@ -95,7 +99,11 @@ class Field:
 
 
 class Word(int):
-    """A 64-bit word of named bit ranges."""
+    """A 64-bit word with named bit ranges.
+
+    Raises:
+        EntryError: the value is negative or has more than 64 bits.
+    """
 
     def __new__(cls, value: int = 0) -> Self:
         if not 0 <= value < 1 << 64:
@@ -104,7 +112,7 @@ class Word(int):
 
     @property
     def address(self) -> int:
-        """Bits 12 to 51, in place: an address, or an index times 4096."""
+        """Bits 12 to 51 in place: an address, or an index times 4096."""
         return int(self) & ADDRESS_MASK
 
     def __repr__(self) -> str:
@@ -113,69 +121,87 @@ class Word(int):
     def __format__(self, spec: str) -> str:
         return format(int(self), spec) if spec else str(self)
 
-    # An int's hash and comparisons: a word read back from memory equals the one written.
+    # Hash and comparisons are those of int, so a word read back equals the one written.
 
 
 class Entry(Word):
-    """What the builder and the walker know of an entry, whichever its type."""
+    """Base class for entries: what the builder and the walker need of either type."""
 
-    TABLE_ACCESS: ClassVar[Access]  # of entries above the leaves: the leaf decides
-    SPACE: ClassVar[str]  # the addresses that the tables translate
-    TARGET: ClassVar[str]  # what they translate to
+    TABLE_ACCESS: ClassVar[Access]  # default of entries above the leaves: the leaf decides
+    SPACE: ClassVar[str]  # name of the addresses that the tables translate
+    TARGET: ClassVar[str]  # name of the addresses that they translate to
 
     @classmethod
     @abstractmethod
     def leaf(
         cls, level: int, address: int, access: Access, memory_type: MemoryType = MemoryType.WB
     ) -> Self:
-        """An entry that maps a page. Raises EntryError for what the processor would refuse."""
+        """Create an entry that maps the page of this level at `address`.
+
+        Raises:
+            EntryError: the processor would refuse the entry.
+        """
 
     @classmethod
     @abstractmethod
     def table(cls, address: int, access: Access | None = None) -> Self:
-        """An entry that leads to the table at an address."""
+        """Create an entry that leads to the table at `address`.
+
+        Args:
+            address: address of the table, or its number times 4096.
+            access: what the entry allows, `TABLE_ACCESS` by default.
+
+        Raises:
+            EntryError: the processor would refuse the entry.
+        """
 
     @property
     @abstractmethod
     def present(self) -> bool:
-        """Whether the processor goes on from here."""
+        """Whether the entry is present: the processor's walk goes on."""
 
     @abstractmethod
     def is_leaf(self, level: int) -> bool:
-        """Whether a present entry of a table of this level maps a page."""
+        """Return whether this entry, present in a table of this level, maps a page."""
 
     @property
     @abstractmethod
     def access(self) -> Access:
-        """What this entry allows; a walk allows what all its entries do."""
+        """What this entry allows; a walk allows only what all its entries do."""
 
     @abstractmethod
     def memory_type_of(self, level: int) -> MemoryType | None:
-        """The memory type of a leaf; None where the encoding is reserved."""
+        """Return the memory type of a leaf, or None if the encoding is reserved."""
 
     @abstractmethod
     def faults(self, level: int, physical_bits: int = 52) -> tuple[str, ...]:
-        """Why the processor would refuse this present entry in a table of this level.
+        """Return why the processor would refuse this present entry in a table of this level.
 
-        physical_bits: the processor's physical address width; 52 checks no address.
+        Args:
+            level: level of the table that holds the entry.
+            physical_bits: the processor's physical address width; with 52 no address is refused.
         """
 
     @classmethod
     @abstractmethod
     def access_name(cls, access: Access) -> str:
-        """Short form, such as r-x."""
+        """Return the short form of an access, such as r-x."""
 
     @property
     def leaf_flags(self) -> str:
-        """What `decode` adds for a leaf."""
+        """Text that `decode` appends for a leaf."""
         return ""
 
     def target(self, level: int) -> int:
-        """Address of the page that a leaf of this level maps."""
+        """Return the address of the page that a leaf of this level maps."""
         return self.address & ~(page_size(level) - 1)
 
     def decode(self, level: int) -> str:
-        """What the entry says in a table of this level: `0x7000 [r-x WB 4K]`, `table 0x3000`."""
+        """Decode the entry of a table of this level.
+
+        Returns:
+            Text such as ``0x7000 [r-x WB 4K]``, ``table 0x3000 [rwx]`` or ``absent``.
+        """
         if not self.present:
             return "absent" if not self else f"absent ({int(self):#x})"
         faults = self.faults(level)
@@ -203,7 +229,7 @@ class Entry(Word):
 
 
 def _address_faults(entry: Entry, level: int, low: int, physical_bits: int) -> list[str]:
-    """Reserved address bits: below the page size from bit low on, and above the width."""
+    """Return the reserved address bits that are set: `low` up to the page size, above the width."""
     faults = []
     if entry.is_leaf(level):
         below = (page_size(level) - 1) & ~((1 << low) - 1)
@@ -274,9 +300,9 @@ class EptEntry(Entry):
             return None
 
     def faults(self, level: int, physical_bits: int = 52) -> tuple[str, ...]:
-        """Causes of an EPT misconfiguration (SDM vol. 3C 29.3.3.1).
+        """Return the causes of an EPT misconfiguration (SDM vol. 3C 29.3.3.1).
 
-        Execute-only is taken as supported: every processor with VMFUNC does.
+        Execute-only entries count as valid: every processor with VMFUNC supports them.
         """
         faults = []
         if self.write and not self.read:
@@ -301,9 +327,9 @@ class EptEntry(Entry):
 class X86Entry(Entry):
     """An entry of 4-level or 5-level paging (SDM vol. 3A 4.5, tables 4-14 to 4-20).
 
-    Accessed and dirty bits are set from the start: the processor then never writes to the table,
-    which can lie in memory that the EPT maps read-only. A mapping with EXECUTE has no NX bit
-    and is valid with EFER.NXE off as well.
+    Accessed and dirty bits are set from the start. The processor then never writes to the table,
+    which may lie in memory that the EPT maps read-only. A mapping with EXECUTE has NX clear, so it
+    is valid with EFER.NXE off as well.
     """
 
     TABLE_ACCESS = Access.READ | Access.WRITE | Access.EXECUTE | Access.USER
@@ -381,11 +407,11 @@ class X86Entry(Entry):
         )
 
     def memory_type_of(self, level: int) -> MemoryType | None:
-        """By the PAT's reset value; its upper half repeats the lower one."""
+        """Return the memory type by the PAT's reset value; its upper half repeats the lower."""
         return (MemoryType.WB, MemoryType.WT, MemoryType.UC, MemoryType.UC)[int(self) >> 3 & 3]
 
     def faults(self, level: int, physical_bits: int = 52) -> tuple[str, ...]:
-        """Reserved bits (SDM vol. 3A 4.5.4), with EFER.NXE on."""
+        """Return the reserved bits that are set (SDM vol. 3A 4.5.4), with EFER.NXE on."""
         faults = []
         if level > 3 and self.large:
             faults.append("bit 7 is reserved")
@@ -406,7 +432,11 @@ class EPTP(Word):
 
     @classmethod
     def of(cls, address: int, levels: int = 4, access_dirty: bool = False) -> Self:
-        """The EPTP of the root table at an address; write-back."""
+        """Create the EPTP of the root table at `address`, with write-back memory.
+
+        Raises:
+            EntryError: the address is not page-aligned and below 2^52, or `levels` not 4 or 5.
+        """
         if address & ~ADDRESS_MASK or levels not in (4, 5):
             raise EntryError(f"root {address:#x} of {levels} levels: use an aligned one, 4 or 5")
         return cls(address | MemoryType.WB | (levels - 1) << 3 | access_dirty << 6)
@@ -416,7 +446,7 @@ class EPTP(Word):
         return self.walk_length + 1
 
     def faults(self, physical_bits: int = 52) -> tuple[str, ...]:
-        """Why VM entry or VMFUNC would refuse it (SDM vol. 3C 27.2.1.1)."""
+        """Return why VM entry or VMFUNC would refuse this EPTP (SDM vol. 3C 27.2.1.1)."""
         faults = []
         if self.memory_type not in (MemoryType.UC, MemoryType.WB):
             faults.append(f"memory type {self.memory_type} is reserved")

@@ -1,8 +1,8 @@
 """Everything that the processor can reach from a CR3 of the guest's choice.
 
-The rule of invariant I3: a walk that starts at one of a gate context's own private pages (a
-table of any level read as a root, the EPTP list page, a page of code) reaches no executable page.
-`reachable_from` enumerates instead of arguing::
+Invariant I3 demands that a walk which starts at one of a gate context's own private pages (a table
+of any level read as a root, the EPTP list page, a page of code) reaches no executable page.
+`reachable_from` shows it by enumeration::
 
     for gpa in private_gpas:
         for reach in reachable_from(gpa, gate_ept, read_page):
@@ -21,11 +21,16 @@ __all__ = ["Reach", "reachable_from"]
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """A range of GVAs that leads somewhere.
+    """A range of GVAs that translates.
 
-    page: number of the first page. access: what the EPT allows: the bits of the guest's entries
-    (`guest`) do not bind a guest that chooses CR0.WP, EFER.NXE, CR4.SMEP and its privilege level.
-    repeats: each 4 KiB of the range leads to the same page.
+    Attributes:
+        gva: first address of the range.
+        size: bytes of the range.
+        page: number of the page at the first address.
+        access: what the EPT allows.
+        guest: what the guest's entries allow. They do not bind a guest, which chooses CR0.WP,
+            EFER.NXE, CR4.SMEP and its privilege level.
+        repeats: whether each 4 KiB of the range leads to the same page.
     """
 
     gva: int
@@ -46,14 +51,18 @@ class Reach:
 def reachable_from(
     cr3: int, ept: PageTables[EptEntry], read_page: ReadTable, *, levels: int = 4
 ) -> list[Reach]:
-    """All GVAs that translate when the guest's page-table root lies at GPA cr3.
+    """Return all GVAs that translate when the guest's page-table root lies at GPA `cr3`.
 
-    ept: the context's tables. read_page: the 512 words of a page, by page number times 4096 (the
-    target of an EPT walk). levels: of the guest's paging.
+    The time grows with the number of present entries, so this is for trusted pages, not for hostile
+    ones. Address bits up to 51 count as implemented and execute-disable as unused: the result has
+    everything that a processor accepts, and possibly more.
 
-    Takes as long as the pages have present entries: meant for trusted pages, not for hostile ones.
-    Address bits up to 51 count as implemented, execute-disable as unused: what the processor
-    refuses may be among the results, what it accepts is.
+    Args:
+        cr3: the guest's CR3; bits 0 to 11 are ignored.
+        ept: the context's tables.
+        read_page: function that returns the 512 words of a page, given the target of an EPT walk:
+            the page's number times 4096.
+        levels: levels of the guest's paging, 4 or 5.
     """
     visitor = _Visitor(ept, read_page)
     bits = 12 + 9 * levels
@@ -69,11 +78,14 @@ def reachable_from(
 class _Visitor:
     ept: PageTables[EptEntry]
     read_page: ReadTable
-    # The same page is met over and over, always at a level below: so this is finite.
+    # By page and level: the same page is met many times. The level falls, so recursion ends.
     seen: dict[tuple[int, int], list[Reach]] = field(default_factory=dict)
 
     def visit(self, gpa: int, level: int) -> list[Reach]:
-        """What the page at gpa leads to when read as a table of this level; GVAs relative."""
+        """Return what the page at `gpa`, read as a table of this level, leads to.
+
+        GVAs are relative to the first that the table translates.
+        """
         found = self.ept.walk(gpa)
         if found.target is None or not found.access & Access.READ:
             return []

@@ -1,11 +1,11 @@
 """The builder of page tables, EPT and x86, 4 and 5 levels.
 
-`PageTables` holds numbered tables of 512 words; table 0 is the root. What the address field of an
-entry that leads to table n holds is the allocator's choice:
+`PageTables` holds numbered tables of 512 words; table 0 is the root. The allocator decides what the
+address field of an entry holds:
 
-- `TableNumbers`: the number n, for the tables that the kernel takes (`kvm_elisa.h`: "the address
-  field of an entry is an index"). Leaves then name pages by their number in a list of pages.
-- `TableAddresses`: an address, for tables that lie in guest memory.
+- `TableNumbers`: an index, as in the tables that the kernel takes (``kvm_elisa.h``). Entries above
+  the leaves hold the number of a table, leaves the number of a page in a list of pages.
+- `TableAddresses`: an address, as in tables that lie in guest memory.
 
 Building an EPT for the kernel and a guest page table for GPA 0x4000100000::
 
@@ -18,13 +18,13 @@ Building an EPT for the kernel and a guest page table for GPA 0x4000100000::
     guest.map(0x2d4cf4c01000, 0x4000001000, 4096, Access.READ | Access.EXECUTE)
     guest.store(memory.write)           # each table to its address
 
-**How many tables.** Let S(l) be the bytes that a table of level l spans, 2^(12 + 9 l). There is the
-root, and for each level l below the root's one table for each block of S(l) bytes, aligned to
-S(l), that holds a leaf of level l or lower. A range [a, b) of 4 KiB pages alone so takes
-1 + sum over l = 1 .. levels-1 of floor((b - 1) / S(l)) - floor(a / S(l)) + 1 tables. The Anywhere
-Page Table (`apt`) adds one for each level below the root's, and, for each bound of its excluded
-range, one for each block of S(l) bytes that has the bound inside, unless that block has a table
-already or a leaf maps the bound's place.
+**How many tables.** A table of level l spans S(l) = 2^(12 + 9 l) bytes. There is one root. At each
+level l below it there is one table for each aligned block of S(l) bytes that holds a leaf of level
+l or lower. A range [a, b) of 4 KiB pages therefore takes
+1 + sum over l = 1 .. levels-1 of (floor((b - 1) / S(l)) - floor(a / S(l)) + 1) tables.
+The Anywhere Page Table (`pykvm.paging.anywhere_page_table`) adds one for each level below the root.
+For each bound of its excluded range it also adds one for each block of S(l) bytes with the bound
+inside, unless the block has a table already or a leaf maps the bound.
 """
 
 from array import array
@@ -73,7 +73,7 @@ class AlreadyMappedError(PykvmError, ValueError):
 
 
 class AlignmentError(PykvmError, ValueError):
-    """An address or a size that is no multiple of 4096."""
+    """An address or a size that is not aligned."""
 
 
 class AddressRangeError(PykvmError, ValueError):
@@ -85,19 +85,27 @@ class TableLimitError(PykvmError, MemoryError):
 
 
 class TableAllocator(Protocol):
-    """Where tables lie: a pure function of their number, so that a refused map costs nothing."""
+    """Places of tables: a pure function of their number, so that a refused map costs nothing."""
 
     @property
     def indexed(self) -> bool:
         """Whether address fields hold indices."""
 
     def address(self, number: int) -> int:
-        """The address field for table `number`, in place. Raises TableLimitError."""
+        """Return the address field, in place, of entries that lead to table `number`.
+
+        Raises:
+            TableLimitError: there is no room for so many tables.
+        """
 
 
 @dataclass(frozen=True)
 class TableNumbers:
-    """Address fields hold table numbers (and, in leaves, page numbers)."""
+    """Allocator for tables whose address fields hold numbers of tables and, in leaves, of pages.
+
+    Attributes:
+        limit: how many tables there may be.
+    """
 
     limit: int = MAX_CONTEXT_TABLES
     indexed: bool = field(default=True, init=False)
@@ -110,7 +118,15 @@ class TableNumbers:
 
 @dataclass(frozen=True)
 class TableAddresses:
-    """Tables lie one after the other from address `base`, in `size` bytes."""
+    """Allocator for tables that lie one after the other in memory.
+
+    Attributes:
+        base: address of the first table.
+        size: bytes for all tables.
+
+    Raises:
+        AlignmentError: `base` or `size` is not a multiple of 4096.
+    """
 
     base: int
     size: int
@@ -130,26 +146,35 @@ class TableAddresses:
 
 @dataclass(slots=True)
 class _Plan:
-    """What a map will do, found out before anything is done.
+    """The changes that a map needs, complete before the first of them is made.
 
-    delta: target minus address. top: the level of the largest leaves.
+    Attributes:
+        delta: target minus address.
+        top: level of the largest leaves.
     """
 
     delta: int
     top: int
-    # New tables by number: their level, first address, and the place of the entry leading there.
+    # New tables in order of their number: level, first address, table and index that lead there.
     tables: list[tuple[int, int, int, int]] = field(default_factory=list)
     # Runs of leaves: table number, first index, count, level, address of the first page.
     leaves: list[tuple[int, int, int, int, int]] = field(default_factory=list)
 
 
 class PageTables(Generic[E]):
-    """Tables of one entry type, empty at first.
-
-    entry: `EptEntry` or `X86Entry`. levels: 4 or 5. table_access: what entries above the leaves
-    allow, by default everything: the leaf decides.
+    """Page tables of one entry type, empty at first.
 
     x86 tables take GVAs as the processor does, sign-extended.
+
+    Args:
+        entry: `EptEntry` or `X86Entry`.
+        allocator: where tables lie, and what address fields hold.
+        levels: 4 or 5.
+        table_access: what entries above the leaves allow; by default everything, so that the leaf
+            decides.
+
+    Raises:
+        AddressRangeError: `levels` is neither 4 nor 5.
     """
 
     def __init__(
@@ -186,12 +211,25 @@ class PageTables(Generic[E]):
         max_page: int = SIZE_4K,
         memory_type: MemoryType = MemoryType.WB,
     ) -> None:
-        """Map size bytes from start on to those from target on, with the largest pages possible.
+        """Map `size` bytes from `start` on to those from `target` on.
 
-        max_page: the largest to use, SIZE_4K, SIZE_2M or SIZE_1G.
+        If the call fails, the tables are unchanged.
 
-        Raises AlignmentError, AddressRangeError, AlreadyMappedError, TableLimitError, EntryError;
-        the tables are unchanged then.
+        Args:
+            start: first address; a multiple of 4096, like `target` and `size`.
+            target: what the first address translates to; its number times 4096 for numbered pages.
+            size: bytes.
+            access: what the mapping allows.
+            max_page: the largest pages to use where the addresses allow it: `SIZE_4K`, `SIZE_2M`
+                or `SIZE_1G`.
+            memory_type: memory type of the leaves.
+
+        Raises:
+            AlignmentError: an address or the size is not aligned.
+            AddressRangeError: the tables cannot translate the range, or `target` is too high.
+            AlreadyMappedError: part of the range is mapped.
+            TableLimitError: there is no room for the tables that it takes.
+            EntryError: the processor would refuse such an access or memory type.
         """
         if (start | target | size) & (PAGE_SIZE - 1):
             raise AlignmentError(
@@ -223,11 +261,11 @@ class PageTables(Generic[E]):
         *,
         memory_type: MemoryType = MemoryType.WB,
     ) -> None:
-        """Map count 4 KiB pages from start on to those numbered from page on; errors as in map."""
+        """Map `count` 4 KiB pages from `start` on to those numbered from `page` on; see `map`."""
         self.map(start, page * PAGE_SIZE, count * PAGE_SIZE, access, memory_type=memory_type)
 
     def _fold(self, start: int, size: int) -> int:
-        """The address without sign extension, as the indexes of the tables see it."""
+        """Return `start` without sign extension: the bits that index the tables."""
         bits = 12 + 9 * self.levels
         limit = 1 << bits
         if self.entry is X86Entry:
@@ -244,9 +282,9 @@ class PageTables(Generic[E]):
         return start
 
     def _plan(self, plan: _Plan, number: int, level: int, base: int, wanted: range) -> None:
-        """Add to plan what `wanted`, a range inside table `number`, needs; raise on a conflict.
+        """Add what `wanted`, a range inside table `number`, needs to `plan`; raise on a conflict.
 
-        number: may be that of a table which the plan creates.
+        The table may be one that the plan creates.
         """
         size = page_size(level)
         table = self._tables[number] if number < len(self._tables) else _EMPTY
@@ -290,19 +328,19 @@ class PageTables(Generic[E]):
         for number, index, count, level, target in plan.leaves:
             first = target | patterns[level - 1]
             step = page_size(level)
-            # One slice for a run of pages: no Python object lives longer than its conversion.
+            # One slice for a run of pages: an array takes a range without a list of its numbers.
             run = array("Q", range(first, first + count * step, step))
             self._tables[number][index : index + count] = run
 
-    # ---- Tables as such, for `apt` and for those who hand them on ----
+    # ---- Single tables, for the Anywhere Page Table and for callers that pass tables on ----
 
     def __len__(self) -> int:
-        """How many tables there are: their memory is 4096 times as many bytes."""
+        """Return the number of tables; each takes 4096 bytes."""
         return len(self._tables)
 
     @property
     def root(self) -> int:
-        """Address (or number times 4096) of the root table."""
+        """Address of the root table, or its number times 4096."""
         return self.allocator.address(0)
 
     def add_table(self, level: int, base: int | None, fill: int = 0) -> int:
@@ -320,42 +358,42 @@ class PageTables(Generic[E]):
         return number
 
     def link(self, parent: int, index: int, child: int) -> None:
-        """Make an entry of table `parent` lead to table `child`."""
+        """Make entry `index` of table `parent` lead to table `child`."""
         self._tables[parent][index] = self.allocator.address(child) | self._table_bits
         self._children[parent, index] = child
 
     def entry_to(self, number: int, access: Access) -> int:
-        """The entry that leads to a table."""
+        """Return an entry that leads to table `number`."""
         return int(self.entry.table(self.allocator.address(number), access))
 
     def table(self, number: int) -> "array[int]":
-        """The 512 words of a table, not a copy."""
+        """Return the 512 words of table `number`, not a copy."""
         return self._tables[number]
 
     def level(self, number: int) -> int:
         return self._level[number]
 
     def base(self, number: int) -> int | None:
-        """The first address that a table translates; None for a shared table."""
+        """Return the first address that table `number` translates, or None for a shared table."""
         return self._base[number]
 
     def read(self, address: int) -> "array[int]":
-        """The 512 words of the table at an address: the read function for `walk`."""
+        """Return the 512 words of the table at an address: the read function for `walk`."""
         return self._tables[self._number[address]]
 
     def tobytes(self) -> bytes:
-        """All tables in order of their number, 4096 bytes each, little endian."""
+        """Return all tables in order of their number, 4096 bytes each, little endian."""
         return b"".join(map(array.tobytes, self._tables))
 
     def store(self, write: Callable[[int, bytes], object]) -> None:
-        """Write each table to its address, such as with `GuestMemory.write`."""
+        """Write each table to its address, for example with `GuestMemory.write`."""
         for number, table in enumerate(self._tables):
             write(self.allocator.address(number), table.tobytes())
 
     # ---- Reading back ----
 
     def walk(self, address: int) -> Walk:
-        """What the tables say about an address."""
+        """Translate one address."""
         return walk(
             self.root,
             address,
@@ -366,7 +404,10 @@ class PageTables(Generic[E]):
         )
 
     def spans(self, start: int = 0, size: int | None = None) -> Iterator[Span]:
-        """All that is mapped (in size bytes from start on), joined where it goes on alike."""
+        """Yield what is mapped in `size` bytes from `start` on, joining neighbours that are alike.
+
+        By default that is everything from `start` on.
+        """
         limit = 1 << 12 + 9 * self.levels
         # Without sign extension; an EPT has none, and maps nothing above its width.
         folded = start & (limit - 1) if self.entry is X86Entry else start

@@ -1,14 +1,14 @@
-"""The software walker: reads page tables back the way the processor does.
+"""The software walker: reads page tables back as the processor does.
 
-It knows nothing of who built them: a *read function* gives the 512 words of the table at an
-address, `read(table_address) -> Sequence[int]`. For tables that the kernel gets, addresses are
+It does not depend on the builder. A *read function*, ``read(address) -> Sequence[int]``, returns
+the 512 words of the table at an address. For tables that are passed to the kernel, addresses are
 table numbers times 4096; for tables in guest memory they are GPAs::
 
     read = lambda gpa: memory.view(gpa, 4096).cast("Q")
     print(walk(0x1000, gva, X86Entry, read))    # GVA 0x100000 -> GPA 0x100000 [rwxs WB 2M]
 
-`walk_nested` combines guest tables and an EPT: GVA to GPA to page, with every table of the guest
-found through the EPT, as in SDM vol. 3C 29.3.1.
+`walk_nested` combines guest tables and an EPT, from GVA to GPA to page. It finds every table of the
+guest through the EPT, as described in SDM vol. 3C 29.3.1.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +33,14 @@ ReadTable = Callable[[int], Sequence[int]]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One level of a walk: the entry at an index of the table at an address."""
+    """One level of a walk.
+
+    Attributes:
+        level: level of the table; 1 is the lowest.
+        table: address of the table.
+        index: index of the entry.
+        entry: the entry that the walk read.
+    """
 
     level: int
     table: int
@@ -48,11 +55,19 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """What became of one address.
+    """Translation of one address.
 
-    target: where the byte at `address` lies (index times 4096 plus offset, where the tables hold
-        indices); None if nothing is mapped.
-    access: what every level allows. size: bytes of the leaf. fault: why nothing is mapped.
+    Attributes:
+        entry: type of the entries.
+        address: the address that was translated.
+        steps: the levels that the walk read, from the root down.
+        target: where the byte at `address` lies, or None if nothing is mapped. Where the tables
+            hold indices: the page's number times 4096 plus the offset.
+        access: what every level allows.
+        memory_type: memory type of the leaf.
+        size: bytes that the leaf maps.
+        indexed: whether the tables hold indices.
+        fault: why nothing is mapped; empty if something is.
     """
 
     entry: type[Entry]
@@ -98,8 +113,16 @@ def walk(
 ) -> Walk:
     """Translate one address with the tables whose root lies at `root`.
 
-    Never raises for what the tables hold: an absent or invalid entry ends in a Walk that is not
-    `mapped` and says why.
+    An absent or invalid entry raises nothing: it ends in a `Walk` that is not mapped and says why.
+
+    Args:
+        root: address of the root table; only bits 12 to 51 count.
+        address: the address to translate.
+        entry: type of the entries.
+        read: function that returns the 512 words of the table at an address.
+        levels: 4 or 5.
+        indexed: whether the tables hold indices.
+        physical_bits: the processor's physical address width; with 52 no address is refused.
     """
     steps: list[Step] = []
     fault = _width_fault(address, entry, levels)
@@ -147,10 +170,16 @@ def _width_fault(address: int, entry: type[Entry], levels: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Neighbouring addresses that the tables map alike.
+    """A range of addresses that the tables map alike.
 
-    target: of the first byte. repeats: every 4 KiB of the range map to that same page (the
-    Anywhere Page Table), instead of to one page after the other.
+    Attributes:
+        start: first address.
+        size: bytes.
+        target: what the first address translates to.
+        access: what every level allows.
+        memory_type: memory type of the leaves.
+        repeats: whether every 4 KiB of the range map to the same page (the Anywhere Page Table),
+            and not to one page after the other.
     """
 
     start: int
@@ -162,19 +191,20 @@ class Span:
 
     @property
     def end(self) -> int:
+        """One past the last address."""
         return self.start + self.size
 
 
 @dataclass(slots=True)
 class _Spanner:
-    """State of one enumeration; `uniform` remembers tables that hold one page 512 times."""
+    """State of one enumeration; `uniform` caches which tables lead to one page everywhere."""
 
     entry: type[Entry]
     read: ReadTable
     uniform: dict[tuple[int, int], tuple[Entry, Access] | None] = field(default_factory=dict)
 
     def uniform_leaf(self, table: int, level: int) -> tuple[Entry, Access] | None:
-        """The 4 KiB leaf to which every address of this table leads, if there is just one."""
+        """Return the 4 KiB leaf to which every address of this table leads, if there is one."""
         key = (table, level)
         if key not in self.uniform:
             words = self.read(table)
@@ -219,10 +249,10 @@ class _Spanner:
 def spans(
     root: int, start: int, size: int, entry: type[Entry], read: ReadTable, *, levels: int = 4
 ) -> Iterator[Span]:
-    """All that is mapped in a range, joined where it goes on alike, in order.
+    """Yield what is mapped in `size` bytes from `start` on, joining neighbours that are alike.
 
-    Fast where an Anywhere Page Table fills terabytes: tables that repeat one page are recognised.
-    Addresses are without sign extension: 0 to 2^(12 + 9 * levels).
+    Addresses are not sign-extended: they go from 0 to 2^(12 + 9 * levels). An Anywhere Page Table,
+    which fills terabytes, takes no longer: tables that repeat one page are recognised.
     """
     wanted = range(start, min(start + size, 1 << (12 + 9 * levels)))
     last: Span | None = None
@@ -254,10 +284,14 @@ def _join(first: Span, second: Span) -> Span | None:
 
 @dataclass(frozen=True, slots=True)
 class NestedWalk:
-    """GVA to GPA to page.
+    """Translation of a GVA to a GPA and to a page.
 
-    guest: the walk of the guest's tables, as far as it came; page: the EPT walk of the final GPA,
-    or of the table that could not be read; access: what both allow.
+    Attributes:
+        gva: the address that was translated.
+        guest: the walk of the guest's tables, or None if the EPT hides one of them.
+        page: the EPT walk of the final GPA, or of the guest table that could not be read.
+        access: what both allow.
+        fault: why nothing is mapped; empty if something is.
     """
 
     gva: int
@@ -272,7 +306,7 @@ class NestedWalk:
 
     @property
     def target(self) -> int | None:
-        """Where the byte lies, as the EPT says; None if it is out of reach."""
+        """Where the byte lies according to the EPT, or None if it cannot be reached."""
         return None if self.fault or self.page is None else self.page.target
 
     def __str__(self) -> str:
@@ -296,10 +330,15 @@ def walk_nested(
     levels: int = 4,
     physical_bits: int = 52,
 ) -> NestedWalk:
-    """Translate a GVA with the guest tables at GPA cr3, all of them found through an EPT.
+    """Translate a GVA with the guest tables at GPA `cr3`, which are all found through an EPT.
 
-    ept_walk: GPA to Walk, such as `PageTables.walk`. read_page: the 512 words of a page, by the
-    target of an EPT walk. levels: of the guest's paging.
+    Args:
+        gva: the address to translate.
+        cr3: the guest's CR3; only bits 12 to 51 count.
+        ept_walk: function that translates a GPA, such as `PageTables.walk`.
+        read_page: function that returns the 512 words of a page, given the target of an EPT walk.
+        levels: levels of the guest's paging, 4 or 5.
+        physical_bits: the processor's physical address width; with 52 no address is refused.
     """
 
     def read_guest_table(gpa: int) -> Sequence[int]:
@@ -321,6 +360,6 @@ def walk_nested(
     page = ept_walk(guest.target)
     if page.target is None:
         return NestedWalk(gva, guest, page, fault=str(page))
-    # USER is the guest's to give, READ the EPT's to take: keep what both sides know of.
+    # USER is in the guest's entries alone; everything else has to be allowed by both.
     access = guest.access & (page.access | Access.USER)
     return NestedWalk(gva, guest, page, access)
