@@ -1,1 +1,1 @@
-"""Guest physical memory."""
+"""Guest physical memory: files, regions, and how much of it may be pinned."""

@@ -71,20 +71,28 @@ class ClosedMemoryError(PykvmError, ValueError):
 
 
 class MemoryTooSmallError(PykvmError, MemoryError):
-    """The machine has less memory than the guest wants."""
+    """Less memory in the machine than the guest needs."""
 
 
 class HugePagesError(PykvmError, MemoryError):
-    """The pool of huge pages is too small, or its page size is not supported."""
+    """A pool of huge pages that is too small, or a page size that is not supported."""
 
 
 class LockLimitError(PykvmError, MemoryError):
-    """RLIMIT_MEMLOCK is too small for the pages that the kernel has to pin."""
+    """A limit (RLIMIT_MEMLOCK) too low for the pages that the kernel has to pin."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemorySlot:
-    """What KVM_SET_USER_MEMORY_REGION wants to know about a region: bytes and addresses."""
+    """Arguments of KVM_SET_USER_MEMORY_REGION for one region.
+
+    Attributes:
+        number: slot number.
+        gpa: guest physical address of the first byte.
+        size: bytes.
+        host_address: address of the first byte in this process.
+        read_only: whether the guest may only read.
+    """
 
     number: int
     gpa: int
@@ -94,15 +102,19 @@ class MemorySlot:
 
 
 class MemoryFile(Closeable):
-    """Anonymous memory with a file descriptor, zeroed.
+    """Anonymous memory with a file descriptor, zeroed at first.
 
-    name: shown in /proc/PID/maps, at most 249 bytes.
-    size: bytes, a multiple of the page size in use.
-    huge_page: None, HUGE_2M or HUGE_1G.
-    sealed: the size can never change, by no holder of the descriptor: otherwise truncation
-        elsewhere would kill this process with SIGBUS.
+    Args:
+        name: shown in /proc/PID/maps, at most 249 bytes.
+        size: bytes, a multiple of the page size in use.
+        huge_page: None for 4 KiB pages, `HUGE_2M` or `HUGE_1G`.
+        sealed: whether the size is fixed for every holder of the descriptor. If it is not, another
+            process can truncate the file, and SIGBUS kills this one at its next access.
 
-    Raises RegionError, HugePagesError, MemoryTooSmallError.
+    Raises:
+        RegionError: the size or the page size is not valid.
+        HugePagesError: the kernel has no huge pages of this size.
+        MemoryTooSmallError: the machine has less memory.
     """
 
     def __init__(
@@ -143,7 +155,11 @@ class MemoryFile(Closeable):
 
     @property
     def fd(self) -> int:
-        """The memfd. Raises ClosedMemoryError after close()."""
+        """The memfd's descriptor.
+
+        Raises:
+            ClosedMemoryError: the file is closed.
+        """
         if self._fd < 0:
             raise ClosedMemoryError(f"memory file {self.name} is closed: create it again")
         return self._fd
@@ -153,7 +169,7 @@ class MemoryFile(Closeable):
         return self._fd < 0
 
     def close(self) -> None:
-        """Give up the descriptor; regions that map the file keep its memory. Harmless twice."""
+        """Close the descriptor; regions that map the file keep its memory."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
@@ -169,13 +185,20 @@ class MemoryFile(Closeable):
 class Region(Closeable):
     """A part of a `MemoryFile`, mapped into this process and placed at a GPA.
 
-    gpa, offset, size: bytes, multiples of the file's page size (of 4096 for a small-page file);
-        size defaults to the rest of the file.
-    prefault: allocate every page now, so that no page fault falls into a measurement.
-    read_only: the guest cannot write; this process can.
-
     The region keeps the file's memory alive after the file is closed.
-    Raises RegionError, HugePagesError, MemoryTooSmallError.
+
+    Args:
+        file: the file to map.
+        gpa: guest physical address; a multiple of the file's page size, like `offset` and `size`.
+        offset: first byte of the file that is mapped.
+        size: bytes; by default the rest of the file.
+        prefault: whether to allocate every page now, so that no page fault disturbs a measurement.
+        read_only: whether the guest may only read; this process may always write.
+
+    Raises:
+        RegionError: an address or size is not aligned, or the file is too small.
+        HugePagesError: the pool of huge pages is too small.
+        MemoryTooSmallError: there is not enough memory or address space.
     """
 
     def __init__(
@@ -234,7 +257,11 @@ class Region(Closeable):
 
     @property
     def host_address(self) -> int:
-        """Address of the first byte in this process. Raises ClosedMemoryError after close()."""
+        """Address of the first byte in this process.
+
+        Raises:
+            ClosedMemoryError: the region is closed.
+        """
         self._mapping()
         return self._host_address
 
@@ -243,10 +270,13 @@ class Region(Closeable):
         return self._map is None
 
     def view(self, start: int = 0, size: int | None = None) -> memoryview:
-        """A writable view of size bytes from byte start of the region: no copy.
+        """Return a writable view, not a copy, of `size` bytes from byte `start` of the region.
 
-        A view that outlives close() stays valid: the memory goes when the last view goes.
-        Raises AddressError, ClosedMemoryError.
+        A view stays valid after close(): the memory is unmapped when its last view goes.
+
+        Raises:
+            AddressError: the region has fewer bytes.
+            ClosedMemoryError: the region is closed.
         """
         mapping = self._mapping()
         size = self.size - start if size is None else size
@@ -258,10 +288,10 @@ class Region(Closeable):
         return memoryview(mapping)[start : start + size]
 
     def close(self) -> None:
-        """Unmap, or leave that to the last view that is still in use. Harmless twice."""
+        """Unmap the region, or leave that to the last view in use."""
         mapping, self._map = self._map, None
         if mapping is not None:
-            # BufferError: views hold the mapping object, which unmaps itself when they go.
+            # BufferError: there are views. They hold the mapping, which unmaps itself when they go.
             with contextlib.suppress(BufferError):
                 mapping.close()
 
@@ -291,7 +321,7 @@ class Region(Closeable):
 
 
 class GuestMemory(Closeable):
-    """The memory that one VM sees: regions that do not overlap, addressed by GPA."""
+    """Memory of one VM: regions that do not overlap, addressed by GPA."""
 
     def __init__(self) -> None:
         self._regions: list[Region] = []
@@ -308,7 +338,20 @@ class GuestMemory(Closeable):
         huge_page: int | None = None,
         prefault: bool = False,
     ) -> Self:
-        """Memory of size bytes from gpa on, in a file of its own."""
+        """Create memory of `size` bytes from `gpa` on, in a file of its own.
+
+        Args:
+            size: bytes.
+            gpa: guest physical address of the first byte.
+            name: name of the file, shown in /proc/PID/maps.
+            huge_page: page size, see `MemoryFile`.
+            prefault: whether to allocate every page now.
+
+        Raises:
+            RegionError: an address or size is not valid.
+            HugePagesError: there are not enough huge pages.
+            MemoryTooSmallError: there is not enough memory.
+        """
         memory = cls()
         with MemoryFile(name, size, huge_page=huge_page) as file:
             memory.add(Region(file, gpa, prefault=prefault))
@@ -316,7 +359,7 @@ class GuestMemory(Closeable):
 
     @property
     def regions(self) -> tuple[Region, ...]:
-        """Regions in order of their GPA."""
+        """The regions in order of their GPA."""
         return tuple(self._regions)
 
     @property
@@ -327,7 +370,11 @@ class GuestMemory(Closeable):
     def add(self, region: Region) -> Region:
         """Take over a region: it is closed together with this memory.
 
-        Raises RegionOverlapError, ClosedMemoryError; the region stays the caller's then.
+        If the call fails, the region stays the caller's.
+
+        Raises:
+            RegionOverlapError: another region holds part of its addresses.
+            ClosedMemoryError: this memory is closed.
         """
         if self._closed:
             raise ClosedMemoryError("guest memory is closed: create it again")
@@ -343,13 +390,18 @@ class GuestMemory(Closeable):
         return region
 
     def remove(self, region: Region) -> None:
-        """Take a region out and close it; the VM's slot must be gone before."""
+        """Remove a region and close it; delete the VM's memory slot first."""
         at = self._regions.index(region)
         del self._regions[at], self._starts[at]
         region.close()
 
     def region_at(self, gpa: int) -> Region:
-        """The region that holds gpa. Raises AddressError."""
+        """Return the region that holds `gpa`.
+
+        Raises:
+            AddressError: no region does.
+            ClosedMemoryError: this memory is closed.
+        """
         if self._closed:
             raise ClosedMemoryError("guest memory is closed: create it again")
         at = bisect.bisect_right(self._starts, gpa) - 1
@@ -358,7 +410,11 @@ class GuestMemory(Closeable):
         return self._regions[at]
 
     def view(self, gpa: int, size: int) -> memoryview:
-        """A writable view of size bytes at gpa, inside one region: no copy. Raises AddressError."""
+        """Return a writable view, not a copy, of `size` bytes at `gpa`, inside one region.
+
+        Raises:
+            AddressError: no single region holds all of them.
+        """
         region = self.region_at(gpa)
         if size < 0 or gpa + size > region.end:
             raise AddressError(
@@ -368,11 +424,19 @@ class GuestMemory(Closeable):
         return region.view(gpa - region.gpa, size)
 
     def read(self, gpa: int, size: int) -> bytes:
-        """A copy of size bytes at gpa; adjacent regions read as one. Raises AddressError."""
+        """Return a copy of `size` bytes at `gpa`, which may lie in adjacent regions.
+
+        Raises:
+            AddressError: there is no guest memory at some of them.
+        """
         return b"".join(bytes(view) for view in self._views(gpa, size))
 
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
-        """Copy data to gpa; all of it or, on AddressError, nothing."""
+        """Copy `data` to `gpa`, which may lie in adjacent regions.
+
+        Raises:
+            AddressError: there is no guest memory for some of it; nothing is written then.
+        """
         source = memoryview(data).cast("B")
         done = 0
         for view in self._views(gpa, len(source)):
@@ -380,7 +444,11 @@ class GuestMemory(Closeable):
             done += len(view)
 
     def host_address(self, gpa: int, size: int = 1) -> int:
-        """Where size bytes at gpa lie in this process. Raises AddressError."""
+        """Return the address in this process of `size` bytes at `gpa`, inside one region.
+
+        Raises:
+            AddressError: no single region holds all of them.
+        """
         region = self.region_at(gpa)
         if gpa + size > region.end:
             raise AddressError(
@@ -390,12 +458,12 @@ class GuestMemory(Closeable):
         return region.host_address + gpa - region.gpa
 
     def slots(self, first: int = 0) -> Iterator[MemorySlot]:
-        """One KVM memory slot per region, numbered from first."""
+        """Yield one KVM memory slot for each region, numbered from `first` on."""
         for number, region in enumerate(self._regions, first):
             yield MemorySlot(number, region.gpa, region.size, region.host_address, region.read_only)
 
     def close(self) -> None:
-        """Close every region. Harmless twice."""
+        """Close every region."""
         self._closed = True
         regions, self._regions, self._starts = self._regions, [], []
         for region in regions:
@@ -421,7 +489,12 @@ class GuestMemory(Closeable):
 
 
 def lockable_bytes() -> int | None:
-    """How much memory this process may pin, None for no limit (CAP_IPC_LOCK or unlimited)."""
+    """Return how many bytes this process may pin.
+
+    Returns:
+        RLIMIT_MEMLOCK, or None if it does not limit this process: it is unlimited, or the process
+        has CAP_IPC_LOCK.
+    """
     for line in Path("/proc/self/status").read_text().splitlines():
         key, _, value = line.partition(":")
         if key == "CapEff" and int(value, 16) >> _CAP_IPC_LOCK & 1:
@@ -431,7 +504,11 @@ def lockable_bytes() -> int | None:
 
 
 def require_lockable(size: int) -> None:
-    """Raise LockLimitError unless this process may pin size bytes."""
+    """Check that this process may pin `size` bytes.
+
+    Raises:
+        LockLimitError: it may not.
+    """
     limit = lockable_bytes()
     if limit is not None and limit < size:
         raise LockLimitError(
@@ -463,7 +540,7 @@ def _huge_pages_message(page_size: int, size: int) -> str:
         free -= int((pool / "resv_hugepages").read_text())
     except OSError:
         return f"this kernel has no pool of {page_size >> 20} MiB pages: leave out huge_page"
-    # The short file name means the default size, 2 MiB unless the kernel was told otherwise.
+    # /proc/sys/vm/nr_hugepages is the pool of the default size, 2 MiB unless configured otherwise.
     default = f"Hugepagesize:{page_size >> 10:>15} kB"
     short = default.split() in [
         line.split() for line in Path("/proc/meminfo").read_text().splitlines()
