@@ -1,8 +1,8 @@
-"""Random states through the emulator: each has to end as one of the symbolic paths says.
+"""Random states run in the emulator, and compared with the symbolic paths.
 
-The gate is run from every byte; instructions, end, registers, flags and slot are compared with the
-one path whose conditions the state meets. The sub entry page is run as a whole, with an object's
-function that leaves random values wherever the ABI lets it.
+The gate is run from every byte. Instructions, end, registers, flags and slot are compared with the
+one path whose conditions the state meets. The sub entry page is run as a whole, with a function of
+the object that leaves random values wherever the ABI allows it.
 """
 
 import random
@@ -43,7 +43,15 @@ _STOPS: Final = {
 
 @dataclass
 class Comparison:
-    """How many states were run; what did not agree."""
+    """Result of a comparison.
+
+    Attributes:
+        seed: seed of the random states.
+        states: how many states were run.
+        instructions: how many instructions they took.
+        ends: how many runs had each end.
+        disagreements: what did not agree, line by line.
+    """
 
     seed: int
     states: int = 0
@@ -63,7 +71,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class _Prediction:
-    """registers and flags: None where the symbolic run leaves them open."""
+    """Expected result of a run; registers are None where the symbolic run leaves them open."""
 
     trace: list[int]
     stop: str
@@ -91,13 +99,13 @@ class _Values:
         self._known[name] = word
 
     def of(self, function: tuple[Evaluated, frozenset[str]]) -> int | None:
-        """A number, or None if something in it is still open."""
+        """Return the function's value, or None if one of its symbols is still open."""
         evaluate, names = function
         return evaluate(self._known) if names <= self._known.keys() else None
 
 
 class _CompiledPath:
-    """A path whose expressions are functions."""
+    """A path whose expressions are compiled."""
 
     def __init__(self, path: Path) -> None:
         state = path.state
@@ -115,7 +123,7 @@ class _CompiledPath:
 
 
 class _Oracle:
-    """What the symbolic paths say about one state in one memory."""
+    """Oracle that predicts runs in one memory from the symbolic paths."""
 
     def __init__(
         self, paths: Mapping[int, list[_CompiledPath]], emulator: Emulator, official: int
@@ -125,7 +133,7 @@ class _Oracle:
         self.official = official
 
     def predict(self, entry: int, registers: Mapping[str, int]) -> _Prediction:
-        """Before the emulator runs, as memory is read."""
+        """Predict a run; call it before the emulator runs, because it reads memory."""
         trace: list[int] = []
         while True:
             path, values, faulted = self._path(entry, registers)
@@ -142,7 +150,7 @@ class _Oracle:
                 return _Prediction(trace, stop, path.end.value, after, values.of(path.slot))
             target = None if path.target is None else values.of(path.target)
             if target is None or any(content is None for content in after.values()):
-                # Undefined flags: what comes next may depend on them.
+                # Flags are undefined, and what follows may depend on them.
                 return _Prediction(trace, _OPEN, path.end.value, {}, None)
             entry = (target - self.emulator.base + (1 << 63)) % (1 << 64) - (1 << 63)
             if not 0 <= entry - crossing.GATE_OFFSET < PAGE_SIZE:
@@ -152,7 +160,7 @@ class _Oracle:
     def _path(
         self, entry: int, registers: Mapping[str, int]
     ) -> tuple[_CompiledPath, _Values, int | None]:
-        """The path of a state, and the instruction whose load faults, if one does."""
+        """Return the path of a state, and the instruction whose load faults, if one does."""
         fitting = []
         for path in self.paths[entry - crossing.GATE_OFFSET]:
             values = _Values(self.emulator.base, self.official, registers)
@@ -181,7 +189,7 @@ class _Oracle:
         return None
 
     def _registers(self, path: _CompiledPath, values: _Values) -> dict[str, int | None]:
-        """General registers, and `rflags` unless a flag is undefined."""
+        """Return the general registers, and ``rflags`` unless a flag is undefined."""
         after = {name: values.of(function) for name, function in path.registers.items()}
         rflags = values.of(path.others)
         for name, function in path.flags.items():
@@ -195,7 +203,7 @@ class _Oracle:
 
 
 class _States:
-    """Random states, rich in what matters to a gate: its own addresses, slots, EPTPs."""
+    """Generator of random states, rich in a gate's own addresses, slots and EPTPs."""
 
     def __init__(self, rng: random.Random, base: int, official: int) -> None:
         self.rng = rng
@@ -231,7 +239,7 @@ class _States:
 
 
 def _listed(rng: random.Random) -> bytes:
-    """An EPTP list: anything but in the transient slot, which is empty."""
+    """Return a random EPTP list whose transient slot is empty."""
     words = [
         int(EPTP.of(rng.getrandbits(30) << 12)) if rng.random() < 0.5 else 0 for _ in range(512)
     ]
@@ -244,7 +252,12 @@ def check_gate(
 ) -> Comparison:
     """Run the gate page from every byte in random states and compare with the symbolic paths.
 
-    states: for each byte and crossing base; idle_states: where that byte is int3 alone.
+    Args:
+        page: the gate page as it was built.
+        proof: its symbolic paths.
+        seed: seed of the random states.
+        states: how many states to run from each byte, for each crossing base.
+        idle_states: the same for bytes that are INT3.
     """
     comparison = Comparison(seed)
     paths = {at: [_CompiledPath(path) for path in found] for at, found in proof.paths.items()}
@@ -301,15 +314,15 @@ def _compare(
 
 
 def _reconciled(emulator: Emulator, run: Run, expected: _Prediction) -> tuple[Run, _Prediction]:
-    """Allow for what the emulator is known to do otherwise. All of it is about how to stop."""
+    """Allow for known differences of the emulator, all of them in how it stops."""
     if expected.stop == _OPEN:
         seen = replace(run, trace=run.trace[: len(expected.trace)], stop=_OPEN)
         return seen, expected
     last = expected.trace[-1]
-    # It fetches ahead: the last instruction of the page is not run if the next is not there.
+    # It fetches ahead, and does not run the last instruction of a page if no page follows.
     if run.stop == Stop.FETCH == expected.stop and run.trace == expected.trace[:-1]:
         return replace(run, trace=expected.trace), replace(expected, registers={}, slot=None)
-    # An instruction cut off by the page's end that would be invalid in any case.
+    # An instruction that the page's end cuts off, and that is invalid however it goes on.
     if (run.stop, expected.stop) == (Stop.INVALID, Stop.FETCH) and last + 1 == _PAGE_END:
         return replace(run, stop=expected.stop), expected
     # LOCK before INT3: the processor calls it invalid, the emulator ignores the prefix.
@@ -331,7 +344,11 @@ def _show(registers: Mapping[str, int]) -> str:
 def check_sub(image: SubImage, *, user: bool, seed: int, states: int = 500) -> Comparison:
     """Run whole calls in random states: from the first byte of the sub entry page to its VMFUNC.
 
-    states: for each crossing base.
+    Args:
+        image: the built object.
+        user: whether it was built for callers in user mode.
+        seed: seed of the random states.
+        states: how many states to run for each crossing base.
     """
     comparison = Comparison(seed)
     contents = {f"image {part.offset:#x}": part.data for part in image.parts}
@@ -341,7 +358,7 @@ def check_sub(image: SubImage, *, user: bool, seed: int, states: int = 500) -> C
         source = _States(rng, base, int(EPTP.of(rng.getrandbits(30) << 12)))
         for _ in range(states):
             registers = source.registers()
-            # What the gate leaves: DF clear; AC and the rest are the guest's.
+            # The gate leaves DF clear; AC and the rest are the guest's.
             registers["rflags"] &= ~(1 << STATUS_BITS["df"])
             registers["rflags"] |= rng.getrandbits(1) << STATUS_BITS["ac"]
             call.run(comparison, registers, source.official)
@@ -349,7 +366,7 @@ def check_sub(image: SubImage, *, user: bool, seed: int, states: int = 500) -> C
 
 
 class _Call:
-    """Calls in one memory: what has to hold at three places."""
+    """Calls in one memory, checked at their start, at the object's function and at their end."""
 
     def __init__(self, emulator: Emulator, image: SubImage, user: bool, rng: random.Random) -> None:
         self.emulator = emulator
@@ -401,7 +418,7 @@ class _Call:
             self._at_function()
 
     def _at_function(self) -> None:
-        """The environment is as it has to be; then any function returns."""
+        """Check the environment of the object's function, and return as any function might."""
         emulator, rng = self.emulator, self.rng
         pointer = emulator.get("rsp")
         self._require(pointer % 16 == 8, f"rsp is {pointer:#x}")

@@ -1,7 +1,7 @@
-"""One instruction of a page, in 64-bit mode, from any byte.
+"""Decoder of a page's instructions, in 64-bit mode, from any byte.
 
-An instruction that needs bytes behind its page is no instruction here: no page follows in the
-contexts that are looked at, so fetching them faults.
+An instruction that goes beyond its page does not count as one: no page follows in the contexts at
+hand, so fetching it faults.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _LONGEST: Final = 15  # bytes of an instruction (SDM vol. 2A 2.3.11)
 
 
 class Kind(Enum):
-    """What decoding came to."""
+    """Result of decoding."""
 
     INSTRUCTION = "instruction"
     INVALID = "invalid opcode"
@@ -26,7 +26,15 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Instruction:
-    """offset: of its first byte, relative to the crossing base; length: in bytes."""
+    """A decoded instruction.
+
+    Attributes:
+        kind: whether the bytes are an instruction.
+        offset: offset of its first byte from the crossing base.
+        length: bytes.
+        raw: the instruction as iced decodes it.
+        text: its assembly text.
+    """
 
     kind: Kind
     offset: int
@@ -51,12 +59,17 @@ _NAMES: Final = {
 
 
 def mnemonic_name(instruction: Instruction) -> str:
-    """Intel's mnemonic, upper case."""
+    """Return Intel's mnemonic, in upper case."""
     return _NAMES[instruction.raw.mnemonic]
 
 
 class Page:
-    """A page of code, offset: of its first byte, relative to the crossing base."""
+    """A page of code.
+
+    Args:
+        offset: offset of its first byte from the crossing base.
+        code: its bytes.
+    """
 
     def __init__(self, offset: int, code: bytes) -> None:
         self.offset = offset
@@ -72,14 +85,14 @@ class Page:
         return self.offset + len(self.code)
 
     def at(self, offset: int) -> Instruction:
-        """The instruction whose first byte lies at `offset`, relative to the crossing base."""
+        """Return the instruction whose first byte is at `offset` from the crossing base."""
         if offset not in self._known:
             self._known[offset] = self._decode(offset)
         return self._known[offset]
 
     def _decode(self, offset: int) -> Instruction:
         at = offset - self.offset
-        # The address wraps below zero where a branch leads there; only differences matter.
+        # A branch may lead to an address below zero, which wraps; only differences matter.
         decoder = Decoder(64, self.code[at : at + _LONGEST], ip=offset)
         raw = decoder.decode()
         if raw.code != Code.INVALID:

@@ -1,8 +1,7 @@
-"""The crossing's pages in an emulator that shares nothing with the symbolic execution: Unicorn,
-QEMU's translator as a library.
+"""The crossing's pages in Unicorn, an emulator that shares nothing with the symbolic execution.
 
-It has no VMFUNC and no INT1: to it those bytes are an invalid opcode, at which `Emulator` stops and
-looks what they are.
+Unicorn is QEMU's translator as a library. It knows neither VMFUNC nor INT1 and calls them invalid
+opcodes; `Emulator` stops there and looks at the bytes.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -37,7 +36,7 @@ _FETCHES: Final = (unicorn.UC_MEM_FETCH_UNMAPPED, unicorn.UC_MEM_FETCH_PROT)
 
 
 class Stop:
-    """Why a run ended; `RUNNING` after as many instructions as one run may take."""
+    """Reason why a run ended; `RUNNING` means that it reached the limit of instructions."""
 
     BREAKPOINT = "breakpoint"
     INVALID = "invalid"
@@ -49,7 +48,13 @@ class Stop:
 
 @dataclass
 class Run:
-    """What a run did: offsets of its instructions, how it stopped, the registers then."""
+    """Result of a run.
+
+    Attributes:
+        trace: offsets of its instructions.
+        stop: why it ended, one of `Stop`.
+        registers: the registers at its end, by name.
+    """
 
     trace: list[int] = field(default_factory=list)
     stop: str = Stop.RUNNING
@@ -57,18 +62,21 @@ class Run:
 
 
 class Emulator:
-    """Memory of a context with the crossing base at `base`.
+    """An emulated processor in a context's memory.
 
-    contents: by the regions' names, what is there at first.
+    Args:
+        base: linear address of the crossing base.
+        regions: the memory that the context maps.
+        contents: initial contents by the name of the region.
     """
 
     def __init__(self, base: int, regions: Iterable[Region], contents: Mapping[str, bytes]) -> None:
         self.base = base
         self.regions = {region.name: region for region in regions}
         self._machine = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
-        # One that has SMAP, and so STAC and CLAC.
+        # A model that has SMAP, and therefore STAC and CLAC.
         self._machine.ctl_set_cpu_model(x86_const.UC_CPU_X86_SKYLAKE_CLIENT)
-        # Linear addresses as they are: without paging they would be cut to physical ones.
+        # Without paging, linear addresses would be truncated to physical ones.
         self._machine.ctl_set_tlb_mode(unicorn.UC_TLB_VIRTUAL)
         for region in self.regions.values():
             protection = _PROTECTION[region.writable, region.executable]
@@ -83,23 +91,23 @@ class Emulator:
         add(unicorn.UC_HOOK_MEM_INVALID, self._on_memory)
 
     def address(self, offset: int) -> int:
-        """The linear address at an offset from the crossing base."""
+        """Return the linear address at an offset from the crossing base."""
         return (self.base + offset) & ((1 << 64) - 1)
 
     def write(self, offset: int, content: bytes) -> None:
-        """Change memory, read-only or not."""
+        """Write memory, read-only or not."""
         if content:
             self._machine.mem_write(self.address(offset), content)
 
     def read(self, offset: int, size: int) -> bytes | None:
-        """Memory's content; None if one of the bytes is not mapped."""
+        """Return the content of memory, or None if one of the bytes is not mapped."""
         try:
             return bytes(self._machine.mem_read(self.address(offset), size))
         except unicorn.UcError:
             return None
 
     def word(self, offset: int) -> int:
-        """Eight bytes that are mapped."""
+        """Return eight bytes, which have to be mapped, as an integer."""
         return int.from_bytes(self.read(offset, 8) or b"", "little")
 
     def get(self, name: str) -> int:
@@ -114,10 +122,12 @@ class Emulator:
         registers: Mapping[str, int],
         watch: Callable[[int], None] | None = None,
     ) -> Run:
-        """Run from an offset until something stops it.
+        """Run from an offset until something stops the processor.
 
-        registers: the general ones and `rflags`. watch: called before each instruction with its
-        offset.
+        Args:
+            offset: offset of the first instruction from the crossing base.
+            registers: the general registers and ``rflags``, by name.
+            watch: called before each instruction with its offset.
         """
         self._run = run = Run()
         self._watch = watch
@@ -131,7 +141,7 @@ class Emulator:
         run.registers = {name: self.get(name) for name in (*GENERAL, "rflags", "rip")}
         return run
 
-    # ---- hooks: Unicorn calls them with itself, and user data last ----
+    # ---- Hooks: Unicorn passes itself first and the user's data last ----
 
     def _stop(self, stop: str) -> None:
         if self._run.stop == Stop.RUNNING:

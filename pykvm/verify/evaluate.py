@@ -1,4 +1,4 @@
-"""Symbolic expressions as functions of numbers: z3's own substitution takes milliseconds."""
+"""Symbolic expressions, compiled to functions of numbers: z3's substitution takes milliseconds."""
 
 from collections.abc import Callable, Mapping
 from typing import Final
@@ -35,14 +35,18 @@ _SIGNED: Final = {
 }
 
 
-# By z3's number of the expression, which is kept so that the number stays its own.
+# By z3's number of the expression. Keeping the expression keeps z3 from reusing the number.
 _known: dict[int, tuple[Expression, tuple[Evaluated, frozenset[str]]]] = {}
 
 
 def compiled(expression: Expression) -> tuple[Evaluated, frozenset[str]]:
-    """A function of the values of an expression's symbols, and their names.
+    """Compile an expression.
 
-    Raises ValueError for an operation that it does not know.
+    Returns:
+        A function of the values of the expression's symbols, and the symbols' names.
+
+    Raises:
+        ValueError: the expression has an operation that is not known here.
     """
     key = expression.get_id()
     if key not in _known:

@@ -1,9 +1,9 @@
-"""All ways on from a state, until the page is left.
+"""All paths from a state, until they leave the page.
 
-Only ways that the page's own code decides are followed. An instruction may also be interrupted
-before or after it: a fault by CPL, SMAP, an alignment check or a segment's limit, a trap by TF or
-a breakpoint, an exit to KVM. Each of these is a stop (no descriptor table can be read in these
-contexts, I8) or goes on later with the same state, so it adds no other end.
+Only what the page's own code decides is followed. Any instruction may also be interrupted before or
+after it: by a fault (CPL, SMAP, an alignment check, a segment's limit), a trap (TF, a breakpoint)
+or an exit to KVM. Each of these either stops the vCPU, because no descriptor table can be read in
+these contexts (I8), or it goes on later in the same state. So they add no other end.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ _LONGEST_PATH: Final = 48  # instructions; a branch after as many ends the path 
 
 
 class End(Enum):
-    """How a path ends, by intention of the page's code."""
+    """End of a path, as the page's code intends it."""
 
     OFFICIAL = "official sub entry"
     DEFAULT = "default context"
@@ -42,7 +42,7 @@ STOPS: Final = frozenset({End.BREAKPOINT, End.INVALID, End.FETCH, End.ACCESS, En
 
 
 class Symptom(Enum):
-    """What is wrong with a path."""
+    """Fault of a path."""
 
     UNKNOWN = "an instruction that the model does not know"
     STRAY = "a write to something else than the transient slot"
@@ -61,8 +61,14 @@ class Symptom(Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that falls short. entry: offset from the crossing base; example: values of
-    registers that lead there."""
+    """A path that falls short.
+
+    Attributes:
+        symptom: what is wrong.
+        entry: offset of the entry from the crossing base.
+        note: where, in words.
+        example: registers at the entry that lead there, as text.
+    """
 
     symptom: Symptom
     entry: int
@@ -76,7 +82,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class Path:
-    """A way through the page. target: where a path that ends as REENTRY or CALL goes on."""
+    """A path through the page.
+
+    Attributes:
+        state: the state at its end.
+        end: how it ends.
+        target: where a path that ends as REENTRY or CALL goes on.
+        symptom: what is wrong with it, if anything.
+        note: where, in words.
+    """
 
     state: State
     end: End
@@ -90,7 +104,14 @@ Rule = Callable[[State, Solver], list[Path]]
 
 
 def explore(start: State, page: Page, solver: Solver, vmfunc: Rule) -> list[Path]:
-    """Every path from `start`."""
+    """Follow every path from `start`.
+
+    Args:
+        start: the state at the entry.
+        page: the code; a path ends where it leaves the page.
+        solver: decides which branches are possible.
+        vmfunc: function that returns the outcomes of VMFUNC in a state.
+    """
     paths: list[Path] = []
     waiting = [start]
     while waiting:
@@ -152,7 +173,7 @@ def _branch(one: Step, page: Page, solver: Solver) -> State | Path:
 
 
 def symbols_in(*expressions: Expression) -> list[Expression]:
-    """All symbols in these expressions, each once."""
+    """Return all symbols in these expressions, each once."""
     found: dict[int, Expression] = {}
     seen: set[int] = set()
     waiting = [z3.simplify(expression) for expression in expressions]

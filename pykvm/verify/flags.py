@@ -1,4 +1,4 @@
-"""Arithmetic on bit vectors with the status flags that it sets (SDM vol. 1 3.4.3.1, vol. 2)."""
+"""Arithmetic on bit vectors, with the status flags that it sets (SDM vol. 1 3.4.3.1, vol. 2)."""
 
 from collections.abc import Callable
 from typing import Final
@@ -14,7 +14,7 @@ Result = tuple[Expression, dict[str, Expression]]
 
 
 def undefined() -> Expression:
-    """A flag that the manual leaves undefined."""
+    """Return a flag that the manual leaves undefined."""
     return fresh_flag("undefined")
 
 
@@ -35,7 +35,7 @@ def _bit(flag: Expression, bits: int) -> Expression:
 
 
 def add(left: Expression, right: Expression, carry: Expression | None = None) -> Result:
-    """ADD, or ADC with carry."""
+    """Compute ADD, or ADC if there is a carry."""
     bits = left.size()
     extra = truth(False) if carry is None else carry
     wide = z3.ZeroExt(1, left) + z3.ZeroExt(1, right) + _bit(extra, bits + 1)
@@ -51,7 +51,7 @@ def add(left: Expression, right: Expression, carry: Expression | None = None) ->
 
 
 def subtract(left: Expression, right: Expression, borrow: Expression | None = None) -> Result:
-    """SUB and CMP, or SBB with borrow."""
+    """Compute SUB and CMP, or SBB if there is a borrow."""
     bits = left.size()
     extra = truth(False) if borrow is None else borrow
     wide = z3.ZeroExt(1, left) - z3.ZeroExt(1, right) - _bit(extra, bits + 1)
@@ -67,7 +67,7 @@ def subtract(left: Expression, right: Expression, borrow: Expression | None = No
 
 
 def logic(content: Expression) -> Result:
-    """AND, OR, XOR, TEST: AF is undefined."""
+    """Compute the flags of AND, OR, XOR and TEST; AF is undefined."""
     content = z3.simplify(content)
     return content, {
         "cf": truth(False),
@@ -78,7 +78,7 @@ def logic(content: Expression) -> Result:
 
 
 def negate(content: Expression) -> Result:
-    """NEG."""
+    """Compute NEG."""
     rest, flags = subtract(value(0, content.size()), content)
     return rest, {**flags, "cf": content != 0}
 

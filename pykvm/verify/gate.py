@@ -1,8 +1,8 @@
 """The gate page: invariant I2, for each byte at which a guest may enter.
 
-Shown for *every* content of the general registers, RAX and RCX included, although VMFUNC lets a
-guest in with EAX = 0 and ECX = the slot of a gate only. That is what makes an indirect jump within
-the page no case of its own: as long as the slot is zero, it is an entry like any other.
+The proof covers *every* content of the general registers, RAX and RCX included, although VMFUNC
+lets a guest in only with EAX = 0 and ECX = the slot of a gate. Therefore an indirect jump within
+the page needs no case of its own: while the slot is zero, it is an entry like any other.
 """
 
 from collections import Counter
@@ -48,14 +48,20 @@ _OVERWRITTEN: Final = frozenset({"rax", "rcx", "r8"})
 
 
 def gate_memory() -> Memory:
-    """As a guest finds it: the slot empty (I1), the official EPTP on its page."""
+    """Return the gate context's memory as a guest finds it: slot empty (I1), official EPTP set."""
     memory = Memory(GATE_REGIONS).with_word(SLOT, value(0))
     return memory.with_word(crossing.GATE_DATA_OFFSET, OFFICIAL)
 
 
 @dataclass
 class GateProof:
-    """What was found. paths: by offset of the entry within the page."""
+    """Result of following every path through the gate.
+
+    Attributes:
+        findings: what falls short; empty if I2 and the fence (T23) hold.
+        paths: paths by the offset of their entry within the page.
+        questions: how many questions the solver answered.
+    """
 
     findings: list[Finding] = field(default_factory=list)
     paths: dict[int, list[Path]] = field(default_factory=dict)
@@ -67,18 +73,18 @@ class GateProof:
 
     @property
     def steps(self) -> int:
-        """Instructions executed symbolically."""
+        """How many instructions were executed symbolically."""
         return sum(len(path.state.trace) for paths in self.paths.values() for path in paths)
 
     def classes(self) -> Counter[tuple[str, ...]]:
-        """How many entry offsets can end in what."""
+        """Return how many entry offsets share each set of possible ends."""
         return Counter(
             tuple(end.value for end in End if any(path.end is end for path in paths))
             for paths in self.paths.values()
         )
 
     def official(self) -> Path:
-        """The way of an honest call: from the first byte to the sub context."""
+        """The path of an honest call: from the first byte to the sub context."""
         (found,) = [path for path in self.paths[0] if path.end is End.OFFICIAL]
         return found
 
@@ -107,8 +113,11 @@ def _slot(state: State) -> Expression:
 
 
 def _vmfunc(state: State, solver: Solver) -> list[Path]:
-    """VMFUNC in a gate context (SDM vol. 3C 26.5.6). The list holds: 0 the default EPTP, or zero
-    while KVM has an event waiting; 1 the transient slot; from 2 on gates of this vCPU, or zero."""
+    """Return all outcomes of VMFUNC in a gate context (SDM vol. 3C 26.5.6).
+
+    Slot 0 of the list holds the default EPTP, or zero while KVM has an event waiting. Slot 1 is the
+    transient slot. Slots from 2 on hold gates of this vCPU, or zero.
+    """
     function = z3.Extract(31, 0, state.registers["rax"])
     slot = z3.Extract(31, 0, state.registers["rcx"])
     switches = function == 0
@@ -135,8 +144,8 @@ def _vmfunc(state: State, solver: Solver) -> list[Path]:
     else:
         note = f"at offset {state.pc:#x}"
         way(End.BROKEN, *official, symptom=Symptom.ELSEWHERE, note=note)
-    # A gate of this list. Its only executable page lies at the same distance from a multiple of
-    # 2 MiB, so what follows this page is no code there either.
+    # A gate of this list. Its only executable page lies at the same offset from a multiple of
+    # 2 MiB as this one, so there is no code after it either.
     gates = (switches, z3.UGE(slot, 2), z3.ULT(slot, _SLOTS))
     inside = crossing.GATE_OFFSET <= state.pc < crossing.GATE_OFFSET + PAGE_SIZE
     way(End.REENTRY if inside else End.FETCH, *gates)
@@ -144,7 +153,7 @@ def _vmfunc(state: State, solver: Solver) -> list[Path]:
 
 
 def _judge(path: Path, entry: int, solver: Solver) -> list[Finding]:
-    """What is wrong with a path from this entry."""
+    """Return what is wrong with a path from this entry."""
     state = path.state
 
     def found(symptom: Symptom, note: str, *conditions: Expression) -> Finding:
@@ -158,7 +167,7 @@ def _judge(path: Path, entry: int, solver: Solver) -> list[Finding]:
     unwanted = {
         End.DEFAULT: (Symptom.OPEN, slot != 0),
         End.REENTRY: (Symptom.REENTERED, slot != 0),
-        # The vCPU stays where it is; what the gate itself put there may be left.
+        # The vCPU stops here; the slot may still hold what the gate itself stored.
         **dict.fromkeys(STOPS, (Symptom.FILLED, z3.And(slot != 0, slot != OFFICIAL))),
     }
     if path.end is End.CALL:
@@ -181,7 +190,7 @@ def _judge(path: Path, entry: int, solver: Solver) -> list[Finding]:
 
 
 def _leaks(state: State, solver: Solver, overwritten: frozenset[str]) -> list[str]:
-    """Registers and flags that tell something of the list or of the data page."""
+    """Return the registers and flags that depend on the list or on the data page."""
     places = {name: state.registers[name] for name in GENERAL if name not in overwritten}
     places |= {flag: state.flags[flag] for flag in STATUS}
     leaks = [name for name, content in places.items() if _tells(state, solver, content)]
@@ -189,7 +198,7 @@ def _leaks(state: State, solver: Solver, overwritten: frozenset[str]) -> list[st
 
 
 def _tells(state: State, solver: Solver, content: Expression) -> bool:
-    """Whether a place can differ between two runs that differ in secrets only."""
+    """Return whether `content` can differ between two runs that differ only in secrets."""
     secrets = [one for one in symbols_in(content, *state.conditions) if _is_secret(str(one))]
     if not any(_is_secret(str(one)) for one in symbols_in(content)):
         return False
@@ -204,7 +213,7 @@ def _is_secret(name: str) -> bool:
 
 
 def _example(state: State, solver: Solver, *conditions: Expression) -> str:
-    """Values at the entry that lead along this path."""
+    """Return values at the entry that lead along this path, as text."""
     model = solver.example(state.conditions, *conditions)
     if model is None:
         return ""

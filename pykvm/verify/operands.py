@@ -35,20 +35,22 @@ __all__ = [
 
 
 class UnknownInstruction(Exception):
-    """The model does not know what this does: never a pass."""
+    """An instruction or an operand that the model does not know; the proof then fails."""
 
 
 class AccessFault(Exception):
-    """The access cannot succeed, whatever the guest arranged: nothing is mapped there, or it is a
-    write to something read-only."""
+    """An access that cannot succeed, whatever the guest has arranged.
+
+    Nothing is mapped there, or it is a write to a read-only region.
+    """
 
 
 class StrayWrite(Exception):
-    """A write that may change something else than what the code is there to change."""
+    """A write that may change other memory than the code is meant to change."""
 
 
 def _parts() -> dict[int, tuple[str, int, int]]:
-    """(register, lowest bit, bits) by iced's number of a register or a part of one."""
+    """Return (register, lowest bit, bits) by iced's number of a register or of a part of one."""
     parts: dict[int, tuple[str, int, int]] = {}
     for name in GENERAL:
         upper = name.upper()
@@ -82,7 +84,11 @@ def _bits_of_register(register: int) -> int:
 
 
 def read_register(state: State, register: int) -> Expression:
-    """A general register or a part of one."""
+    """Return the content of a general register or of a part of one.
+
+    Raises:
+        UnknownInstruction: it is another register.
+    """
     if register not in _PARTS:
         raise UnknownInstruction("a register that is not general")
     name, low, bits = _PARTS[register]
@@ -90,7 +96,13 @@ def read_register(state: State, register: int) -> Expression:
 
 
 def write_register(state: State, register: int, content: Expression) -> State:
-    """Writes to 32 bits clear the upper half, to 8 and 16 keep the rest (SDM vol. 1 3.4.1.1)."""
+    """Write a general register or a part of one.
+
+    Writing 32 bits clears the upper half, writing 8 or 16 keeps the rest (SDM vol. 1 3.4.1.1).
+
+    Raises:
+        UnknownInstruction: it is another register.
+    """
     if register not in _PARTS:
         raise UnknownInstruction("a register that is not general")
     name, low, bits = _PARTS[register]
@@ -106,7 +118,7 @@ def write_register(state: State, register: int, content: Expression) -> State:
 
 
 def operand_bits(instruction: Instruction, number: int) -> int:
-    """Width of an operand; immediates have that of operand 0."""
+    """Return the width of an operand in bits; an immediate has that of operand 0."""
     raw = instruction.raw
     kind = raw.op_kind(number)
     if kind == OpKind.REGISTER:
@@ -117,7 +129,11 @@ def operand_bits(instruction: Instruction, number: int) -> int:
 
 
 def address_of(instruction: Instruction, state: State, code: bytes) -> Expression:
-    """The linear address of the memory operand; code: the instruction's bytes."""
+    """Return the linear address of the memory operand of an instruction, whose bytes are `code`.
+
+    Raises:
+        UnknownInstruction: the model does not know this kind of address.
+    """
     raw = instruction.raw
     for number in range(raw.op_count):
         if raw.op_kind(number) in _STRING_SOURCE | _STRING_TARGET:
@@ -153,15 +169,16 @@ def _has_address_prefix(code: bytes) -> bool:
 
 
 def _touches(relative: Expression, size: int, region: Region) -> Expression:
-    """Whether one of the bytes of an access lies in the region; addresses wrap around."""
+    """Return whether a byte of an access lies in the region; addresses wrap around."""
     distance = relative - value((region.offset - size + 1) & ((1 << 64) - 1))
     return z3.ULT(distance, value(region.size + size - 1))
 
 
 def load(state: State, solver: Solver, address: Expression, bits: int) -> tuple[State, Expression]:
-    """Read memory. What the model does not follow there is a symbol of its own for each read.
+    """Read memory; each read of bytes that the model does not follow gives a new symbol.
 
-    Raises AccessFault if it cannot succeed.
+    Raises:
+        AccessFault: the read cannot succeed.
     """
     size = bits // 8
     relative = state.relative(address)
@@ -189,8 +206,10 @@ def load(state: State, solver: Solver, address: Expression, bits: int) -> tuple[
 def store(state: State, solver: Solver, address: Expression, content: Expression) -> State:
     """Write memory.
 
-    Raises AccessFault if it cannot succeed, StrayWrite if it may go anywhere but to known places,
-    or to any byte of the EPTP list but the transient slot.
+    Raises:
+        AccessFault: the write cannot succeed.
+        StrayWrite: it may go to an unknown place, or to a byte of the EPTP list outside the
+            transient slot.
     """
     size = content.size() // 8
     relative = state.relative(address)
@@ -217,9 +236,14 @@ def store(state: State, solver: Solver, address: Expression, content: Expression
 def read(
     instruction: Instruction, state: State, solver: Solver, number: int, code: bytes
 ) -> tuple[State, Expression]:
-    """An operand's content.
+    """Read operand `number` of an instruction, whose bytes are `code`.
 
-    Raises UnknownInstruction, AccessFault.
+    Returns:
+        The state after the read, and the operand's content.
+
+    Raises:
+        UnknownInstruction: the model does not know this kind of operand.
+        AccessFault: the operand lies in memory, and the read cannot succeed.
     """
     raw = instruction.raw
     kind = raw.op_kind(number)
@@ -241,9 +265,14 @@ def write(
     content: Expression,
     code: bytes,
 ) -> State:
-    """Change an operand. Addresses are computed from the registers of `state`.
+    """Write operand `number` of an instruction, whose bytes are `code`.
 
-    Raises UnknownInstruction, AccessFault, StrayWrite.
+    An address in memory is computed from the registers of `state`.
+
+    Raises:
+        UnknownInstruction: the model does not know this kind of operand.
+        AccessFault: the operand lies in memory, and the write cannot succeed.
+        StrayWrite: the write may change other memory than the code is meant to change.
     """
     raw = instruction.raw
     kind = raw.op_kind(number)

@@ -23,7 +23,14 @@ _OBJECTS = ("nop.c", "counter.c")
 
 @dataclass(frozen=True)
 class Section:
-    """One claim: what was covered, and what falls short."""
+    """One claim of the report.
+
+    Attributes:
+        claim: what is claimed.
+        covered: what was covered to show it, line by line.
+        findings: what falls short, line by line.
+        holds: whether the claim was shown.
+    """
 
     claim: str
     covered: Sequence[str]
@@ -40,21 +47,29 @@ class Section:
 
 
 def check_bytes(parts: Iterable[tuple[int, bytes]], official: Sequence[int]) -> list[Finding]:
-    """The bytes of VMFUNC anywhere but at the `official` offsets, or missing there."""
+    """Find the bytes of VMFUNC at other than the `official` offsets, or missing there.
+
+    Args:
+        parts: offsets from the crossing base, each with the code there.
+        official: offsets at which the bytes have to be.
+    """
     wrong = sorted(set(find_vmfunc(parts)) ^ set(official))
     return [Finding(Symptom.BYTES, at, f"offset {at:#x}") for at in wrong]
 
 
 def class_table(proof: GateProof) -> list[str]:
-    """How many entry offsets can end in what, most first."""
+    """Return lines that tell how many entry offsets share each set of ends, most first."""
     classes = proof.classes().most_common()
     return [f"{count:5}  {' | '.join(ends)}" for ends, count in classes]
 
 
 def verify(seed: int, states: int) -> list[Section]:
-    """Everything, on the pages as the toolchain builds them.
+    """Verify the pages as the toolchain builds them.
 
-    states: random ones for each byte of the gate with code, and each crossing base.
+    Args:
+        seed: seed of the random states.
+        states: how many random states to run from each byte of the gate that holds code, for each
+            crossing base.
     """
     page = crossing_images().gate_page
     return [_gate(page), _roots(page), *_subs(seed), _emulated(page, seed, states)]

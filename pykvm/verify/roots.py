@@ -1,8 +1,9 @@
-"""What the processor can reach in a context, whatever CR3 names: invariant I3, by enumeration.
+"""Invariant I3, by enumeration: what the processor can reach in a context, whatever CR3 names.
 
-Also shows that a gate context maps what the model of the gate page says and nothing else, and that
-no entry of a context's guest page table is global: such a translation would outlive a change of
-CR3 (SDM vol. 3A 4.10.2.4). That CR3 is what is walked takes CR4.PCIDE = 0, which KVM sees to.
+The enumeration also shows that a gate context maps what the model of the gate page says and nothing
+else, and that no entry of a context's guest page table is global: such a translation would survive
+a change of CR3 (SDM vol. 3A 4.10.2.4). The processor walks from CR3 itself only with CR4.PCIDE = 0;
+KVM ensures that.
 """
 
 from __future__ import annotations
@@ -41,7 +42,13 @@ _EPTP: Final = 0x1234_501E
 
 @dataclass
 class RootsProof:
-    """walks: values of CR3 tried; pages: GPAs of sub contexts looked up in the gate."""
+    """Result of the enumeration.
+
+    Attributes:
+        findings: what falls short; empty if I3 holds.
+        walks: how many values of CR3 were tried.
+        pages: how many GPAs of sub contexts were looked up in the gate.
+    """
 
     findings: list[str] = field(default_factory=list)
     walks: int = 0
@@ -53,7 +60,7 @@ class RootsProof:
 
 
 def check_roots(gate_page: bytes) -> RootsProof:
-    """Enumerate for each kind of attachment: crossing base, levels of paging, privilege."""
+    """Enumerate what is reachable, for each crossing base, number of levels and privilege."""
     proof = RootsProof()
     for base in BASES:
         for levels in (4, 5):
@@ -84,7 +91,7 @@ def _check(proof: RootsProof, gate_page: bytes, base: int, levels: int, user: bo
         proof.walks += 1
         return reachable_from(cr3, gate.ept, words.__getitem__, levels=levels)
 
-    # From anywhere outside the private range, and from the root itself: what the model maps.
+    # From outside the private range and from the root itself: only what the model maps.
     root = crossing.GATE_PRIVATE_GPA + crossing.PRIVATE_TABLES_OFFSET
     modelled = sorted(
         ((base + one.offset) % (1 << 64), one.size, _access(one.writable, one.executable))
@@ -94,7 +101,7 @@ def _check(proof: RootsProof, gate_page: bytes, base: int, levels: int, user: bo
         found = sorted((one.gva, one.size, one.access) for one in reach(cr3))
         if found != modelled:
             proof.findings.append(f"{name}: CR3 {cr3:#x} reaches {found}")
-    # From the gate's own pages: no code.
+    # From the gate's own pages, read as roots: no code.
     private = gate.ept.spans(
         crossing.PRIVATE_GPA_FIRST, crossing.PRIVATE_GPA_END - crossing.PRIVATE_GPA_FIRST
     )
@@ -111,7 +118,7 @@ def _check(proof: RootsProof, gate_page: bytes, base: int, levels: int, user: bo
 
 
 def _check_absent(proof: RootsProof, name: str, gate: ContextPlan, sub: ContextPlan) -> None:
-    """What the sub context maps to anything but its root is absent in the gate."""
+    """Check that the gate maps nothing that the sub context maps to anything but its root."""
     root = sub.ept.walk(0).page
     for span in sub.ept.spans():
         if root is not None and span.target == root * PAGE_SIZE and span.repeats:
@@ -129,8 +136,11 @@ def _access(writable: bool, executable: bool) -> Access:
 
 
 def _placed(plan: ContextPlan, code: bytes) -> dict[int, array[int]]:
-    """Complete a plan; what its pages hold, by page number times 4096. The EPTP list is full, but
-    for the transient slot."""
+    """Complete a plan with an EPTP list that is full but for the transient slot.
+
+    Returns:
+        The 512 words of each page, by page number times 4096.
+    """
     tables = memoryview(bytearray(plan.guest_table_bytes))
     plan.place_guest_tables(tables, _TABLES)
     eptps = array("Q", [_EPTP] * 512)

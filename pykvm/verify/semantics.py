@@ -1,11 +1,11 @@
-"""What one instruction does to a symbolic state.
+"""Semantics of single instructions on a symbolic state.
 
-Only what is written here is known. Everything else raises UnknownInstruction, which the verifier
-counts as a failure: control, debug and segment registers, MSRs, descriptor tables, ports, far
-transfers, SYSCALL and its like, vector instructions.
+The model knows only the instructions in this module. Any other raises `UnknownInstruction`, which
+the verifier counts as a failure: control, debug and segment registers, MSRs, descriptor tables,
+ports, far transfers, SYSCALL and its like, vector instructions.
 
-Any instruction may also fault or trap, whatever is said here (CPL, SMAP, alignment checks, TF,
-breakpoints, an exit): see `pykvm.verify.explore`.
+Any instruction may also fault, trap or exit (CPL, SMAP, alignment checks, TF, breakpoints); see
+`pykvm.verify.explore`.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ __all__ = ["Event", "Step", "step"]
 
 
 class Event(Enum):
-    """How an instruction ends, other than by going on with the next one."""
+    """End of an instruction."""
 
-    NEXT = auto()
-    TRAP = auto()  # INT3, INT1: an exception by intention
+    NEXT = auto()  # goes on with the next instruction
+    TRAP = auto()  # INT3, INT1: an intended exception
     INVALID = auto()  # an opcode that raises #UD
     FETCH = auto()  # the instruction does not end in this page
     ACCESS = auto()  # an access to memory that cannot succeed
     BRANCH = auto()  # goes on at `Step.target`
-    CALL = auto()  # the same, return address pushed
+    CALL = auto()  # the same, with the return address pushed
     VMFUNC = auto()
     STRAY = auto()  # a write to where nothing may be written: `Step.note`
     UNKNOWN = auto()  # the model does not know it: `Step.note`
@@ -64,7 +64,14 @@ class Event(Enum):
 
 @dataclass(frozen=True)
 class Step:
-    """One possible outcome of an instruction; target: a linear address."""
+    """One possible outcome of an instruction.
+
+    Attributes:
+        state: the state afterwards.
+        event: how the instruction ends.
+        target: linear address at which a branch or call goes on.
+        note: what the model does not know, or where a stray write goes.
+    """
 
     state: State
     event: Event = Event.NEXT
@@ -73,7 +80,7 @@ class Step:
 
 
 def step(state: State, instruction: Instruction, code: bytes, solver: Solver) -> list[Step]:
-    """All outcomes of an instruction, which has the bytes `code`, in this state."""
+    """Return all outcomes of an instruction, whose bytes are `code`, in this state."""
     state = replace(state, trace=(*state.trace, instruction.offset))
     match instruction.kind:
         case Kind.INVALID:
@@ -249,8 +256,10 @@ class _Execution:
         return self._write(state, 0, z3.If(condition, new, old))
 
     def _string(self, state: State) -> State:
-        """SCAS, LODS, STOS, MOVS; with REP any number of rounds, so that what it leaves in
-        registers and flags can be anything."""
+        """Execute SCAS, LODS, STOS or MOVS.
+
+        With REP it runs any number of rounds, so registers and flags may hold anything afterwards.
+        """
         kind, bits = self.name[:4], {"B": 8, "W": 16, "D": 32, "Q": 64}[self.name[4]]
         if 0x67 in self.code[:-1] or self.raw.memory_segment in (Register.FS, Register.GS):
             raise UnknownInstruction("a string instruction with other addresses than RSI and RDI")
@@ -271,7 +280,7 @@ class _Execution:
         return state
 
     def _string_once(self, state: State, kind: str, bits: int) -> State:
-        """One round, without the change of RSI and RDI."""
+        """Execute one round, without the change of RSI and RDI."""
         rdi, rax = state.registers["rdi"], state.registers["rax"]
         content = z3.Extract(bits - 1, 0, rax)
         if kind == "SCAS":
@@ -300,7 +309,7 @@ class _Execution:
         bits = operand_bits(self.instruction, 0)
         raw = self.raw
         if raw.memory_segment in (Register.FS, Register.GS):
-            # LEA ignores the segment; the model of addresses does not.
+            # LEA ignores the segment, address_of does not.
             raise UnknownInstruction("LEA with a segment")
         address = address_of(self.instruction, state, self.code)
         return [Step(self._write(state, 0, z3.simplify(z3.Extract(bits - 1, 0, address))))]
@@ -308,7 +317,7 @@ class _Execution:
     def _xchg(self, state: State) -> list[Step]:
         state, left = self._read(state, 0)
         state, right = self._read(state, 1)
-        # Memory first: its address comes from the registers as they were.
+        # Memory first: its address is computed from the old registers.
         first, second = (0, 1) if self.raw.op_kind(0) == OpKind.MEMORY else (1, 0)
         contents = {0: right, 1: left}
         state = self._write(state, first, contents[first])
@@ -414,7 +423,7 @@ class _Execution:
 
 
 def _condition_of(name: str) -> tuple[str, str]:
-    """Split a mnemonic such as CMOVAE; two empty strings if it is no conditional one."""
+    """Split a conditional mnemonic such as CMOVAE; return two empty strings for any other."""
     for prefix in ("CMOV", "SET", "J"):
         condition = name.removeprefix(prefix)
         if condition != name and condition in arithmetic.CONDITIONS:

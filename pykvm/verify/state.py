@@ -57,7 +57,7 @@ _numbers = itertools.count()
 
 
 def value(number: int, bits: int = 64) -> Expression:
-    """A constant."""
+    """Return a constant of `bits` bits."""
     return z3.BitVecVal(number, bits)
 
 
@@ -66,7 +66,7 @@ def truth(flag: bool) -> Expression:
 
 
 def fresh(name: str, bits: int = 64) -> Expression:
-    """A symbol that nothing is known about."""
+    """Return a new symbol, about which nothing is known."""
     return z3.BitVec(f"{name}!{next(_numbers)}", bits)
 
 
@@ -76,7 +76,15 @@ def fresh_flag(name: str) -> Expression:
 
 @dataclass(frozen=True)
 class Region:
-    """Whole pages of a context. offset: relative to the crossing base; size: bytes."""
+    """Whole pages of a context.
+
+    Attributes:
+        name: shown in findings.
+        offset: of the first byte, relative to the crossing base.
+        size: bytes.
+        writable: whether the context maps them writable.
+        executable: whether the context maps them executable.
+    """
 
     name: str
     offset: int
@@ -89,14 +97,20 @@ class Region:
         return self.offset + self.size
 
     def holds(self, offset: int, size: int) -> bool:
-        """Whether all of these bytes lie in the region."""
+        """Return whether all `size` bytes from `offset` on lie in the region."""
         return self.offset <= offset and offset + size <= self.end
 
 
 @dataclass(frozen=True)
 class Load:
-    """A read of memory whose content the model leaves open: `symbol` stands for it. number: of
-    the instruction on its path, from 1."""
+    """A read of memory whose content the model leaves open.
+
+    Attributes:
+        symbol: the symbol that stands for the content.
+        address: linear address.
+        size: bytes.
+        number: number of the instruction on its path, from 1.
+    """
 
     symbol: Expression
     address: Expression
@@ -106,22 +120,24 @@ class Load:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a context maps, and the bytes of it that the model follows.
+    """Memory that a context maps, and the bytes of it that the model follows.
 
-    regions: everything that is mapped; guarded: bytes that alone may be written of the region
-    `list` (the transient slot). known: byte by offset. Other bytes of a region hold anything,
-    something else at each read.
+    Bytes that it does not follow may hold anything, and something else at each read.
+
+    Attributes:
+        regions: everything that is mapped.
+        known: the bytes that the model follows, by offset.
     """
 
     regions: tuple[Region, ...]
     known: Mapping[int, Expression] = field(default_factory=dict)
 
     def region(self, offset: int, size: int) -> Region | None:
-        """The region that holds all of these bytes; None if one of them is not mapped."""
+        """Return the region of an access, or None if one of its bytes is not mapped."""
         for region in self.regions:
             if region.holds(offset, size):
                 return region
-        # Regions that follow each other: an access may straddle them.
+        # An access may straddle regions that follow each other.
         parts = [r for r in self.regions if r.offset < offset + size and offset < r.end]
         if sum(min(r.end, offset + size) - max(r.offset, offset) for r in parts) == size:
             first = parts[0]
@@ -129,11 +145,11 @@ class Memory:
         return None
 
     def word(self, offset: int) -> Expression:
-        """Eight bytes that the model follows."""
+        """Return eight bytes that the model follows."""
         return z3.simplify(z3.Concat([self.known[offset + at] for at in reversed(range(8))]))
 
     def with_bytes(self, offset: int, content: Expression) -> Memory:
-        """The same after a write."""
+        """Return this memory after a write."""
         known = dict(self.known)
         for at in range(content.size() // 8):
             known[offset + at] = z3.simplify(z3.Extract(8 * at + 7, 8 * at, content))
@@ -154,9 +170,18 @@ SLOT_OFFSETS: Final = {
 class State:
     """A vCPU between two instructions.
 
-    registers, flags: by name; `others` holds the bits of RFLAGS that `flags` does not.
-    conditions: what holds on this path. trace: offsets of the instructions so far. opaque: what
-    the model does not follow (x87) has been changed by memory's content.
+    Attributes:
+        pc: offset of the next instruction from the crossing base.
+        registers: general registers by name.
+        flags: status flags by name.
+        others: the other bits of RFLAGS.
+        memory: the context's memory.
+        conditions: what holds on this path.
+        trace: offsets of the instructions so far.
+        loads: reads of memory whose content the model leaves open.
+        fenced: whether an LFENCE has run.
+        opaque: whether the content of memory has changed state that the model does not follow
+            (x87).
     """
 
     pc: int
@@ -172,7 +197,7 @@ class State:
 
     @classmethod
     def arbitrary(cls, pc: int, memory: Memory) -> State:
-        """Any registers and any flags; the names of the symbols are those of the registers."""
+        """Create a state with any registers and flags; symbols are named after the registers."""
         return cls(
             pc,
             {name: z3.BitVec(name, 64) for name in GENERAL},
@@ -191,12 +216,16 @@ class State:
         return replace(self, conditions=(*self.conditions, *conditions))
 
     def relative(self, address: Expression) -> Expression:
-        """An address, from the crossing base on."""
+        """Return an address relative to the crossing base."""
         return z3.simplify(address - BASE)
 
 
 class Solver:
-    """Questions about what can be on a path. Counts them; an answer of `unknown` is an error."""
+    """Solver for questions about a path; it counts them.
+
+    Raises:
+        TimeoutError: z3 did not decide within a minute.
+    """
 
     def __init__(self) -> None:
         self.questions = 0
@@ -205,18 +234,18 @@ class Solver:
         self._solver.set("random_seed", 0)
 
     def possible(self, conditions: Iterable[Expression], *more: Expression) -> bool:
-        """Whether all of these can hold at once."""
+        """Return whether all of these can hold at once."""
         return self.example(conditions, *more) is not None
 
     def certain(self, conditions: Iterable[Expression], claim: Expression) -> bool:
-        """Whether the claim holds whenever the conditions do."""
+        """Return whether the claim holds whenever the conditions do."""
         claim = z3.simplify(claim)
         if z3.is_true(claim):
             return True
         return not self.possible(conditions, z3.Not(claim))
 
     def example(self, conditions: Iterable[Expression], *more: Expression) -> Expression | None:
-        """A model in which all of these hold, or None."""
+        """Return a model in which all of these hold, or None."""
         self.questions += 1
         self._solver.push()
         try:
@@ -229,7 +258,7 @@ class Solver:
             self._solver.pop()
 
     def constant(self, conditions: tuple[Expression, ...], content: Expression) -> int | None:
-        """The one signed value that `content` has on this path, or None if there are several."""
+        """Return the one signed value of `content` on this path, or None if there are several."""
         content = z3.simplify(content)
         if z3.is_bv_value(content):
             return int(content.as_signed_long())

@@ -1,8 +1,8 @@
 """The sub entry page: from its first byte to the object's function, and from there to the guest.
 
-`prove_gate` shows that no other byte is ever entered from outside, and that RFLAGS.DF is clear
-then. In between runs the object's code, which is trusted: it keeps the ABI (callee-saved registers,
-the caller's frame, DF), touches neither the EPTP list nor RFLAGS.AC, and returns.
+`pykvm.verify.gate.prove_gate` shows that the page is entered at no other byte, and with RFLAGS.DF
+clear. In between runs the object's code, which is trusted: it keeps the ABI (callee-saved
+registers, the caller's frame, DF), touches neither the EPTP list nor RFLAGS.AC, and returns.
 """
 
 from dataclasses import dataclass, field, replace
@@ -42,8 +42,10 @@ _OBJECT: Final = "object"
 
 
 def sub_regions(image: SubImage) -> tuple[Region, ...]:
-    """What the start and the end of a call may touch; the object's shared memory is left out, as
-    nothing there is any of their business."""
+    """Return the regions that the start and the end of a call may access.
+
+    The object's shared memory is not among them: neither has any reason to access it.
+    """
     parts = [
         Region(
             f"image {part.offset:#x}", part.offset, len(part.data), part.writable, part.executable
@@ -60,7 +62,14 @@ def sub_regions(image: SubImage) -> tuple[Region, ...]:
 
 @dataclass
 class SubProof:
-    """What was found, and the ways that were followed."""
+    """Result of following a call through the sub entry page.
+
+    Attributes:
+        findings: what falls short; empty if the claims hold.
+        calls: paths from the first byte to the object's function.
+        returns: paths from the function's return to the default context.
+        questions: how many questions the solver answered.
+    """
 
     findings: list[Finding] = field(default_factory=list)
     calls: list[Path] = field(default_factory=list)
@@ -73,15 +82,18 @@ class SubProof:
 
     @property
     def steps(self) -> int:
-        """Instructions executed symbolically."""
+        """How many instructions were executed symbolically."""
         return sum(len(path.state.trace) for path in (*self.calls, *self.returns))
 
 
 def prove_sub(image: SubImage, *, user: bool = False) -> SubProof:
     """Follow a call through the sub entry page of a built object.
 
-    user: built for callers in user mode, where RFLAGS.AC has to be clear while the object runs;
-    for callers in kernel mode it has to be set, or SMAP would keep the object off its windows.
+    Args:
+        image: the built object.
+        user: whether it was built for callers in user mode. RFLAGS.AC then has to be clear while
+            the object runs. For callers in kernel mode it has to be set, or SMAP would keep the
+            object from its windows.
     """
     (part,) = (part for part in image.parts if part.offset == crossing.SUB_ENTRY_OFFSET)
     page = Page(crossing.SUB_ENTRY_OFFSET, part.data)
@@ -104,7 +116,7 @@ def prove_sub(image: SubImage, *, user: bool = False) -> SubProof:
 
 
 def _vmfunc(state: State, solver: Solver) -> list[Path]:
-    """The last VMFUNC has to be the only one, and to lead to the default context."""
+    """Return all outcomes of VMFUNC in a sub context: only the default context is intended."""
     registers = state.registers
     intended = z3.And(
         z3.Extract(31, 0, registers["rax"]) == 0, z3.Extract(31, 0, registers["rcx"]) == 0
@@ -116,14 +128,14 @@ def _vmfunc(state: State, solver: Solver) -> list[Path]:
 
 
 def _after_object(state: State, solver: Solver) -> State:
-    """The state when the object's function has returned by its ABI."""
+    """Return the state after the object's function has returned by its ABI."""
     registers = dict(state.registers)
     for name in _CHANGED:
         registers[name] = fresh(_OBJECT)
     registers["rsp"] = z3.simplify(registers["rsp"] + value(8))
     top = solver.constant(state.conditions, state.relative(registers["rsp"]))
     stack = range(crossing.STACK_OFFSET, crossing.STACK_OFFSET + crossing.STACK_SIZE)
-    # What lies below the caller's frame is the object's.
+    # Memory below the caller's frame may hold anything: the object used it.
     known = {
         at: byte
         for at, byte in state.memory.known.items()
@@ -154,7 +166,7 @@ class _Judge:
             self.found(symptom, note)
 
     def first(self, start: State, page: Page) -> None:
-        """Invariant I1: the first instruction closes the way in, and does nothing else first."""
+        """Check I1: the first instruction empties the slot."""
         instruction = page.at(start.pc)
         steps = step(start, instruction, page.code[: instruction.length], self.solver)
         closed = [
@@ -174,7 +186,7 @@ class _Judge:
         return path.symptom is None and path.end is intended
 
     def call(self, path: Path) -> None:
-        """The environment of the object's function."""
+        """Check the state in which the object's function is called."""
         if not self.ended(path, End.CALL):
             return
         state = path.state
@@ -211,7 +223,7 @@ class _Judge:
             self.require(state, claim, Symptom.ENVIRONMENT, f"at the call: {note}")
 
     def back(self, path: Path) -> None:
-        """What the guest finds."""
+        """Check the state in which the guest goes on."""
         if not self.ended(path, End.DEFAULT):
             return
         state = path.state
