@@ -1,4 +1,7 @@
-"""Samples, records and charts: every figure is kept with its raw samples and its machine."""
+"""Measurements: guest programs, runs, records and charts.
+
+Every figure is stored with its raw samples and with the machine on which it was measured.
+"""
 
 from pykvm.measure.records import Samples, read_record, typical, unit_of_host, write_record
 

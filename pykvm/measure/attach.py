@@ -1,8 +1,8 @@
-"""What it costs the host to attach an object, detach it and revoke it: pages, and the counter.
+"""Cost for the host of attaching, detaching and revoking an object, in pages and in time.
 
-The time-stamp counter is read in this process, before and after the call. On the emulated host that
-counts instructions: of this process (Python included, which is most of them), and of the kernel on
-its behalf. None of it is on the data path.
+The time-stamp counter is read in this process, before and after each call. On the emulated host it
+counts instructions: those of this process, most of which are Python's, and those of the kernel on
+its behalf. None of them are on the data path.
 """
 
 import ctypes
@@ -28,14 +28,22 @@ _READ_COUNTER: Final = bytes.fromhex("0f31 48c1e220 4809d0 c3")
 
 @dataclass(frozen=True)
 class AttachCost:
-    """One object: pages of an attachment, and the cost of each step."""
+    """Cost of attaching one object.
+
+    Attributes:
+        pages: pages of memory of one attachment.
+        steps: samples of "attach", "detach" and "revoke".
+    """
 
     pages: AttachmentCost
     steps: dict[str, Samples]
 
     def as_dict(self) -> dict[str, Any]:
-        """For a record. Pages: of tables (the kernel's), made for this attachment, and mapped in
-        all (most of them shared with the object's other attachments)."""
+        """Return the costs for a record.
+
+        Of the pages, ``ept_tables`` are the kernel's, ``own`` were made for this attachment, and
+        ``mapped`` are all that the contexts map, most of them shared with other attachments.
+        """
         gate, sub = self.pages.gate, self.pages.sub
         return {
             "pages": {
@@ -52,11 +60,15 @@ class AttachCost:
 
 
 def measure_attach(kvm: Kvm, repeats: int, scale: float) -> AttachCost:
-    """Attach and detach, then attach and revoke, `repeats` times; the vCPU is not running.
+    """Attach and detach, then attach and revoke, while the vCPU is not running.
 
-    scale: the record's unit for one tick of the time-stamp counter.
+    Args:
+        kvm: an open ``/dev/kvm``.
+        repeats: how often to do so.
+        scale: one tick of the time-stamp counter in the record's unit.
 
-    Raises what `ObjectInstance.attach` raises.
+    Raises:
+        PykvmError: see `ObjectInstance.attach`.
     """
     counter = SharedObject("counter", GUEST_SOURCES / "objects" / "counter.c", guests=1)
     ticks: dict[str, list[int]] = {"nothing": [], "attach": [], "detach": [], "revoke": []}

@@ -1,4 +1,4 @@
-"""Cost of a packet through the switch: frame sizes, burst lengths, numbers of guests, paths."""
+"""Cost of a packet through the switch, by frame size, burst length, number of guests and path."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -25,19 +25,26 @@ TIMEOUT: Final = 900.0
 """Seconds for one run of all phases."""
 
 _LANE_SLOTS: Final = 512
-# What is loaded or cached on first use.
+# Loads and caches what is needed on first use; not measured.
 _WARM_UP: Final = Phase(64, 1, 8)
 
 
 class BurstStuckError(PykvmError):
-    """A guest gave up: its peer took no frames."""
+    """A guest that gave up because its peer took no frames."""
 
 
 @dataclass(frozen=True)
 class BurstPoint:
-    """One size, burst length and number of guests on one path; the figures are of guest 0.
+    """Cost for one frame size, burst length and number of guests, on one path; that of guest 0.
 
-    samples: ticks of each call that sent a whole burst at once.
+    Attributes:
+        path: path to the switch.
+        guests: number of guests.
+        size: bytes of a frame.
+        burst: frames in a burst.
+        samples: ticks of each call that sent a whole burst at once.
+        exits: VM exits while all bursts were sent.
+        frames: frames in all bursts.
     """
 
     path: SwitchPath
@@ -49,7 +56,7 @@ class BurstPoint:
     frames: int
 
     def as_dict(self) -> dict[str, Any]:
-        """For a record."""
+        """Return the cost for a record."""
         return {
             "path": self.path.name.lower(),
             "guests": self.guests,
@@ -63,7 +70,7 @@ class BurstPoint:
 
 
 def phases_of(sizes: Sequence[int], bursts: Sequence[int], repeats: int) -> list[Phase]:
-    """One phase for each size and burst length, `repeats` bursts each, behind the warm-up."""
+    """Return a warm-up, then one phase of `repeats` bursts for each size and burst length."""
     return [_WARM_UP, *(Phase(size, burst, repeats) for size in sizes for burst in bursts)]
 
 
@@ -77,9 +84,20 @@ def measure_bursts(
     bursts: Sequence[int] = BURSTS,
     repeats: int = 16,
 ) -> list[BurstPoint]:
-    """Each guest sends to the next one around a ring, all phases in one run.
+    """Let each guest send to the next one in a ring, all phases in one run.
 
-    Raises BurstStuckError, and what `BareGuest.run` and `ObjectInstance.attach` raise.
+    Args:
+        kvm: an open ``/dev/kvm``.
+        path: path to the switch.
+        guests: number of guests.
+        scale: one tick of the time-stamp counter in the record's unit.
+        sizes: bytes of a frame.
+        bursts: frames in a burst.
+        repeats: how many bursts of each size and length to send.
+
+    Raises:
+        BurstStuckError: a guest gave up, or no burst went through at once.
+        PykvmError: see `BareGuest.run` and `ObjectInstance.attach`.
     """
     phases = phases_of(sizes, bursts, repeats)
     total = sum(phase.frames for phase in phases)
@@ -113,10 +131,11 @@ def _station(port: int) -> bytes:
 
 
 def _introduce(hosted: HostedSwitch, guests: int) -> None:
-    """Let the switch learn all stations: a guest may be done before its peer sends anything, and
-    frames to an unknown station cost more, because they are flooded.
+    """Let the switch learn all stations.
 
-    Each port sends to its own station, which the switch learns and delivers to nobody.
+    A guest may be done before its peer sends anything, and frames to an unknown station cost more,
+    because they are flooded. So each port sends a frame to its own station: the switch learns it
+    and delivers the frame to nobody.
     """
     for port in range(guests):
         NativePort(hosted.switch, port).send([_station(port) * 2 + bytes(48)])
@@ -130,7 +149,7 @@ def _points(
     samples: Sequence[SendSample],
     exits: dict[int, Exits],
 ) -> list[BurstPoint]:
-    """Samples belong to the phase that their frames, counted from the start, fall into."""
+    """Assign samples to phases by counting their frames from the start."""
     points = []
     calls = iter(samples)
     for number, phase in enumerate(phases):

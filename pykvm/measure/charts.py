@@ -80,7 +80,7 @@ def _save(figure: Any, stem: Path) -> list[Path]:
 
 
 def _bars(axes: Any, names: Sequence[str], values: Sequence[float], title: str, unit: str) -> None:
-    """Horizontal bars with their values; the first bar is what the others are compared with."""
+    """Draw horizontal bars with their values, and the ratio of each to the first."""
     axes.barh(
         [_LABELS[name] for name in names],
         values,
@@ -105,7 +105,7 @@ def _source(record: dict[str, Any]) -> str:
 
 
 def draw_demo(record: dict[str, Any], stem: Path) -> list[Path]:
-    """The demo's two costs for its paths; returns the files written (.svg, .png)."""
+    """Draw the demo's two costs for each path; return the files written (.svg, .png)."""
     names = [path["name"] for path in record["paths"]]
     unit = record["unit"]
     figure = _figure(7.2, 4.4)
@@ -123,7 +123,7 @@ def draw_demo(record: dict[str, Any], stem: Path) -> list[Path]:
 
 
 def draw_crossing(record: dict[str, Any], stem: Path) -> list[Path]:
-    """The cost of one empty call by each path; returns the files written."""
+    """Draw the cost of one empty call by each path; return the files written."""
     names = ["vmfunc", "vmcall_kernel", "vmcall_user", "direct"]
     figure = _figure(7.2, 2.6)
     axes = figure.subplots()
@@ -180,7 +180,11 @@ def draw_protections(record: dict[str, Any], stem: Path) -> list[Path]:
 
 
 def draw_switch(record: dict[str, Any], stem: Path) -> list[Path]:
-    """Cost per packet against burst length, a panel for each packet size of the record."""
+    """Draw cost per packet against burst length, in a panel for each packet size.
+
+    Returns:
+        The files written.
+    """
     points = record["points"]
     sizes = sorted({point["size"] for point in points})
     bursts = sorted({point["burst"] for point in points})

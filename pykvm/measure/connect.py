@@ -1,4 +1,4 @@
-"""Connects a bare-metal guest to a port of the switch, by each of the three paths."""
+"""Connection of a bare-metal guest to a port of the switch, by one of the three paths."""
 
 from typing import Final
 
@@ -11,13 +11,15 @@ from pykvm.switch.hosted import HostedSwitch
 __all__ = ["SWITCH_SEED", "connect"]
 
 SWITCH_SEED: Final = 0x9E37_79B9_7F4A_7C15
-"""For measurements, so that counts repeat: a switch in use takes a random one."""
+"""Fixed seed of measurements, so that counts repeat; a switch in use takes a random one."""
 
 
 def connect(guest: BareGuest, hosted: HostedSwitch, port: int, path: SwitchPath) -> None:
-    """Give the guest the port's window and the way to the switch that `path` names.
+    """Give the guest the window of `port` and the given path to the switch; enable the port.
 
-    Raises what `ObjectInstance.attach` raises; PortStateError for a port in use.
+    Raises:
+        PortStateError: the port is in use.
+        PykvmError: see `ObjectInstance.attach`.
     """
     instance = hosted.instance
     match path:

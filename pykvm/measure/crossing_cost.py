@@ -1,4 +1,4 @@
-"""What one empty call costs: VMFUNC, VMCALL answered in the kernel and by the VMM, direct."""
+"""Cost of one empty call: by VMFUNC, by VMCALL (to the kernel, to the VMM) and directly."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +28,14 @@ WAY_NAMES: Final = {
 
 @dataclass(frozen=True)
 class WayCost:
-    """One way to call nothing: `calls` times."""
+    """Cost of calling an empty function in one way.
+
+    Attributes:
+        calls: number of calls.
+        samples: ticks of each call.
+        exits: VM exits during all calls.
+        vmfuncs: ``VMFUNC`` instructions in one call.
+    """
 
     calls: int
     samples: Samples
@@ -37,7 +44,7 @@ class WayCost:
 
     @property
     def vm_exits(self) -> float:
-        """VM exits of one call, the host's interrupts aside."""
+        """VM exits of one call, without those for the host's interrupts."""
         return self.exits.own / self.calls
 
     def as_dict(self) -> dict[str, Any]:
@@ -53,7 +60,12 @@ class WayCost:
 
 @dataclass(frozen=True)
 class Crossing:
-    """All ways in one run, by name, and the reading of the counter itself."""
+    """Cost of an empty call in several ways, measured in one run.
+
+    Attributes:
+        ways: cost by the name of the way.
+        empty: ticks of reading the counter alone.
+    """
 
     ways: dict[str, WayCost]
     empty: Samples
@@ -74,12 +86,17 @@ def measure_crossing(
     *,
     without: Without = ALL,
 ) -> Crossing:
-    """Run the crossing guest once; every way `calls` times, one after the other.
+    """Run the crossing guest once, which makes empty calls in one way after the other.
 
-    scale: the record's unit for one tick of the time-stamp counter. without: protections to leave
-    out of the crossing.
+    Args:
+        kvm: an open ``/dev/kvm``.
+        calls: how many calls to make in each way.
+        scale: one tick of the time-stamp counter in the record's unit.
+        ways: the ways to call.
+        without: protections to leave out of the crossing.
 
-    Raises what `BareGuest.run` and `ObjectInstance.attach` raise.
+    Raises:
+        PykvmError: see `BareGuest.run` and `ObjectInstance.attach`.
     """
     program = CrossingProgram(calls=calls, ways=[Way.EMPTY, *ways])
     nop = SharedObject("nop", GUEST_SOURCES / "objects" / "nop.c", guests=1, without=without)
@@ -91,8 +108,8 @@ def measure_crossing(
         counter = ExitCounter(guest.vcpu)
         guest.run(counter.mark)
         ticks = way_samples(guest.samples(), program)
-        # The pages of the crossing hold one VMFUNC each, which the toolchain has checked; no host
-        # can count those that succeed.
+        # No host can count a VMFUNC that succeeds. But the toolchain has checked that each page of
+        # the crossing holds exactly one.
         pages = [images.entry_page, images.gate_page, instance.sub_entry_page]
         vmfuncs = sum(page.count(VMFUNC) for page in pages)
     counted = is_emulated()

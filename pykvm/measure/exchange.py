@@ -1,4 +1,4 @@
-"""Two guests replay a capture through the switch; every frame that arrives is compared."""
+"""Replay of a capture by two guests through the switch; every frame that arrives is compared."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -41,7 +41,7 @@ BURST: Final = 32
 TIMEOUT: Final = 300.0
 """Seconds for one exchange; the emulated host takes a few."""
 
-# Room for several rounds of what one side sends: the guests take turns on the emulated host's only
+# Room for several rounds of one side's frames. The guests take turns on the emulated host's only
 # processor, and a sender that has to wait splits its bursts differently in every run.
 _LANE_SLOTS: Final = 4096
 
@@ -60,10 +60,18 @@ class ExchangeDroppedError(PykvmError):
 
 @dataclass(frozen=True)
 class Exchange:
-    """What became of the frames on one path, both directions together.
+    """Fate of the frames on one path, both directions together.
 
-    samples: for each guest, its calls in order. exits: between the first frame and the last.
-    dropped: by the switch's own counters, by reason.
+    Attributes:
+        path: path to the switch.
+        frames: frames of both sides, sent in each round.
+        sent: frames that the guests sent.
+        delivered: frames that the guests received.
+        corrupted: frames received that differ from what was sent.
+        dropped: frames that the switch did not deliver, by reason; its own counters.
+        exits: VM exits between the first frame and the last.
+        samples: the send calls of each guest, in order.
+        lengths: how many frames each guest sends in a round.
     """
 
     path: SwitchPath
@@ -82,10 +90,10 @@ class Exchange:
 
     @property
     def ticks_per_packet(self) -> float:
-        """Ticks of the time-stamp counter that a sender spends for one packet, its call included.
+        """Ticks of the time-stamp counter that a sender spends on one packet, its call included.
 
-        The same burst of each round is one group, of which `records.typical` takes one value, so
-        that the host's timer interrupts do not count.
+        The same burst of each round is one group, for which `typical` gives one value, so that the
+        host's timer interrupts do not count.
         """
         ticks, frames = 0.0, 0
         for calls, length in zip(self.samples, self.lengths, strict=True):
@@ -99,7 +107,7 @@ class Exchange:
         return ticks / frames if frames else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """For a record; the samples as [ticks, frames] of each call."""
+        """Return the exchange for a record; ``bursts`` holds [ticks, frames] of each call."""
         return {
             "frames": self.frames,
             "sent": self.sent,
@@ -116,7 +124,7 @@ class Exchange:
 def exchange(
     kvm: Kvm, path: SwitchPath, sides: Sequence[Sequence[bytes]], *, rounds: int = 5
 ) -> Exchange:
-    """Let two guests send their side of a conversation to each other, `rounds` times.
+    """Let two guests send their side of a conversation to each other.
 
     sides: the frames of either guest, in order. The switch has to forward each of them to the
     other guest (`split_capture`).
@@ -212,7 +220,7 @@ def _why_stuck(received: Sequence[int], dropped: Mapping[str, int]) -> PykvmErro
 
 
 def _drop_reasons(counters: SwitchCounters) -> dict[str, int]:
-    """Frames that the switch did not deliver, and copies that found no room, by reason."""
+    """Return how many frames were not delivered and how many copies found no room, by reason."""
     reasons = {
         name: sum(getattr(port, name) for port in counters.ports)
         for name in (*DROP_REASONS, *FILTER_REASONS)
@@ -226,7 +234,7 @@ def _drop_reasons(counters: SwitchCounters) -> dict[str, int]:
 def _wrong_frames(
     guest: BareGuest, result: Sequence[int], expected: Sequence[bytes], rounds: int
 ) -> int:
-    """How many frames of a guest's log are not, byte for byte, what its peer sent there."""
+    """Return how many frames of a guest's log differ from those that its peer sent."""
     log = received_frames(guest.log(result[3]))
     wrong = 0
     for _ in range(rounds):

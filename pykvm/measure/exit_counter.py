@@ -1,4 +1,4 @@
-"""VM exits of a vCPU, counted by KVM itself (KVM_GET_STATS_FD), between two marks of a guest."""
+"""VM exits of a vCPU between two marks of the guest, as KVM counts them (KVM_GET_STATS_FD)."""
 
 from dataclasses import dataclass
 from typing import Any, Final
@@ -7,7 +7,7 @@ from pykvm.kvm import Stats, Vcpu
 
 __all__ = ["ExitCounter", "Exits"]
 
-# An external interrupt leaves the guest for the host's own sake (its timer, above all).
+# irq_exits are caused by the host's own interrupts, above all its timer.
 _COUNTED: Final = (
     *("exits", "irq_exits", "io_exits", "hypercalls", "halt_exits", "mmio_exits"),
     *("elisa_held", "elisa_returns"),
@@ -16,19 +16,26 @@ _COUNTED: Final = (
 
 @dataclass(frozen=True)
 class Exits:
-    """Differences of KVM's counters over one measured part of a guest's run."""
+    """Differences of KVM's counters over one measured part of a guest's run.
+
+    Attributes:
+        counters: differences by the name of the counter.
+        marks: exits with which the guest marked the end of the part.
+    """
 
     counters: dict[str, int]
     marks: int
 
     @property
     def own(self) -> int:
-        """Exits that the measured code caused: all, less the host's interrupts and less the
-        exits with which the guest marks where the part ends."""
+        """Exits that the measured code caused.
+
+        These are all exits but those for the host's interrupts and those that mark the part's end.
+        """
         return self.counters["exits"] - self.counters["irq_exits"] - self.marks
 
     def as_dict(self) -> dict[str, Any]:
-        """For a record."""
+        """Return the counts for a record."""
         return {"own": self.own, "marks": self.marks, **self.counters}
 
     def __add__(self, other: "Exits") -> "Exits":
@@ -37,10 +44,13 @@ class Exits:
 
 
 class ExitCounter:
-    """Reads the counters at marks: `mark(2n)` begins part n, `mark(2n + 1)` ends it.
+    """Reader of KVM's counters at a guest's marks: 2n begins part n, 2n + 1 ends it.
 
-    The guest waits in its mark exit while the counters are read. The exit of the mark that ends a
-    part falls into the part; that of the mark that begins it does not.
+    The guest waits in the mark's exit while the counters are read. So a part includes the exit of
+    the mark that ends it, but not that of the mark that begins it.
+
+    Attributes:
+        parts: the exits of each part that has ended, by its number.
     """
 
     def __init__(self, vcpu: Vcpu) -> None:
@@ -49,7 +59,7 @@ class ExitCounter:
         self.parts: dict[int, Exits] = {}
 
     def mark(self, value: int) -> None:
-        """For `BareGuest.run(on_mark=...)`."""
+        """Read the counters at a mark; pass this method to `BareGuest.run` as ``on_mark``."""
         now = self._read()
         part, end = divmod(value, 2)
         if not end:

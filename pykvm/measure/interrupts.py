@@ -1,10 +1,10 @@
-"""What an interrupt waits for when it comes while a vCPU is inside an object.
+"""Latency of an interrupt that arrives while a vCPU is inside an object.
 
-Nothing is injected outside the default context: the event is taken at the return. What it waits
-for is measured in the guest alone: it finds out how long a call takes, arms the local APIC's timer
-with a deadline that it knows, calls something whose work ends so many ticks behind that deadline,
-and reads the time stamp counter in the handler's first instructions. The same work called directly,
-in the default context, is interrupted at once: the difference is what the context costs.
+Nothing is injected outside the default context, so the interrupt is taken at the return. The guest
+measures the latency alone. It finds out how long a call takes, arms the local APIC's timer with a
+known deadline, calls a function whose work ends a given number of ticks after that deadline, and
+reads the time-stamp counter in the handler's first instructions. The same work called directly, in
+the default context, is interrupted at once; the difference is the cost of the context.
 """
 
 from collections.abc import Sequence
@@ -29,21 +29,26 @@ LEFT: Final = (0, 1000, 10_000, 100_000)
 
 _WAYS: Final = ("default", "object")
 _LEAD: Final = 30_000
-"""Ticks: an exit for the timer's MSR and the way into the object take less, on either host."""
+"""Ticks before the deadline. Setting the timer and entering the object take less on any host."""
 
 
 class LateTimerError(PykvmError):
-    """No interrupt came while the work was going on: its deadline had passed before the call."""
+    """Deadlines that all passed before the call, so that no interrupt came during the work."""
 
 
 @dataclass(frozen=True)
 class InterruptPoint:
-    """Interrupts with one amount of work left, by one way.
+    """Interrupts with one amount of work left, called in one way.
 
-    way: "default" (called directly) or "object" (in a sub context). left: ticks of work left at the
-    deadline. latency: from the deadline to the handler. behind: from when the call would have been
-    over to the handler, for those that were taken at the return page. at_return: how many those
-    are. late: samples left out, whose call began behind the deadline.
+    Attributes:
+        way: "default" (called directly) or "object" (in a sub context).
+        left: ticks of work left at the deadline.
+        latency: ticks from the deadline to the handler.
+        behind: ticks from the expected end of the call to the handler, for interrupts that were
+            taken at the return page; None if there were none.
+        at_return: number of interrupts that were taken at the return page.
+        late: number of interrupts left out, because their call began after the deadline.
+        exits: VM exits of all calls.
     """
 
     way: str
@@ -55,7 +60,7 @@ class InterruptPoint:
     exits: Exits
 
     def as_dict(self) -> dict[str, Any]:
-        """For a record."""
+        """Return the latencies for a record."""
         return {
             "way": self.way,
             "left": self.left,
@@ -71,11 +76,17 @@ class InterruptPoint:
 def measure_interrupts(
     kvm: Kvm, count: int, scale: float, left: Sequence[int] = LEFT
 ) -> list[InterruptPoint]:
-    """`count` interrupts for each amount of work, directly and in an object, in one run.
+    """Interrupt direct calls and calls of an object, all in one run.
 
-    scale: the record's unit for one tick of the time-stamp counter.
+    Args:
+        kvm: an open ``/dev/kvm``.
+        count: number of interrupts for each amount of work and each way.
+        scale: one tick of the time-stamp counter in the record's unit.
+        left: amounts of work left at the deadline, in ticks.
 
-    Raises LateTimerError, and what `BareGuest.run` and `ObjectInstance.attach` raise.
+    Raises:
+        LateTimerError: every deadline passed before the call.
+        PykvmError: see `BareGuest.run` and `ObjectInstance.attach`.
     """
     program = InterruptProgram(count, left, _LEAD)
     declared = SharedObject("work", GUEST_SOURCES / "objects" / "work.c", guests=1)

@@ -1,4 +1,4 @@
-"""Everything that measurements compile, in one place, to be built before it is needed."""
+"""Compilation of everything that measurements need, ahead of time."""
 
 from pykvm.elisa.trusted_images import build_object, crossing_images
 from pykvm.measure.programs import (
@@ -18,7 +18,8 @@ __all__ = ["build_images"]
 def build_images() -> None:
     """Compile guests, objects and the crossing, or find them in the cache.
 
-    Raises what `pykvm.elisa.trusted_images.build_object` raises.
+    Raises:
+        PykvmError: see `pykvm.elisa.trusted_images.build_object`.
     """
     crossing_images()
     for source in ("objects/nop.c", "objects/counter.c", "objects/work.c", "switch/switch.c"):
@@ -28,7 +29,7 @@ def build_images() -> None:
     for one in MEASURED:
         without = frozenset({one.protection})
         crossing_images(without)
-        # Callers in user mode get theirs beside that of kernel mode.
+        # What is measured from user mode is built for kernel mode as well.
         for user in {False, one.user}:
             build_object(nop, user=user, without=without)
     for program in (

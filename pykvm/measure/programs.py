@@ -1,7 +1,8 @@
-"""The bare-metal guest programs of guest/bare: what each takes, and what it leaves behind.
+"""Parameters and results of the bare-metal guest programs in ``guest/bare``.
 
-Each class is one program's parameters, as the head of its C file lists them. `image()` builds it,
-`params()` and `input()` are what `BareGuest` wants; results are read back with the functions.
+Each class holds one program's parameters, which the head of its C file lists. Its methods
+``image()``, ``params()`` and ``input()`` are those that `BareGuest` calls. The functions decode what
+the programs leave behind.
 """
 
 import struct
@@ -38,7 +39,7 @@ HC_USER: Final[int] = uapi.lib.KVM_HC_ELISA_USER
 """The first of the hypercalls that user space answers (`Handlers.add_hypercall`)."""
 
 IDLE_LIMIT: Final = 50_000_000
-"""Looks at the lanes without progress: seconds, so that a waiting guest outlasts a busy host."""
+"""Polls of the lanes without progress before a guest gives up; a few seconds on a busy host."""
 
 _RECORD: Final = struct.Struct("<II")
 _SAMPLE: Final = struct.Struct("<QII")
@@ -47,11 +48,11 @@ _INTERRUPT: Final = struct.Struct("<6Q")
 
 
 class LogError(ValueError):
-    """A guest's log of frames that does not end where the guest says."""
+    """A log of frames that does not end where the guest says."""
 
 
 class Way(IntEnum):
-    """Ways to call something that does nothing (crossing.c). EMPTY is the loop without a call."""
+    """Ways to call an empty function (``crossing.c``); EMPTY is the loop without a call."""
 
     EMPTY = 0
     VMFUNC = 1
@@ -61,7 +62,7 @@ class Way(IntEnum):
 
 
 class SwitchPath(IntEnum):
-    """Ways to the switch (enum path in frames.h)."""
+    """Paths to the switch (``enum path`` in ``frames.h``)."""
 
     VMFUNC = 0
     VMCALL = 1
@@ -70,9 +71,14 @@ class SwitchPath(IntEnum):
 
 @dataclass(frozen=True)
 class CrossingProgram:
-    """crossing.c: times `calls` calls of each of `ways`.
+    """Parameters of ``crossing.c``, which times empty calls; `way_samples` decodes the times.
 
-    Marks 2n before and 2n + 1 after way n. `way_samples` reads the times.
+    It sends mark 2n before way n, and mark 2n + 1 after it.
+
+    Attributes:
+        calls: how many calls to make in each way.
+        ways: the ways to call.
+        hypercall: number of the hypercall that the VMM answers.
     """
 
     calls: int
@@ -88,10 +94,18 @@ class CrossingProgram:
 
 @dataclass(frozen=True)
 class ExchangeProgram:
-    """exchange.c: sends its input `rounds` times in bursts of `burst`, logs what arrives.
+    """Parameters of ``exchange.c``, which sends the frames of its input and logs what arrives.
 
-    expected: frames to wait for. Marks 0 and 1 around everything. Results: frames sent, received,
-    samples, bytes of log, calls that had to wait. Status 1: gave up after `idle_limit` looks.
+    It sends mark 0 before everything and mark 1 after it. Its results are frames sent, frames
+    received, samples, bytes of the log, and calls that had to wait. Status 1 means that it gave up.
+
+    Attributes:
+        path: path to the switch.
+        expected: how many frames to wait for.
+        burst: how many frames to send in one call.
+        rounds: how often to send all frames.
+        hypercall: number of the hypercall that the VMM answers.
+        idle_limit: how many polls without progress to make before it gives up.
     """
 
     path: SwitchPath
@@ -113,7 +127,13 @@ class ExchangeProgram:
 
 @dataclass(frozen=True)
 class Phase:
-    """`bursts` calls of `burst` frames of `frame_bytes` each."""
+    """A phase of ``burst.c``.
+
+    Attributes:
+        frame_bytes: bytes of a frame.
+        burst: frames in one call.
+        bursts: number of calls.
+    """
 
     frame_bytes: int
     burst: int
@@ -126,10 +146,19 @@ class Phase:
 
 @dataclass(frozen=True)
 class BurstProgram:
-    """burst.c: sends each of `phases` from station `own` to station `to`, takes what arrives.
+    """Parameters of ``burst.c``, which sends frames in phases and takes what arrives.
 
-    Addresses are 6 bytes each. Marks 2n before and 2n + 1 after phase n. Results: frames sent,
-    received, samples, bytes received, calls that had to wait. Status 1: gave up.
+    It sends mark 2n before phase n, and mark 2n + 1 after it. Its results are frames sent, frames
+    received, samples, bytes received, and calls that had to wait. Status 1 means that it gave up.
+
+    Attributes:
+        path: path to the switch.
+        own: Ethernet address of the sender, 6 bytes.
+        to: Ethernet address of the receiver, 6 bytes.
+        phases: what to send.
+        expected: how many frames to wait for.
+        hypercall: number of the hypercall that the VMM answers.
+        idle_limit: how many polls without progress to make before it gives up.
     """
 
     path: SwitchPath
@@ -155,10 +184,15 @@ class BurstProgram:
 
 @dataclass(frozen=True)
 class InterruptProgram:
-    """interrupts.c: `count` interrupts for each amount of work, called directly and in an object.
+    """Parameters of ``interrupts.c``, which interrupts direct calls and calls of an object.
 
-    left: amounts of work left at the timer's deadline, in ticks. lead: ticks from arming the timer
-    to the deadline. Marks 2n and 2n + 1 around part n; amount i has parts 2i (direct) and 2i + 1.
+    It sends mark 2n before part n, and mark 2n + 1 after it. Amount i of work has part 2i, called
+    directly, and part 2i + 1, called in the object. `interrupt_samples` decodes the times.
+
+    Attributes:
+        count: number of interrupts in each part.
+        left: amounts of work left at the timer's deadline, in ticks.
+        lead: ticks from arming the timer to the deadline.
     """
 
     count: int
@@ -177,10 +211,14 @@ class InterruptProgram:
 
 @dataclass(frozen=True)
 class InterruptSample:
-    """One interrupt, in ticks of the guest's time stamp counter.
+    """One interrupt, in readings of the guest's time-stamp counter.
 
-    deadline: of the timer. begun: before the call. expected: when the call would be over if nothing
-    interrupted it. handler: in the handler's first instructions. rip: where the interrupt came.
+    Attributes:
+        deadline: the timer's deadline.
+        begun: just before the call.
+        expected: when the call would end if nothing interrupted it.
+        handler: in the handler's first instructions.
+        rip: address of the interrupted instruction.
     """
 
     deadline: int
@@ -192,7 +230,12 @@ class InterruptSample:
 
 @dataclass(frozen=True)
 class ReceivedFrame:
-    """A frame as it arrived, and the port that it came from."""
+    """A frame as it arrived.
+
+    Attributes:
+        source: port that it came from.
+        data: its bytes.
+    """
 
     source: int
     data: bytes
@@ -200,9 +243,12 @@ class ReceivedFrame:
 
 @dataclass(frozen=True)
 class SendSample:
-    """One send call: time stamp counter ticks, frames in the call, frames dealt with.
+    """One send call.
 
-    The ticks include reading the counter, as those of `Way.EMPTY` do.
+    Attributes:
+        cycles: ticks of the time-stamp counter; like those of `Way.EMPTY`, they include reading it.
+        wanted: frames in the call.
+        sent: frames that the switch dealt with.
     """
 
     cycles: int
@@ -211,16 +257,20 @@ class SendSample:
 
 
 def frame_records(frames: Iterable[bytes]) -> bytes:
-    """Frames as exchange.c takes them: length, 32 bits, bytes padded to 8."""
+    """Encode frames as ``exchange.c`` takes them.
+
+    Each has its length and a zero, 32 bits each, and its bytes, padded to a multiple of 8.
+    """
     return b"".join(
         _RECORD.pack(len(frame), 0) + frame + bytes(-len(frame) % 8) for frame in frames
     )
 
 
 def received_frames(log: bytes | memoryview) -> Iterator[ReceivedFrame]:
-    """The frames in the used part of a log that exchange.c wrote.
+    """Yield the frames in the used part of a log that ``exchange.c`` wrote.
 
-    Raises LogError.
+    Raises:
+        LogError: the log ends inside a frame.
     """
     at = 0
     while at < len(log):
@@ -235,14 +285,14 @@ def received_frames(log: bytes | memoryview) -> Iterator[ReceivedFrame]:
 
 
 def send_samples(samples: bytes | memoryview, count: int) -> list[SendSample]:
-    """The first `count` samples that exchange.c or burst.c left."""
+    """Return the first `count` samples that ``exchange.c`` or ``burst.c`` left."""
     return [SendSample(*_SAMPLE.unpack_from(samples, i * _SAMPLE.size)) for i in range(count)]
 
 
 def interrupt_samples(
     samples: bytes | memoryview, program: InterruptProgram
 ) -> list[list[InterruptSample]]:
-    """What interrupts.c left: the samples of each part."""
+    """Return the samples of each part that ``interrupts.c`` left."""
     parts = 2 * len(program.left)
     records = _INTERRUPT.iter_unpack(samples[: parts * program.count * _INTERRUPT.size])
     each = [InterruptSample(*record[:5]) for record in records]
@@ -250,7 +300,7 @@ def interrupt_samples(
 
 
 def way_samples(samples: bytes | memoryview, program: CrossingProgram) -> dict[Way, list[int]]:
-    """Time stamp counter ticks of each call that crossing.c made, by way."""
+    """Return the ticks of each call that ``crossing.c`` made, by way."""
     ticks = struct.iter_unpack(f"<{program.calls}Q", samples[: _way_bytes(program)])
     ways = sorted(set(program.ways))
     return {way: list(each) for way, each in zip(ways, ticks, strict=True)}

@@ -1,11 +1,12 @@
-"""What each protection of the crossing costs: one empty call with all of them, and without one.
+"""Cost of each protection of the crossing: an empty call with all of them, and without each.
 
-Each point is a build of its own with one protection left out, measured like `crossing`, in the
-same run and on the same machine. `optional` are second layers and those that matter to some objects
-only; for the others the figure says what an invariant costs.
+Each point is a build of its own with one protection left out, measured as in
+`pykvm.measure.crossing_cost`, in the same run and on the same machine. A protection is optional if
+it is a second layer, or if it matters only to some objects. The figure of any other is the price of
+an invariant.
 
-On the emulated host the figures are counts: an LFENCE counts one like any other instruction, and
-what it makes the processor wait for shows on hardware only.
+On the emulated host the figures are counts. There an LFENCE counts as one like any other
+instruction; how long the processor waits for it shows only on hardware.
 """
 
 from dataclasses import dataclass
@@ -27,8 +28,15 @@ __all__ = ["MEASURED", "Measured", "ProtectionCost", "Protections", "measure_pro
 
 @dataclass(frozen=True)
 class Measured:
-    """optional: nothing that a guest can do today depends on it: it is a second layer, or
-    it keeps from others what is no secret in every object."""
+    """A protection whose cost is measured.
+
+    Attributes:
+        protection: the protection.
+        user: whether it is measured with callers in user mode.
+        optional: whether no attack known today needs it: it is a second layer, or it hides what is
+            secret only in some objects.
+        what: what the protection does, for the chart.
+    """
 
     protection: Protection
     user: bool
@@ -48,7 +56,13 @@ MEASURED: Final = (
 
 @dataclass(frozen=True)
 class ProtectionCost:
-    """One empty call, all protections but one."""
+    """Cost of one empty call with all protections but one.
+
+    Attributes:
+        measured: the protection that is left out.
+        samples: ticks of a call without it.
+        whole: cost of a call with all protections, in the record's unit.
+    """
 
     measured: Measured
     samples: Samples
@@ -56,11 +70,14 @@ class ProtectionCost:
 
     @property
     def cost(self) -> float:
-        """What the protection adds to a call, in the record's unit."""
+        """Cost that the protection adds to a call, in the record's unit."""
         return self.whole - self.samples.cost
 
     def as_dict(self) -> dict[str, Any]:
-        """For a record. ratio: a call with all protections to one without this one."""
+        """Return the cost for a record.
+
+        ``ratio`` is that of a call with all protections to one without this protection.
+        """
         return {
             "name": self.measured.protection.name.lower(),
             "what": self.measured.what,
@@ -75,14 +92,20 @@ class ProtectionCost:
 
 @dataclass(frozen=True)
 class Protections:
-    """A call with all protections, from kernel and from user mode, and each taken away."""
+    """Cost of an empty call with all protections and without each of them.
+
+    Attributes:
+        kernel: ticks of a call from kernel mode, with all protections.
+        user: ticks of a call from user mode, with all protections.
+        without: cost without each protection.
+    """
 
     kernel: Samples
     user: Samples
     without: list[ProtectionCost]
 
     def as_dict(self) -> dict[str, Any]:
-        """For a record."""
+        """Return the costs for a record."""
         return {
             "kernel": {"cost": self.kernel.cost, **self.kernel.as_dict()},
             "user": {"cost": self.user.cost, **self.user.as_dict()},
@@ -91,12 +114,17 @@ class Protections:
 
 
 def measure_protections(kvm: Kvm, calls: int, scale: float) -> Protections:
-    """Run one guest for each build, `calls` calls each, one after the other.
+    """Run one guest for each build, one after the other.
 
-    The guests that leave out STAC and CLAC call an object that touches no window, as it must.
-    scale: the record's unit for one tick of the time-stamp counter.
+    The object touches no window, as it must where STAC and CLAC are left out.
 
-    Raises what `BareGuest.run` and `ObjectInstance.attach` raise.
+    Args:
+        kvm: an open ``/dev/kvm``.
+        calls: how many calls each guest makes.
+        scale: one tick of the time-stamp counter in the record's unit.
+
+    Raises:
+        PykvmError: see `BareGuest.run` and `ObjectInstance.attach`.
     """
 
     def cost(user: bool, without: frozenset[Protection]) -> Samples:

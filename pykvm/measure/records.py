@@ -1,8 +1,8 @@
-"""Measured figures as JSON: raw samples, what they stand for, and the machine they came from.
+"""Records of measurements as JSON: raw samples, the figure that they stand for, and the machine.
 
-On the emulated host the time-stamp counter advances one tick per instruction, so a difference of
-two readings is a count of instructions and is never called a time. On hardware it is converted
-with the vCPU's TSC frequency.
+On the emulated host the time-stamp counter advances one tick with each instruction, so the
+difference of two readings is a count of instructions; it is never called a time. On hardware, ticks
+are converted with the vCPU's TSC frequency.
 """
 
 import errno
@@ -33,15 +33,15 @@ class RecordError(PykvmError):
 
 
 def unit_of_host(host: str) -> str:
-    """The unit of a cost on this kind of host: "instructions" or "ns"."""
+    """Return the unit of costs on this kind of host: "instructions" or "ns"."""
     return "instructions" if host == "emulated" else "ns"
 
 
 def typical(values: Sequence[int], *, counted: bool) -> float:
-    """What one figure says of many readings: the least of counts, the median of times.
+    """Return the figure that stands for many readings: the least of counts, the median of times.
 
-    An interrupt of the host can only add instructions to a count, so the least is the
-    uninterrupted one, and repeats exactly. Times vary for many reasons, in both directions.
+    An interrupt of the host can only add instructions to a count, so the least count is that of an
+    uninterrupted run, and it repeats exactly. Times vary in both directions.
     """
     return min(values) if counted else statistics.median(values)
 
@@ -50,10 +50,11 @@ def typical(values: Sequence[int], *, counted: bool) -> float:
 class Samples:
     """Raw readings of one quantity.
 
-    values: TSC differences, one per call or per burst.
-    scale: what one tick is in the record's unit (1 on the emulated host, ns per tick elsewhere).
-    overhead: ticks that the measurement itself takes, subtracted from every value.
-    counted: the values count instructions; else they are times.
+    Attributes:
+        values: TSC differences, one for each call or burst.
+        scale: one tick in the record's unit: 1 on the emulated host, ns per tick on hardware.
+        overhead: ticks that the measurement itself takes; subtracted from every value.
+        counted: whether the values count instructions; otherwise they are times.
     """
 
     values: Sequence[int]
@@ -63,12 +64,13 @@ class Samples:
 
     @property
     def cost(self) -> float:
-        """The figure that stands for the samples, less the overhead, in the record's unit."""
+        """The figure that stands for the samples, without the overhead, in the record's unit."""
         return (typical(self.values, counted=self.counted) - self.overhead) * self.scale
 
     def as_dict(self) -> dict[str, Any]:
-        """For a record. `samples` are in its unit and less the overhead; a raw reading of the
-        counter is sample / scale + overhead.
+        """Return the samples for a record, in its unit and without the overhead.
+
+        A raw reading of the counter is sample / scale + overhead.
         """
         samples = [(value - self.overhead) * self.scale for value in self.values]
         return {
@@ -99,9 +101,10 @@ def require_writable(path: Path) -> None:
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write a record so that a reader never sees half of one.
+    """Write a record in such a way that a reader never sees half of one.
 
-    Raises RecordError if the folder cannot be written to.
+    Raises:
+        RecordError: the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +121,11 @@ def _unwritable(path: Path, error: OSError) -> RecordError:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Read a record. Raises RecordError for a file that is missing or no JSON object."""
+    """Read a record.
+
+    Raises:
+        RecordError: the file cannot be read, or is not a JSON object.
+    """
     try:
         record = json.loads(path.read_text())
     except OSError as error:

@@ -1,7 +1,7 @@
-"""The bare-metal guest program user.c, which calls objects from user mode (CPL 3).
+"""The bare-metal guest program ``user.c``, which calls objects from user mode (CPL 3).
 
-Its kernel runs as in other guests; a page of code and a page of data are mapped for user mode
-besides, and so are the guest's own pages of the crossing.
+Its kernel runs as in other guests. A page of code, a page of data and the guest's own pages of the
+crossing are also mapped for user mode.
 """
 
 import struct
@@ -25,10 +25,16 @@ _READ_WRITE: Final = Access.READ | Access.WRITE | Access.USER
 
 @dataclass(frozen=True)
 class UserProgram:
-    """user.c: `calls` calls with every register and flag odd, then `timed` calls, one by one.
+    """Parameters of ``user.c``.
 
-    alignment: with CR0.AM and RFLAGS.AC on. odd_stack: with rsp at an odd address. argument: the
-    first one of the odd calls. Results: odd calls that came back, and what the last one returned.
+    Its results are the number of unusual calls that came back, and what the last one returned.
+
+    Attributes:
+        calls: how many calls to make with unusual values in every register and flag.
+        timed: how many calls to time, one by one, after these.
+        alignment: whether CR0.AM and RFLAGS.AC are on.
+        odd_stack: whether rsp is odd.
+        argument: first argument of the unusual calls.
     """
 
     calls: int = 0
@@ -49,14 +55,14 @@ class UserProgram:
 
 
 def map_user_pages(guest: BareGuest, program: UserProgram) -> None:
-    """Map the program's own user pages, and tell it the entry page of the attached object."""
+    """Map the program's user pages, and pass it the entry page of the attached object."""
     guest.map(_CODE_GVA, program.image().address_of("user_page"), PAGE_SIZE, _READ_EXECUTE)
     guest.map(_DATA_GVA, guest.info.input, PAGE_SIZE, _READ_WRITE)
-    # Not in info.elisa_call: the runtime would touch the pages, from kernel mode.
+    # Not in info.elisa_call: the runtime would access the pages from kernel mode.
     guest.info.param[_CALL] = guest.elisa_call
 
 
 def user_samples(samples: bytes | memoryview, timed: int) -> tuple[list[int], list[int]]:
-    """Time stamp counter ticks of nothing, and of each timed call."""
+    """Return the ticks of the time-stamp counter that nothing took, and each timed call."""
     ticks = struct.unpack_from(f"<{2 * timed}Q", samples)
     return list(ticks[:timed]), list(ticks[timed:])
