@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * What the VMM tells a bare-metal guest and what the guest reports back: one page at a fixed
- * address, and four I/O ports. pykvm/machine/bare/boot_info.py holds the same for Python;
- * tests/machine/bare/test_boot_info.py lets the C compiler compare the two.
+ * Interface between the VMM and a bare-metal guest: one page at a fixed address, and four I/O ports.
+ * pykvm/machine/bare/boot_info.py is the same for Python; tests/machine/bare/test_boot_info.py
+ * compares the two with the C compiler.
  */
 #ifndef BOOT_INFO_H
 #define BOOT_INFO_H
@@ -14,7 +14,7 @@
 #define GUEST_CONSOLE_PORT 0xe9 /* bytes to print */
 #define GUEST_FINISH_PORT 0xf0  /* 32 bits: the guest is done, with this status */
 #define GUEST_FAILURE_PORT 0xf4 /* 32 bits: boot_info.failure says what went wrong */
-#define GUEST_MARK_PORT 0xf8    /* 32 bits: tells the VMM where the guest is; it goes on */
+#define GUEST_MARK_PORT 0xf8    /* 32 bits: tells the VMM where the guest is, and goes on */
 
 #define BOOT_INFO_MAGIC 0x304f464e49544f42ull /* "BOTINFO0" */
 #define BOOT_ATTACHMENTS 4
@@ -45,13 +45,13 @@ struct boot_info {
 	uint64_t elisa_call; /* address of the entry page's function, 0 if nothing is attached */
 	struct boot_attachment attachment[BOOT_ATTACHMENTS];
 	struct elisa_env direct; /* for calls of an object that is linked into the guest */
-	uint64_t input;          /* what the program works on */
+	uint64_t input;          /* address of the program's input */
 	uint64_t input_size;
 	uint64_t log; /* room for received frames */
 	uint64_t log_size;
 	uint64_t samples; /* room for measurements */
 	uint64_t samples_size;
-	uint64_t param[BOOT_PARAMS]; /* as the program says */
+	uint64_t param[BOOT_PARAMS]; /* see the head of each program */
 	/* Written by the guest */
 	uint64_t result[BOOT_RESULTS];
 	struct boot_failure failure;

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Sends bursts of equal frames to one station, phase by phase, and takes what arrives meanwhile.
+ * Send bursts of equal frames to one station, phase by phase, and take what arrives meanwhile.
  *
  * param[0]  path (enum path)
  * param[1]  hypercall number for PATH_VMCALL
  * param[2]  frames to receive before it stops
- * param[3]  looks at the lanes, one after the other without any progress, after which it gives up
+ * param[3]  polls without progress after which it gives up
  * param[4]  own address, param[5] address of the station to send to (first byte lowest)
  * input     struct phase, each 16 bytes
  * samples   struct send_sample of each call
@@ -19,7 +19,7 @@
 struct phase {
 	uint32_t frame_bytes;
 	uint32_t burst;  /* frames of one call */
-	uint32_t bursts; /* calls that send a whole burst at once, or more if they had to wait */
+	uint32_t bursts; /* each takes one call, or more if the receiver has no room */
 	uint32_t reserved;
 };
 

@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Times calls that do nothing, one at a time: what it costs to get there and back.
+ * Time empty calls, one at a time: the cost of getting there and back.
  *
  * param[0]  calls of each way
  * param[1]  bit n: do way n (below)
  * param[2]  hypercall number of way 3
- * samples   calls 64-bit time differences for each way that is done, in order. All ways share the
- *           instructions around the call, so a difference to way 0 is the call's own cost, from
- *           the call (or vmcall) instruction to the one that returns, both included.
+ * samples   for each way that is done, in order, as many 64-bit time differences as calls. All ways
+ *           share the instructions around the call. So the difference to way 0 is the cost of the
+ *           call, from the call (or vmcall) instruction to the one that returns, both included.
  * marks     2n before way n, 2n + 1 after it
  * result[0] ways done, as in param[1]
  */
@@ -16,8 +16,9 @@
 enum way { WAY_EMPTY, WAY_VMFUNC, WAY_VMCALL_KERNEL, WAY_VMCALL_USER, WAY_DIRECT, WAYS };
 
 /*
- * rax: hypercall number. rcx: gate slot, or the environment of a direct call; a hypercall ignores
- * it. r14: what to call. Time stamps are kept in r12 and r13, which every call preserves.
+ * rax holds the hypercall number; rcx the gate slot, or the environment of a direct call (a
+ * hypercall ignores it); r14 the function to call. The first time stamp is kept in r12 and r13,
+ * which every call preserves.
  */
 #define TIMED(name, code)                                                                          \
 	static __attribute__((noinline)) uint64_t name(uint64_t number, uint64_t rcx,              \
@@ -79,7 +80,7 @@ uint32_t guest_main(void)
 	for (uint32_t way = 0; way < WAYS; way++) {
 		if (!(boot_info->param[1] >> way & 1))
 			continue;
-		for (int i = 0; i < 4; i++) /* what is loaded or cached on first use */
+		for (int i = 0; i < 4; i++) /* load and cache what is needed on first use */
 			timed[way](number[way], rcx[way], target[way]);
 		mark(2 * way);
 		for (uint64_t i = 0; i < calls; i++)

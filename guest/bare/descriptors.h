@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Segments besides those of the VMM (0x08 to 0x18: 64-bit code, data, and the TSS), and INT $0x80
- * back from them, also from CPL 3.
+ * Segments in addition to the VMM's (0x08 to 0x18: 64-bit code, data and the TSS), and INT $0x80 to
+ * return from them, from CPL 3 too.
  */
 #ifndef DESCRIPTORS_H
 #define DESCRIPTORS_H
@@ -11,8 +11,8 @@
 #define VMM_DESCRIPTORS 5 /* null, code, data, and the TSS's two */
 
 /*
- * Load a table of `count` descriptors, in which the caller has filled those behind the VMM's, and
- * let INT $0x80 lead to `back`. Returns the address of the TSS, which has RSP0 at 4.
+ * Load a table of `count` descriptors, of which the caller has set those after the VMM's, and let
+ * INT $0x80 lead to `back`. Return the address of the TSS, which has RSP0 at offset 4.
  */
 static inline uint64_t load_descriptors(uint64_t *descriptors, uint32_t count, void (*back)(void))
 {
@@ -29,7 +29,7 @@ static inline uint64_t load_descriptors(uint64_t *descriptors, uint32_t count, v
 	__asm__ volatile("lgdt %0" : : "m"(table));
 	interrupt_handler(0x80, back);
 	interrupt_table[0x80][5] = 0xee; /* callable from CPL 3 */
-	/* Bits 16 to 39 of the low half, 56 to 63, then the high half. */
+	/* The base: bits 16 to 39 and 56 to 63 of the low half, then the high half. */
 	return (descriptors[3] >> 16 & 0xffffff) | (descriptors[3] >> 56 & 0xff) << 24 |
 	       descriptors[4] << 32;
 }

@@ -8,8 +8,8 @@ static uint64_t events_room;
 static uint64_t taken;
 
 /*
- * Stubs, 16 bytes apart: the NMI's, then one for each vector from 32 up. None of these events
- * pushes an error code. The time is read before anything else that takes time.
+ * Stubs, 16 bytes apart: one for the NMI, then one for each vector from 32 up. None of these events
+ * pushes an error code. The counter is read before anything that takes time.
  */
 extern const uint8_t event_stubs[][16];
 
@@ -80,14 +80,14 @@ uint64_t events_taken(void)
 void events_arm_timer(uint64_t deadline, uint8_t vector)
 {
 	write_msr(MSR_X2APIC_LVT_TIMER, APIC_TIMER_TSC_DEADLINE | vector);
-	/* SDM vol. 3A 11.5.4.1: the mode has to be there before the deadline. */
+	/* SDM vol. 3A 11.5.4.1: the mode has to be set before the deadline. */
 	__asm__ volatile("mfence" : : : "memory");
 	write_msr(MSR_TSC_DEADLINE, deadline);
 }
 
 /*
- * Where the VMM starts a second vCPU, with the value for the interrupt command register in rdi:
- * it sends that one interrupt and is done.
+ * Entry of a second vCPU. The VMM starts it with the value for the interrupt command register in
+ * rdi; it sends that one interrupt and finishes.
  */
 __asm__(".text\n\t"
 	".globl	second_start\n"

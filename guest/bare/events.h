@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* A local APIC in x2APIC mode, and a record of every interrupt and NMI that is taken. */
+/* A local APIC in x2APIC mode, and a log of every interrupt and NMI that is taken. */
 #ifndef EVENTS_H
 #define EVENTS_H
 
@@ -22,7 +22,7 @@
 /* One event, as the handler found it. */
 struct event {
 	uint64_t vector;
-	uint64_t time; /* time stamp counter in the handler's first instructions */
+	uint64_t time; /* time-stamp counter in the handler's first instructions */
 	uint64_t rip;  /* of the instruction before which it was taken */
 	uint64_t rflags;
 	uint64_t rsp;
@@ -30,15 +30,15 @@ struct event {
 };
 
 /*
- * Take interrupts from now on: all vectors from 32 up and the NMI are recorded in `log`, a ring of
- * `room` events, and acknowledged. The VMM has given the vCPU a local APIC.
+ * Start to take interrupts: all vectors from 32 up and the NMI are logged in `log`, a ring of `room`
+ * events, and acknowledged. The VMM must have given the vCPU a local APIC.
  */
 void events_open(struct event *log, uint64_t room);
 
-/* Events so far. */
+/* Return the number of events so far. */
 uint64_t events_taken(void);
 
-/* Let the timer raise `vector` when the time stamp counter reaches `deadline`. */
+/* Let the timer raise `vector` when the time-stamp counter reaches `deadline`. */
 void events_arm_timer(uint64_t deadline, uint8_t vector);
 
 static inline uint64_t read_msr(uint32_t index)

@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Sends its side of a conversation through the switch, and logs every frame that arrives.
+ * Send one side of a conversation through the switch, and log every frame that arrives.
  *
  * param[0]  path (enum path)
  * param[1]  hypercall number for PATH_VMCALL
  * param[2]  rounds: how often to send the whole input
  * param[3]  frames to receive before it stops
  * param[4]  frames of one burst
- * param[5]  looks at the lanes, one after the other without any progress, after which it gives up
+ * param[5]  polls without progress after which it gives up
  * input     frames: 32-bit length, 32 bits unused, then the bytes, padded to 8
  * log       frames in the same form, the unused word holding the source port
  * samples   struct send_sample of each call
@@ -76,7 +76,7 @@ uint32_t guest_main(void)
 				if (at >= boot_info->input_size) {
 					at = 0;
 					rounds--;
-					break; /* every round is cut into the same bursts */
+					break; /* so that every round has the same bursts */
 				}
 			}
 		}

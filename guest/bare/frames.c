@@ -47,7 +47,7 @@ struct send_sample port_send(struct port *port)
 	uint64_t request = SWITCH_SEND(port->id, SWITCH_WAIT);
 	uint64_t first = port->first, count = port->pending, sent, start, end;
 
-	/* One time stamp on either side in each branch, so that no choice of path is measured. */
+	/* Each branch reads the counter itself, so that choosing the path is not measured. */
 	switch (port->path) {
 	case PATH_VMFUNC:
 		start = time_stamp();

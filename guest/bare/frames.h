@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * A guest's end of the virtual switch: sends through one of three paths, receives by looking at
- * its lanes, which needs no call (guest/include/switch.h).
+ * A guest's end of the virtual switch. It sends by one of three paths, and receives by polling its
+ * lanes, which takes no call (guest/include/switch.h).
  */
 #ifndef FRAMES_H
 #define FRAMES_H
@@ -24,30 +24,30 @@ struct port {
 	uint32_t ports;
 	uint32_t tx_slots;
 	uint32_t lane_slots;
-	uint32_t first;   /* transmit slots: first frame not yet sent */
-	uint32_t pending; /* frames from there on */
+	uint32_t first;   /* transmit slot of the first frame not yet sent */
+	uint32_t pending; /* number of frames from there on */
 	uint32_t tail[SWITCH_MAX_PORTS];
 };
 
 /* One send call, as stored in boot_info->samples. */
 struct send_sample {
-	uint64_t cycles; /* of the time stamp counter, reading it included */
+	uint64_t cycles; /* of the time-stamp counter, reading it included */
 	uint32_t wanted; /* frames in the call */
 	uint32_t sent;   /* frames that the switch dealt with */
 };
 
-/* Opens the port behind attachment 0. hypercall: number for PATH_VMCALL. */
+/* Open the port of attachment 0. The hypercall number is for PATH_VMCALL. */
 void port_open(struct port *port, enum path path, uint64_t hypercall_number);
 
-/* Append a frame to the pending ones; they stay below tx_slots, and all are gone before more. */
+/* Append a frame to the pending ones. Slots are free again only when all of these are sent. */
 void port_queue(struct port *port, const void *frame, uint32_t length);
 
-/* Send what is pending, in one call. What the receiver has no room for stays pending. */
+/* Send the pending frames in one call. Those that the receiver has no room for stay pending. */
 struct send_sample port_send(struct port *port);
 
 /*
- * Hand every frame that is ready to `take`, and give its slot back. Returns their number.
- * A frame lies in memory that the sender's vCPU wrote: nobody changes it until it is given back.
+ * Pass every frame that is ready to `take`, and give its slot back; return their number. Nobody
+ * changes a frame until its slot is given back.
  */
 typedef void (*take_frame)(uint32_t source, const uint8_t *frame, uint32_t length);
 uint32_t port_receive(struct port *port, take_frame take);

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Times interrupts: the local APIC's timer, whose deadline the guest knows, expires while work.c
- * works, in the sub context or called directly, and has so much work left.
+ * Time interrupts. The local APIC's timer, whose deadline the guest knows, expires while work.c is
+ * working, in the sub context or called directly, and has a given amount of work left.
  *
  * param[0]  interrupts for each amount of work and each way
- * param[1]  ticks from arming the timer to its deadline: enough to be at work by then
+ * param[1]  ticks from arming the timer to its deadline: enough to have started work by then
  * input     amounts of work left at the deadline, in ticks, 64 bits each
  * samples   struct sample of each interrupt: for each amount, those of the direct call, then
  *           those of the object
@@ -26,10 +26,10 @@ struct sample {
 	uint64_t reserved;
 };
 
-/* What a call takes: `call` ticks without work, and a turn of work. */
+/* Duration of a call. */
 struct pace {
-	uint64_t call;
-	uint64_t turn; /* in 1024ths of a tick */
+	uint64_t call; /* without work, in ticks */
+	uint64_t turn; /* of one turn of work, in 1024ths of a tick */
 };
 
 static struct event event; /* the last one: the record has room for nothing else */
@@ -43,7 +43,7 @@ static void work(uint64_t turns, bool direct)
 	ASSERT_EQUAL(done, turns);
 }
 
-/* The least of some calls that nothing interrupts but the host. */
+/* Return the least time of several calls, because only the host can interrupt these. */
 static uint64_t least_time(uint64_t turns, bool direct)
 {
 	uint64_t least = -1ull;
@@ -104,7 +104,7 @@ uint32_t guest_main(void)
 		struct pace pace = find_pace(direct);
 		struct sample first;
 
-		measure(&first, left[part / 2], direct, &pace); /* what is loaded on first use */
+		measure(&first, left[part / 2], direct, &pace); /* load what is needed on first use */
 		mark(2 * part);
 		for (uint64_t i = 0; i < count; i++)
 			measure(sample++, left[part / 2], direct, &pace);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Printing, stopping, assertions and exceptions of bare-metal guests. */
+/* Runtime of bare-metal guests: printing, stopping, assertions and exceptions. */
 #include "runtime.h"
 
 struct boot_info *boot_info;
@@ -56,7 +56,7 @@ void mark(uint32_t value)
 
 _Noreturn void finish(uint32_t status)
 {
-	for (;;) /* a VMM that runs the guest again gets the same answer */
+	for (;;) /* a VMM that runs the guest again gets the same exit */
 		out32(GUEST_FINISH_PORT, status);
 }
 
@@ -97,7 +97,7 @@ _Noreturn void fail(const char *file, uint32_t line, const char *expression, uin
 
 extern const uint8_t exception_stubs[32][16];
 
-/* On a page of its own: tests map it at further addresses. */
+/* On a page of its own, which tests map at other addresses too. */
 struct interrupt_gate {
 	uint16_t offset_low, selector;
 	uint8_t stack, type;
@@ -151,7 +151,7 @@ static void install_exception_handlers(void)
 	__asm__ volatile("lidt %0" : : "m"(pointer));
 }
 
-/* The first access to a page is an exit: it must not fall into what a program measures. */
+/* The first access to a page exits. That must not happen in what a program measures. */
 static void touch_program(void)
 {
 	extern const uint8_t _start[], image_end[];

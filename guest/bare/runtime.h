@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What a bare-metal guest program has to hand. It defines guest_main and includes this. */
+/* Runtime of bare-metal guest programs, each of which defines guest_main. */
 #ifndef RUNTIME_H
 #define RUNTIME_H
 
@@ -15,10 +15,10 @@
 
 extern struct boot_info *boot_info;
 
-/* The program. What it returns becomes the status. */
+/* The program; its result becomes the status. */
 uint32_t guest_main(void);
 
-/* Bytes, a string, a number: to the VMM's console, in one exit each. */
+/* Print to the VMM's console, in one exit for each piece. */
 void print_bytes(const void *bytes, uint64_t count);
 void print(const char *text);
 void print_number(uint64_t number);
@@ -27,13 +27,13 @@ void print_hex(uint64_t number);
 /* Stop for good; 0 is success. */
 _Noreturn void finish(uint32_t status);
 
-/* Hand `value` to the VMM and go on: one exit, at which it reads KVM's statistics, for one. */
+/* Pass `value` to the VMM and go on; at this exit it may read KVM's statistics. */
 void mark(uint32_t value);
 
 /*
- * Touch every page of a range beforehand. The first access to a page costs an EPT violation, which
- * would otherwise be counted among the exits of whatever is measured.
- * touch_for_writing zeroes one byte of each page: for memory that holds nothing yet.
+ * Access every page of a range. The first access to a page causes an EPT violation, which would
+ * otherwise be counted among the exits of what is measured. touch_for_writing zeroes one byte of
+ * each page; use it for memory that holds nothing yet.
  */
 void touch(uint64_t start, uint64_t bytes);
 void touch_for_writing(uint64_t start, uint64_t bytes);
@@ -46,10 +46,10 @@ struct exception_frame {
 	uint64_t vector, error, rip, cs, rflags, rsp, ss;
 };
 
-/* A program may define this: it returns for exceptions that it has no use for. */
+/* A program may define this; it returns for exceptions that it does not handle. */
 void on_exception(const struct exception_frame *frame);
 
-/* Let an entry of the interrupt descriptor table lead to `handler`, with interrupts off. */
+/* Set the handler of a vector; it is entered with interrupts off. */
 void interrupt_handler(uint8_t vector, const void *handler);
 
 /* Report file, line and the condition to the VMM, and stop. */
@@ -59,7 +59,7 @@ void interrupt_handler(uint8_t vector, const void *handler);
 			fail(__FILE__, __LINE__, #condition, 0, 0);                                \
 	} while (0)
 
-/* The same with both values. */
+/* Like ASSERT, and report both values. */
 #define ASSERT_EQUAL(actual, expected)                                                             \
 	do {                                                                                       \
 		uint64_t left_ = (uint64_t)(actual), right_ = (uint64_t)(expected);                \
@@ -67,7 +67,7 @@ void interrupt_handler(uint8_t vector, const void *handler);
 			fail(__FILE__, __LINE__, #actual " == " #expected, left_, right_);         \
 	} while (0)
 
-/* Time stamp counter, read after everything before it is done. */
+/* Read the time-stamp counter after all earlier instructions. */
 static inline uint64_t time_stamp(void)
 {
 	uint32_t low, high;

@@ -6,7 +6,7 @@
 	.section .text.start, "ax", @progbits
 	.globl	_start
 _start:
-	xor	%ebp, %ebp		# where a walk up the frames ends
+	xor	%ebp, %ebp		# ends the chain of frames
 	call	runtime_main		# never returns
 	ud2
 

@@ -1,17 +1,17 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Calls an attached object from user mode (CPL 3), with every register and flag odd, and times
- * calls that do nothing.
+ * Call an attached object from user mode (CPL 3), with unusual values in every register and flag,
+ * and time empty calls.
  *
- * param[0]  calls with odd registers
+ * param[0]  calls with unusual registers
  * param[1]  timed calls
  * param[2]  user address of the page `user_page` (user_mode.S)
- * param[3]  user address of the page behind boot_info.input, which this program may write
- * param[4]  bit 0: set CR0.AM, and RFLAGS.AC for the calls with odd registers; bit 1: odd rsp
- * param[5]  first argument of the calls with odd registers
- * param[6]  address of elisa_call; boot_info's is 0, as this kernel may not touch user pages
+ * param[3]  user address of the page that boot_info.input names, which this program may write
+ * param[4]  bit 0: set CR0.AM, and RFLAGS.AC for the calls with unusual registers; bit 1: odd rsp
+ * param[5]  first argument of the calls with unusual registers
+ * param[6]  address of elisa_call; boot_info's is 0, because this kernel may not access user pages
  * samples   param[1] time differences of nothing, then as many of calls
- * result[0] calls with odd registers that came back
+ * result[0] calls with unusual registers that came back
  * result[1] result of the last of them
  */
 #include "descriptors.h"
@@ -40,7 +40,7 @@ void user_return(void);
 
 uint64_t user_kernel_rsp, user_task_segment;
 
-/* Those of the VMM, and data and code for CPL 3 behind them. */
+/* The VMM's descriptors, then data and code for CPL 3. */
 static uint64_t descriptors[VMM_DESCRIPTORS + 2] = {
 	[VMM_DESCRIPTORS] = 0x00cff3000000ffff,
 	[VMM_DESCRIPTORS + 1] = 0x00affb000000ffff,
@@ -70,7 +70,7 @@ static void call_oddly(struct user_area *area, uint64_t code, uint64_t rsp, uint
 		boot_info->result[1] = area->out[RAX];
 		ASSERT_EQUAL(area->out[RDX], area->out[RAX]);
 		ASSERT_EQUAL(area->out[RSP], rsp);
-		/* AC and DF are clear, NT and IF as they were. */
+		/* AC and DF are clear, NT and IF unchanged. */
 		ASSERT_EQUAL(area->out[FLAGS] & (ALIGNMENT_FLAG | DIRECTION_FLAG), 0);
 		ASSERT_EQUAL(area->out[FLAGS] & (NESTED_TASK_FLAG | 0x200), NESTED_TASK_FLAG | 0x200);
 		for (uint32_t i = 0; i < sizeof(cleared); i++)
@@ -84,7 +84,7 @@ uint32_t guest_main(void)
 {
 	uint64_t odd = boot_info->param[4] >> 1 & 1;
 	uint64_t calls = boot_info->param[1], *sample = (uint64_t *)boot_info->samples;
-	/* The same area under two addresses, as everything else here is the kernel's. */
+	/* The area has two addresses: the kernel's, and one for user mode. */
 	struct user_area *area = (struct user_area *)(boot_info->input + STACK_BYTES + odd);
 	uint64_t rsp = boot_info->param[3] + STACK_BYTES + odd;
 	uint64_t code = boot_info->param[2] - (uint64_t)user_page;

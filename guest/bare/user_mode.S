@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * To user mode (CPL 3) and back, and the code that runs there: calls of an attached object.
+ * Entry to user mode (CPL 3), return from it, and the code that runs there: calls of an attached
+ * object.
  *
  *   void user_run(uint64_t rip, uint64_t rsp);
  *
@@ -44,8 +45,8 @@ user_return:					# INT $0x80; interrupts off until the popf
 	ret
 
 /*
- * One page, mapped for user mode at another address: nothing here may be absolute. rsp is the
- * address of a struct user_area; the call leaves it as it is, so everything is found through it.
+ * One page, mapped for user mode at another address, so no address here may be absolute. rsp points
+ * to a struct user_area. The call preserves it, so everything is found through it.
  */
 	.set	area_out, 17 * 8
 	.set	area_target, 34 * 8
@@ -86,12 +87,12 @@ user_registers:
 	each_register store_register
 	mov	%rsp, area_out + 4 * 8(%rsp)
 	pushfq
-	popq	area_out + 16 * 8(%rsp)		# the address is that after the pop
-	pushq	$0x202				# unaligned accesses are fine again
+	popq	area_out + 16 * 8(%rsp)		# the address is computed after the pop
+	pushq	$0x202				# allow unaligned accesses again
 	popfq
 	int	$0x80
 
-/* As in crossing.c: from the call to the instruction that returns, both included. */
+/* As in crossing.c: time from the call to the instruction that returns, both included. */
 	.macro	timed code:vararg
 	mov	8(%rsp), %ecx
 	lfence

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Access to memory that somebody else changes at the same time, and the memory functions that a
- * compiler may call even in freestanding code.
+ * Access to memory that others change at the same time, and the memory functions that a compiler
+ * may call even in freestanding code.
  */
 #ifndef ELISA_MEMORY_H
 #define ELISA_MEMORY_H
@@ -9,23 +9,23 @@
 #include <stdint.h>
 
 /*
- * Exactly one load or store of the object's own size: the compiler may neither repeat a load nor
- * invent one. Every value out of a window is read with READ_ONCE, then checked, then used.
+ * Exactly one load or store of the object's size: the compiler may neither repeat nor invent one.
+ * Read every value in a window with READ_ONCE, then check it, then use it.
  */
 #define READ_ONCE(object) (*(const volatile __typeof__(object) *)&(object))
 #define WRITE_ONCE(object, value) (*(volatile __typeof__(object) *)&(object) = (value))
 
-/* Loads after LOAD_ACQUIRE and stores before STORE_RELEASE stay on their side of it. */
+/* Later accesses stay behind LOAD_ACQUIRE, earlier ones before STORE_RELEASE. */
 #define LOAD_ACQUIRE(object) __atomic_load_n(&(object), __ATOMIC_ACQUIRE)
 #define STORE_RELEASE(object, value) __atomic_store_n(&(object), (value), __ATOMIC_RELEASE)
 
 #if !__STDC_HOSTED__
 
 /*
- * GCC may turn an assignment or a loop into a call of these three. Weak, so that every source of
- * an object can include this header. `rep movsb` and `rep stosb` rely on a clear direction flag,
- * which the sub entry establishes; they also keep the compiler from recognising its own idiom
- * here and calling the function from inside itself.
+ * GCC may turn an assignment or a loop into a call of these three. They are weak, so that every
+ * source of an object can include this header. `rep movsb` and `rep stosb` need the direction flag
+ * clear, which the gate ensures. They also keep the compiler from recognising the loop, and
+ * turning it into a call of the function itself.
  */
 __attribute__((weak)) void *memcpy(void *target, const void *source, __SIZE_TYPE__ bytes)
 {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Bounds that hold for speculation as well (Spectre v1, T23): an index from a guest that passed a
- * check is 0 on every path that the processor only guessed.
+ * Bounds that hold under speculation too (Spectre v1, T23): on a path that the processor takes by
+ * misprediction, an index that is out of bounds becomes 0.
  *
  *	uint64_t to = READ_ONCE(*word);
  *
@@ -9,21 +9,21 @@
  *		return ELISA_ERROR(ELISA_EINVAL);
  *	to = elisa_index_nospec(to, env->guests);
  *
- * Where the size is a power of two, `index & (size - 1)` does the same and costs less. Needed
- * wherever memory is read at an address that a guest's value decides, and what was read decides
- * another address; a table of one object's own that holds nothing of other guests needs none.
+ * If the size is a power of two, `index & (size - 1)` does the same at a lower cost. Use one of them
+ * wherever a guest's value decides which address is read, and what was read decides another address.
+ * A table that holds nothing of other guests needs neither.
  */
 #ifndef ELISA_NOSPEC_H
 #define ELISA_NOSPEC_H
 
 #include <stdint.h>
 
-/* index where index < size, else 0; no branch, and no way for the compiler to make one. */
+/* Return index if index < size, else 0, without a branch that the compiler could introduce. */
 static inline uint64_t elisa_index_nospec(uint64_t index, uint64_t size)
 {
 	uint64_t mask;
 
-	/* Carry where index is below size; subtracting it from itself with borrow spreads it. */
+	/* cmp sets the carry if index < size; sbb turns it into all ones, or zeros. */
 	__asm__ volatile("cmp	%[size], %[index]\n\t"
 			 "sbb	%[mask], %[mask]"
 			 : [mask] "=r"(mask)

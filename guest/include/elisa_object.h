@@ -1,27 +1,27 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * What a shared object and the code around it agree on. The same object source is compiled for
- * the sub context, for the VMCALL baseline and the native tests on the host, and into a
- * bare-metal guest for the directly mapped path; only the addresses in `struct elisa_env` differ.
+ * Interface between a shared object and the code around it. The same source is compiled for the sub
+ * context, for the VMCALL baseline and the native tests on the host, and into a bare-metal guest for
+ * the directly mapped path. Only the addresses in `struct elisa_env` differ.
  */
 #ifndef ELISA_OBJECT_H
 #define ELISA_OBJECT_H
 
 #include <stdint.h>
 
-/* Read-only for the object. Trusted: written by the VMM, mapped in no guest's default context. */
+/* Read-only for the object, and trusted: the VMM writes it, and no default context maps it. */
 struct elisa_env {
 	uint64_t shared;      /* address of the object's shared memory, 64-byte aligned or better */
 	uint64_t shared_size; /* in bytes */
-	uint64_t windows;     /* address of window 0; window i lies at windows + i * window_size */
+	uint64_t windows;     /* address of window 0; window i is at windows + i * window_size */
 	uint64_t window_size; /* in bytes, a multiple of 4096 */
-	uint32_t id;          /* the calling guest; its window is the only one it can also reach */
+	uint32_t id;          /* the calling guest, and its window: the only one that it can access */
 	uint32_t guests;      /* number of windows */
 };
 
 /*
- * The object's one entry. a0 to a2 come from the guest unchecked; the result goes back to it.
- * By convention a negative errno (as uint64_t) says that nothing was done.
+ * The object's only entry. a0 to a2 are the guest's, unchecked; the result is returned to it. By
+ * convention a negative errno (as uint64_t) means that nothing was done.
  */
 uint64_t elisa_serve(uint64_t a0, uint64_t a1, uint64_t a2, const struct elisa_env *env);
 

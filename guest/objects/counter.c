@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * A counter that several guests add to: a0 is the amount. Returns the new value and leaves it in
- * the first 8 bytes of the caller's window as well, where the guest reads it without a call.
+ * A counter to which several guests add; a0 is the amount. It returns the new value, and stores it in
+ * the first 8 bytes of the caller's window too, where the guest can read it without a call.
  *
- * One atomic addition, so a vCPU that stops in the middle of a call holds nobody up. The counter
- * is never read out of a window: a guest can write whatever it likes there.
+ * The addition is one atomic instruction, so a vCPU that stops in the middle of a call delays
+ * nobody. The counter is never read from a window, where a guest can write anything.
  */
 #include "elisa_memory.h"
 #include "elisa_object.h"

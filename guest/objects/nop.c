@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The object that does nothing: what it costs to call it is the cost of the crossing. */
+/* An object that does nothing: a call of it costs what the crossing costs. */
 #include "elisa_object.h"
 
 uint64_t elisa_serve(uint64_t a0, uint64_t a1, uint64_t a2, const struct elisa_env *env)

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* An object that works for a0 turns, each as long as the other, and returns them. */
+/* An object that works for a0 turns of equal length, and returns their number. */
 #include "elisa_object.h"
 
 uint64_t elisa_serve(uint64_t a0, uint64_t a1, uint64_t a2, const struct elisa_env *env)

@@ -1,8 +1,8 @@
 """Parameters and results of the bare-metal guest programs in ``guest/bare``.
 
-Each class holds one program's parameters, which the head of its C file lists. Its methods
-``image()``, ``params()`` and ``input()`` are those that `BareGuest` calls. The functions decode what
-the programs leave behind.
+Each class holds one program's parameters, which the head of its C file lists; its methods
+``image()``, ``params()`` and ``input()`` are those that `BareGuest` calls. The functions decode
+what the programs leave behind.
 """
 
 import struct
