@@ -1,8 +1,7 @@
-"""Parameters and results of the bare-metal guest programs in ``guest/bare``.
+"""Bare-metal guest programs of guest/bare: what each takes, and what it leaves behind.
 
-Each class holds one program's parameters, which the head of its C file lists; its methods
-``image()``, ``params()`` and ``input()`` are those that `BareGuest` calls. The functions decode
-what the programs leave behind.
+Each class holds one program's parameters, which the head of its C file lists. `BareGuest` calls
+``image()``, ``params()`` and ``input()``. The functions decode what the programs leave behind.
 """
 
 import struct
