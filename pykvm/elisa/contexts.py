@@ -175,7 +175,7 @@ class ContextPlan:
             <= crossing.PRIVATE_GPA_END - page.count * PAGE_SIZE
         ):
             raise CrossingBaseError(
-                f"GPA {gpa:#x} is outside the private range: give the object less memory"
+                f"GPA {gpa:#x} is outside the private range", "give the object less memory"
             )
         self.ept.map_pages(gpa, first, page.count, access)
         self.pages.append(page)
@@ -218,8 +218,9 @@ def check_crossing_base(crossing_gva: int, levels: int = 4) -> None:
     high = (1 << 64) - half <= crossing_gva < 1 << 64
     if crossing_gva % crossing.CROSSING_ALIGN or not (low or high):
         raise CrossingBaseError(
-            f"no crossing area at {crossing_gva:#x}: use a canonical address from "
-            f"{crossing.CROSSING_MIN_GVA:#x} on, a multiple of {crossing.CROSSING_ALIGN:#x}"
+            f"no crossing area at {crossing_gva:#x}",
+            f"use a canonical address from {crossing.CROSSING_MIN_GVA:#x} on, "
+            f"a multiple of {crossing.CROSSING_ALIGN:#x}",
         )
 
 

@@ -127,27 +127,28 @@ def check_instructions(image: Path, name: str, section: str = ".text") -> None:
         if not _ALLOWED.fullmatch(one.mnemonic) or _FOREIGN.search(one.operands):
             raise ForbiddenInstructionError(
                 f"{where} holds `{one.text}`: objects run with general registers, in the "
-                "guest's privilege level and flags; write it in plain C"
+                "guest's privilege level and flags",
+                "write it in plain C",
             )
         if not one.mnemonic.startswith("j") and one.mnemonic != "call":
             continue
         if one.operands.startswith("*"):
             raise IndirectBranchError(
-                f"{where} holds `{one.text}`, which a guest could train to speculate anywhere: "
-                "call functions by name, choose between them with if or switch"
+                f"{where} holds `{one.text}`, which a guest could train to speculate anywhere",
+                "call functions by name, choose between them with if or switch",
             )
         target = _TARGET.match(one.operands)
         if not target or int(target[1], 16) not in starts:
             raise StrayBranchError(
-                f"{where} holds `{one.text}`, which leads to no instruction of the object: "
-                "branch to labels of its own code"
+                f"{where} holds `{one.text}`, which leads to no instruction of the object",
+                "branch to labels of its own code",
             )
 
 
 def _decode(image: Path, section: str) -> Iterator[_Instruction]:
     objdump = shutil.which("objdump")
     if objdump is None:
-        raise CompilerMissingError("no objdump on this machine; apt-get install binutils")
+        raise CompilerMissingError("no objdump on this machine", "apt-get install binutils")
     done = subprocess.run(
         [objdump, "-d", "-w", "-z", "--no-show-raw-insn", "-j", section, str(image)],
         capture_output=True,

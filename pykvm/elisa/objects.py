@@ -74,15 +74,15 @@ class SharedObject:
 
     def __post_init__(self) -> None:
         if not 1 <= self.guests <= MAX_GUESTS:
-            raise ObjectSizeError(f"{self.guests} guests for {self.name}: use 1 to {MAX_GUESTS}")
+            raise ObjectSizeError(f"{self.guests} guests for {self.name}", f"use 1 to {MAX_GUESTS}")
         if self.shared < 0 or self.window < 0:
-            raise ObjectSizeError(f"negative memory for {self.name}: use 0 or more bytes")
+            raise ObjectSizeError(f"negative memory for {self.name}", "use 0 or more bytes")
         if not self.memory_size:
-            raise ObjectSizeError(f"no memory for {self.name}: give it shared memory or windows")
+            raise ObjectSizeError(f"no memory for {self.name}", "give it shared memory or windows")
         if self.memory_size > MAX_MEMORY:
             raise ObjectSizeError(
-                f"{self.memory_size >> 20} MiB for {self.name}: use at most {MAX_MEMORY >> 20} MiB"
-                " of shared memory and windows together"
+                f"{self.memory_size >> 20} MiB for {self.name}",
+                f"use at most {MAX_MEMORY >> 20} MiB of shared memory and windows together",
             )
 
     @property
@@ -272,7 +272,7 @@ class ObjectInstance(Closeable):
         self._check_guest(number)
         if self._is_attached(number):
             raise GuestNumberError(
-                f"guest {number} of {self.declaration.name} is attached already: detach it first"
+                f"guest {number} of {self.declaration.name} is attached already", "detach it first"
             )
         if user and user not in self._image.entries:
             left_out = frozenset(self.declaration.without)
@@ -302,23 +302,23 @@ class ObjectInstance(Closeable):
             if not self._is_attached(number):
                 return number
         raise GuestNumberError(
-            f"{self.declaration.name} has {self.declaration.guests} guests already: "
-            "detach one, or declare more guests"
+            f"{self.declaration.name} has {self.declaration.guests} guests already",
+            "detach one, or declare more guests",
         )
 
     def _check_guest(self, guest: int) -> None:
         if not 0 <= guest < self.declaration.guests:
             raise GuestNumberError(
-                f"{self.declaration.name} has no guest {guest}: "
-                f"use 0 to {self.declaration.guests - 1}, or declare more guests"
+                f"{self.declaration.name} has no guest {guest}",
+                f"use 0 to {self.declaration.guests - 1}, or declare more guests",
             )
 
     def _check_window(self, guest: int) -> None:
         self._check_guest(guest)
         if not self.declaration.window:
             raise ObjectSizeError(
-                f"{self.declaration.name} has no windows: "
-                f"declare it with window={PAGE_SIZE} or more"
+                f"{self.declaration.name} has no windows",
+                f"declare it with window={PAGE_SIZE} or more",
             )
 
     def close(self) -> None:

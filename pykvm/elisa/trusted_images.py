@@ -220,16 +220,16 @@ def _check_compiled(sources: Sequence[Path], files: Sequence[ElfFile]) -> None:
     defined = {symbol.name for file in files for symbol in file.symbols if symbol.section}
     if "elisa_serve" not in defined:
         raise MissingEntryError(
-            f"{sources[0].name} does not define elisa_serve; "
-            "define it as guest/include/elisa_object.h declares it"
+            f"{sources[0].name} does not define elisa_serve",
+            "define it as guest/include/elisa_object.h declares it",
         )
     size = 0
     for source, file in zip(sources, files, strict=True):
         for symbol in file.symbols:
             if symbol.name and symbol.section == 0 and symbol.name not in defined:
                 raise UndefinedSymbolError(
-                    f"{source.name} needs {symbol.name}, which no source of the object defines; "
-                    "there is no C library in a sub context: add a source that defines it"
+                    f"{source.name} needs {symbol.name}, which no source of the object defines",
+                    "add a source that defines it: a sub context has no C library",
                 )
         for section in file.sections:
             if not section.flags & elf.SHF_ALLOC:
@@ -237,8 +237,8 @@ def _check_compiled(sources: Sequence[Path], files: Sequence[ElfFile]) -> None:
             size += section.size
             if section.flags & elf.SHF_WRITE and section.flags & elf.SHF_EXECINSTR:
                 raise WritableCodeError(
-                    f"section {section.name} of {source.name} is writable and executable; "
-                    "drop one of the flags w and x"
+                    f"section {section.name} of {source.name} is writable and executable",
+                    "drop one of the flags w and x",
                 )
         _check_relocations(source, file)
     _check_size(sources[0].name, size)
@@ -257,16 +257,16 @@ def _check_relocations(source: Path, file: ElfFile) -> None:
                 symbol = file.symbols[info >> 32]
                 what = symbol.name or file.sections[symbol.section].name
                 raise AbsoluteAddressError(
-                    f"section {target.name} of {source.name} holds an absolute address ({what}); "
-                    "use an index or a distance in place of the pointer"
+                    f"section {target.name} of {source.name} holds an absolute address ({what})",
+                    "use an index or a distance in place of the pointer",
                 )
 
 
 def _check_size(name: str, size: int) -> None:
     if size > crossing.IMAGE_MAX_SIZE:
         raise ImageTooLargeError(
-            f"{name} takes {size} bytes of code and data, {crossing.IMAGE_MAX_SIZE} fit; "
-            "put large data into the object's shared memory"
+            f"{name} takes {size} bytes of code and data, {crossing.IMAGE_MAX_SIZE} fit",
+            "put large data into the object's shared memory",
         )
 
 
@@ -275,8 +275,8 @@ def _check_vmfunc(name: str, parts: Sequence[tuple[int, bytes]], official: Seque
     if found != list(official):
         wrong = sorted(set(found) ^ set(official))[0]
         raise ForeignVmfuncError(
-            f"the bytes 0f 01 d4 (vmfunc) are not where they belong in {name}: offset {wrong:#x}; "
-            "change the instruction or the constant that holds them"
+            f"the bytes 0f 01 d4 (vmfunc) are not where they belong in {name}: offset {wrong:#x}",
+            "change the instruction or the constant that holds them",
         )
 
 
@@ -292,7 +292,9 @@ def _sub_image(image: ElfFile, name: str) -> SubImage:
         if part.offset % PAGE_SIZE:
             raise ValueError(f"segment at {part.offset:#x}: object.ld has to align it to a page")
         if part.writable and part.executable:
-            raise WritableCodeError(f"{name} has a writable and executable segment; separate them")
+            raise WritableCodeError(
+                f"{name} has a writable and executable segment", "separate them"
+            )
         parts.append(part)
     _check_vmfunc(
         name,

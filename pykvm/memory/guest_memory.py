@@ -125,10 +125,10 @@ class MemoryFile(Closeable):
         self.page_size = huge_page or PAGE_SIZE
         self._fd = -1
         if huge_page not in (None, HUGE_2M, HUGE_1G):
-            raise RegionError(f"no huge pages of {huge_page} bytes: use HUGE_2M or HUGE_1G")
+            raise RegionError(f"no huge pages of {huge_page} bytes", "use HUGE_2M or HUGE_1G")
         if size <= 0 or size % self.page_size:
             raise RegionError(
-                f"{size:#x} bytes for {name}: use a positive multiple of {self.page_size:#x}"
+                f"{size:#x} bytes for {name}", f"use a positive multiple of {self.page_size:#x}"
             )
         flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
         if huge_page:
@@ -141,7 +141,7 @@ class MemoryFile(Closeable):
         except OSError as error:
             if huge_page and error.errno in (errno.ENODEV, errno.EINVAL, errno.ENOENT):
                 raise HugePagesError(
-                    f"this kernel has no huge pages of {huge_page >> 20} MiB: leave out huge_page"
+                    f"this kernel has no huge pages of {huge_page >> 20} MiB", "leave out huge_page"
                 ) from error
             raise
         try:
@@ -161,7 +161,7 @@ class MemoryFile(Closeable):
             ClosedMemoryError: the file is closed.
         """
         if self._fd < 0:
-            raise ClosedMemoryError(f"memory file {self.name} is closed: create it again")
+            raise ClosedMemoryError(f"memory file {self.name} is closed", "create it again")
         return self._fd
 
     @property
@@ -215,13 +215,13 @@ class Region(Closeable):
         for what, value in (("gpa", gpa), ("offset", offset), ("size", size)):
             if value < 0 or value % file.page_size:
                 raise RegionError(
-                    f"{what} {value:#x} of a region in {file.name}: "
-                    f"use a multiple of {file.page_size:#x}"
+                    f"{what} {value:#x} of a region in {file.name}",
+                    f"use a multiple of {file.page_size:#x}",
                 )
         if size == 0 or offset + size > file.size:
             raise RegionError(
-                f"no {size:#x} bytes at offset {offset:#x} of {file.name}: "
-                f"it has {file.size:#x} bytes"
+                f"no {size:#x} bytes at offset {offset:#x} of {file.name}",
+                f"stay within its {file.size:#x} bytes",
             )
         self.name = file.name
         self.gpa = gpa
@@ -237,9 +237,13 @@ class Region(Closeable):
             if error.errno != errno.ENOMEM:
                 raise
             if file.page_size != PAGE_SIZE:
-                raise HugePagesError(_huge_pages_message(file.page_size, size)) from error
+                raise _huge_pages_error(file.page_size, size) from error
+            limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
             raise MemoryTooSmallError(
-                f"no address space for {size >> 10} KiB of guest memory: raise it with ulimit -v"
+                f"no address space for {size >> 10} KiB of guest memory",
+                "raise the limit with `ulimit -v`"
+                if limited
+                else "unmap memory, or raise vm.max_map_count with sysctl",
             ) from error
         # The temporary array has to be gone before close() can unmap: it is an exported buffer.
         self._host_address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
@@ -282,8 +286,8 @@ class Region(Closeable):
         size = self.size - start if size is None else size
         if start < 0 or size < 0 or start + size > self.size:
             raise AddressError(
-                f"no {size:#x} bytes at {start:#x} of region {self.name}: "
-                f"it has {self.size:#x} bytes"
+                f"no {size:#x} bytes at {start:#x} of region {self.name}",
+                f"stay within its {self.size:#x} bytes",
             )
         return memoryview(mapping)[start : start + size]
 
@@ -297,7 +301,7 @@ class Region(Closeable):
 
     def _mapping(self) -> mmap.mmap:
         if self._map is None:
-            raise ClosedMemoryError(f"region {self.name} is closed: map it again")
+            raise ClosedMemoryError(f"region {self.name} is closed", "map it again")
         return self._map
 
     def _prefault(self) -> None:
@@ -310,8 +314,8 @@ class Region(Closeable):
                 bytes(memoryview(mapping)[:: self.page_size])
             elif error.errno in (errno.ENOMEM, errno.EFAULT):
                 raise MemoryTooSmallError(
-                    f"cannot allocate {self.size >> 20} MiB of guest memory now: "
-                    "free some or give the guest less"
+                    f"cannot allocate {self.size >> 20} MiB of guest memory now",
+                    "free some or give the guest less",
                 ) from error
             else:
                 raise
@@ -377,13 +381,14 @@ class GuestMemory(Closeable):
             ClosedMemoryError: this memory is closed.
         """
         if self._closed:
-            raise ClosedMemoryError("guest memory is closed: create it again")
+            raise ClosedMemoryError("guest memory is closed", "create it again")
         at = bisect.bisect_left(self._starts, region.gpa)
         for other in self._regions[max(at - 1, 0) : at + 1]:
             if region.gpa < other.end and other.gpa < region.end:
                 raise RegionOverlapError(
-                    f"{region.name} at {region.gpa:#x}-{region.end:#x} overlaps "
-                    f"{other.name} at {other.gpa:#x}-{other.end:#x}: choose another gpa"
+                    f"{region.name} at {region.gpa:#x}-{region.end:#x} overlaps {other.name} at "
+                    f"{other.gpa:#x}-{other.end:#x}",
+                    "choose another gpa",
                 )
         self._regions.insert(at, region)
         self._starts.insert(at, region.gpa)
@@ -403,10 +408,12 @@ class GuestMemory(Closeable):
             ClosedMemoryError: this memory is closed.
         """
         if self._closed:
-            raise ClosedMemoryError("guest memory is closed: create it again")
+            raise ClosedMemoryError("guest memory is closed", "create it again")
         at = bisect.bisect_right(self._starts, gpa) - 1
         if at < 0 or gpa >= self._regions[at].end:
-            raise AddressError(f"no guest memory at {gpa:#x}: the guest has {self._describe()}")
+            raise AddressError(
+                f"no guest memory at {gpa:#x}", f"use what the guest has: {self._describe()}"
+            )
         return self._regions[at]
 
     def view(self, gpa: int, size: int) -> memoryview:
@@ -418,8 +425,8 @@ class GuestMemory(Closeable):
         region = self.region_at(gpa)
         if size < 0 or gpa + size > region.end:
             raise AddressError(
-                f"no {size:#x} bytes of guest memory at {gpa:#x}: "
-                f"region {region.name} ends at {region.end:#x}"
+                f"no {size:#x} bytes of guest memory at {gpa:#x}",
+                f"stay below {region.end:#x}, where region {region.name} ends",
             )
         return region.view(gpa - region.gpa, size)
 
@@ -452,8 +459,8 @@ class GuestMemory(Closeable):
         region = self.region_at(gpa)
         if gpa + size > region.end:
             raise AddressError(
-                f"no {size:#x} bytes of guest memory at {gpa:#x}: "
-                f"region {region.name} ends at {region.end:#x}"
+                f"no {size:#x} bytes of guest memory at {gpa:#x}",
+                f"stay below {region.end:#x}, where region {region.name} ends",
             )
         return region.host_address + gpa - region.gpa
 
@@ -471,7 +478,7 @@ class GuestMemory(Closeable):
 
     def _views(self, gpa: int, size: int) -> list[memoryview]:
         if size < 0:
-            raise AddressError(f"no {size} bytes of guest memory: ask for 0 or more")
+            raise AddressError(f"no {size} bytes of guest memory", "ask for 0 or more")
         views = []
         while size:
             region = self.region_at(gpa)
@@ -512,8 +519,8 @@ def require_lockable(size: int) -> None:
     limit = lockable_bytes()
     if limit is not None and limit < size:
         raise LockLimitError(
-            f"{_kib(size)} KiB have to be pinned and only {limit >> 10} KiB may be: "
-            f"type `ulimit -l {_kib(size)}` in a root shell, or run as root"
+            f"{_kib(size)} KiB have to be pinned and only {limit >> 10} KiB may be",
+            f"type `ulimit -l {_kib(size)}` in a root shell, or run as root",
         )
 
 
@@ -527,11 +534,12 @@ def _require_memory(size: int, key: str) -> None:
         if name == key and size > int(value.split()[0]) << 10:
             raise MemoryTooSmallError(
                 f"{_kib(size) >> 10} MiB of guest memory do not fit into "
-                f"{int(value.split()[0]) >> 10} MiB ({key}): give the guest less"
+                f"{int(value.split()[0]) >> 10} MiB ({key})",
+                "give the guest less",
             )
 
 
-def _huge_pages_message(page_size: int, size: int) -> str:
+def _huge_pages_error(page_size: int, size: int) -> HugePagesError:
     pool = Path(f"/sys/kernel/mm/hugepages/hugepages-{page_size >> 10}kB")
     need = size // page_size
     try:
@@ -539,14 +547,16 @@ def _huge_pages_message(page_size: int, size: int) -> str:
         free = int((pool / "free_hugepages").read_text())
         free -= int((pool / "resv_hugepages").read_text())
     except OSError:
-        return f"this kernel has no pool of {page_size >> 20} MiB pages: leave out huge_page"
+        return HugePagesError(
+            f"this kernel has no pool of {page_size >> 20} MiB pages", "leave out huge_page"
+        )
     # /proc/sys/vm/nr_hugepages is the pool of the default size, 2 MiB unless configured otherwise.
     default = f"Hugepagesize:{page_size >> 10:>15} kB"
     short = default.split() in [
         line.split() for line in Path("/proc/meminfo").read_text().splitlines()
     ]
     where = Path("/proc/sys/vm/nr_hugepages") if short else pool / "nr_hugepages"
-    return (
-        f"{need} huge pages of {page_size >> 20} MiB are needed and {free} are free: "
-        f"type `echo {total + need - free} > {where}` as root"
+    return HugePagesError(
+        f"{need} huge pages of {page_size >> 20} MiB are needed and {free} are free",
+        f"type `echo {total + need - free} > {where}` as root",
     )

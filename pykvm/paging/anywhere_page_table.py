@@ -43,10 +43,13 @@ def fill_anywhere(
     first, last = exclude or (0, 0)
     if (first | last | target) & (PAGE_SIZE - 1):
         raise AlignmentError(
-            f"root page {target:#x}, excluded range {first:#x} to {last:#x}: align to 4096"
+            f"root page {target:#x}, excluded range {first:#x} to {last:#x}", "align to 4096"
         )
     if not 0 <= first <= last <= 1 << (12 + 9 * ept.levels):
-        raise AddressRangeError(f"excluded range {first:#x} to {last:#x}: first come, last within")
+        raise AddressRangeError(
+            f"excluded range {first:#x} to {last:#x}",
+            "give both ends in order, within the levels of the tables",
+        )
     filler = _Filler(ept, target, first, last)
     for number in range(len(ept)):
         if ept.base(number) is not None:

@@ -107,7 +107,7 @@ class Word(int):
 
     def __new__(cls, value: int = 0) -> Self:
         if not 0 <= value < 1 << 64:
-            raise EntryError(f"{value:#x} is no 64-bit word: use 0 to 2^64 - 1")
+            raise EntryError(f"{value:#x} is no 64-bit word", "use 0 to 2^64 - 1")
         return super().__new__(cls, value)
 
     @property
@@ -263,19 +263,21 @@ class EptEntry(Entry):
         cls, level: int, address: int, access: Access, memory_type: MemoryType = MemoryType.WB
     ) -> Self:
         if not 1 <= level <= 3:
-            raise EntryError(f"no pages at level {level}: use level 1, 2 or 3")
+            raise EntryError(f"no pages at level {level}", "use level 1, 2 or 3")
         if access & Access.USER or not access:
-            raise EntryError(f"{access!r} in an EPT entry: use READ, WRITE and EXECUTE")
+            raise EntryError(f"{access!r} in an EPT entry", "use READ, WRITE and EXECUTE")
         value = address | int(access) | memory_type << 3 | (level > 1) << 7
         if address & ~ADDRESS_MASK:
-            raise EntryError(f"address {address:#x}: use a page-aligned one below 2^52")
+            raise EntryError(f"address {address:#x}", "use a page-aligned one below 2^52")
         return cls._checked(value, level)
 
     @classmethod
     def table(cls, address: int, access: Access | None = None) -> Self:
         access = cls.TABLE_ACCESS if access is None else access
         if address & ~ADDRESS_MASK or access & Access.USER or not access:
-            raise EntryError(f"table at {address:#x} with {access!r}: use an aligned address, RWX")
+            raise EntryError(
+                f"table at {address:#x} with {access!r}", "use an aligned address, RWX"
+            )
         return cls._checked(address | int(access), 2)
 
     @property
@@ -360,14 +362,16 @@ class X86Entry(Entry):
         cls, level: int, address: int, access: Access, memory_type: MemoryType = MemoryType.WB
     ) -> Self:
         if not 1 <= level <= 3:
-            raise EntryError(f"no pages at level {level}: use level 1, 2 or 3")
+            raise EntryError(f"no pages at level {level}", "use level 1, 2 or 3")
         if address & ~ADDRESS_MASK:
-            raise EntryError(f"address {address:#x}: use a page-aligned one below 2^52")
+            raise EntryError(f"address {address:#x}", "use a page-aligned one below 2^52")
         if memory_type not in cls._CACHE:
-            raise EntryError(f"no {memory_type.name} with the PAT's reset value: use WB, WT or UC")
+            raise EntryError(
+                f"no {memory_type.name} with the PAT's reset value", "use WB, WT or UC"
+            )
         # Bit 12 of a large leaf is not an address bit but PAT.
         if address & (page_size(level) - 1):
-            raise EntryError(f"address {address:#x}: align it to {size_name(page_size(level))}")
+            raise EntryError(f"address {address:#x}", f"align it to {size_name(page_size(level))}")
         value = address | cls._bits(access) | 0x60 | (level > 1) << 7 | cls._CACHE[memory_type]
         return cls._checked(value, level)
 
@@ -375,13 +379,13 @@ class X86Entry(Entry):
     def table(cls, address: int, access: Access | None = None) -> Self:
         access = cls.TABLE_ACCESS if access is None else access
         if address & ~ADDRESS_MASK:
-            raise EntryError(f"table at {address:#x}: use a page-aligned address below 2^52")
+            raise EntryError(f"table at {address:#x}", "use a page-aligned address below 2^52")
         return cls._checked(address | cls._bits(access) | 0x20, 2)
 
     @staticmethod
     def _bits(access: Access) -> int:
         if not access & Access.READ:
-            raise EntryError(f"{access!r} in an x86 entry: present pages can be read, add READ")
+            raise EntryError(f"{access!r} in an x86 entry", "present pages can be read, add READ")
         return (
             1
             | (2 if access & Access.WRITE else 0)
@@ -438,7 +442,7 @@ class EPTP(Word):
             EntryError: the address is not page-aligned and below 2^52, or `levels` not 4 or 5.
         """
         if address & ~ADDRESS_MASK or levels not in (4, 5):
-            raise EntryError(f"root {address:#x} of {levels} levels: use an aligned one, 4 or 5")
+            raise EntryError(f"root {address:#x} of {levels} levels", "use an aligned one, 4 or 5")
         return cls(address | MemoryType.WB | (levels - 1) << 3 | access_dirty << 6)
 
     @property

@@ -112,7 +112,7 @@ class TableNumbers:
 
     def address(self, number: int) -> int:
         if number >= self.limit:
-            raise TableLimitError(f"more than {self.limit} tables: map less in one context")
+            raise TableLimitError(f"more than {self.limit} tables", "map less in one context")
         return number * PAGE_SIZE
 
 
@@ -134,12 +134,13 @@ class TableAddresses:
 
     def __post_init__(self) -> None:
         if (self.base | self.size) & (PAGE_SIZE - 1) or self.base & ~ADDRESS_MASK:
-            raise AlignmentError(f"tables at {self.base:#x}, {self.size:#x} bytes: align to 4096")
+            raise AlignmentError(f"tables at {self.base:#x}, {self.size:#x} bytes", "align to 4096")
 
     def address(self, number: int) -> int:
         if (number + 1) * PAGE_SIZE > self.size:
             raise TableLimitError(
-                f"more than {self.size // PAGE_SIZE} tables at {self.base:#x}: give them more room"
+                f"more than {self.size // PAGE_SIZE} tables at {self.base:#x}",
+                "give them more room",
             )
         return self.base + number * PAGE_SIZE
 
@@ -186,7 +187,7 @@ class PageTables(Generic[E]):
         table_access: Access | None = None,
     ) -> None:
         if levels not in (4, 5):
-            raise AddressRangeError(f"{levels} levels: use 4 or 5")
+            raise AddressRangeError(f"{levels} levels", "use 4 or 5")
         self.entry = entry
         self.allocator = allocator
         self.levels = levels
@@ -233,12 +234,12 @@ class PageTables(Generic[E]):
         """
         if (start | target | size) & (PAGE_SIZE - 1):
             raise AlignmentError(
-                f"map {start:#x} to {target:#x}, {size:#x} bytes: align all three to 4096"
+                f"map {start:#x} to {target:#x}, {size:#x} bytes", "align all three to 4096"
             )
         if max_page not in (SIZE_4K, SIZE_2M, SIZE_1G):
-            raise AlignmentError(f"pages of {max_page:#x} bytes: use SIZE_4K, SIZE_2M or SIZE_1G")
+            raise AlignmentError(f"pages of {max_page:#x} bytes", "use SIZE_4K, SIZE_2M or SIZE_1G")
         if target < 0 or target + size > ADDRESS_MASK + PAGE_SIZE:
-            raise AddressRangeError(f"target {target:#x}, {size:#x} bytes: stay below 2^52")
+            raise AddressRangeError(f"target {target:#x}, {size:#x} bytes", "stay below 2^52")
         first = self._fold(start, size)
         top = next(level for level in (3, 2, 1) if page_size(level) <= max_page)
         # Start and target have to agree in the bits below a page's size.
@@ -275,10 +276,11 @@ class PageTables(Generic[E]):
             if start >= (1 << 64) - half and size >= 0 and start + size <= 1 << 64:
                 return start & (limit - 1)
             raise AddressRangeError(
-                f"{start:#x}, {size:#x} bytes: not canonical with {self.levels} levels"
+                f"{start:#x}, {size:#x} bytes: not canonical with {self.levels} levels",
+                "use a canonical address",
             )
         if start < 0 or size < 0 or start + size > limit:
-            raise AddressRangeError(f"{start:#x}, {size:#x} bytes: stay below 2^{bits}")
+            raise AddressRangeError(f"{start:#x}, {size:#x} bytes", f"stay below 2^{bits}")
         return start
 
     def _plan(self, plan: _Plan, number: int, level: int, base: int, wanted: range) -> None:
@@ -319,7 +321,8 @@ class PageTables(Generic[E]):
         at = self._unfold(base + taken * page_size(level))
         size = size_name(page_size(level))
         return AlreadyMappedError(
-            f"{self.entry.SPACE} {at:#x} ({size}) is mapped already: choose another place"
+            f"{self.entry.SPACE} {at:#x} ({size}) is mapped already",
+            "choose another place",
         )
 
     def _carry_out(self, plan: _Plan, patterns: list[int]) -> None:

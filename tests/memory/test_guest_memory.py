@@ -81,7 +81,7 @@ def test_host_address_is_that_of_the_byte() -> None:
         ctypes.memmove(memory.host_address(0x6FFC, 4), b"back", 4)
         assert memory.read(0x6FFC, 4) == b"back"
         assert memory.host_address(0x5000) % PAGE == 0
-        with pytest.raises(AddressError, match="region guest ends at 0x7000"):
+        with pytest.raises(AddressError, match="stay below 0x7000, where region guest ends"):
             memory.host_address(0x6FFC, 5)
 
 
@@ -109,7 +109,9 @@ def test_out_of_bounds(gpa: int, size: int) -> None:
 def test_no_memory_names_what_there_is() -> None:
     with (
         GuestMemory.create(PAGE, gpa=0x5000) as memory,
-        pytest.raises(AddressError, match=r"no guest memory at 0x0: the guest has 0x5000-0x6000"),
+        pytest.raises(
+            AddressError, match=r"no guest memory at 0x0: use what the guest has: 0x5000-0x6000"
+        ),
     ):
         memory.read(0, 1)
 
@@ -123,7 +125,7 @@ def test_regions_side_by_side_read_as_one() -> None:
         memory.write(0x1FFE, b"abcd")
         assert memory.read(0x1FFE, 4) == b"abcd"
         assert bytes(second.view(0, 2)) == b"cd"
-        with pytest.raises(AddressError, match="region a ends at 0x2000"):
+        with pytest.raises(AddressError, match="stay below 0x2000, where region a ends"):
             memory.view(0x1FFE, 4)
         assert list(memory.slots(5)) == [
             MemorySlot(5, 0x1000, PAGE, first.host_address, True),
