@@ -2,13 +2,15 @@
 
 import pytest
 
-from pykvm.closeable import Closeable
+from pykvm.closeable import Closeable, ForkedProcessError
+from pykvm.elisa.attachment import Attachment
 from pykvm.elisa.objects import ObjectInstance
 from pykvm.kvm import Handle, Vcpu, Vm
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.memory.guest_memory import GuestMemory, MemoryFile, Region
 from pykvm.switch.hosted import HostedSwitch
 from pykvm.testbed.bochs import Emulator
+from tests.rigs.forks import in_fork
 
 pytestmark = pytest.mark.unit
 
@@ -40,7 +42,30 @@ def test_who_must_define_close() -> None:
         pass
 
 
+def test_a_forked_process_knows_what_it_has_inherited() -> None:
+    door = Door()
+    assert not door.inherited
+    door.require_own("opening")
+
+    def child() -> None:
+        assert door.inherited
+        with pytest.raises(ForkedProcessError, match="opening: it was made before") as caught:
+            door.require_own("opening")
+        assert "spawn" in caught.value.next_step
+        mine = Door()
+        assert not mine.inherited
+        in_fork(grandchild)
+
+    def grandchild() -> None:
+        assert door.inherited
+        assert not Door().inherited
+
+    in_fork(child)
+    assert not door.inherited
+
+
 OWNERS = (
+    Attachment,
     *(BareGuest, Emulator, GuestMemory, Handle, HostedSwitch),
     *(MemoryFile, ObjectInstance, Region, Vcpu, Vm),
 )

@@ -19,6 +19,7 @@ from pykvm.machine.bare.guest import (
 )
 from pykvm.measure.programs import CrossingProgram, Way, way_samples
 from pykvm.toolchain.elf import ElfFile, Segment
+from tests.rigs.forks import in_fork
 from tests.rigs.sources import GUESTS
 
 pytestmark = pytest.mark.kvm
@@ -177,3 +178,21 @@ def test_image_at_a_wrong_address(kvm: Kvm) -> None:
 
     with pytest.raises(ImageAddressError, match="link it between"):
         BareGuest(kvm, Wrong(0))
+
+
+def test_a_forked_process_lets_a_running_guest_run(kvm: Kvm) -> None:
+    with BareGuest(kvm, Selftest(6)) as guest:
+        guest.start()
+        wait_until_running(guest)
+        in_fork(guest.close)
+        assert guest.vcpu.running
+        guest.memory.write(layout.CAPTURE_GPA, b"mine still")
+        guest.stop()
+        assert guest.memory.read(layout.CAPTURE_GPA, 10) == b"mine still"
+
+
+def wait_until_running(guest: BareGuest) -> None:
+    end = time.monotonic() + 20
+    while not guest.vcpu.running:
+        assert time.monotonic() < end, "the vcpu did not start"
+        time.sleep(0.001)
