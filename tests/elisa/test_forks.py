@@ -76,11 +76,15 @@ def test_a_guest_inside_the_object(kvm: Kvm) -> None:
             attachment.close()  # harmless again
             assert mapped("spin") == mapped("guest") == 0
 
+        def close_guest_first() -> None:
+            guest.close()
+            instance.close()
+
         in_fork(refused)
         spin.work_on()
         in_fork(close_all)
         spin.work_on()
-        in_fork(lambda: (guest.close(), instance.close()))  # the other way round
+        in_fork(close_guest_first)
         spin.work_on()
         assert attachment.attached
         spin.release()
