@@ -9,6 +9,7 @@ setup(
     packages=[*find_packages(include=["pykvm", "pykvm.*"]), "pykvm.data", *DATA],
     package_dir=DATA,
     package_data={
+        "pykvm": ["py.typed"],
         "pykvm.data": ["*.pcap", "README.md"],
         "pykvm.data.guest": ["**/*.[chS]", "**/*.ld"],
         "pykvm.data.kernel-patches": ["**/*"],

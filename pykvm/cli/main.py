@@ -1,16 +1,19 @@
 """The `pykvm` command: finds the subcommand, runs it, and turns errors into one line.
 
 Exit status: the subcommand's own, 1 for an error that the user can act on, 2 for wrong usage,
-130 after Ctrl-C.
+130 after Ctrl-C, 141 if nobody reads the output any more. A mistake of pykvm's is a traceback.
 """
 
 import argparse
+import contextlib
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from pykvm.cli import streams
+from pykvm.cli.failures import explained
 from pykvm.errors import PykvmError
 
 __all__ = ["main"]
@@ -21,22 +24,38 @@ SUBCOMMANDS = ("doctor", "demo", "bench", "kernel", "testbed", "verify-gate", "c
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one `pykvm` command line, by default the process's own; return the exit status."""
-    argv = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _parser(argv[0] if argv else "")
-    options = parser.parse_args(argv)
+    streams.prepare()
     try:
-        status: int = options.run(options)
-        sys.stdout.flush()
+        status = _run(list(sys.argv[1:] if arguments is None else arguments))
     except PykvmError as error:
-        print(f"pykvm: {error}", file=sys.stderr)
-        return 1
+        status = _say(error)
     except KeyboardInterrupt:
-        return 130
+        status = 130
     except BrokenPipeError:
-        # The reader has gone (`pykvm doctor | head`): nothing may be written at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        status = 141  # the reader has gone (`pykvm doctor | head`)
+    except (OSError, MemoryError, UnicodeError) as error:
+        told = explained(error)
+        if told is None:
+            raise
+        status = _say(told)
+    streams.settle()
     return status
+
+
+def _run(argv: list[str]) -> int:
+    try:
+        options = _parser(argv[0] if argv else "").parse_args(argv)
+        status: int = options.run(options)
+    finally:
+        sys.stdout.flush()
+    return status
+
+
+def _say(error: PykvmError) -> int:
+    """Tell `error` on standard error, if that takes it; return the exit status."""
+    with contextlib.suppress(OSError):
+        print(f"pykvm: {error}", file=sys.stderr, flush=True)
+    return 1
 
 
 def _parser(chosen: str) -> argparse.ArgumentParser:
@@ -49,6 +68,7 @@ def _parser(chosen: str) -> argparse.ArgumentParser:
         description="virtual machines that share without exits (ELISA)",
         epilog="start with: pykvm doctor",
     )
+    parser.add_argument("--version", action=_Version, help="show the version and exit")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for name in SUBCOMMANDS:
         module = name.replace("-", "_")
@@ -60,6 +80,19 @@ def _parser(chosen: str) -> argparse.ArgumentParser:
         else:
             subparsers.add_parser(name, help=_first_line(source))
     return parser
+
+
+class _Version(argparse.Action):
+    """Prints the version; argparse's own action would have it read for every command."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from pykvm.version import version  # noqa: PLC0415
+
+        print(f"pykvm {version()}")
+        parser.exit()
 
 
 def _first_line(source: Path) -> str:

@@ -135,8 +135,8 @@ def run(options: argparse.Namespace) -> int:
             timeout=options.timeout,
             environment=_environment(options.env),
             bring=options.bring,
-            stdout=_writer(sys.stdout.fileno()),
-            stderr=_writer(sys.stderr.fileno()),
+            stdout=_writer(sys.stdout.fileno(), "standard output"),
+            stderr=_writer(sys.stderr.fileno(), "standard error"),
             stdin=sys.stdin.buffer.read() if script else b"",
             interactive=not command and not script,
             directory=None if options.folder else Path.cwd(),
@@ -166,9 +166,12 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _writer(descriptor: int) -> session.Sink:
+def _writer(descriptor: int, name: str) -> session.Sink:
     def write(data: bytes) -> None:
         while data:
-            data = data[os.write(descriptor, data) :]
+            try:
+                data = data[os.write(descriptor, data) :]
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, name) from error
 
     return write

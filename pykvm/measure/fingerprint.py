@@ -3,9 +3,7 @@
 It names hardware and versions only: no host name, no user, no path.
 """
 
-import importlib.metadata
 import os
-import tomllib
 from typing import Any
 
 from pykvm.host.checkout import commit
@@ -13,7 +11,7 @@ from pykvm.host.emulation import host_kind
 from pykvm.host.processor import read_processor
 from pykvm.kernel import modules
 from pykvm.kernel import packages as kernel_packages
-from pykvm.resources import CHECKOUT, DISTRIBUTION
+from pykvm.version import version
 
 __all__ = ["fingerprint"]
 
@@ -33,17 +31,6 @@ def fingerprint() -> dict[str, Any]:
         "kvm": kvm.state,
         "kvm_elisa": kvm.elisa,
         "kvm_srcversion": kvm.srcversion,
-        "pykvm": _version(),
+        "pykvm": version(),
         "commit": commit(),
     }
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version(DISTRIBUTION)
-    except importlib.metadata.PackageNotFoundError:
-        if CHECKOUT is None:
-            raise
-        # Run from a checkout that is not installed, as in the emulated host.
-        project = CHECKOUT / "pyproject.toml"
-        return str(tomllib.loads(project.read_text())["project"]["version"])

@@ -1,0 +1,66 @@
+"""The standard streams of a command, which may be closed, full, or unable to hold a name."""
+
+import contextlib
+import io
+import os
+import sys
+from typing import Any
+
+__all__ = ["prepare", "settle"]
+
+
+class _Output(io.FileIO):
+    """Standard output whose errors name it, as those of other files do."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, "standard output") from error
+
+
+def prepare() -> None:
+    """Give this process three standard streams, of which the output takes every file name.
+
+    The output that is put in the place of a closed one refuses every write, as that would.
+    Streams that somebody else has put there, such as a test, stay.
+    """
+    for descriptor, flags in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, flags)  # gets the lowest free number
+    if sys.stdin is None:
+        sys.stdin = os.fdopen(0, closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)
+    if sys.stdout is None or sys.stdout is sys.__stdout__:
+        sys.stdout = _output(sys.__stdout__)
+
+
+def settle() -> None:
+    """Write out what the output streams still hold, or drop it if it cannot be written.
+
+    The interpreter would try again at its end, and complain.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError):  # no file
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _output(like: Any) -> io.TextIOWrapper:
+    raw = _Output(1, "w", closefd=False)
+    unbuffered = like is not None and like.write_through  # python -u
+    encoding = like.encoding if like is not None else "utf-8"
+    unicode = encoding.lower().replace("-", "") == "utf8"
+    return io.TextIOWrapper(
+        raw if unbuffered else io.BufferedWriter(raw),
+        encoding=encoding,
+        # A name that is no text in UTF-8 is written as the bytes that it is.
+        errors="surrogateescape" if unicode else "backslashreplace",
+        line_buffering=like is not None and like.line_buffering,
+        write_through=unbuffered,
+    )
