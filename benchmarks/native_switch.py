@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=21, help="per row (default: 21)")
     options = parser.parse_args(arguments)
     if not 1 <= options.samples <= 10_000:
-        raise PykvmError(f"--samples {options.samples}", "use 1 to 10000")
+        raise PykvmError(f"--samples {options.samples} is out of range", "use 1 to 10000")
     if options.json:
         require_writable(options.json)
     rows = []

@@ -42,7 +42,7 @@ def test_table_and_record(tmp_path: Path) -> None:
 def test_number_of_samples(number: str) -> None:
     done = _run("--samples", number)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"native_switch: --samples {number}: use 1 to 10000\n"
+    assert done.stderr == f"native_switch: --samples {number} is out of range: use 1 to 10000\n"
 
 
 def test_record_that_cannot_be_written(tmp_path: Path) -> None:
