@@ -1,11 +1,13 @@
 """`make test`: every test, on this host and on the emulated Intel host with each kernel series.
 
-Each part leaves a report in pytest's JUnit format in `build/tests`.
+Each part leaves a report in pytest's JUnit format in `build/tests`, and what the parts on this host
+reach of the sources in `build/coverage` (tools/coverage_floor.py).
 """
 
 import argparse
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +22,9 @@ from tools.side_by_side import Job
 ROOT: Final = Path(__file__).resolve().parents[1]
 REPORTS: Final = Path("build") / "tests"  # below build/, so that they come back from inside
 
+COVERAGE: Final = Path("build") / "coverage" / "data"  # and a suffix for each process
+
+_WITH_KVM: Final = "kvm or elisa"
 _STATE: Final = "checkout"
 _MADE: Final = re.compile(r"\.(so|pyc)$")
 
@@ -94,13 +99,26 @@ def jobs() -> list[Job]:
                 after=first,
             )
         )
-    return found
+    return [*found, _with_this_kvm()]
 
 
 def _on_this_host(name: str, report: str, files: Sequence[str]) -> Job:
-    command = [sys.executable, "-m", "pytest", f"--junitxml={REPORTS / report}.xml", *files]
+    pytest = ["pytest", "-m", f"not ({_WITH_KVM})", f"--junitxml={REPORTS / report}.xml"]
     # What pytest compiles is taken along, too.
-    return Job(name, command, {"PYTHONDONTWRITEBYTECODE": None, "PYKVM_REQUIRE": "unit,testbed"})
+    environment = {
+        "PYTHONDONTWRITEBYTECODE": None,
+        "PYKVM_REQUIRE": "unit,testbed",
+        "COVERAGE_FILE": str(ROOT / COVERAGE),
+        "COVERAGE_RCFILE": str(ROOT / "pyproject.toml"),
+    }
+    return Job(name, [sys.executable, "-m", "coverage", "run", "-m", *pytest, *files], environment)
+
+
+def _with_this_kvm() -> Job:
+    # Where there is one. Not in the coverage, which would vary by host.
+    pytest = ["pytest", "-m", _WITH_KVM, f"--junitxml={REPORTS / 'host-kvm'}.xml"]
+    command = [sys.executable, "-m", *pytest, *files_with(["kvm", "elisa"])]
+    return Job("on this host, with its KVM", command, {"PYKVM_REQUIRE": None})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,11 +132,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for series in SERIES:
         if series not in offered_series():
             print(f"==== not on Linux {series}: Debian offers no such kernel here", flush=True)
+    for file in COVERAGE.parent.glob(f"{COVERAGE.name}*"):
+        file.unlink()
     try:
         todo = jobs()
-        return side_by_side.summary(todo, side_by_side.run(todo))
+        status = side_by_side.summary(todo, side_by_side.run(todo))
     except KeyboardInterrupt:
         return 130
+    # By a process of its own: this module is imported where there is no package `coverage`.
+    reached = subprocess.run([sys.executable, "-m", "tools.coverage_floor"], check=False)
+    return status or reached.returncode
 
 
 if __name__ == "__main__":

@@ -152,15 +152,17 @@ def test_every_test_is_in_one_part_of_make_test(monkeypatch: pytest.MonkeyPatch)
         "on the emulated host, Linux 6.12: elisa or kvm",
         "on the emulated host, Linux 6.1: elisa",
         "on the emulated host, Linux 6.1: kvm and not elisa",
+        "on this host, with its KVM",
     ]
     here = [word for job in todo[:2] for word in job.command if word.startswith("tests/")]
     assert sorted(here) == test_all.all_files()
-    assert {job.after for job in todo[2:]} == {todo[0].name}
+    inside = todo[2:-1]
+    assert {job.after for job in inside} == {todo[0].name}
     required = [word for job in todo for word in job.command if word.startswith("PYKVM_REQUIRE")]
     assert required == [f"PYKVM_REQUIRE={tiers}" for tiers in ("elisa,kvm", "elisa", "kvm")]
     with_kvm, with_elisa = "tests/kvm/test_state.py", "tests/elisa/inside/test_events.py"
-    assert [with_kvm in job.command for job in todo[2:]] == [True, False, True]
-    assert [with_elisa in job.command for job in todo[2:]] == [True, True, False]
+    assert [with_kvm in job.command for job in inside] == [True, False, True]
+    assert [with_elisa in job.command for job in inside] == [True, True, False]
     reports = {word for job in todo for word in job.command if "junitxml" in word}
     assert len(reports) == len(todo)
 
@@ -170,6 +172,7 @@ def test_a_series_that_debian_has_not_is_left_out(monkeypatch: pytest.MonkeyPatc
     assert [job.name for job in test_all.jobs()[2:]] == [
         "on the emulated host, Linux 6.12: elisa",
         "on the emulated host, Linux 6.12: kvm and not elisa",
+        "on this host, with its KVM",
     ]
 
 
@@ -185,7 +188,7 @@ def test_reports_count_for_the_same_sources_only(
     directory.mkdir(parents=True)
     (directory / "checkout").write_text(test_all.checkout_key())
     assert test_all.reports() == []
-    names = ["host", "host-later", "6.12-elisa-kvm", "6.1-elisa", "6.1-kvm"]
+    names = ["host", "host-later", "6.12-elisa-kvm", "6.1-elisa", "6.1-kvm", "host-kvm"]
     for name in names:
         (directory / f"{name}.xml").touch()
     assert [report.stem for report in test_all.reports()] == names
