@@ -4,6 +4,7 @@ import os
 import subprocess
 from pathlib import Path
 
+from pykvm.host import git
 from pykvm.resources import CHECKOUT
 
 __all__ = ["commit"]
@@ -26,7 +27,11 @@ def commit() -> str:
 def _git(root: Path, *arguments: str) -> str:
     try:
         done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False
+            ["git", "-C", str(root), *arguments],
+            env=git.environment(),
+            capture_output=True,
+            text=True,
+            check=False,
         )
     except OSError:  # no git
         return ""

@@ -14,6 +14,7 @@ from typing import Final
 
 from pykvm import cache
 from pykvm.errors import PykvmError
+from pykvm.host import git
 from pykvm.resources import CHECKOUT
 from pykvm.sizes import MIB
 
@@ -146,13 +147,11 @@ def _limited(folder: Path, names: Iterable[str]) -> Iterator[str]:
 
 def _from_git(folder: Path) -> Iterator[str]:
     command = ["git", "-c", "safe.directory=*", "ls-files", "-z", "-c", "-o", "--exclude-standard"]
-    # A repository that the environment names is another one.
-    environment = {name: text for name, text in os.environ.items() if not name.startswith("GIT_")}
     try:
         listing = subprocess.Popen(
             command,
             cwd=folder,
-            env=environment,
+            env=git.environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )

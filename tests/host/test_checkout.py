@@ -20,5 +20,7 @@ def test_commit(monkeypatch: pytest.MonkeyPatch) -> None:
         if head.startswith("ref: ") and (ROOT / ".git" / head[5:]).exists():
             head = (ROOT / ".git" / head[5:]).read_text().strip()
             assert commit().rstrip("+") == head[:12]
+            monkeypatch.setenv("GIT_DIR", "/nonexistent")  # another repository is not meant
+            assert commit().rstrip("+") == head[:12]
     monkeypatch.setenv("PATH", os.devnull)
     assert commit() == ""

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -66,7 +66,7 @@ def apt_options() -> list[str]:
 
 
 def pip_settings(
-    variables: Mapping[str, str], files: Iterator[Path] | None = None
+    variables: Mapping[str, str], files: Iterable[Path] | None = None
 ) -> dict[str, str]:
     """Return this machine's options of pip that concern the network.
 

@@ -12,6 +12,7 @@ from typing import Final
 from pykvm import cache
 from pykvm.cache import pruning
 from pykvm.errors import PykvmError
+from pykvm.host import git
 from pykvm.host.distribution import DEBIAN_RELEASES
 from tools.fresh import mirrors
 
@@ -84,10 +85,9 @@ def clone(target: Path, tell: Callable[[str], None]) -> None:
         # The checkout may be another user's; the servant of a clone reads its configuration only.
         config.write("[safe]\n\tdirectory = *\n")
         config.flush()
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-        environment["GIT_CONFIG_GLOBAL"] = config.name
+        environment = {**git.environment(), "GIT_CONFIG_GLOBAL": config.name}
 
-        def git(*arguments: str) -> str:
+        def run(*arguments: str) -> str:
             command = ["git", "-C", str(CHECKOUT), *arguments]
             done = subprocess.run(
                 command, env=environment, capture_output=True, text=True, check=False
@@ -98,12 +98,12 @@ def clone(target: Path, tell: Callable[[str], None]) -> None:
                 )
             return done.stdout
 
-        changed = git("status", "--porcelain").splitlines()
+        changed = run("status", "--porcelain").splitlines()
         if changed:
             tell(
                 f"WARNING: {len(changed)} changed or new files are not committed: not in the clone"
             )
-        head = git("rev-parse", "HEAD").strip()
+        head = run("rev-parse", "HEAD").strip()
         tell(f"cloning {head[:12]}")
-        git("clone", "--quiet", "--no-local", CHECKOUT.as_uri(), str(target))
-        git("-C", str(target), "checkout", "--quiet", head)
+        run("clone", "--quiet", "--no-local", CHECKOUT.as_uri(), str(target))
+        run("-C", str(target), "checkout", "--quiet", head)
