@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The measured loop of native_switch.py, in C so that no Python is inside the measurement. */
+/* The measured loop of native_switch.py, in C, so that no Python is measured. */
 #include <time.h>
 
 #include "elisa_memory.h"
@@ -15,8 +15,8 @@ static uint64_t nanoseconds(void)
 }
 
 /*
- * `calls` times: send `burst` frames, let the receiver give all slots of its lane back without
- * looking at them. Nanoseconds for all of it, or 0 when not every frame was delivered.
+ * Send `burst` frames, and let the receiver give all slots of its lane back without looking at
+ * them; `calls` times. Return the nanoseconds for all of it, or 0 if a frame was not delivered.
  */
 uint64_t native_switch_measure(const struct elisa_env *env, uint32_t receiver, uint32_t burst,
 			       uint32_t calls)

@@ -1,1 +1,1 @@
-"""What runs inside the emulated host: nothing here is imported outside."""
+"""Programs that run inside the emulated host; nothing outside imports them."""

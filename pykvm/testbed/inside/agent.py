@@ -1,12 +1,12 @@
-"""Process 1 of the emulated host: prepares it, warms it up, and waits to be given a job.
+"""Process 1 of the emulated host: prepares it, warms it up, and waits for a job.
 
-The machine is suspended while this waits. What it does afterwards comes with the job, on a
-CD-ROM image that differs from run to run; so this file, which is part of the saved state,
-holds only what belongs before the suspend.
+The machine is suspended while this waits. Everything that happens afterwards comes with the job, on
+a CD-ROM image that differs from run to run. This file is part of the saved state, so it holds only
+what is done before the suspend.
 """
 
 import ctypes
-import fcntl  # noqa: F401  (this and some more are here for the job, which needs them at once)
+import fcntl  # noqa: F401  (this and others are for the job, which then finds them loaded)
 import importlib.util
 import json  # noqa: F401
 import os
@@ -22,7 +22,7 @@ CONTROL = "/dev/ttyS1"
 MS_RDONLY = 1
 LIBC = ctypes.CDLL(None, use_errno=True)
 
-# Run once before the suspend, so that their files are in memory afterwards.
+# Commands to run once before the suspend, so that their files are in memory afterwards.
 WARM_UP = (
     ("python3", "-c", "import cffi, argparse, json, ctypes"),
     ("bash", "-c", "uname -r; ls / | sort | head -1; cat /proc/version; lsmod; tar --version"),
@@ -53,7 +53,7 @@ def prepare() -> None:
     os.symlink("/proc/self/fd", "/dev/fd")
 
 
-# The same where the environment outside has them.
+# More of them, if the environment outside has pytest.
 TESTS_WARM_UP = (
     ("python3", "-c", "import hypothesis, pytest"),
     ("python3", "-m", "pytest", "--version"),
@@ -66,7 +66,7 @@ def warm_up() -> None:
         done = subprocess.run(command, capture_output=True, check=False)
         if done.returncode:
             print(f"testbed: {command} failed: {done.stderr.decode()[-500:]}", file=sys.stderr)
-    # The modules that every job loads; and those of KVM, for jobs that use the stock ones.
+    # Read the modules that every job loads, and those of KVM, for jobs that use the stock ones.
     release = os.uname().release
     for directory, _, files in os.walk(f"/lib/modules/{release}/kernel"):
         for name in files:
@@ -78,7 +78,7 @@ def warm_up() -> None:
 def main() -> None:
     prepare()
     warm_up()
-    # The CD-ROM drive, but not the disc in it: that will be another one after the suspend.
+    # Load the CD-ROM's drivers, but do not read the disc: after the suspend there is another one.
     subprocess.run(["modprobe", "-a", "sr_mod", "isofs", "overlay"], check=True)
     os.sync()
     control = os.open(CONTROL, os.O_RDWR | os.O_NOCTTY)
@@ -97,9 +97,10 @@ def main() -> None:
             continue
         with open("/payload/job.py", "rb") as file:
             code = compile(file.read(), "/payload/job.py", "exec")
-        # Comes back only if the job was to load modules; then another suspend follows.
+        # Returns only if the job was to load modules; then another suspend follows.
         exec(code, {"__name__": "__main__", "CONTROL": control})
         LIBC.umount2(b"/payload", 0)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,8 @@
-"""Run one job on the emulated host; brought by the payload, so it is not part of the saved state.
+"""Runs one job on the emulated host; it comes with the payload, not with the saved state.
 
-The agent runs this as its own code after the machine was resumed. Its end of the protocol, on
-the control channel, one line each: `started`, then `exit STATUS SIZE`, where SIZE bytes of tar
-with the changed files are on the output disk; or `failed MESSAGE`.
+The agent runs this as its own code after the machine has been resumed. On the control channel it
+writes a line ``started``, then ``exit STATUS SIZE``, where SIZE is the length of the tar archive of
+changed files on the output disk; or ``failed MESSAGE``.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ import tty
 from collections.abc import Iterator
 from typing import Any
 
-CONTROL: int = globals()["CONTROL"]  # the agent set it
+CONTROL: int = globals().get("CONTROL", -1)  # the agent sets it
 PAYLOAD = "/payload"
 UPPER = "/run/job/upper"
 OUT_DISK = "/dev/sdc"
@@ -51,7 +51,7 @@ def main() -> None:
         mount_overlay(f"{PAYLOAD}/folder", job["folder"], UPPER)
         mount_overlay(f"{PAYLOAD}/cache", "/root/.cache/pykvm", "/run/cache/upper")
         libc.sethostname(b"testbed", 7)
-        # With random addresses no count would repeat.
+        # With random addresses, no count would repeat.
         with open("/proc/sys/kernel/randomize_va_space", "w") as switch:
             switch.write("0")
         install_commands(job["scripts"])
@@ -61,7 +61,7 @@ def main() -> None:
         tell(f"exit {status} {size}")
     except Exception as error:
         tell(f"failed {type(error).__name__}: {error}")
-    while True:  # process 1 must not end; the emulator is about to be
+    while True:  # process 1 must not end; the emulator is about to be stopped
         time.sleep(3600)
 
 
@@ -75,7 +75,10 @@ def mount_overlay(lower: str, target: str, upper: str) -> None:
 
 
 def install_commands(scripts: str) -> None:
-    """Make `pykvm` and `pytest` commands; Python's too where the environment outside has them."""
+    """Install the commands ``pykvm`` and ``pytest``.
+
+    If the environment outside has a folder of scripts, they and ``python`` are there too.
+    """
     commands = {
         "pykvm": "import sys\nfrom pykvm.cli.main import main\nsys.exit(main())\n",
         "pytest": "import sys\nfrom pytest import console_main\nsys.exit(console_main())\n",
@@ -96,7 +99,7 @@ def install_commands(scripts: str) -> None:
 
 
 def load_kvm(which: str) -> None:
-    """Load KVM: "payload", "stock" or "none"."""
+    """Load KVM's modules, unless they are loaded: those of the "payload", the "stock" or "none"."""
     if which == "none" or os.path.exists("/sys/module/kvm_intel"):
         return
     modules = f"/lib/modules/{os.uname().release}/kernel"
@@ -128,11 +131,11 @@ def environment(job: dict[str, Any]) -> dict[str, str]:
         "HOME": "/root",
         "LANG": "C.UTF-8",
         "PYTHONPATH": str(job["python"]),
-        # Counts must repeat, and what is imported is compiled already.
+        # Counts have to repeat, and the payload has compiled code.
         "PYTHONHASHSEED": "0",
         "PYTHONDONTWRITEBYTECODE": "1",
-        # Otherwise pytest recompiles all of hypothesis, as part of a plugin, also when a test
-        # imports it: two minutes in here.
+        # Otherwise pytest rewrites and recompiles all of hypothesis, as part of a plugin, which
+        # takes two minutes in here.
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "PYKVM_TESTBED": "1",
         "PYKVM_MODULES": f"{PAYLOAD}/modules",
@@ -146,8 +149,8 @@ def run_command(job: dict[str, Any]) -> int:
     for descriptor in (output, errors):
         set_size(descriptor, job)
     stdin = os.open(f"{PAYLOAD}/stdin", os.O_RDONLY)
-    # Start at the same distance from the timer's ticks each time, so that they interrupt the
-    # command at the same places. What reading the payload took depends on what is in it.
+    # Start at a fixed distance from the timer's ticks, so that they interrupt the command at the
+    # same places in every run, however long it took to read the payload.
     time.sleep(0.2 - time.monotonic() % 0.1)
     try:
         child = subprocess.Popen(
@@ -170,7 +173,7 @@ def run_command(job: dict[str, Any]) -> int:
 
 
 def run_shell(job: dict[str, Any]) -> int:
-    """A shell on a terminal of its own; its input comes over the control channel."""
+    """Run a shell on a terminal of its own; its input comes over the control channel."""
     console = open_serial("/dev/ttyS0")
     pid, terminal = pty.fork()
     if pid == 0:
@@ -192,7 +195,7 @@ def run_shell(job: dict[str, Any]) -> int:
 
 
 def wait_for(wanted: int) -> int:
-    # As process 1 we inherit every orphan.
+    # Process 1 inherits every orphan.
     while True:
         pid, status = os.wait()
         if pid == wanted:
@@ -217,7 +220,7 @@ def set_size(descriptor: int, job: dict[str, Any]) -> None:
 
 
 def changed_files(names: list[str]) -> Iterator[str]:
-    """Paths below the overlay's upper directory, for each of the folder's `names`."""
+    """Yield the changed files below each of the folder's `names`, in the overlay's upper layer."""
     for name in names:
         path = os.path.normpath(os.path.join(UPPER, name))
         if not os.path.lexists(path):
@@ -229,7 +232,7 @@ def changed_files(names: list[str]) -> Iterator[str]:
             for each in (*files, *(d for d in directories if os.path.islink(f"{directory}/{d}"))):
                 file = os.path.join(directory, each)
                 kind = os.lstat(file).st_mode
-                if stat.S_ISREG(kind) or stat.S_ISLNK(kind):  # a device is overlayfs's "deleted"
+                if stat.S_ISREG(kind) or stat.S_ISLNK(kind):  # a device marks a deleted file
                     yield file
 
 
@@ -253,5 +256,6 @@ def write_changes(names: list[str]) -> int:
     return size
 
 
-signal.signal(signal.SIGHUP, signal.SIG_IGN)
-main()
+if __name__ == "__main__":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    main()

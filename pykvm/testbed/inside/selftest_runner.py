@@ -1,11 +1,11 @@
-"""Run KVM's selftests on the emulated host, one after another; brought along with them.
+"""Runs KVM's selftests on the emulated host, one after another. It comes along with them::
 
     python3 selftest_runner.py LIMIT "PROGRAM ARGUMENT..." ...
 
-Prints a line of JSON when a program starts (`{"start": name}`) and one when it has ended, with
-its exit status (128 plus the signal's number if a signal ended it; null after LIMIT seconds of the
-emulated clock), the seconds it took, its output and what the kernel had to say that is at least
-a warning.
+It prints a line of JSON when a program starts, ``{"start": name}``, and one when it has ended, with
+its exit status, the seconds that it took, its output, and the kernel's messages that are at least
+warnings. The status is 128 plus the signal's number if a signal ended the program, and null if the
+program did not end within LIMIT seconds of the emulated clock.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 
-_LARGEST_OUTPUT = 32 << 10  # bytes; the beginning and the end of what is longer
+_LARGEST_OUTPUT = 32 << 10  # bytes; of longer output, the beginning and the end are kept
 _WARNING = 4  # of the kernel's log levels; smaller is worse
 
 
@@ -25,7 +25,7 @@ def main() -> None:
     limit = float(sys.argv[1])
     log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
     warnings(log)
-    # Many map a guest of gigabytes, of which they touch little.
+    # Many of the programs map gigabytes of guest memory and touch little of it.
     with open("/proc/sys/vm/overcommit_memory", "w") as setting:
         setting.write("1")
     for command in sys.argv[2:]:
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def run(command: list[str], limit: float) -> tuple[int | None, float, str]:
-    """Exit status (None after `limit`), seconds of the emulated clock, output."""
+    """Run a program; return its exit status (None after `limit` seconds), seconds and output."""
     with tempfile.TemporaryFile() as output:
         start = time.monotonic()
         program = subprocess.Popen(
@@ -53,7 +53,7 @@ def run(command: list[str], limit: float) -> tuple[int | None, float, str]:
             code = None
         seconds = time.monotonic() - start
         with contextlib.suppress(ProcessLookupError):
-            # What it left behind would disturb the next one.
+            # Processes that it left behind would disturb the next program.
             os.killpg(program.pid, signal.SIGKILL)
         program.wait()
         if code is not None and code < 0:
@@ -72,7 +72,7 @@ def text_of(descriptor: int) -> str:
 
 
 def warnings(log: int) -> list[str]:
-    """The kernel's messages since the last call that are at least warnings."""
+    """Return the kernel's messages since the last call that are at least warnings."""
     found: list[str] = []
     while True:
         try:
