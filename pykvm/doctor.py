@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from pykvm import cache
 from pykvm.cache import CacheError
 from pykvm.errors import PykvmError
@@ -274,10 +276,7 @@ def _kernel_packages() -> Check:
 
 
 def _memory() -> Check:
-    words = dict(
-        line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line
-    )
-    available = int(words["MemAvailable"].split()[0]) << 10
+    available = psutil.virtual_memory().available
     # The emulated host has half a GiB altogether, which is known to be enough there.
     enough = is_emulated() or available >= _MEMORY
     found = f"{available / _GIB:.1f} GiB available"

@@ -55,7 +55,7 @@ _DEBIAN_PACKAGES = (
 
 # Third-party Python packages that pykvm imports, and those that its tests do, which an
 # installation need not have; what they require comes along.
-PYTHON_PACKAGES = ("cffi",)
+PYTHON_PACKAGES = ("cffi", "psutil", "pyroute2")
 _TEST_PACKAGES = ("hypothesis", "pytest")
 
 # Parts of packages that only cost space and time here, as patterns.

@@ -24,7 +24,7 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 # Commands to run once before the suspend, so that their files are in memory afterwards.
 WARM_UP = (
-    ("python3", "-c", "import cffi, argparse, json, ctypes"),
+    ("python3", "-c", "import cffi, psutil, pyroute2, argparse, json, ctypes"),
     ("bash", "-c", "uname -r; ls / | sort | head -1; cat /proc/version; lsmod; tar --version"),
     ("sh", "-c", "echo 'int main(void){return 0;}' > /tmp/a.c; gcc -O2 -o /tmp/a /tmp/a.c; /tmp/a"),
     ("sh", "-c", "objcopy --version; objdump --version; nm /tmp/a; readelf -h /tmp/a; rm /tmp/a*"),
