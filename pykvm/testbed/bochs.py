@@ -249,6 +249,15 @@ class Emulator(Closeable):
                 f"the emulator did not start ({self.last_words()})", f"{program()} doctor"
             ) from error
 
+    def processor_time(self) -> float:
+        """Return the seconds of this host's processors that the emulator has used."""
+        try:
+            # proc(5): the name, in parentheses, may hold anything; 14 and 15 are utime and stime.
+            fields = Path(f"/proc/{self.inner_pid()}/stat").read_text().rpartition(")")[2].split()
+        except (OSError, EmulatorError):  # not started yet, or ended
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def last_words(self) -> str:
         """What the emulator said last, in one line."""
         if "unshare failed" in _text(self.directory / "bochs.out"):

@@ -1,11 +1,12 @@
 """The emulator's configuration and command line."""
 
+import time
 from pathlib import Path
 
 import pytest
 
 from pykvm.testbed import bochs
-from pykvm.testbed.bochs import CPUS, DEFAULT_CPU, Machine
+from pykvm.testbed.bochs import CPUS, DEFAULT_CPU, Emulator, Machine
 from pykvm.testbed.bochs_installation import Installation
 
 pytestmark = pytest.mark.unit
@@ -45,3 +46,13 @@ def test_saved_configuration_loads_usb_where_a_fresh_start_does(tmp_path: Path) 
     )
     bochs.make_restorable(tmp_path)
     assert config.read_text() == "plugin_ctrl: biosdev=true, iodebug=true\nboot: disk\n"
+
+
+@pytest.mark.testbed
+def test_a_boot_is_limited_by_the_emulators_own_time(tmp_path: Path) -> None:
+    busy = 'case "$*" in *--help*) exit;; esac; while :; do :; done'
+    machine = Machine(DEFAULT_CPU, Installation("1.0-1", ("sh", "-c", busy), PLAIN.share))
+    with Emulator(tmp_path, machine) as emulator:
+        while emulator.running() and emulator.processor_time() < 0.05:
+            time.sleep(0.01)
+        assert emulator.running()
