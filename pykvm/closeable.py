@@ -52,9 +52,13 @@ class ForkAware:
         return self._made_in != _generation
 
     def require_own(self, what: str) -> None:
-        """Raise ForkedProcessError in a process that has inherited the object.
+        """Refuse to go on in a process that has inherited the object.
 
-        what: what cannot be done, for the message.
+        Args:
+            what: what cannot be done, for the message.
+
+        Raises:
+            ForkedProcessError: this process was forked after the object was made.
         """
         if self.inherited:
             raise ForkedProcessError(what)

@@ -12,9 +12,12 @@ __all__ = ["PykvmError"]
 class PykvmError(Exception):
     """Root of the errors that a user can act on; the command line prints them in one line.
 
-    problem: what is wrong, in lower case. next_step: what to type or change, in lower case; empty
-    where nothing can be done. ``str()`` joins the two with a colon. Errors can be pickled, so
-    that they come back whole from a process pool, whatever arguments their classes take.
+    ``str()`` joins problem and next step with a colon. Errors can be pickled, so that they come
+    back whole from a process pool, whatever arguments their classes take.
+
+    Args:
+        problem: what is wrong, in lower case.
+        next_step: what to type or change, in lower case; empty where nothing can be done.
     """
 
     def __init__(self, problem: str, next_step: str = "") -> None:

@@ -23,9 +23,13 @@ class ConsoleSizeError(PykvmError, ValueError):
 
 
 class DebugConsole(ForkAware):
-    """Collects what guests write to its ports.
+    """Collector of what guests write to its ports.
 
-    size: bytes of the buffer; what does not fit is dropped and counted. Raises ConsoleSizeError.
+    Args:
+        size: bytes of the buffer; what does not fit is dropped and counted.
+
+    Raises:
+        ConsoleSizeError: the buffer would be empty.
     """
 
     def __init__(self, size: int = 64 * KIB) -> None:
@@ -39,7 +43,12 @@ class DebugConsole(ForkAware):
     def attach(self, handlers: Handlers, port: int = DEBUG_PORT) -> Handler:
         """Collect the output to a port of a VM, also together with other ports and VMs.
 
-        Raises what `Handlers.add_ports` raises.
+        Returns:
+            The handler, for `Handlers.remove`.
+
+        Raises:
+            HandlerOverlapError: another handler serves the port.
+            ForkedProcessError: the VM belongs to the parent process.
         """
         function = ffi.addressof(lib, "debug_console_access")
         return handlers.add_ports(port, 1, function, self._console)
@@ -47,7 +56,8 @@ class DebugConsole(ForkAware):
     def read(self) -> bytes:
         """Take what has been collected; from any thread, also while vCPUs run.
 
-        Raises ForkedProcessError: a vCPU of the parent process may hold the lock for ever.
+        Raises:
+            ForkedProcessError: the buffer is the parent process's, and its lock may be held.
         """
         self.require_own("reading of a debug console")
         chunk = ffi.new("char[]", PAGE_SIZE)

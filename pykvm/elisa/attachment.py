@@ -154,8 +154,11 @@ class Attachment(Closeable):
     def detach(self) -> None:
         """Take the object away from the vCPU, which must not be running. Harmless twice.
 
-        Raises InsideContextError if the vCPU stopped inside the object: run it until it is back,
-        or `revoke`. Raises VcpuRunningError, ForkedProcessError.
+        Raises:
+            InsideContextError: the vCPU stopped inside the object: run it until it is back, or
+                `revoke`.
+            VcpuRunningError: the vCPU runs.
+            ForkedProcessError: the vCPU belongs to the parent process.
         """
         self.require_own(f"detach() from vcpu {self._vcpu.id}")
         if self.attached:
@@ -180,7 +183,9 @@ class Attachment(Closeable):
         context again, with cleared registers, and whatever the call was about to do to the object
         is not done. Others go on.
 
-        Raises IoctlError, with EPERM above all; ForkedProcessError.
+        Raises:
+            IoctlError: it takes CAP_SYS_ADMIN (EPERM).
+            ForkedProcessError: the vCPU belongs to the parent process.
         """
         self.require_own(f"revoke() from vcpu {self._vcpu.id}")
         if self.attached:

@@ -93,7 +93,8 @@ def version(kvm: Kvm) -> int:
 def enable_user_hypercalls(vm: Handle) -> None:
     """Let the 16 hypercalls from KVM_HC_ELISA_USER on leave to user space.
 
-    Raises CapabilityMissingError on stock KVM.
+    Raises:
+        CapabilityMissingError: this is stock KVM.
     """
     vm.require(ELISA, "enable_user_hypercalls()")
     vm.enable_cap(ELISA, lib.KVM_ELISA_USER_HYPERCALLS)
@@ -102,8 +103,14 @@ def enable_user_hypercalls(vm: Handle) -> None:
 def enable_contexts(vm: Handle, *, contexts: int = 0, pages: int = 0) -> None:
     """Let a VM have contexts, before its first vCPU. This disables nested VMX, among others.
 
-    contexts, pages: most that it may hold, 0 for the kernel's defaults. Raises
-    CapabilityMissingError on stock KVM; IoctlError with EPERM, or EINVAL after the first vCPU.
+    Args:
+        vm: the VM.
+        contexts: most contexts that it may hold; 0 for the kernel's default.
+        pages: most table pages and pinned pages that it may hold; 0 for the kernel's default.
+
+    Raises:
+        CapabilityMissingError: this is stock KVM.
+        IoctlError: it takes CAP_SYS_ADMIN (EPERM), or the VM has a vCPU already (EINVAL).
     """
     vm.require(ELISA, "enable_contexts()")
     vm.enable_cap(ELISA, lib.KVM_ELISA_CONTEXTS, contexts, pages)
@@ -120,15 +127,22 @@ def create_context(
 ) -> Context:
     """Hand an EPT to the kernel, which copies it; return its context, which closes with the VM.
 
-    tables: nr_tables * 4096 bytes, table 0 the root; the address field of an entry is the number
-    of a table above level 1, of a page at level 1. pages: (addr, kind, ref), kind one of
-    ``KVM_ELISA_PAGE_*``: (host address, PAGE_USER, 0), (0, PAGE_LIST, vCPU id), or
-    (0, PAGE_EPTP, descriptor of a `Context`). gva, size: the range of guest virtual addresses that
-    the context's guest page table maps. la57: for guests with five-level paging.
+    Args:
+        vm: the VM.
+        tables: nr_tables * 4096 bytes, table 0 the root. The address field of an entry is the
+            number of a table above level 1, of a page at level 1.
+        pages: (addr, kind, ref) for each page, the kind one of ``KVM_ELISA_PAGE_*``: (host
+            address, PAGE_USER, 0), (0, PAGE_LIST, vCPU id), or (0, PAGE_EPTP, descriptor of a
+            `Context`).
+        gva: the first guest virtual address that the context's guest page table maps.
+        size: bytes that it maps from there on.
+        la57: whether it is for guests with five-level paging.
 
-    Raises CapabilityMissingError; IoctlError with EPERM (no CAP_SYS_ADMIN), EINVAL (a bad entry),
-    E2BIG, ELOOP, ENOENT, EBADF, EFAULT, ENOMEM (RLIMIT_MEMLOCK); ValueError for a length that is
-    not a multiple of 4096.
+    Raises:
+        CapabilityMissingError: this is stock KVM.
+        IoctlError: EPERM (no CAP_SYS_ADMIN), EINVAL (a bad entry), E2BIG, ELOOP, ENOSPC, ENOENT,
+            EBADF, EFAULT, ENOMEM (RLIMIT_MEMLOCK); see kernel-patches/README.md.
+        ValueError: the tables' length is not a multiple of 4096.
     """
     source = ffi.from_buffer(tables)
     count, rest = divmod(len(source), PAGE_SIZE)
@@ -154,8 +168,12 @@ def create_context(
 def set_slot(vcpu: Vcpu, slot: int, context: Context | None) -> None:
     """Put a context into a slot (2 to 511) of a vCPU's EPTP list, or empty the slot.
 
-    The kernel holds its own reference: the context may be closed afterwards. Raises
-    CapabilityMissingError, VcpuRunningError, IoctlError.
+    The kernel holds its own reference: the context may be closed afterwards.
+
+    Raises:
+        CapabilityMissingError: this is stock KVM.
+        VcpuRunningError: the vCPU runs.
+        IoctlError: the slot or the context is wrong, or the vCPU stopped inside a context (EBUSY).
     """
     request = ffi.new("struct kvm_elisa_slot *")
     request.slot = slot
@@ -166,10 +184,13 @@ def set_slot(vcpu: Vcpu, slot: int, context: Context | None) -> None:
 def revoke_slot(vm: Handle, vcpu_id: int, slot: int | None) -> None:
     """Take a context away from a vCPU, which may be running; slot None: all of its contexts.
 
-    On return no instruction of the context runs on that vCPU any more. If it was inside, its run()
-    returns an `ElisaExit` with cause ``KVM_ELISA_EXIT_REVOKED``: it is in its default context
-    again, with the general registers but RSP cleared, at the place that the exit names, and the
-    caller decides where it goes on. Raises CapabilityMissingError; IoctlError with EPERM, or
-    ENOENT (no such vCPU, an empty slot).
+    On return no instruction of the context runs on that vCPU any more. If it was inside, its
+    `Vcpu.run` returns an `ElisaExit` with cause ``KVM_ELISA_EXIT_REVOKED``: it is in its default
+    context again, with the general registers but RSP cleared, at the place that the exit names,
+    and the caller decides where it goes on.
+
+    Raises:
+        CapabilityMissingError: this is stock KVM.
+        IoctlError: it takes CAP_SYS_ADMIN (EPERM), or there is nothing to revoke (ENOENT).
     """
     vm.ioctl(_REVOKE, ffi.new("struct kvm_elisa_revoke *", {"vcpu": vcpu_id, "slot": slot or 0}))

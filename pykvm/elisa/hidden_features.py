@@ -1,9 +1,9 @@
-"""Processor features that no VM with contexts may have, each with its reason: one list.
+"""Processor features that no VM with contexts may have, each with its reason.
 
-The patched kernel refuses them (KVM_SET_CPUID2 fails with EINVAL once contexts are enabled), so
-whoever builds a guest's CPUID leaves them out with `without_hidden_features`. They write memory on
-the guest's behalf without the EPT's permissions in mind, change how addresses or accesses are
-checked, or move control, and nobody has checked them together with contexts.
+The patched kernel refuses them: KVM_SET_CPUID2 fails with EINVAL once contexts are enabled.
+`without_hidden_features` takes them out of a guest's CPUID. They write memory for the guest
+without regard to the EPT's permissions, change how addresses or accesses are checked, or move
+control, and nobody has checked them together with contexts.
 
 Source: kernel-patches/README.md; SDM vol. 2A, CPUID; vol. 1, 13.1 for state components.
 """
@@ -21,10 +21,17 @@ __all__ = ["HIDDEN_FEATURES", "HiddenFeature", "without_hidden_features"]
 
 @dataclass(frozen=True, slots=True)
 class HiddenFeature:
-    """One bit of a CPUID leaf. register: "eax", "ebx", "ecx" or "edx".
+    """One bit of a CPUID leaf.
 
-    states: components of XSAVE state that make no sense without it: of XCR0 (user) and of
-    IA32_XSS (supervisor) alike.
+    Attributes:
+        name: as Linux names it.
+        function: EAX of the instruction.
+        index: ECX of the instruction.
+        register: "eax", "ebx", "ecx" or "edx".
+        bit: its number there.
+        reason: why contexts do without it.
+        states: components of XSAVE state that make no sense without it, of XCR0 (user) and of
+            IA32_XSS (supervisor) alike.
     """
 
     name: str
@@ -36,7 +43,7 @@ class HiddenFeature:
     states: tuple[int, ...] = ()
 
     def is_in(self, entries: Iterable[CpuidEntry]) -> bool:
-        """Whether these leaves offer it."""
+        """Return whether these leaves offer it."""
         return any(
             getattr(entry, self.register) >> self.bit & 1
             for entry in entries
@@ -87,7 +94,7 @@ _XSAVE: Final = 0xD
 
 
 def without_hidden_features(entries: Iterable[CpuidEntry]) -> list[CpuidEntry]:
-    """The same leaves without `HIDDEN_FEATURES` and without their XSAVE state components."""
+    """Return the same leaves without `HIDDEN_FEATURES` and their XSAVE state components."""
     states = {state for feature in HIDDEN_FEATURES for state in feature.states}
     mask = sum(1 << state for state in states)
     result = []

@@ -30,7 +30,9 @@ class Attributes(Handle):
     def get_device_attr(self, group: int, attr: int, size: int = 8) -> bytes:
         """Return the value of an attribute, `size` bytes.
 
-        Raises CapabilityMissingError, IoctlError.
+        Raises:
+            CapabilityMissingError: the descriptor has no attributes.
+            IoctlError: it does not have this one.
         """
         # The kernel knows the attribute's size, and writes that much whatever was asked for.
         value = ffi.new("char[]", max(size, PAGE_SIZE))
@@ -38,7 +40,12 @@ class Attributes(Handle):
         return ffi.buffer(value, size)[:]
 
     def set_device_attr(self, group: int, attr: int, value: bytes) -> None:
-        """Set an attribute; value: as many bytes as it defines."""
+        """Set an attribute to a value of as many bytes as it defines.
+
+        Raises:
+            CapabilityMissingError: the descriptor has no attributes.
+            IoctlError: it does not have this one, or not with that value.
+        """
         area = ffi.new("char[]", max(len(value), PAGE_SIZE))
         ffi.buffer(area)[0 : len(value)] = value
         self._attr("KVM_SET_DEVICE_ATTR", group, attr, area)
@@ -52,7 +59,11 @@ class Attributes(Handle):
 
 
 class Device(Attributes):
-    """A device made by `Vm.create_device`; `type` is its ``KVM_DEV_TYPE_*`` number."""
+    """A device made by `Vm.create_device`.
+
+    Attributes:
+        type: its ``KVM_DEV_TYPE_*`` number.
+    """
 
     scope: ClassVar[Scope] = Scope.DEVICE
 

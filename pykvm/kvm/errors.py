@@ -67,7 +67,11 @@ class HandleClosedError(KvmError):
 
 
 class CapabilityMissingError(KvmError):
-    """This kernel or processor lacks what a call needs; `capability` is its macro's name."""
+    """This kernel or processor lacks what a call needs.
+
+    Attributes:
+        capability: the name of its macro.
+    """
 
     def __init__(self, capability: str, wanted_by: str) -> None:
         super().__init__(
@@ -79,9 +83,12 @@ class CapabilityMissingError(KvmError):
 
 
 class IoctlError(KvmError):
-    """An ioctl failed; `ioctl` is its macro's name.
+    """An ioctl failed.
 
-    next_step: where the call knows more than its errno says.
+    Args:
+        ioctl: the name of its macro.
+        errno: the kernel's answer.
+        next_step: what to do, where the call knows more than its errno says.
     """
 
     def __init__(self, ioctl: str, errno: int, next_step: str | None = None) -> None:
@@ -115,7 +122,11 @@ class CpuidError(KvmError, ValueError):
 
 
 class MsrError(KvmError):
-    """KVM refused an MSR; `index` is its number."""
+    """KVM refused an MSR.
+
+    Attributes:
+        index: its number.
+    """
 
     def __init__(self, problem: str, next_step: str, index: int) -> None:
         super().__init__(problem, next_step)
@@ -153,8 +164,10 @@ class ReplyError(KvmError):
 class UnexpectedExitError(KvmError):
     """An exit that the caller has no use for.
 
-    exit: the exit. report: registers, context, instruction bytes and the last exits, several
-    lines (`pykvm.kvm.x86.report`).
+    Attributes:
+        exit: the exit.
+        report: registers, context, instruction bytes and the last exits, several lines
+            (`pykvm.kvm.x86.report`).
     """
 
     def __init__(self, exit: Exit, report: str) -> None:

@@ -41,10 +41,14 @@ class Stopped(Exit):
 
 @dataclass(frozen=True, slots=True)
 class Io(Exit):
-    """Port input or output, `count` accesses of `size` bytes at one port.
+    """Port input or output. Input needs a `Vcpu.reply` before the next run.
 
-    data: what the guest wrote, size * count bytes; empty for input, which wants
-    `Vcpu.reply(bytes)` before the next run().
+    Attributes:
+        port: the port.
+        size: bytes of one access.
+        count: accesses, one after the other.
+        is_write: whether it is output.
+        data: what the guest wrote, size * count bytes; empty for input.
     """
 
     port: int
@@ -67,7 +71,7 @@ class Io(Exit):
 
 @dataclass(frozen=True, slots=True)
 class MmioRead(Exit):
-    """Read of guest physical memory that no slot holds; wants `Vcpu.reply`."""
+    """Read of guest physical memory that no slot holds; needs a `Vcpu.reply`."""
 
     address: int
     size: int
@@ -96,7 +100,7 @@ class MmioWrite(Exit):
 
 @dataclass(frozen=True, slots=True)
 class Hypercall(Exit):
-    """Hypercall for user space that no handler serves; wants `Vcpu.reply(result)`."""
+    """Hypercall for user space that no handler serves; needs a `Vcpu.reply` with its result."""
 
     number: int
     args: tuple[int, ...]
@@ -110,7 +114,11 @@ class Hypercall(Exit):
 class Debug(Exit):
     """Single step, breakpoint or watchpoint (see `Vcpu.set_guest_debug`).
 
-    exception: 1 for #DB, 3 for #BP. dr6 says which: bits 0-3 breakpoints, bit 14 single step.
+    Attributes:
+        exception: 1 for #DB, 3 for #BP.
+        pc: the instruction's address.
+        dr6: bits 0 to 3 for the breakpoints, bit 14 for a single step.
+        dr7: as the guest sees it.
     """
 
     exception: int
@@ -143,7 +151,7 @@ class Shutdown(Exit):
 
 
 class SystemEventKind(Enum):
-    """What the whole VM asks for."""
+    """A request of the whole VM."""
 
     SHUTDOWN = "shutdown"
     RESET = "reset"
@@ -155,7 +163,12 @@ class SystemEventKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class SystemEvent(Exit):
-    """The whole VM asks for something; kind: a number where the hypervisor is newer than pykvm."""
+    """Request of the whole VM.
+
+    Attributes:
+        kind: the request; a number where the hypervisor is newer than pykvm.
+        data: words whose meaning depends on the kind.
+    """
 
     kind: SystemEventKind | int
     data: tuple[int, ...]

@@ -21,7 +21,8 @@ _Child = TypeVar("_Child", bound="Handle")
 def capability_number(capability: str | int | Capability) -> int:
     """Return the number of a ``KVM_CAP_*`` macro.
 
-    Raises CapabilityMissingError for a name that linux/kvm.h did not have at build time.
+    Raises:
+        CapabilityMissingError: linux/kvm.h did not have the name when pykvm was built.
     """
     if isinstance(capability, int):
         return capability
@@ -34,13 +35,16 @@ def capability_number(capability: str | int | Capability) -> int:
 
 
 class Handle(Closeable):
-    """Owns one file descriptor, and closes the handles that it has adopted before itself.
+    """Owner of one file descriptor, which closes the handles that it has adopted before itself.
 
-    parent: the handle that this one was made from, which answers for capabilities where the
-    descriptor itself cannot be asked.
+    In a process that was forked later, KVM refuses calls on VMs, vCPUs and devices, because it
+    compares address spaces. They raise ForkedProcessError there, and `close` closes the
+    descriptor.
 
-    In a process forked since, KVM refuses calls on VMs, vCPUs and devices (it compares address
-    spaces): they raise ForkedProcessError there, and close() gives the descriptor back.
+    Args:
+        fd: the descriptor; the handle owns it from now on.
+        parent: the handle that this one was made from. It answers for capabilities where the
+            descriptor itself cannot be asked.
     """
 
     scope: ClassVar[Scope]
@@ -53,7 +57,11 @@ class Handle(Closeable):
 
     # ---- the descriptor ---------------------------------------------------------------------
     def fileno(self) -> int:
-        """Return the descriptor. Raises HandleClosedError after close()."""
+        """Return the descriptor.
+
+        Raises:
+            HandleClosedError: the handle is closed.
+        """
         if self._fd < 0:
             raise HandleClosedError(f"this {self._noun()} is closed", "create another one")
         return self._fd
@@ -68,7 +76,7 @@ class Handle(Closeable):
         return child
 
     def close(self) -> None:
-        """Close what was adopted, and give the descriptor back. Harmless when it is closed."""
+        """Close the adopted handles, then the descriptor."""
         for child in list(self._children):
             child.close()
         fd, self._fd = self._fd, -1
@@ -97,7 +105,11 @@ class Handle(Closeable):
 
     # ---- capabilities -----------------------------------------------------------------------
     def check_extension(self, capability: str | int | Capability) -> int:
-        """KVM_CHECK_EXTENSION: 0 if absent, else 1 or a number that the capability defines."""
+        """Return the value of a capability (KVM_CHECK_EXTENSION).
+
+        Returns:
+            0 if it is absent, else 1 or a number that the capability defines.
+        """
         call = IOCTLS["KVM_CHECK_EXTENSION"]
         if self.scope not in call.scopes:
             return self._parent.check_extension(capability) if self._parent else 0
@@ -107,7 +119,11 @@ class Handle(Closeable):
         return self._extensions[number]
 
     def require(self, capability: str | Capability, wanted_by: str) -> int:
-        """Return the value of a capability. Raises CapabilityMissingError where it is 0."""
+        """Return the value of a capability that a caller cannot do without.
+
+        Raises:
+            CapabilityMissingError: the value is 0.
+        """
         value = self.check_extension(capability)
         if not value:
             name = capability if isinstance(capability, str) else capability.name
@@ -115,7 +131,16 @@ class Handle(Closeable):
         return value
 
     def enable_cap(self, capability: str | int | Capability, *args: int, flags: int = 0) -> None:
-        """KVM_ENABLE_CAP with up to four arguments; api.rst chapters 6 and 7 say which."""
+        """Enable a capability (KVM_ENABLE_CAP).
+
+        Args:
+            capability: name or number.
+            args: up to four numbers; api.rst chapters 6 and 7 say which.
+            flags: see there.
+
+        Raises:
+            IoctlError: the capability cannot be enabled here, or not any more.
+        """
         number = capability_number(capability)
         request = ffi.new("struct kvm_enable_cap *", {"cap": number, "flags": flags})
         request.args = args
@@ -126,10 +151,20 @@ class Handle(Closeable):
     def ioctl(self, call: str | Ioctl, arg: Any = 0) -> int:
         """Make a call of the table (`pykvm.kvm.ioctls`), by name, or one that a patch adds.
 
-        arg: an integer, or a cffi pointer (of any FFI). Returns the call's result, 0 or more.
-        A call that a signal interrupts is made again, after Python's handlers have run (PEP 475).
+        A call that a signal interrupts is made again after Python's handlers have run (PEP 475).
 
-        Raises CapabilityMissingError, IoctlError, HandleClosedError, ForkedProcessError.
+        Args:
+            call: a name of the table, or an entry.
+            arg: an integer, or a cffi pointer (of any FFI).
+
+        Returns:
+            The call's result, 0 or more.
+
+        Raises:
+            CapabilityMissingError: this KVM does not have the call.
+            IoctlError: the call failed.
+            HandleClosedError: the handle is closed.
+            ForkedProcessError: the handle belongs to the parent process.
         """
         entry = IOCTLS[call] if isinstance(call, str) else call
         if needed := entry.needs(self.scope):

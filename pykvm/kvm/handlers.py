@@ -46,7 +46,15 @@ _LIMITS = {Space.PORTS: 1 << 16, Space.MMIO: 1 << 64, Space.HYPERCALLS: 1 << 64}
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Handler:
-    """A C function, and the range that it serves: both ends included."""
+    """A C function, and the range that it serves.
+
+    Attributes:
+        space: what the numbers of the range are.
+        first: the range's first port, address or hypercall.
+        last: its last one, included.
+        function: a cffi pointer, or an address.
+        context: the function's first argument.
+    """
 
     space: Space
     first: int
@@ -60,7 +68,11 @@ class Handler:
 
 
 class VcpuHandlers:
-    """One vCPU's copy of the table, in C. vcpu: struct pykvm_vcpu."""
+    """One vCPU's copy of the table, in C.
+
+    Args:
+        vcpu: its struct pykvm_vcpu.
+    """
 
     def __init__(self, vcpu: Struct) -> None:
         self._vcpu = vcpu
@@ -102,30 +114,57 @@ class Handlers(ForkAware):
         return iter(self._handlers)
 
     def add_ports(self, first: int, count: int, function: Any, context: Any = None) -> Handler:
-        """Serve accesses to `count` ports with a ``pykvm_access_fn``; return the handler.
+        """Serve accesses to ports.
 
-        Raises HandlerError, HandlerOverlapError, VcpuRunningError (from inside a handler).
+        Args:
+            first: the first port.
+            count: number of ports.
+            function: a ``pykvm_access_fn``.
+            context: its first argument.
+
+        Returns:
+            The handler, for `remove`.
+
+        Raises:
+            HandlerError: there are no such ports, or there is no function.
+            HandlerOverlapError: another handler serves one of them.
+            VcpuRunningError: a handler of one of the vCPUs made this call.
+            ForkedProcessError: the VM belongs to the parent process.
         """
         return self._add(Space.PORTS, first, count, function, context)
 
     def add_mmio(self, gpa: int, size: int, function: Any, context: Any = None) -> Handler:
-        """Serve accesses to `size` bytes of guest physical memory that no slot holds.
+        """Serve accesses to guest physical memory that no slot holds; else as `add_ports`.
 
-        As `add_ports`; writes to read-only slots are such accesses too.
+        Writes to read-only slots are such accesses too.
+
+        Args:
+            gpa: the first address.
+            size: bytes.
+            function: a ``pykvm_access_fn``.
+            context: its first argument.
         """
         return self._add(Space.MMIO, gpa, size, function, context)
 
     def add_hypercall(self, number: int, function: Any, context: Any = None) -> Handler:
-        """Answer a hypercall that leaves to user space with a ``pykvm_hypercall_fn``.
+        """Answer a hypercall that leaves to user space; else as `add_ports`.
 
-        Stock KVM lets few leave (KVM_CAP_EXIT_HYPERCALL). Raises as `add_ports`.
+        Stock KVM lets few leave (KVM_CAP_EXIT_HYPERCALL).
+
+        Args:
+            number: the guest's RAX.
+            function: a ``pykvm_hypercall_fn``.
+            context: its first argument.
         """
         return self._add(Space.HYPERCALLS, number, 1, function, context)
 
     def remove(self, handler: Handler) -> None:
-        """Serve it no longer; on return its function does not run any more.
+        """Serve a handler's range no longer; on return its function does not run any more.
 
-        Raises HandlerError where it is not registered.
+        Raises:
+            HandlerError: it is not registered.
+            VcpuRunningError: a handler of one of the vCPUs made this call.
+            ForkedProcessError: the VM belongs to the parent process.
         """
         with self._change(str(handler)):
             if handler not in self._handlers:

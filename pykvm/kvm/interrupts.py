@@ -24,7 +24,13 @@ Eventfd = Any
 
 @dataclass(frozen=True, slots=True)
 class IrqchipRoute:
-    """A GSI that raises a pin. chip: ``lib.KVM_IRQCHIP_*`` (PIC master, PIC slave, IOAPIC)."""
+    """A GSI that raises a pin.
+
+    Attributes:
+        gsi: the global system interrupt.
+        chip: ``lib.KVM_IRQCHIP_*`` (PIC master, PIC slave, IOAPIC).
+        pin: a pin of the chip.
+    """
 
     gsi: int
     chip: int
@@ -33,7 +39,13 @@ class IrqchipRoute:
 
 @dataclass(frozen=True, slots=True)
 class MsiRoute:
-    """A GSI that sends a message. address: 64 bits, data: 32 (SDM vol. 3A 11.11)."""
+    """A GSI that sends a message (SDM vol. 3A 11.11).
+
+    Attributes:
+        gsi: the global system interrupt.
+        address: 64 bits.
+        data: 32 bits.
+    """
 
     gsi: int
     address: int
@@ -44,7 +56,11 @@ class Interrupts(Handle):
     """The part of `Vm` that delivers interrupts."""
 
     def set_irq_line(self, gsi: int, level: bool) -> int:
-        """Set a line; return the vCPUs it was delivered to, 0 if coalesced, -1 if masked."""
+        """Set the level of a line.
+
+        Returns:
+            The number of vCPUs that it was delivered to; 0 if it was coalesced, -1 if masked.
+        """
         request = ffi.new("struct kvm_irq_level *")
         request.irq = gsi
         request.level = int(level)
@@ -55,7 +71,11 @@ class Interrupts(Handle):
         return int(request.status)
 
     def signal_msi(self, address: int, data: int) -> int:
-        """Send a message; return more than 0 if delivered, 0 if the guest blocked it."""
+        """Send a message.
+
+        Returns:
+            More than 0 if it was delivered, 0 if the guest blocked it.
+        """
         request = ffi.new("struct kvm_msi *")
         request.address_lo = address & 0xFFFFFFFF
         request.address_hi = address >> 32
@@ -65,8 +85,9 @@ class Interrupts(Handle):
     def set_gsi_routing(self, routes: Iterable[IrqchipRoute | MsiRoute]) -> None:
         """Replace the whole routing table.
 
-        Raises GsiRoutingError for more routes or a higher GSI than this KVM has; IoctlError for
-        an impossible route.
+        Raises:
+            GsiRoutingError: there are more routes, or a higher GSI, than this KVM takes.
+            IoctlError: a route is impossible.
         """
         routes = list(routes)
         limit = self.require("KVM_CAP_IRQ_ROUTING", "set_gsi_routing()")
@@ -86,7 +107,10 @@ class Interrupts(Handle):
     ) -> None:
         """Raise a GSI at every write to an eventfd, without user space.
 
-        resample: for a level-triggered line, an eventfd that KVM signals at the guest's EOI.
+        Args:
+            eventfd: a descriptor, or an object with one.
+            gsi: the interrupt to raise.
+            resample: for a level-triggered line, an eventfd that KVM signals at the guest's EOI.
         """
         request = ffi.new("struct kvm_irqfd *", {"fd": _fd(eventfd), "gsi": gsi})
         if resample is not None:
@@ -112,8 +136,15 @@ class Interrupts(Handle):
     ) -> None:
         """Signal an eventfd at a guest's write, without an exit to user space.
 
-        address: GPA, or port number where port is True. size: 1, 2, 4 or 8 bytes, 0 for any.
-        datamatch: only writes of this value. Raises IoctlError (EEXIST: there is one already).
+        Args:
+            eventfd: a descriptor, or an object with one.
+            address: a GPA, or a port number where `port` is True.
+            size: 1, 2, 4 or 8 bytes; 0 for a write of any size.
+            port: whether it is a port.
+            datamatch: the only value that counts, if given.
+
+        Raises:
+            IoctlError: an argument is wrong, or there is an eventfd already (EEXIST).
         """
         request = _ioeventfd(eventfd, address, size, port=port, datamatch=datamatch)
         self.ioctl("KVM_IOEVENTFD", request)

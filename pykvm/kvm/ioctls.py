@@ -39,11 +39,14 @@ class Scope(Enum):
 class Ioctl:
     """One call.
 
-    name: the macro in linux/kvm.h. scopes: descriptors that accept it. capability: the
-    ``KVM_CAP_*`` macro that announces it (a mapping where that depends on the descriptor), or
-    None where every KVM has it. steps: what to type or check when the call fails, by errno; a
-    text alone stands for EINVAL, ENXIO, ENOENT, EEXIST and EBADF, which blame the arguments.
-    number: the request of a call that linux/kvm.h does not have (one of a kernel patch).
+    Attributes:
+        name: the macro in linux/kvm.h.
+        scopes: descriptors that accept it.
+        capability: the ``KVM_CAP_*`` macro that announces it, or a mapping where that depends on
+            the descriptor; None where every KVM has it.
+        steps: what to type or check when the call fails, by errno. A text alone stands for
+            EINVAL, ENXIO, ENOENT, EEXIST and EBADF, which blame the arguments.
+        number: the request of a call that linux/kvm.h does not have (one of a kernel patch).
     """
 
     name: str

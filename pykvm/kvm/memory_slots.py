@@ -78,8 +78,18 @@ class MemorySlots(Handle):
     ) -> None:
         """Give the guest memory, or move or re-flag a slot that it has.
 
-        gpa, size, host_address: bytes and addresses, multiples of 4096. Raises MemorySlotError,
-        MemorySlotOverlapError, CapabilityMissingError (read-only).
+        Args:
+            number: the slot's number, below KVM_CAP_NR_MEMSLOTS.
+            gpa: guest physical address; a multiple of 4096, like `size` and `host_address`.
+            size: bytes.
+            host_address: address of the memory in this process.
+            read_only: whether the guest may only read.
+            log_dirty: whether `get_dirty_log` works.
+
+        Raises:
+            MemorySlotError: KVM cannot make such a slot; the error says why.
+            MemorySlotOverlapError: another slot has some of the addresses.
+            CapabilityMissingError: this KVM has no read-only slots.
         """
         what = f"memory slot {number} ({size:#x} bytes at {gpa:#x})"
         for name, value in (("gpa", gpa), ("size", size), ("host address", host_address)):
@@ -116,7 +126,11 @@ class MemorySlots(Handle):
         self._slots[number] = wanted
 
     def delete_memory_slot(self, number: int) -> None:
-        """Take a slot away. Raises MemorySlotError where there is none."""
+        """Take a slot away.
+
+        Raises:
+            MemorySlotError: there is no such slot.
+        """
         self._set_region(number, self._slot(number), 0, 0)
         del self._slots[number]
 
@@ -172,9 +186,13 @@ class MemorySlots(Handle):
         self.enable_cap("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", available & 1)
 
     def get_dirty_log(self, number: int) -> list[int]:
-        """Return page numbers within a slot, written since the last call; the slot logs them.
+        """Return the numbers of pages within a slot that were written since the last call.
 
-        In the manual mode pages stay dirty until cleared. Raises MemorySlotError, IoctlError.
+        In the manual mode pages stay dirty until cleared.
+
+        Raises:
+            MemorySlotError: there is no such slot.
+            IoctlError: the slot does not log dirty pages (ENOENT).
         """
         words = self._bitmap(number)
         request = ffi.new("struct kvm_dirty_log *", {"slot": number})
@@ -185,7 +203,9 @@ class MemorySlots(Handle):
     def clear_dirty_log(self, number: int, dirty: Iterable[int]) -> None:
         """Make pages clean again, so that the next write is logged (manual mode).
 
-        Raises DirtyLogError for a page that the slot does not have.
+        Raises:
+            MemorySlotError: there is no such slot.
+            DirtyLogError: the slot does not have such a page.
         """
         pages = self._slot(number).size // PAGE_SIZE
         words = self._bitmap(number)

@@ -34,12 +34,18 @@ _UNITS = _names("KVM_STATS_UNIT_")
 
 @dataclass(frozen=True, slots=True)
 class Statistic:
-    """What one value means.
+    """Description of one statistic: it counts `base` to the power of `exponent` units.
 
-    kind: "cumulative", "instant", "peak", "linear hist", "log hist", or "type N" of a newer
-    kernel. unit: "none", "bytes", "seconds", "cycles", "boolean" or "unit N". A value counts
-    `base` to the power of `exponent` units. size: how many 64-bit values. bucket_size: width of a
-    bucket of a linear histogram.
+    Attributes:
+        name: the kernel's name.
+        kind: "cumulative", "instant", "peak", "linear hist", "log hist", or "type N" of a newer
+            kernel.
+        unit: "none", "bytes", "seconds", "cycles", "boolean" or "unit N".
+        base: 2 or 10.
+        exponent: of the base.
+        size: number of 64-bit values.
+        offset: bytes from the first statistic's values.
+        bucket_size: width of a bucket of a linear histogram.
     """
 
     name: str
@@ -55,7 +61,11 @@ class Statistic:
 class Stats(Handle):
     """The statistics of one VM or vCPU; reading does not disturb a running vCPU.
 
-    id: the kernel's name for it, such as "kvm-1234/vcpu-0".
+    A forked process may read them too.
+
+    Attributes:
+        id: the kernel's name for the VM or vCPU, such as "kvm-1234/vcpu-0".
+        statistics: their descriptions.
     """
 
     scope: ClassVar[Scope] = Scope.DEVICE
@@ -96,7 +106,7 @@ class Stats(Handle):
         return tuple(result)
 
     def read(self) -> dict[str, int | list[int]]:
-        """Name to value; a list of the buckets for a histogram."""
+        """Return the value of each name; a list of the buckets for a histogram."""
         data = os.pread(self.fileno(), self._words * 8, self._data_offset)
         words = memoryview(data).cast("Q")
         result: dict[str, int | list[int]] = {}
@@ -109,7 +119,11 @@ class Stats(Handle):
         return result
 
     def value(self, name: str) -> int:
-        """One value. Raises KeyError with the names there are, where the kernel has none such."""
+        """Return one value.
+
+        Raises:
+            KeyError: the kernel has no such name; the message lists those there are.
+        """
         for each in self.statistics:
             if each.name == name:
                 data = os.pread(self.fileno(), 8, self._data_offset + each.offset)
@@ -117,5 +131,5 @@ class Stats(Handle):
         raise KeyError(f"no statistic {name!r} in {self.id}: use one of {self.names()}")
 
     def names(self) -> list[str]:
-        """Every name, sorted."""
+        """Return every name, sorted."""
         return sorted(each.name for each in self.statistics)

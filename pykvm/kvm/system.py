@@ -29,12 +29,19 @@ API_VERSION = 12
 
 
 class Kvm(X86System):
-    """An open /dev/kvm. It works in a forked process too, for VMs that are made there.
-
-    Raises KvmMissingError, KvmPermissionError, NotKvmError, ApiVersionError::
+    """An open /dev/kvm. It works in a forked process too, for VMs that are made there::
 
         with Kvm() as kvm, kvm.create_vm() as vm, vm.create_vcpu(0) as vcpu:
             ...
+
+    Args:
+        path: the device.
+
+    Raises:
+        KvmMissingError: there is no such device.
+        KvmPermissionError: this user may not open it.
+        NotKvmError: the file is not the KVM device.
+        ApiVersionError: it speaks another version of the interface.
     """
 
     scope: ClassVar[Scope] = Scope.SYSTEM
@@ -66,7 +73,11 @@ class Kvm(X86System):
     def create_vm(self, machine_type: int = 0) -> Vm:
         """Make a VM without memory or vCPUs.
 
-        machine_type: a number of KVM_CAP_VM_TYPES, 0 the plain one.
+        Args:
+            machine_type: a number of KVM_CAP_VM_TYPES; 0 is the plain one.
+
+        Raises:
+            IoctlError: this KVM has no such type, or no memory.
         """
         size = self.get_vcpu_mmap_size()
         return Vm(self, self.ioctl("KVM_CREATE_VM", machine_type), size)

@@ -38,8 +38,11 @@ __all__ = ["CoalescedWrite", "ExitCounts", "PastExit", "Vcpu"]
 class ExitCounts:
     """Exits since the vCPU was made, by the names of exits.
 
-    runs: KVM_RUN calls. interrupted: those that a signal or stop() ended. native: served by native
-    handlers. returned: handed to Python.
+    Attributes:
+        runs: KVM_RUN calls.
+        interrupted: those that a signal or `Vcpu.stop` ended.
+        native: exits that native handlers served.
+        returned: exits that `Vcpu.run` returned.
     """
 
     runs: int
@@ -50,9 +53,13 @@ class ExitCounts:
 
 @dataclass(frozen=True, slots=True)
 class PastExit:
-    """One of the last exits. first: port, address, hypercall or MSR; second: data.
+    """One of the last exits.
 
-    native: a native handler has served it.
+    Attributes:
+        name: the exit's name.
+        native: whether a native handler served it.
+        first: port, address, hypercall or MSR.
+        second: data.
     """
 
     name: str
@@ -77,10 +84,12 @@ class CoalescedWrite:
 class Vcpu(X86Vcpu):
     """A virtual processor. One thread at a time runs it; any thread may stop it.
 
-    State is read and written between runs: calls made while another thread is inside run() raise
+    State is read and written between runs: calls made while another thread is inside `run` raise
     VcpuRunningError instead of waiting for the guest. Made by `Vm.create_vcpu`.
 
-    vm: the handle on its VM. id: its APIC id.
+    Attributes:
+        vm: the handle on its VM.
+        id: its APIC id.
     """
 
     scope: ClassVar[Scope] = Scope.VCPU
@@ -102,9 +111,10 @@ class Vcpu(X86Vcpu):
         handlers.add_vcpu(self._handlers)
 
     def close(self) -> None:
-        """Stop the vCPU, wait until it has left run(), and give its descriptor back.
+        """Stop the vCPU, wait until it has left `run`, and close its descriptor.
 
-        Raises VcpuRunningError inside a native handler of this vCPU, which cannot wait for itself.
+        Raises:
+            VcpuRunningError: a native handler of this vCPU called: it would wait for itself.
         """
         if self._fd >= 0 and not self.inherited and lib.pykvm_vcpu_close(self._vcpu):
             raise VcpuRunningError("a handler cannot close its own vcpu", "use stop()")
@@ -126,11 +136,18 @@ class Vcpu(X86Vcpu):
 
     # ---- running ----------------------------------------------------------------------------
     def run(self) -> Exit:
-        """Run the guest until an exit that the C loop does not answer.
+        """Run the guest until an exit that no native handler serves.
 
-        Returns the exit; `Stopped` after stop(), also when stop() came before run(). Signal
-        handlers of Python run meanwhile, so Ctrl-C raises KeyboardInterrupt here. Raises
-        VcpuRunningError, HandleClosedError, ForkedProcessError, IoctlError (KVM_RUN).
+        Python's signal handlers run meanwhile, so Ctrl-C raises KeyboardInterrupt here.
+
+        Returns:
+            The exit; `Stopped` after `stop`, also when that came before `run`.
+
+        Raises:
+            VcpuRunningError: another thread runs the vCPU.
+            HandleClosedError: the vCPU is closed, or was closed meanwhile.
+            ForkedProcessError: the vCPU belongs to the parent process.
+            IoctlError: KVM_RUN failed.
         """
         while True:
             self.require_own(f"run() of vcpu {self.id}")
@@ -154,10 +171,12 @@ class Vcpu(X86Vcpu):
         return HandleClosedError(f"vcpu {self.id} was closed", "create another one")
 
     def stop(self) -> None:
-        """Make run() return `Stopped`, now or the next time. From any thread; never waits.
+        """Make `run` return `Stopped`, now or the next time. From any thread; never waits.
 
-        Several stops before one return of run() count as one. Harmless after close(). Raises
-        ForkedProcessError.
+        Several stops before one return of `run` count as one. Harmless after `close`.
+
+        Raises:
+            ForkedProcessError: the vCPU belongs to the parent process.
         """
         self.require_own(f"stop() of vcpu {self.id}")
         lib.pykvm_stop(self._vcpu)
@@ -180,8 +199,13 @@ class Vcpu(X86Vcpu):
     def reply(self, value: int | bytes) -> None:
         """Answer the last exit: `Io` input, `MmioRead`, `Hypercall` or `Rdmsr`.
 
-        Bytes for Io and MmioRead must have the exit's length; a number is little-endian. Raises
-        ReplyError for an exit that takes no answer, or a length that is not the exit's.
+        Args:
+            value: bytes of the exit's length for `Io` and `MmioRead`, or a number, which is stored
+                little-endian.
+
+        Raises:
+            ReplyError: the exit takes no such answer, or the length is not the exit's.
+            ForkedProcessError: the vCPU belongs to the parent process.
         """
         run = self.kvm_run
         reason = run.exit_reason
@@ -209,7 +233,12 @@ class Vcpu(X86Vcpu):
         )
 
     def reply_fault(self) -> None:
-        """Answer `Rdmsr` or `Wrmsr` with a general-protection exception in the guest."""
+        """Answer `Rdmsr` or `Wrmsr` with a general-protection exception in the guest.
+
+        Raises:
+            ReplyError: the last exit is neither.
+            ForkedProcessError: the vCPU belongs to the parent process.
+        """
         run = self.kvm_run
         if run.exit_reason not in (lib.KVM_EXIT_X86_RDMSR, lib.KVM_EXIT_X86_WRMSR):
             raise ReplyError(
@@ -228,9 +257,10 @@ class Vcpu(X86Vcpu):
     # ---- struct kvm_run ---------------------------------------------------------------------
     @property
     def kvm_run(self) -> Struct:
-        """struct kvm_run itself: cr8, apic_base, if_flag, flags. Zeros after close().
+        """struct kvm_run itself: cr8, apic_base, if_flag, flags. Zeros after `close`.
 
-        Raises ForkedProcessError: the page is shared with the process that runs the vCPU.
+        Raises:
+            ForkedProcessError: the page is shared with the parent process, which runs the vCPU.
         """
         self.require_own(f"kvm_run of vcpu {self.id}")
         return self._run

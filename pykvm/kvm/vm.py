@@ -22,9 +22,11 @@ __all__ = ["Vm"]
 
 
 class Vm(MemorySlots, Interrupts, X86Vm):
-    """A virtual machine. close() also closes the vCPUs, devices and contexts made from it.
+    """A virtual machine, which closes together with the vCPUs, devices and contexts made from it.
 
-    kvm: the handle that it was made with. handlers: what its vCPUs serve without Python.
+    Attributes:
+        kvm: the handle that it was made with.
+        handlers: what its vCPUs serve without Python.
     """
 
     scope: ClassVar[Scope] = Scope.VM
@@ -36,12 +38,26 @@ class Vm(MemorySlots, Interrupts, X86Vm):
         self._vcpu_mmap_size = vcpu_mmap_size
 
     def create_vcpu(self, vcpu_id: int = 0) -> Vcpu:
-        """Make a vCPU; vcpu_id is its APIC id, below KVM_CAP_MAX_VCPU_ID."""
+        """Make a vCPU.
+
+        Args:
+            vcpu_id: its APIC id, below KVM_CAP_MAX_VCPU_ID.
+
+        Raises:
+            IoctlError: the id is taken, or too large, or there are too many vCPUs.
+        """
         fd = self.ioctl("KVM_CREATE_VCPU", vcpu_id)
         return self.adopt(Vcpu(self, fd, vcpu_id, self._vcpu_mmap_size, self.handlers))
 
     def create_device(self, device_type: int) -> Device:
-        """Make a device in the kernel; device_type: ``lib.KVM_DEV_TYPE_*``."""
+        """Make a device in the kernel.
+
+        Args:
+            device_type: ``lib.KVM_DEV_TYPE_*``.
+
+        Raises:
+            IoctlError: this KVM has no such device (ENODEV).
+        """
         request = ffi.new("struct kvm_create_device *", {"type": device_type})
         self.ioctl("KVM_CREATE_DEVICE", request)
         return self.adopt(Device(self, request.fd, device_type))

@@ -55,7 +55,12 @@ class Unknown(Exit):
 
 @dataclass(frozen=True, slots=True)
 class Unsupported(Exit):
-    """An exit that pykvm does not decode. payload: the first 64 bytes of kvm_run's union."""
+    """Exit that pykvm does not decode.
+
+    Attributes:
+        number: the exit reason.
+        payload: the first 64 bytes of kvm_run's union.
+    """
 
     number: int
     payload: bytes
@@ -94,10 +99,13 @@ class InternalErrorKind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class InternalError(Exit):
-    """KVM could not go on. data: words whose meaning depends on suberror.
+    """KVM could not go on.
 
-    For an instruction that KVM failed to emulate, data[0] holds flags and the instruction bytes
-    follow where bit 0 of them is set (struct kvm_run.emulation_failure).
+    Attributes:
+        suberror: an `InternalErrorKind`, or a newer number.
+        data: words whose meaning depends on the suberror. For an instruction that KVM failed to
+            emulate, the first holds flags, and the instruction follows where its bit 0 is set
+            (struct kvm_run.emulation_failure).
     """
 
     suberror: int
@@ -222,7 +230,10 @@ _DECODERS: dict[int, Decoder] = {
 def register_exit(reason: int, name: str, decoder: Decoder) -> None:
     """Decode an exit reason of an architecture, or of a kernel patch, from now on.
 
-    name: what `exit_name` returns for it.
+    Args:
+        reason: its number.
+        name: the name that `exit_name` returns for it.
+        decoder: makes the exit.
     """
     _EXIT_NAMES[reason] = name
     _DECODERS[reason] = decoder

@@ -17,7 +17,17 @@ __all__ = ["CpuidEntry", "find_leaf", "pack_cpuid", "read_cpuid"]
 
 @dataclass(slots=True)
 class CpuidEntry:
-    """One leaf. flags: ``KVM_CPUID_FLAG_*``; `index` counts only where they say so."""
+    """One leaf of CPUID.
+
+    Attributes:
+        function: EAX of the instruction.
+        index: ECX of the instruction; it counts only where the flags say so.
+        flags: ``KVM_CPUID_FLAG_*``.
+        eax: the first register of the result.
+        ebx: the second.
+        ecx: the third.
+        edx: the fourth.
+    """
 
     function: int
     index: int = 0

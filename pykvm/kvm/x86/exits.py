@@ -83,9 +83,11 @@ class IoapicEoi(Exit):
 
 @dataclass(frozen=True, slots=True)
 class Rdmsr(Exit):
-    """RDMSR that KVM leaves to user space; wants `Vcpu.reply(value)` or `reply_fault()`.
+    """RDMSR that KVM leaves to user space; needs `Vcpu.reply` or `Vcpu.reply_fault`.
 
-    why: ``KVM_MSR_EXIT_REASON_*``.
+    Attributes:
+        index: the MSR's number.
+        why: ``KVM_MSR_EXIT_REASON_*``.
     """
 
     index: int

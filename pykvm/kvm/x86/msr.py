@@ -27,10 +27,14 @@ Call = Callable[[Struct], int]
 
 @dataclass(frozen=True, slots=True)
 class MsrRange:
-    """Access to the MSRs from `base` on, one flag each.
+    """Access to MSRs of consecutive numbers.
 
-    allowed: a flag per MSR, True where the access goes on as if there were no filter. read,
-    write: which accesses the range is about. More than 12288 flags count as several ranges.
+    Attributes:
+        base: the first number.
+        allowed: a flag for each MSR, True where the access goes on as if there were no filter.
+            More than 12288 flags count as several ranges.
+        read: whether the range is about reads.
+        write: whether it is about writes.
     """
 
     base: int
@@ -58,10 +62,15 @@ def read_msr_list(call: Callable[[Struct], int]) -> list[int]:
 def read_msrs(
     call: Call, indices: Iterable[int], known: Callable[[], Iterable[int]]
 ) -> dict[int, int]:
-    """KVM_GET_MSRS, as often as it takes: number to value.
+    """Make KVM_GET_MSRS as often as it takes; return number to value.
 
-    known: the MSRs that this KVM lists, asked for the message alone. Raises MsrError at the first
-    MSR that KVM refuses.
+    Args:
+        call: makes one.
+        indices: the numbers.
+        known: returns the MSRs that this KVM lists; asked for the message alone.
+
+    Raises:
+        MsrError: KVM refused one; it names the first.
     """
     values: dict[int, int] = {}
     for part in _parts([(index, 0) for index in indices]):
@@ -81,10 +90,15 @@ def read_msrs(
 
 
 def write_msrs(call: Call, read: Call, values: Mapping[int, int]) -> None:
-    """KVM_SET_MSRS, as often as it takes, in the mapping's order.
+    """Make KVM_SET_MSRS as often as it takes, in the mapping's order.
 
-    read: KVM_GET_MSRS, asked for the message alone. Raises MsrError at the first MSR that KVM
-    refuses; those before it are set.
+    Args:
+        call: makes one.
+        read: makes a KVM_GET_MSRS, asked for the message alone.
+        values: number to value.
+
+    Raises:
+        MsrError: KVM refused one; it names the first. Those before it are set.
     """
     for part in _parts(list(values.items())):
         done = call(_pack(part))
@@ -123,7 +137,8 @@ def _pack(items: Sequence[tuple[int, int]]) -> Struct:
 def pack_msr_filter(ranges: Sequence[MsrRange], default_allow: bool) -> tuple[Struct, list[Struct]]:
     """Return a struct kvm_msr_filter, and the bitmaps that have to outlive it.
 
-    Raises MsrFilterError.
+    Raises:
+        MsrFilterError: there are too many ranges, or one is empty or ends too high.
     """
     result = ffi.new("struct kvm_msr_filter *")
     result.flags = (

@@ -35,7 +35,11 @@ class X86System(Attributes):
         return read_msr_list(lambda table: self.ioctl("KVM_GET_MSR_FEATURE_INDEX_LIST", table))
 
     def get_msrs(self, indices: Iterable[int] | None = None) -> dict[int, int]:
-        """Return values of feature MSRs, all of them by default. Raises MsrError."""
+        """Return values of feature MSRs, all of them by default.
+
+        Raises:
+            MsrError: KVM does not read one of the indices.
+        """
 
         def call(table: Struct) -> int:
             return self.ioctl("KVM_GET_MSRS", table)

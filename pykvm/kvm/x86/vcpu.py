@@ -113,7 +113,11 @@ class X86Vcpu(Attributes):
         return ffi.buffer(area)[:]
 
     def set_xsave(self, area: bytes) -> None:
-        """Write back what `get_xsave` gave. Raises StateSizeError."""
+        """Write back what `get_xsave` gave.
+
+        Raises:
+            StateSizeError: the length is another one.
+        """
         _require_size("an xsave area", area, self._xsave_size())
         self.ioctl("KVM_SET_XSAVE", ffi.from_buffer(area))
 
@@ -126,7 +130,11 @@ class X86Vcpu(Attributes):
         return {xcrs.xcrs[i].xcr: xcrs.xcrs[i].value for i in range(xcrs.nr_xcrs)}
 
     def set_xcrs(self, values: Mapping[int, int]) -> None:
-        """Set extended control registers. Raises StateSizeError for more than KVM has."""
+        """Set extended control registers.
+
+        Raises:
+            StateSizeError: there are more than KVM has.
+        """
         xcrs = ffi.new("struct kvm_xcrs *")
         if len(values) > len(xcrs.xcrs):
             raise StateSizeError(
@@ -168,7 +176,11 @@ class X86Vcpu(Attributes):
         return ffi.buffer(self._get("KVM_GET_LAPIC", "kvm_lapic_state"))[:]
 
     def set_lapic(self, registers: bytes) -> None:
-        """Write back what `get_lapic` gave. Raises StateSizeError."""
+        """Write back what `get_lapic` gave.
+
+        Raises:
+            StateSizeError: the length is another one.
+        """
         state = ffi.new("struct kvm_lapic_state *")
         _require_size("a local apic", registers, len(ffi.buffer(state)))
         ffi.buffer(state)[:] = registers
@@ -201,18 +213,28 @@ class X86Vcpu(Attributes):
         return read_cpuid(lambda table: self.ioctl("KVM_GET_CPUID2", table))
 
     def set_cpuid2(self, entries: Iterable[CpuidEntry]) -> None:
-        """Choose what the guest's CPUID gives; once, before the first run().
+        """Choose what the guest's CPUID gives; once, before the first `run`.
 
-        Raises IoctlError: E2BIG for more leaves than KVM keeps (256).
+        Raises:
+            IoctlError: the vCPU has run, the VM may not have a feature, or there are more leaves
+                than KVM keeps (E2BIG).
         """
         self.ioctl("KVM_SET_CPUID2", pack_cpuid(entries))
 
     def get_msrs(self, indices: Iterable[int]) -> dict[int, int]:
-        """Return number to value. Raises MsrError at the first that KVM does not read."""
+        """Return the values of MSRs by number.
+
+        Raises:
+            MsrError: KVM does not read one; it names the first.
+        """
         return read_msrs(self._read_msrs, indices, self._listed_msrs)
 
     def set_msrs(self, values: Mapping[int, int]) -> None:
-        """Set MSRs, in order. Raises MsrError at the first that KVM does not write."""
+        """Set MSRs, in order.
+
+        Raises:
+            MsrError: KVM does not write one; it names the first. Those before it are set.
+        """
         write_msrs(lambda table: self.ioctl("KVM_SET_MSRS", table), self._read_msrs, values)
 
     def _read_msrs(self, table: Struct) -> int:
@@ -232,7 +254,11 @@ class X86Vcpu(Attributes):
         return ffi.buffer(area, state.size)[:]
 
     def set_nested_state(self, state: bytes) -> None:
-        """Write back what `get_nested_state` gave. Raises StateSizeError."""
+        """Write back what `get_nested_state` gave.
+
+        Raises:
+            StateSizeError: the length is another one.
+        """
         least = ffi.sizeof("struct kvm_nested_state")
         if len(state) < least:
             raise StateSizeError(f"{len(state)} bytes of nested state", f"pass {least} or more")
@@ -277,11 +303,17 @@ class X86Vcpu(Attributes):
         software_breakpoints: bool = False,
         block_interrupts: bool = False,
     ) -> None:
-        """Make the guest leave with `Debug`; without arguments: stop debugging.
+        """Make the guest leave with `Debug`; without arguments, stop debugging.
 
-        breakpoints: at most four. software_breakpoints: INT3 instructions leave too.
-        block_interrupts: none is injected while single-stepping. Raises BreakpointError,
-        CapabilityMissingError, IoctlError.
+        Args:
+            single_step: whether it leaves after every instruction.
+            breakpoints: at most four.
+            software_breakpoints: whether INT3 instructions leave too.
+            block_interrupts: whether none is injected while single-stepping.
+
+        Raises:
+            BreakpointError: the processor has no such breakpoints.
+            CapabilityMissingError: this KVM does not debug guests.
         """
         request = ffi.new("struct kvm_guest_debug *")
         if single_step:

@@ -51,7 +51,11 @@ class X86Vm(Attributes):
         return ffi.buffer(state.chip.dummy)[:]
 
     def set_irqchip(self, chip: int, state: bytes) -> None:
-        """Write back what `get_irqchip` gave. Raises StateSizeError."""
+        """Write back what `get_irqchip` gave.
+
+        Raises:
+            StateSizeError: the length is not that of a chip.
+        """
         request = ffi.new("struct kvm_irqchip *", {"chip_id": chip})
         area = ffi.buffer(request.chip.dummy)
         if len(state) != len(area):
@@ -61,7 +65,11 @@ class X86Vm(Attributes):
 
     # ---- PIT and clocks ---------------------------------------------------------------------
     def create_pit2(self, *, speaker_dummy: bool = True) -> None:
-        """Make an i8254 in the kernel, after create_irqchip(). speaker_dummy: port 0x61 as well."""
+        """Make an i8254 in the kernel, after `create_irqchip`.
+
+        Args:
+            speaker_dummy: whether port 0x61 is there as well.
+        """
         flags = lib.KVM_PIT_SPEAKER_DUMMY if speaker_dummy else 0
         self.ioctl("KVM_CREATE_PIT2", ffi.new("struct kvm_pit_config *", {"flags": flags}))
 
@@ -98,8 +106,13 @@ class X86Vm(Attributes):
     def set_msr_filter(self, ranges: Sequence[MsrRange], *, default_allow: bool = True) -> None:
         """Choose which MSRs the guest may touch; the others become #GP, or exits to user space.
 
-        ranges: at most 16, see `MsrRange`; none and default_allow=True removes the filter. Raises
-        MsrFilterError.
+        Args:
+            ranges: at most 16, see `MsrRange`; none of them, with `default_allow`, removes the
+                filter.
+            default_allow: whether the guest may touch MSRs outside the ranges.
+
+        Raises:
+            MsrFilterError: KVM cannot take such a filter.
         """
         request, bitmaps = pack_msr_filter(ranges, default_allow)
         self.ioctl("KVM_X86_SET_MSR_FILTER", request)
