@@ -1,4 +1,4 @@
-"""pykvm.kvm.interrupts and pykvm.kvm.x86.vm: interrupts, eventfds in both directions, timers."""
+"""pykvm.kvm.interrupts: interrupts that reach a guest, and eventfds in both directions."""
 
 import errno
 import os
@@ -9,17 +9,18 @@ from collections.abc import Iterator
 import pytest
 
 from pykvm.kvm import (
+    GsiRoutingError,
     Hlt,
     Io,
     IoctlError,
     IrqchipRoute,
-    Kvm,
     MsiRoute,
     Stopped,
     Vm,
     lib,
 )
-from tests.rigs.needs import need, refused_without
+from tests.rigs.messages import one_line
+from tests.rigs.needs import need
 from tests.rigs.real_mode import RealModeGuest, run
 
 pytestmark = pytest.mark.kvm
@@ -137,9 +138,21 @@ def test_msi_route(waiting: RealModeGuest, eventfd: int) -> None:
 
 def test_impossible_route(waiting: RealModeGuest) -> None:
     need(waiting.vm, "KVM_CAP_IRQ_ROUTING")
-    with pytest.raises(IoctlError) as caught:
+    with pytest.raises(IoctlError, match="to a pin that it has") as caught:
         waiting.vm.set_gsi_routing([IrqchipRoute(1, 77, 5)])
     assert caught.value.errno == errno.EINVAL
+
+
+def test_more_routes_than_kvm_has(waiting: RealModeGuest) -> None:
+    """The number is what is wrong, and not one of the routes."""
+    limit = need(waiting.vm, "KVM_CAP_IRQ_ROUTING")
+    with pytest.raises(GsiRoutingError, match=f"pass at most {limit}") as caught:
+        waiting.vm.set_gsi_routing([MsiRoute(1, 0xFEE00000, 0x40)] * (limit + 1))
+    one_line(caught.value)
+    for gsi in (-1, limit):
+        with pytest.raises(GsiRoutingError, match=f"use 0 to {limit - 1}") as caught:
+            waiting.vm.set_gsi_routing([MsiRoute(gsi, 0xFEE00000, 0x40)])
+        one_line(caught.value)
 
 
 def test_signal_msi(waiting: RealModeGuest) -> None:
@@ -158,28 +171,6 @@ def test_irqchip_state(waiting: RealModeGuest) -> None:
     changed[5] = 0x28
     waiting.vm.set_irqchip(lib.KVM_IRQCHIP_PIC_MASTER, bytes(changed))
     assert waiting.vm.get_irqchip(lib.KVM_IRQCHIP_PIC_MASTER)[5] == 0x28
-
-
-def test_irqchip_comes_once_and_first(kvm: Kvm) -> None:
-    with kvm.create_vm() as vm:
-        vm.create_irqchip()
-        with pytest.raises(IoctlError, match="call it once") as caught:
-            vm.create_irqchip()
-        assert caught.value.errno == errno.EEXIST
-    with kvm.create_vm() as vm:
-        vm.create_vcpu(0)
-        with pytest.raises(IoctlError, match=r"before the first create_vcpu\(\)"):
-            vm.create_irqchip()
-
-
-def test_split_irqchip(kvm: Kvm) -> None:
-    with kvm.create_vm() as vm:
-        need(vm, "KVM_CAP_SPLIT_IRQCHIP")
-        vm.enable_split_irqchip(24)
-        vcpu = vm.create_vcpu(0)
-        assert len(vcpu.get_lapic()) == 1024
-        with pytest.raises(IoctlError):
-            vm.get_irqchip(lib.KVM_IRQCHIP_IOAPIC)
 
 
 def test_ioeventfd_on_a_port(guest: RealModeGuest, eventfd: int) -> None:
@@ -219,40 +210,3 @@ def test_ioeventfd_of_a_wrong_length(guest: RealModeGuest, eventfd: int) -> None
     with pytest.raises(IoctlError, match="0, 1, 2, 4 or 8") as caught:
         guest.vm.register_ioevent(eventfd, 0x9000, 3)
     assert caught.value.errno == errno.EINVAL
-
-
-def test_pit(vm: Vm) -> None:
-    need(vm, "KVM_CAP_PIT2")
-    vm.create_irqchip()
-    vm.create_pit2()
-    state = vm.get_pit2()
-    state.channels[0].count = 0x1234
-    state.channels[0].mode = 2
-    vm.set_pit2(state)
-    assert vm.get_pit2().channels[0].count == 0x1234
-    vm.set_pit_reinject(False)
-
-
-def test_pit_comes_once(vm: Vm) -> None:
-    need(vm, "KVM_CAP_PIT2")
-    vm.create_irqchip()
-    vm.create_pit2()
-    with pytest.raises(IoctlError) as caught:
-        vm.create_pit2()
-    assert caught.value.errno == errno.EEXIST
-
-
-def test_clock(vm: Vm) -> None:
-    need(vm, "KVM_CAP_ADJUST_CLOCK")
-    vm.set_clock(10**15)
-    now = vm.get_clock().clock
-    assert 10**15 <= now < 10**15 + 600 * 10**9
-
-
-def test_tsc_of_the_vm(vm: Vm) -> None:
-    if refused_without(vm, "KVM_CAP_VM_TSC_CONTROL", vm.get_tsc_khz):
-        return
-    khz = vm.get_tsc_khz()
-    assert khz > 1000
-    vm.set_tsc_khz(khz)
-    assert vm.create_vcpu(0).get_tsc_khz() == khz

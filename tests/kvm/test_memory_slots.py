@@ -9,7 +9,6 @@ from pykvm.kvm import (
     DirtyLogError,
     Hlt,
     IoctlError,
-    Kvm,
     MemorySlotError,
     MemorySlotOverlapError,
     MmioRead,
@@ -223,18 +222,3 @@ def test_reading_for_reports(guest: RealModeGuest) -> None:
     assert guest.vm.read_physical(MEMORY - 2, 15) == b"\0\0"
     assert guest.vm.read_physical(MEMORY, 15) == b""
     assert CODE < MEMORY
-
-
-def test_addresses_below_4_gib_for_real_mode(kvm: Kvm) -> None:
-    with kvm.create_vm() as vm:
-        need(vm, "KVM_CAP_SET_IDENTITY_MAP_ADDR")
-        vm.set_identity_map_address(0xFFFBC000)
-        vm.set_tss_address(0xFFFBD000)
-        vm.create_vcpu(0)
-        with pytest.raises(IoctlError, match=r"before the first create_vcpu"):
-            vm.set_identity_map_address(0xFFFBC000)
-
-
-def test_limit_of_shadow_pages(vm: Vm) -> None:
-    need(vm, "KVM_CAP_MMU_SHADOW_CACHE_CONTROL")
-    vm.set_nr_mmu_pages(1024)

@@ -9,11 +9,13 @@ from pykvm.kvm import (
     IoctlError,
     Kvm,
     MpState,
+    StateSizeError,
     Struct,
     Translation,
     ffi,
     lib,
 )
+from tests.rigs.messages import one_line
 from tests.rigs.needs import need, need_hardware, refused_without
 from tests.rigs.real_mode import CODE, RealModeGuest, run
 
@@ -309,3 +311,23 @@ def test_mce(guest: RealModeGuest) -> None:
     need(guest.vm, "KVM_CAP_MCE")
     guest.vcpu.setup_mce(guest.vm.kvm.get_mce_cap_supported() & ~0xFF | 4)
     assert guest.vcpu.get_msrs([0x179])[0x179] & 0xFF == 4  # IA32_MCG_CAP: banks
+
+
+def test_states_of_another_length(guest: RealModeGuest) -> None:
+    """The kernel reads as many bytes as it wants, whatever was passed."""
+    need(guest.vm, "KVM_CAP_XSAVE")
+    area = guest.vcpu.get_xsave()
+    for wrong in (area[:-1], area + bytes(1), b""):
+        with pytest.raises(StateSizeError, match=f"pass {len(area)}") as caught:
+            guest.vcpu.set_xsave(wrong)
+        one_line(caught.value)
+    with pytest.raises(StateSizeError, match="pass 1024") as caught:
+        guest.vcpu.set_lapic(bytes(1023))
+    one_line(caught.value)
+    with pytest.raises(StateSizeError, match="extended control registers") as caught:
+        guest.vcpu.set_xcrs(dict.fromkeys(range(100), 1))
+    one_line(caught.value)
+    for wrong in (b"", bytes(64)):  # too short, and another size than its header says
+        with pytest.raises(StateSizeError, match="nested state") as caught:
+            guest.vcpu.set_nested_state(wrong)
+        one_line(caught.value)

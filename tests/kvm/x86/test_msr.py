@@ -1,17 +1,13 @@
-"""pykvm.kvm.x86.cpuid and pykvm.kvm.x86.msr: tables of leaves and registers, and the MSR filter."""
+"""pykvm.kvm.x86.msr: registers that are read and written, and the filter."""
 
-import dataclasses
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
 from pykvm.kvm import (
-    CpuidEntry,
     Hlt,
     Io,
-    IoctlError,
     Kvm,
     MsrError,
     MsrFilterError,
@@ -19,7 +15,6 @@ from pykvm.kvm import (
     Rdmsr,
     Struct,
     Wrmsr,
-    find_leaf,
     lib,
 )
 from pykvm.kvm.x86.msr import (
@@ -38,65 +33,6 @@ MTRR_DEF_TYPE = 0x2FF
 SYSENTER_EIP = 0x176
 UNKNOWN_MSR = 0x4321
 EFER = 0xC0000080
-
-
-# ---- CPUID --------------------------------------------------------------------------------------
-
-
-@pytest.mark.unit
-def test_find_leaf() -> None:
-    indexed = lib.KVM_CPUID_FLAG_SIGNIFCANT_INDEX
-    leaves = [
-        CpuidEntry(0, eax=4),
-        CpuidEntry(4, 0, indexed, eax=1),
-        CpuidEntry(4, 1, indexed, eax=2),
-    ]
-    assert find_leaf(leaves, 4, 1) is leaves[2]
-    assert find_leaf(leaves, 4, 2) is None
-    assert find_leaf(leaves, 0, 9) is leaves[0]  # ECX does not count there
-    assert str(leaves[2]) == "0x00000004.1 eax=00000002 ebx=00000000 ecx=00000000 edx=00000000"
-
-
-def test_set_and_get(guest: RealModeGuest) -> None:
-    leaves = guest.vm.kvm.get_supported_cpuid()
-    guest.vcpu.set_cpuid2(leaves)
-    assert [leaf.function for leaf in guest.vcpu.get_cpuid2()] == [leaf.function for leaf in leaves]
-
-
-def test_the_guest_sees_it(guest: RealModeGuest) -> None:
-    leaves = guest.vm.kvm.get_supported_cpuid()
-    mine = CpuidEntry(0x40000000, eax=0x40000000, ebx=0x4B594C45, ecx=0x1234)
-    leaves = [leaf for leaf in leaves if leaf.function < 0x40000000] + [mine]
-    guest.vcpu.set_cpuid2(leaves)
-    guest.load("""
-        66 B8 00 00 00 40  ; mov eax, 0x40000000
-        0F A2              ; cpuid
-        66 89 1E 00 60     ; mov [0x6000], ebx
-        F4                 ; hlt
-    """)
-    assert run(guest.vcpu) == Hlt()
-    assert guest.memory[0x6000:0x6004] == b"ELYK"
-
-
-def test_many_leaves_are_read_back(guest: RealModeGuest) -> None:
-    """More than the first guess of the reader."""
-    leaves = [CpuidEntry(0x50000000 + number, eax=number) for number in range(100)]
-    guest.vcpu.set_cpuid2(leaves)
-    found = guest.vcpu.get_cpuid2()
-    assert [dataclasses.astuple(leaf) for leaf in found] == [
-        dataclasses.astuple(leaf) for leaf in leaves
-    ]
-
-
-def test_more_leaves_than_kvm_keeps(guest: RealModeGuest) -> None:
-    leaves = [CpuidEntry(0x50000000 + number) for number in range(1000)]
-    with pytest.raises(IoctlError, match="leave out leaves") as caught:
-        guest.vcpu.set_cpuid2(leaves)
-    assert caught.value.errno == errno.E2BIG
-    one_line(caught.value)
-
-
-# ---- MSRs ---------------------------------------------------------------------------------------
 
 
 def test_msr_round_trip(guest: RealModeGuest) -> None:
@@ -295,13 +231,3 @@ def test_a_long_filter_works(guest: RealModeGuest) -> None:
     assert run(guest.vcpu) == Rdmsr(0xC0000082, lib.KVM_MSR_EXIT_REASON_FILTER)
     guest.vcpu.reply(0)
     assert run(guest.vcpu) == Hlt()
-
-
-def test_pmu_event_filter(guest: RealModeGuest) -> None:
-    need(guest.vm, "KVM_CAP_PMU_EVENT_FILTER")
-    guest.vm.set_pmu_event_filter([0x3C, 0xC0], allow=True)
-    guest.vm.set_pmu_event_filter([], allow=False)
-    with pytest.raises(IoctlError, match="pass fewer events") as caught:
-        guest.vm.set_pmu_event_filter(list(range(100_000)), allow=True)
-    assert caught.value.errno == errno.E2BIG
-    one_line(caught.value)
