@@ -1,18 +1,22 @@
 """ELISA: shared objects in EPT contexts of their own, which guests call without a VM exit.
 
 - `objects`: declare, open and attach a shared object. Start there.
+- `guest`: what a guest of any kind offers so that objects can be attached to it.
 - `attachment`: one vCPU's access to one object.
-- `contexts`: what gate and sub contexts map where, as pure data.
-- `toolchain`: builds and checks the trusted code; `object_code` has the rules for objects.
+- `contexts`, `crossing`: what gate and sub contexts map where, as pure data.
+- `trusted_images`: builds and checks the trusted code; `object_code` has the rules for objects.
 - `protections`: what a build for measurements or controls can leave out.
+- `calls`, `exits`: what the kernel patch adds to KVM. `hidden_features`: what it takes away.
 """
 
 from pykvm.elisa.attachment import Attachment, InsideContextError, SlotsFullError
+from pykvm.elisa.exits import ElisaExit
 from pykvm.elisa.objects import GuestNumberError, ObjectInstance, ObjectSizeError, SharedObject
 from pykvm.elisa.protections import Protection
 
 __all__ = [
     "Attachment",
+    "ElisaExit",
     "GuestNumberError",
     "InsideContextError",
     "ObjectInstance",

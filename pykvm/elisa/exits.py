@@ -1,4 +1,4 @@
-"""The exit that the ELISA patch adds to KVM_RUN; importing this module lets vCPUs return it.
+"""The exit that the ELISA patch adds to KVM_RUN. Importing `pykvm.elisa` lets vCPUs return it.
 
 Source: kernel-patches/README.md; SDM vol. 3C, table 28-7, and vol. 3D, appendix C.
 """

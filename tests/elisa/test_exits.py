@@ -1,5 +1,8 @@
 """pykvm.elisa.exits: the exit of the patch, as decoded and as a sentence."""
 
+import subprocess
+import sys
+
 import pytest
 
 from pykvm.elisa.exits import ElisaExit
@@ -21,6 +24,12 @@ def decoded(**fields: int) -> Exit:
     for name, value in fields.items():
         setattr(union, name, value)
     return decode_exit(run)
+
+
+def test_whoever_uses_contexts_gets_the_exit() -> None:
+    """Any import of the package registers the decoder."""
+    code = "import pykvm.elisa.calls, sys; assert 'pykvm.elisa.exits' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_name() -> None:
