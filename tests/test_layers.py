@@ -18,7 +18,8 @@ LAYERS = (
     *("machine", "switch", "elisa", "devices"),
     *("kernel", "toolchain", "host"),
     *("memory", "paging", "kvm"),
-    *("cache", "closeable", "installation", "resources", "errors", "sizes"),
+    *("cache", "closeable", "installation", "version"),
+    *("resources", "errors", "sizes"),
 )
 """Packages and modules of pykvm, from the command line down to the ground."""
 
