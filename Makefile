@@ -117,5 +117,6 @@ verify-gate: setup
 
 clean:
 	rm -rf build docs/api $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -f $(GENERATED:.c=.*.so) $(GENERATED)
+	rm -f $(GENERATED)
+	find pykvm -name '*.so' -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,6 +16,7 @@ from typing import Final
 import pytest
 
 from pykvm.kernel.series import offered_series
+from pykvm.resources import PACKAGE
 from tests.rigs.documents import (
     ROOT,
     blocks,
@@ -270,8 +271,10 @@ def test_shell(work: Path) -> None:
 @pytest.mark.unit
 def test_make_clean(tmp_path: Path) -> None:
     shutil.copy(ROOT / "Makefile", tmp_path)
-    made = ("build/demo/results.json", ".venv/bin/python", "pykvm/kvm/_kvm.abi3.so")
-    kept = ("pykvm/kvm/run_loop.c", "pykvm/kvm/vm.py")
+    extensions = [str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.so")]
+    assert extensions
+    made = ["build/demo/results.json", ".venv/bin/python", *extensions]
+    kept = ["pykvm/kvm/vm.py", "guest/switch/switch.c"]
     for name in (*made, *kept):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
