@@ -41,6 +41,7 @@ _RUN_HERE: Final = {
 _PATCH = (
     "tests/kernel/test_distribution_source.py::test_the_whole_patch_gives_the_tree_that_is_built"
 )
+_FRESH = "tests/tools/test_fresh.py::test_every_command_has_its_line"
 _BENCH = "tests/cli/test_bench.py::test_measurement"
 
 # What runs the others: a target of make's in .ci/run, or a test.
@@ -54,6 +55,7 @@ _ELSEWHERE: Final = {
     "make bench": _BENCH,
     "make clean": f"{_OWN}make_clean",
     "make demo": "tests/test_wheel.py::test_demo",
+    "make fresh": _FRESH,
     "make setup": "make test",
     "pipx install '.[charts,verify]'": "tests/test_wheel.py::test_no_checkout_is_near",
     "pykvm bench attach": _BENCH,
@@ -93,7 +95,11 @@ _MENTIONED: Final = {
 _SCRIPTS: Final = {
     "benchmarks/native_switch.py": "tests/benchmarks/test_native_switch.py::test_table_and_record",
     "pykvm/testbed/suspend_button.py": "tests/testbed/test_session.py::test_warm_start_is_quick",
+    "pykvm/__main__.py": "tests/cli/test_main.py::test_the_version_is_that_of_the_project",
     "tools/attacks.py": "make attacks",
+    "tools/coverage_floor.py": "make test",
+    "tools/fresh/__main__.py": _FRESH,
+    "tools/fresh/init.py": _FRESH,
     "tools/fuzz.py": "make fuzz",
     "tools/install_packages.sh": "make test",
     "tools/side_by_side.py": "make selftests",

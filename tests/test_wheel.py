@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -178,6 +179,13 @@ def test_no_checkout_is_near(installed: _Installed) -> None:
     package = installed.packages / "pykvm"
     said = _must([installed.program("python"), "-c", script], installed.work)
     assert said == f"None {package} {package / 'data' / 'guest'}\n"
+
+
+def test_version(installed: _Installed) -> None:
+    version = tomllib.loads((_CHECKOUT / "pyproject.toml").read_text())["project"]["version"]
+    done = installed.pykvm("--version", cwd=Path("/"))
+    assert (done.returncode, done.stdout) == (0, f"pykvm {version}\n")
+    assert (installed.packages / "pykvm" / "py.typed").is_file()
 
 
 @pytest.mark.parametrize("folder", ["work", "/"])
