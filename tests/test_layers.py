@@ -18,7 +18,7 @@ LAYERS = (
     *("machine", "switch", "elisa", "devices"),
     *("kernel", "toolchain", "host"),
     *("memory", "paging", "kvm"),
-    *("cache", "closeable", "installation", "version"),
+    *("cache", "closeable", "extras", "version"),
     *("resources", "errors", "sizes"),
 )
 """Packages and modules of pykvm, from the command line down to the ground."""

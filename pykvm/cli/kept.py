@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pykvm.installation import ExtraMissingError
+from pykvm.extras import ExtraMissingError
 
 __all__ = ["keep_charts"]
 

@@ -4,7 +4,7 @@ import argparse
 import random
 from typing import Any
 
-from pykvm.installation import ExtraMissingError
+from pykvm.extras import ExtraMissingError
 
 __all__ = ["add_parser", "run"]
 

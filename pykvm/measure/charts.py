@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pykvm.errors import PykvmError
-from pykvm.installation import ExtraMissingError
+from pykvm.extras import ExtraMissingError
 
 __all__ = [
     "ChartError",

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pykvm.cli.kept import keep_charts
-from pykvm.installation import ExtraMissingError
+from pykvm.extras import ExtraMissingError
 from pykvm.measure.charts import ChartError
 
 pytestmark = pytest.mark.unit

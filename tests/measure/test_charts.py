@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import matplotlib as mpl
 import pytest
 
-from pykvm.installation import ExtraMissingError
+from pykvm.extras import ExtraMissingError
 from pykvm.measure import charts
 
 pytestmark = pytest.mark.unit

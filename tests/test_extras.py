@@ -8,7 +8,7 @@ import tomllib
 import pytest
 
 from pykvm.errors import PykvmError
-from pykvm.installation import ExtraMissingError, install_command
+from pykvm.extras import ExtraMissingError, install_command
 from pykvm.resources import DISTRIBUTION, PACKAGE
 
 pytestmark = pytest.mark.unit

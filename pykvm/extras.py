@@ -1,15 +1,14 @@
-"""How this pykvm is installed: what to type to run it, and to get what an optional part needs."""
+"""Optional parts of the distribution, and how to get what one of them needs."""
 
 import importlib.metadata
 import re
 import shlex
 import sys
-from pathlib import Path
 
 from pykvm.errors import PykvmError
 from pykvm.resources import DISTRIBUTION
 
-__all__ = ["ExtraMissingError", "install_command", "program"]
+__all__ = ["ExtraMissingError", "install_command"]
 
 
 class ExtraMissingError(PykvmError):
@@ -33,12 +32,3 @@ def install_command(extra: str) -> str:
     parts = (requirement.partition(";") for requirement in requirements)
     names = [text.strip() for text, _, condition in parts if marker.search(condition)]
     return shlex.join([sys.executable, "-m", "pip", "install", *names])
-
-
-def program() -> str:
-    """Return what to type for `pykvm` behind sudo, which does not look where PATH says."""
-    started = Path(sys.argv[0])
-    if started.name == "pykvm" and started.is_file():
-        return shlex.quote(str(started))
-    beside = Path(sys.executable).with_name("pykvm")
-    return shlex.quote(str(beside)) if beside.is_file() else "pykvm"
