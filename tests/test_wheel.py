@@ -216,7 +216,9 @@ def test_kernel_build(installed: _Installed) -> None:
 def test_object_of_ones_own_on_the_emulated_host(installed: _Installed) -> None:
     for path in (_CHECKOUT / "examples").iterdir():
         shutil.copy(path, installed.work)
-    done = installed.pykvm("testbed", "--", "sh", "-c", "mkdir build; python3 adder.py | tee build/said")
+    done = installed.pykvm(
+        "testbed", "--", "sh", "-c", "mkdir build; python3 adder.py | tee build/said"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "the sum in the object's memory: 12000"
     assert (installed.work / "build" / "said").read_text() == done.stdout

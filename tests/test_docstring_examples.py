@@ -1,0 +1,182 @@
+"""Every example in a docstring runs, and prints what the comments behind it say.
+
+An example begins behind a line that ends in two colons. Where it uses something that the reader is
+thought to have (a vCPU, a guest), `_GIVEN` makes it.
+"""
+
+import ast
+import contextlib
+import io
+import mmap
+import re
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import cffi
+import pytest
+
+import pykvm.elisa
+import pykvm.kvm
+from pykvm import sizes
+from pykvm.elisa.objects import SharedObject
+from pykvm.kvm import Kvm
+from pykvm.machine.bare.build import GuestProgram
+from pykvm.machine.bare.guest import BareGuest
+from pykvm.measure import programs
+from pykvm.memory import guest_memory
+from pykvm.memory.guest_memory import GuestMemory
+from pykvm.paging import entries, reach, tables, walk
+from pykvm.paging.entries import SIZE_2M, Access, X86Entry
+from pykvm.paging.tables import PageTables, TableAddresses, TableNumbers
+from pykvm.resources import GUEST_SOURCES, PACKAGE
+
+Given = dict[str, Any]
+
+_HALT = b"\xf4"
+
+
+def _examples() -> dict[str, str]:
+    """The code of each example, by the module that has it (a class's docstring included)."""
+    found: dict[str, str] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                continue
+            text = ast.get_docstring(node) or ""
+            for block in re.findall(r"::\n\n((?: {4,}.*\n|\n)+)", f"{text}\n"):
+                code = textwrap.dedent(block)
+                with contextlib.suppress(SyntaxError):  # a command line: test_documented_commands
+                    ast.parse(code)
+                    name = module.removesuffix(".__init__")
+                    assert name not in found, f"{name} has two examples: give them names here"
+                    found[name] = code
+    return found
+
+
+_EXAMPLES = _examples()
+
+
+@contextlib.contextmanager
+def _nothing() -> Iterator[Given]:
+    yield {}
+
+
+@contextlib.contextmanager
+def _memory() -> Iterator[Given]:
+    with GuestMemory.create(2 * sizes.MIB) as memory:
+        file = guest_memory.MemoryFile("tables", sizes.MIB)
+        memory.add(guest_memory.Region(file, 0x4000100000))
+        file.close()
+        yield {"memory": memory}
+
+
+@contextlib.contextmanager
+def _guest_tables() -> Iterator[Given]:
+    with GuestMemory.create(4 * sizes.MIB) as memory:
+        built = PageTables(X86Entry, TableAddresses(0x1000, 0x10000))
+        everything = Access.READ | Access.WRITE | Access.EXECUTE
+        built.map(0, 0, 4 * sizes.MIB, everything, max_page=SIZE_2M)
+        built.store(memory.write)
+        yield {"memory": memory, "gva": 0x100000}
+
+
+@contextlib.contextmanager
+def _gate() -> Iterator[Given]:
+    """A context with one page of code and one of data, which name nothing."""
+    ept = PageTables(entries.EptEntry, TableNumbers())
+    ept.map_pages(0x1000, 0, 1, Access.READ | Access.EXECUTE)
+    ept.map_pages(0x2000, 1, 1, Access.READ)
+    page = memoryview(bytes(4096)).cast("Q")
+    yield {"private_gpas": [0x1000, 0x2000], "gate_ept": ept, "read_page": lambda target: page}
+
+
+@contextlib.contextmanager
+def _vm() -> Iterator[Given]:
+    with Kvm() as kvm, kvm.create_vm() as vm:
+        yield {"vm": vm}
+
+
+@contextlib.contextmanager
+def _vcpu() -> Iterator[Given]:
+    with Kvm() as kvm, kvm.create_vm() as vm, vm.create_vcpu(0) as vcpu:
+        yield {"vcpu": vcpu}
+
+
+@contextlib.contextmanager
+def _page_of_code() -> Iterator[Given]:
+    with mmap.mmap(-1, 4096) as page:
+        page[: len(_HALT)] = _HALT
+        ffi = cffi.FFI()
+        buffer = ffi.from_buffer(page)
+        yield {"address": int(ffi.cast("uintptr_t", buffer))}
+        ffi.release(buffer)
+
+
+@contextlib.contextmanager
+def _guest() -> Iterator[Given]:
+    program = GuestProgram(GUEST_SOURCES / "bare" / "user.c")
+    with Kvm() as kvm, BareGuest(kvm, program) as guest:
+        yield {"guest": guest}
+
+
+_UNIT: dict[str, Callable[[], contextlib.AbstractContextManager[Given]]] = {
+    "pykvm.elisa.protections": _nothing,
+    "pykvm.paging.reach": _gate,
+    "pykvm.paging.tables": _memory,
+    "pykvm.paging.walk": _guest_tables,
+}
+_KVM: dict[str, Callable[[], contextlib.AbstractContextManager[Given]]] = {
+    "pykvm.kvm": _page_of_code,
+    "pykvm.kvm.system": _nothing,
+    "pykvm.kvm.x86.vcpu": _vcpu,
+    "pykvm.machine.bare.guest": _nothing,
+    "pykvm.memory.guest_memory": _vm,
+}
+_ELISA: dict[str, Callable[[], contextlib.AbstractContextManager[Given]]] = {
+    "pykvm.elisa.objects": _guest,
+}
+
+
+def _run(name: str, given: Given) -> None:
+    code = _EXAMPLES[name]
+    names: Given = {}
+    for module in (
+        *(pykvm.kvm, pykvm.elisa, programs, guest_memory, sizes, entries, tables, walk, reach),
+    ):
+        names.update(vars(module))
+    names.update(BareGuest=BareGuest, SharedObject=SharedObject, **given)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, name, "exec"), names)
+    said = re.findall(r"^ *print\(.*\) +# (.*)$", code, re.MULTILINE)
+    if said:
+        assert printed.getvalue().splitlines() == said
+
+
+@pytest.mark.unit
+def test_each_example_has_its_tier() -> None:
+    assert _EXAMPLES.keys() == {*_UNIT, *_KVM, *_ELISA}
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("name", _UNIT)
+def test_example(name: str) -> None:
+    with _UNIT[name]() as given:
+        _run(name, given)
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("name", _KVM)
+def test_example_with_kvm(name: str) -> None:
+    with _KVM[name]() as given:
+        _run(name, given)
+
+
+@pytest.mark.elisa
+@pytest.mark.parametrize("name", _ELISA)
+def test_example_with_the_patched_kvm(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(GUEST_SOURCES / "objects")
+    with _ELISA[name]() as given:
+        _run(name, given)
