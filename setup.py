@@ -1,11 +1,24 @@
 """Builds a wheel: what goes into it, and its cffi extensions. See pyproject.toml too."""
 
+import shutil
+
 from setuptools import find_packages, setup
+from setuptools.command.build import build
 
 # Directories of the checkout that a wheel carries inside the package; see pykvm/resources.py.
 DATA = {"pykvm.data.guest": "guest", "pykvm.data.kernel-patches": "kernel-patches"}
 
+
+class CleanBuild(build):
+    """Build into an empty directory: what an earlier build left would get into the wheel."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
 setup(
+    cmdclass={"build": CleanBuild},
     packages=[*find_packages(include=["pykvm", "pykvm.*"]), "pykvm.data", *DATA],
     package_dir=DATA,
     package_data={

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
 import zipfile
@@ -78,6 +79,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> _Built:
     build: list[str | Path] = [sys.executable, "-m", "build", "--outdir"]
     # The first in an environment of its own, which shows that the build names all that it needs.
     _must([*build, place / "dist", source], place)
+    # The second finds what an earlier build has left of a module that is gone.
+    left = f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    for name in (left, "lib"):
+        (source / "build" / name / "pykvm").mkdir(parents=True)
+        (source / "build" / name / "pykvm" / "gone.py").touch()
     _must([*build, place / "direct", "--wheel", "--no-isolation", source], place)
     return _Built(
         next((place / "dist").glob("*.tar.gz")),
