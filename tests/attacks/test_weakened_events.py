@@ -39,7 +39,8 @@ from tests.rigs.interrupts import (
 )
 from tests.rigs.probe import Probe, Step, Table, What, calls, events_taken, give, results
 from tests.rigs.smram import smram
-from tests.rigs.spinning import event_guest, wait_for
+from tests.rigs.spinning import event_guest
+from tests.rigs.waiting import wait_for
 
 pytestmark = [pytest.mark.elisa, pytest.mark.weakened]
 

@@ -135,6 +135,7 @@ def test_daily_pruning_of_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "file").touch()
     monkeypatch.setenv("PYKVM_CACHE", str(tmp_path / "file/cache"))
     cache_pruning.prune_daily()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_sizes_count_shared_files_once() -> None:

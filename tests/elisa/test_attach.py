@@ -1,7 +1,6 @@
 """Objects attached to guests that call them, misuse them and are taken away from them."""
 
 import struct
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -37,6 +36,7 @@ from tests.rigs.probe import (
     results,
     run,
 )
+from tests.rigs.waiting import wait_for
 
 pytestmark = pytest.mark.elisa
 
@@ -309,10 +309,7 @@ def test_revoked_while_it_runs(
         attachment = wild.attach(guest)
         give(guest, calls(attachment.slot, Wild.LOOP))
         guest.start()
-        deadline = time.monotonic() + 30
-        while number(wild.shared) != 1:  # it is inside
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for(lambda: number(wild.shared) == 1)  # it is inside
         getattr(attachment, how)()
         with pytest.raises(UnexpectedExitError) as caught:
             guest.wait(30)

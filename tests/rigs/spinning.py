@@ -1,7 +1,6 @@
 """A guest that stays inside an object for as long as a test wants (objects/spin.c)."""
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -12,6 +11,7 @@ from pykvm.kvm import Kvm
 from pykvm.machine.bare.guest import BareGuest
 from tests.rigs.probe import Probe, prepare
 from tests.rigs.sources import OBJECTS
+from tests.rigs.waiting import wait_for
 
 SPIN = OBJECTS / "spin.c"
 
@@ -74,14 +74,6 @@ class Spin:
         now = self.turns
         wait_for(lambda: self.turns >= now + turns)
         assert self.inside
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
-    """Until it holds; AssertionError after `seconds`."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.001)
 
 
 def crossing_with_sti() -> CrossingImages:

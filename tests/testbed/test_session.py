@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from pykvm.testbed import CancelledError, CommandTimeoutError, HostDiedError, Outcome, Testbed
+from tests.rigs.waiting import wait_for
 
 pytestmark = pytest.mark.testbed
 
@@ -179,7 +180,7 @@ def test_nothing_runs_on_when_the_command_line_is_killed(
             process.wait(20)
         finally:
             process.kill()
-    assert not _alive_after_a_while(inside)
+    wait_for(lambda: not _alive(inside))
 
 
 def test_nothing_runs_on_when_another_thread_cancels(testbed: Testbed) -> None:
@@ -195,7 +196,7 @@ def test_nothing_runs_on_when_another_thread_cancels(testbed: Testbed) -> None:
         _shell(testbed, "echo up; while :; do :; done", cancelled=cancelled, stdout=cancel)
     inside = {pid: name for pid, name in running.items() if pid not in before}
     assert any("bochs" in name for name in inside.values())
-    assert not _alive_after_a_while(inside)
+    wait_for(lambda: not _alive(inside))
 
 
 def _descendants(pid: int) -> dict[int, str]:
@@ -208,13 +209,6 @@ def _descendants(pid: int) -> dict[int, str]:
                 found[child] = Path(f"/proc/{child}/comm").read_text().strip()
                 waiting.append(child)
     return found
-
-
-def _alive_after_a_while(processes: dict[int, str]) -> list[int]:
-    deadline = time.monotonic() + 10
-    while (left := _alive(processes)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return left
 
 
 def _alive(processes: dict[int, str]) -> list[int]:

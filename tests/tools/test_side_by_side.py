@@ -5,11 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from tests.rigs.waiting import wait_for
 from tools import side_by_side, test_all
 from tools.side_by_side import Job
 
@@ -50,22 +50,27 @@ def test_statuses_and_environment(capfd: pytest.CaptureFixture[str]) -> None:
 def test_as_many_as_there_are_processors(
     processors: int, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The first ones wait until as many run as may; the others only look."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     code = (
         f"here = {str(tmp_path)!r}; mine = os.path.join(here, str(os.getpid()))\n"
-        "open(mine, 'w').close(); time.sleep(0.3); found = len(os.listdir(here))\n"
-        "os.unlink(mine); sys.exit(found)"
+        "open(mine, 'w').close(); end = time.monotonic() + 30\n"
+        "while len(os.listdir(here)) < int(os.environ['WANTED']): assert time.monotonic() < end\n"
+        "time.sleep(0.2); found = len(os.listdir(here)); os.unlink(mine); sys.exit(found)"
     )
-    found = side_by_side.run([_python(str(n), code) for n in range(4)], processors, 0.01)
-    assert max(found) == most
+    wanted = [str(most if n < most else 0) for n in range(4)]
+    jobs = [_python(str(n), code, WANTED=each) for n, each in enumerate(wanted)]
+    assert max(side_by_side.run(jobs, processors, 0.01)) == most
 
 
 def test_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
-    made = tmp_path / "made"
-    first = _python("first", f"time.sleep(0.5); open({str(made)!r}, 'w').close()")
-    other = _python("other", f"sys.exit(os.path.exists({str(made)!r}))")
-    third = _python("third", f"sys.exit(os.path.exists({str(made)!r}))")
+    made, ready = str(tmp_path / "made"), str(tmp_path / "ready")
+    wait = f"end = time.monotonic() + 30\nwhile not os.path.exists({ready!r}): "
+    first = _python("first", f"{wait}assert time.monotonic() < end\nopen({made!r}, 'w').close()")
+    look = f"sys.exit(os.path.exists({made!r}))"
+    other = _python("other", f"try: {look}\nfinally: open({ready!r}, 'w').close()")
+    third = _python("third", look)
     jobs = [first, other, dataclasses.replace(third, after="first")]
     assert side_by_side.run(jobs, interval=0.01) == [0, 0, 1]
 
@@ -92,10 +97,7 @@ def _started(tmp_path: Path, stubborn: bool) -> subprocess.Popen[str]:
         # As a shell without job control starts what it runs in the background.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # noqa: PLW1509
     )
-    deadline = time.monotonic() + 20
-    while len(list(tmp_path.iterdir())) < 4:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: len(list(tmp_path.iterdir())) == 4)
     return process
 
 
@@ -120,10 +122,7 @@ def test_nothing_stays_of_one_that_was_killed(tmp_path: Path) -> None:
         process.wait(20)
         pids = {int(path.name) for path in (tmp_path / "pids").iterdir()}
     # The commands end by SIGTERM, and look after their own children: those of this test do not.
-    deadline = time.monotonic() + 10
-    while len(_still_there(tmp_path / "pids")) > 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: len(_still_there(tmp_path / "pids")) <= 2)
     for pid in pids.intersection(_still_there(tmp_path / "pids")):
         os.kill(pid, signal.SIGKILL)
 

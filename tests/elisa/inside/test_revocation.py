@@ -29,7 +29,8 @@ from tests.rigs.probe import (
     results,
     run,
 )
-from tests.rigs.spinning import LONG, C, Spin, event_guest, spin_object, wait_for
+from tests.rigs.spinning import LONG, C, Spin, event_guest, spin_object
+from tests.rigs.waiting import wait_for
 
 pytestmark = pytest.mark.elisa
 
@@ -187,7 +188,7 @@ def test_halted(guest: BareGuest, instance: ObjectInstance) -> None:
     )
     guest.start()
     wait_for(lambda: guest.info.result[0] == 1)
-    time.sleep(0.2)
+    wait_for(lambda: guest.vcpu.stats().value("blocking"))
     revoke_slot(guest.vm, 0, attachment.slot)
     assert events_taken(guest) == 0
     signal(guest)

@@ -27,6 +27,7 @@ from pykvm.kvm import (
 from tests.rigs.messages import one_line
 from tests.rigs.needs import need, need_hardware
 from tests.rigs.real_mode import CODE, RealModeGuest, deadline, run
+from tests.rigs.waiting import wait_for
 
 pytestmark = pytest.mark.kvm
 
@@ -316,21 +317,23 @@ def test_a_thread_that_blocks_every_signal_stops_too(guest: RealModeGuest) -> No
 
     thread = threading.Thread(target=runner)
     thread.start()
-    wait_until_running(guest)
+    wait_for(lambda: guest.vcpu.running)
     guest.vcpu.stop()
     thread.join(20)
     assert found == [Stopped()]
 
 
 def test_interrupt_from_the_keyboard(guest: RealModeGuest) -> None:
-    guest.load(SPIN)
+    guest.load("""
+        FF 06 00 20  ; inc word [0x2000]
+        EB FA        ; jmp $-4
+    """)
 
     # A shell's background jobs have SIGINT ignored, and Python leaves it so.
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def press() -> None:
-        wait_until_running(guest)
-        time.sleep(0.1)
+        wait_for(lambda: any(guest.memory[0x2000:0x2002]))
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=press)
@@ -368,19 +371,12 @@ def test_python_signal_handlers_run_and_the_guest_goes_on(guest: RealModeGuest) 
 # ---- other threads ------------------------------------------------------------------------------
 
 
-def wait_until_running(guest: RealModeGuest) -> None:
-    end = time.monotonic() + 20
-    while not guest.vcpu.running:
-        assert time.monotonic() < end, "the vcpu did not start"
-        time.sleep(0.001)
-
-
 def test_state_of_a_running_vcpu_is_refused(guest: RealModeGuest) -> None:
     guest.load(SPIN)
     thread = threading.Thread(target=guest.vcpu.run)
     thread.start()
     try:
-        wait_until_running(guest)
+        wait_for(lambda: guest.vcpu.running)
         for call in (
             guest.vcpu.get_regs,
             guest.vcpu.run,
@@ -406,7 +402,7 @@ def test_closing_stops_the_runner(guest: RealModeGuest) -> None:
 
     thread = threading.Thread(target=runner)
     thread.start()
-    wait_until_running(guest)
+    wait_for(lambda: guest.vcpu.running)
     fd = guest.vcpu.fileno()
     guest.vm.close()  # closes its vCPUs first
     thread.join(20)
@@ -460,8 +456,7 @@ def test_two_vcpus_run_at_once(vm: Vm) -> None:
     threads = [threading.Thread(target=vcpu.run) for vcpu in (first.vcpu, second)]
     for thread in threads:
         thread.start()
-    while not (first.vcpu.running and second.running):
-        time.sleep(0.001)
+    wait_for(lambda: first.vcpu.running and second.running)
     second.stop()
     threads[1].join(20)
     assert first.vcpu.running

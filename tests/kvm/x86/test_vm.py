@@ -96,6 +96,9 @@ def test_addresses_below_4_gib_for_real_mode(kvm: Kvm) -> None:
 def test_limit_of_shadow_pages(vm: Vm) -> None:
     need(vm, "KVM_CAP_MMU_SHADOW_CACHE_CONTROL")
     vm.set_nr_mmu_pages(1024)
+    with pytest.raises(IoctlError) as caught:
+        vm.set_nr_mmu_pages(63)  # KVM_MIN_ALLOC_MMU_PAGES is 64
+    assert caught.value.errno == errno.EINVAL
 
 
 def test_pmu_event_filter(guest: RealModeGuest) -> None:

@@ -1,7 +1,6 @@
 """Bare-metal guests on a real /dev/kvm, which may be one that interprets guests."""
 
 import threading
-import time
 from dataclasses import dataclass, field
 
 import pytest
@@ -21,6 +20,7 @@ from pykvm.measure.programs import CrossingProgram, Way, way_samples
 from pykvm.toolchain.elf import ElfFile, Segment
 from tests.rigs.forks import in_fork
 from tests.rigs.sources import GUESTS
+from tests.rigs.waiting import wait_for
 
 pytestmark = pytest.mark.kvm
 
@@ -131,7 +131,7 @@ def test_a_guest_that_never_ends_is_stopped(kvm: Kvm) -> None:
             guest.wait(0.2)
         assert not guest.vcpu.running
         guest.start()  # it goes on where it was, and can be stopped again
-        time.sleep(0.05)
+        wait_for(lambda: guest.vcpu.running)
         guest.stop()
         assert not guest.vcpu.running
         guest.start()  # and close() stops it, too
@@ -183,16 +183,9 @@ def test_image_at_a_wrong_address(kvm: Kvm) -> None:
 def test_a_forked_process_lets_a_running_guest_run(kvm: Kvm) -> None:
     with BareGuest(kvm, Selftest(6)) as guest:
         guest.start()
-        wait_until_running(guest)
+        wait_for(lambda: guest.vcpu.running)
         in_fork(guest.close)
         assert guest.vcpu.running
         guest.memory.write(layout.CAPTURE_GPA, b"mine still")
         guest.stop()
         assert guest.memory.read(layout.CAPTURE_GPA, 10) == b"mine still"
-
-
-def wait_until_running(guest: BareGuest) -> None:
-    end = time.monotonic() + 20
-    while not guest.vcpu.running:
-        assert time.monotonic() < end, "the vcpu did not start"
-        time.sleep(0.001)
