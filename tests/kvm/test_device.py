@@ -26,7 +26,7 @@ def test_a_device(vm: Vm) -> None:
     assert caught.value.errno in (errno.ENXIO, errno.ENOTTY)
     device.close()
     device.close()
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
 
 

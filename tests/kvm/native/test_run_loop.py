@@ -409,7 +409,7 @@ def test_closing_stops_the_runner(guest: RealModeGuest) -> None:
     assert not thread.is_alive()
     assert len(caught) == 1
     assert guest.vcpu.closed
-    with pytest.raises(OSError) as gone:
+    with pytest.raises(OSError, match="Bad file descriptor") as gone:
         os.fstat(fd)
     assert gone.value.errno == errno.EBADF
 
