@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Interface between the VMM and a bare-metal guest: one page at a fixed address, and four I/O ports.
- * pykvm/machine/bare/boot_info.py is the same for Python; tests/machine/bare/test_boot_info.py
- * compares the two with the C compiler.
+ * Interface between the VMM and a bare-metal guest: one page at a fixed address, and four I/O
+ * ports. pykvm/machine/bare/boot_info.py is the same for Python;
+ * tests/machine/bare/test_boot_info.py compares the two with the C compiler.
  */
 #ifndef BOOT_INFO_H
 #define BOOT_INFO_H

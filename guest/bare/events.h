@@ -30,8 +30,8 @@ struct event {
 };
 
 /*
- * Start to take interrupts: all vectors from 32 up and the NMI are logged in `log`, a ring of `room`
- * events, and acknowledged. The VMM must have given the vCPU a local APIC.
+ * Start to take interrupts: all vectors from 32 up and the NMI are logged in `log`, a ring of
+ * `room` events, and acknowledged. The VMM must have given the vCPU a local APIC.
  */
 void events_open(struct event *log, uint64_t room);
 

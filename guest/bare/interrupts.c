@@ -104,7 +104,7 @@ uint32_t guest_main(void)
 		struct pace pace = find_pace(direct);
 		struct sample first;
 
-		measure(&first, left[part / 2], direct, &pace); /* load what is needed on first use */
+		measure(&first, left[part / 2], direct, &pace); /* load what first use needs */
 		mark(2 * part);
 		for (uint64_t i = 0; i < count; i++)
 			measure(sample++, left[part / 2], direct, &pace);

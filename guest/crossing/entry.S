@@ -15,5 +15,5 @@ elisa_entry_page:
 	.type	elisa_call, @function
 elisa_call:
 	xor	%eax, %eax	# VM function 0: EPTP switching; ecx already names the gate's slot
-	vmfunc			# execution continues on the next page: in that context, the gate page
+	vmfunc			# execution continues on the gate page
 	.size	elisa_call, . - elisa_call

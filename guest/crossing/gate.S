@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Gate page: in the gate context, at ELISA_GATE_OFFSET. It is the only executable page that a guest
- * can reach with VMFUNC. A guest can enter it at any byte, with any registers but two: VMFUNC
- * requires EAX = 0 and ECX = the slot of a gate. Every entry ends in the one official sub entry with
- * the official EPTP, or in a stop that the VMM sees (invariant I2).
+ * Gate page: in the gate context, at ELISA_GATE_OFFSET. It is the only executable page that a
+ * guest can reach with VMFUNC. A guest can enter it at any byte, with any registers but two: VMFUNC
+ * requires EAX = 0 and ECX = the slot of a gate. Every entry ends in the one official sub entry
+ * with the official EPTP, or in a stop that the VMM sees (invariant I2).
  *
  * Why that holds:
  * - Only two instructions here write memory, both into the transient slot. Their address is
@@ -20,12 +20,12 @@
  *   byte, because no other page is executable here.
  * - A stop is an int3, an invalid opcode, a fetch from an absent page or a VMFUNC that exits. This
  *   context maps no memory of the guest that could hold an IDT. The slot may be filled at a stop,
- *   but then the vCPU never leaves the context: every exit from it goes to the VMM (KVM_EXIT_ELISA).
+ *   but then the vCPU never leaves the context: every exit goes to the VMM (KVM_EXIT_ELISA).
  * tests/guest/test_gate.py decodes the page from every byte and checks these rules on the result;
  * `make verify-gate` follows every path from every byte (docs/gate-proof.md).
  *
- * Speculation (T23). The jump at the top is indirect, so a guest may train it, but only to a byte of
- * this page, because no other page is executable here; and a guest can enter at any byte without
+ * Speculation (T23). The jump at the top is indirect, so a guest may train it, but only to a byte
+ * of this page, because no other page is executable here; and a guest can enter at any byte without
  * speculation too. Whatever path the processor predicts, the sub context is behind the fence, which
  * waits for the comparison. Not covered: a processor whose VMFUNC runs ahead of a preceding fence.
  *
@@ -46,7 +46,7 @@
 elisa_gate_page:
 	.set	data, elisa_gate_page + ELISA_GATE_DATA_OFFSET - ELISA_GATE_OFFSET
 	.set	transient, elisa_gate_page + ELISA_GATE_LIST_OFFSET - ELISA_GATE_OFFSET + 8
-	.set	near, elisa_gate_page - 8	# with it the bytes of `official - near` read no memory
+	.set	near, elisa_gate_page - 8	# the bytes of `official - near` then read no memory
 
 	/* The last VMFUNC has to end the page; a direct jump there would hold zero bytes. */
 	lea	near(%rip), %r8			# 2 MiB aligned area: ends in 0x0ff8
@@ -61,17 +61,17 @@ mismatch:
 
 	.org	0xfd8 + left_out_barrier + left_out_check, 0xcc
 official:
-	mov	data(%rip), %r8		# the official sub EPTP; not in rax, whose low half has to stay 0
+	mov	data(%rip), %r8		# the official sub EPTP; not in rax: EAX has to stay 0
 	mov	%r8, transient(%rip)	# from here on the way into the sub context is open
 #ifndef ELISA_NO_GATE_CHECK
-	mov	transient(%rip), %r8	# what the slot really holds: the guest may enter at the store
+	mov	transient(%rip), %r8	# what the slot holds: the guest may enter at the store
 	cmp	data(%rip), %r8		# is it the official EPTP?
 	jne	mismatch		# rel8 is CC
 #endif
 	lea	1(%rax), %ecx		# the transient slot: EAX is 0, or VMFUNC exits
-	cld				# for the object's code; also, 01 FC writes no memory, 01 0F would
+	cld				# for the object's code; 01 FC writes no memory, 01 0F would
 #ifndef ELISA_NO_GATE_BARRIER
-	.byte	0x0f, 0xae, 0xea	# lfence: no speculation past the check. EA is invalid, E8 a call
+	.byte	0x0f, 0xae, 0xea	# lfence, no speculation past here: EA is invalid, E8 a call
 #endif
 	vmfunc				# execution continues on the sub entry page
 	.org	0x1000			# an error unless that VMFUNC ends the page

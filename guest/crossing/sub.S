@@ -50,7 +50,7 @@ elisa_sub:
 #ifndef ELISA_NO_SLOT_CLEARING
 	movq	$0, transient(%rip)		# I1, before anything else: close the way in
 #endif
-	mov	%rsp, stack + ELISA_STACK_SIZE - 16(%rip)	# private; the guest's memory is not mapped
+	mov	%rsp, stack + ELISA_STACK_SIZE - 16(%rip)	# the guest's stack is not mapped
 	lea	stack + ELISA_STACK_SIZE - 16(%rip), %rsp	# 16-byte aligned for the call
 #ifdef ELISA_USER
 #ifndef ELISA_NO_FLAG_CLEARING
@@ -61,8 +61,8 @@ elisa_sub:
 #elif !defined(ELISA_NO_WINDOW_ACCESS)
 	stac					# windows and shared memory are user pages here
 #endif
-	lea	env(%rip), %rcx			# 4th argument of elisa_serve; the first 3 are in place
-	jmp	serve				# near the end, because the last VMFUNC has to end the page
+	lea	env(%rip), %rcx			# 4th argument of elisa_serve; 3 are in place
+	jmp	serve				# the last VMFUNC has to end the page
 
 /* Bytes that a build leaves out: `serve` then starts nearer to the end. */
 #ifdef ELISA_NO_REGISTER_CLEARING
@@ -83,7 +83,7 @@ serve:
 	clac					# the guest gets AC clear, even if it had set it
 #endif
 	mov	%rax, %rdx			# the result: VMFUNC takes rax and rcx
-	xor	%eax, %eax			# VM function 0; and T15: nothing of the object's leaks
+	xor	%eax, %eax			# VM function 0; T15: nothing of the object's leaks
 	xor	%ecx, %ecx			# slot 0, the default context
 #ifndef ELISA_NO_REGISTER_CLEARING
 	xor	%esi, %esi			# T15

@@ -9,9 +9,9 @@
  *		return ELISA_ERROR(ELISA_EINVAL);
  *	to = elisa_index_nospec(to, env->guests);
  *
- * If the size is a power of two, `index & (size - 1)` does the same at a lower cost. Use one of them
- * wherever a guest's value decides which address is read, and what was read decides another address.
- * A table that holds nothing of other guests needs neither.
+ * If the size is a power of two, `index & (size - 1)` does the same at a lower cost. Use one of
+ * them wherever a guest's value decides which address is read, and what was read decides another
+ * address. A table that holds nothing of other guests needs neither.
  */
 #ifndef ELISA_NOSPEC_H
 #define ELISA_NOSPEC_H

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Interface between a shared object and the code around it. The same source is compiled for the sub
- * context, for the VMCALL baseline and the native tests on the host, and into a bare-metal guest for
- * the directly mapped path. Only the addresses in `struct elisa_env` differ.
+ * Interface between a shared object and the code around it. The same source is compiled for the
+ * sub context, for the VMCALL baseline and the native tests on the host, and into a bare-metal
+ * guest for the directly mapped path. Only the addresses in `struct elisa_env` differ.
  */
 #ifndef ELISA_OBJECT_H
 #define ELISA_OBJECT_H
@@ -15,7 +15,7 @@ struct elisa_env {
 	uint64_t shared_size; /* in bytes */
 	uint64_t windows;     /* address of window 0; window i is at windows + i * window_size */
 	uint64_t window_size; /* in bytes, a multiple of 4096 */
-	uint32_t id;          /* the calling guest, and its window: the only one that it can access */
+	uint32_t id;          /* the calling guest, which can access no window but this one */
 	uint32_t guests;      /* number of windows */
 };
 

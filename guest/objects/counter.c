@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * A counter to which several guests add; a0 is the amount. It returns the new value, and stores it in
- * the first 8 bytes of the caller's window too, where the guest can read it without a call.
+ * A counter to which several guests add; a0 is the amount. It returns the new value, and stores it
+ * in the first 8 bytes of the caller's window too, where the guest can read it without a call.
  *
  * The addition is one atomic instruction, so a vCPU that stops in the middle of a call delays
  * nobody. The counter is never read from a window, where a guest can write anything.
