@@ -38,6 +38,7 @@ add_module_names = False
 # A name in single backquotes becomes a link where it names something documented, else code.
 default_role = "py:obj"
 
+myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 
 html_theme = "furo"

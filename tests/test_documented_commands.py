@@ -87,6 +87,9 @@ _MENTIONED: Final = {
     "pykvm kernel selftests [--series S] [TEST...]": "make selftests",
     "pykvm kernel status": "tests/cli/test_kernel.py::test_status",
     "pykvm verify-gate --seed N --states N": "tests/test_wheel.py::test_verify_gate",
+    "pykvm --version": "tests/cli/test_main.py::test_the_version_is_that_of_the_project",
+    "python -m pykvm": "tests/cli/test_main.py::test_the_version_is_that_of_the_project",
+    "python -m build": "tests/test_wheel.py::test_wheel_from_the_source_archive_holds_the_same",
     "python -m tools.threats_document": "tests/attacks/test_threats.py::"
     "test_the_document_is_what_the_table_says",
 }
