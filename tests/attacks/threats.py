@@ -388,7 +388,7 @@ THREATS: Final[tuple[Threat, ...]] = (
         (
             "tests/switch/test_refusals.py::test_unknown_operations_flags_and_counts",
             BOUNDED + "test_a_full_burst_to_everybody",
-            BOUNDED + "test_a_full_line_of_the_table",
+            BOUNDED + "test_full_lines_of_the_table_and_frames_full_of_tags",
             BOUNDED + "test_rings_of_any_content_that_change_all_the_time",
         ),
         (

@@ -159,7 +159,7 @@ def test_every_test_is_in_one_part_of_make_test(monkeypatch: pytest.MonkeyPatch)
     assert {job.after for job in inside} == {todo[0].name}
     required = [word for job in todo for word in job.command if word.startswith("PYKVM_REQUIRE")]
     assert required == [f"PYKVM_REQUIRE={tiers}" for tiers in ("elisa,kvm", "elisa", "kvm")]
-    with_kvm, with_elisa = "tests/kvm/test_run_loop.py", "tests/elisa/inside/test_events.py"
+    with_kvm, with_elisa = "tests/kvm/native/test_run_loop.py", "tests/elisa/inside/test_events.py"
     assert [with_kvm in job.command for job in inside] == [True, False, True]
     assert [with_elisa in job.command for job in inside] == [True, True, False]
     reports = {word for job in todo for word in job.command if "junitxml" in word}
