@@ -63,23 +63,23 @@ enum { FLOOD = SWITCH_MAX_PORTS, NOWHERE };
 
 /* -------------------------------------------------------------------- tags */
 
-/* `type` as it stands in the frame, in network byte order. */
+/* `type` is in network byte order. */
 static inline bool is_tag(uint16_t type)
 {
 	return type == __builtin_bswap16(SWITCH_CUSTOMER_TAG) ||
 	       type == __builtin_bswap16(SWITCH_SERVICE_TAG);
 }
 
-/* Of header.high: all but priority and drop eligibility of a tag, or but the payload. */
+/* Masks for header.high: without a tag's priority and drop bit; without the payload. */
 #define TAGGED_BITS 0xff0fffffffffffffULL
 #define UNTAGGED_BITS 0x0000ffffffffffffULL
 
-/* What a header says about its frame and about those of one run with it. */
+/* What a header says of its frame, and of all frames of a run that it begins. */
 struct format {
-	uint64_t bits;     /* of header.high that name source, type and VLAN */
+	uint64_t bits;     /* of header.high: source, type and VLAN */
 	uint32_t vlan;
 	uint32_t shortest; /* frame in bytes */
-	uint32_t spread;   /* of the longest one, without looking for more tags, less the shortest */
+	uint32_t spread;   /* from there to the longest frame with no further tags */
 };
 
 static inline struct format format_of(const struct switch_shared *shared, struct header header)
@@ -99,7 +99,7 @@ static inline struct format format_of(const struct switch_shared *shared, struct
 	};
 }
 
-/* Whether a tagged frame of more than the limit has as many further tags as that takes. */
+/* Whether a tagged frame above the limit has enough further tags for its length. */
 static __attribute__((noinline)) bool has_tags_for(const struct switch_shared *shared,
 						   const uint8_t *frame, uint32_t length)
 {

@@ -15,6 +15,7 @@ from pykvm.machine.bare.guest import BareGuest, GuestTimeoutError
 from pykvm.measure.connect import SWITCH_SEED, connect
 from pykvm.measure.exit_counter import ExitCounter, Exits
 from pykvm.measure.programs import (
+    IDLE_LIMIT,
     ExchangeProgram,
     SendSample,
     SwitchPath,
@@ -122,12 +123,18 @@ class Exchange:
 
 
 def exchange(
-    kvm: Kvm, path: SwitchPath, sides: Sequence[Sequence[bytes]], *, rounds: int = 5
+    kvm: Kvm,
+    path: SwitchPath,
+    sides: Sequence[Sequence[bytes]],
+    *,
+    rounds: int = 5,
+    idle_limit: int = IDLE_LIMIT,
 ) -> Exchange:
     """Let two guests send their side of a conversation to each other.
 
     sides: the frames of either guest, in order. The switch has to forward each of them to the
-    other guest (`split_capture`).
+    other guest (`split_capture`). idle_limit: looks at the lanes without any progress, one after
+    the other, after which a guest gives up.
 
     Raises ExchangeTooLargeError, ExchangeStuckError, ExchangeDroppedError, and what `BareGuest.run`
     and `ObjectInstance.attach` raise.
@@ -140,7 +147,11 @@ def exchange(
         counters: list[ExitCounter] = []
         for port, frames in enumerate(sides):
             program = ExchangeProgram(
-                path, expected=len(sides[1 - port]) * rounds, burst=BURST, rounds=rounds
+                path,
+                expected=len(sides[1 - port]) * rounds,
+                burst=BURST,
+                rounds=rounds,
+                idle_limit=idle_limit,
             )
             guest = stack.enter_context(BareGuest(kvm, program, name=f"guest {port}"))
             guest.set_input(frame_records(frames))

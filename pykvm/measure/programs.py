@@ -16,6 +16,7 @@ from pykvm.resources import GUEST_SOURCES
 from pykvm.toolchain.elf import ElfFile
 
 __all__ = [
+    "IDLE_LIMIT",
     "BurstProgram",
     "CrossingProgram",
     "ExchangeProgram",

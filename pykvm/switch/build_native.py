@@ -1,4 +1,4 @@
-"""Builds the cffi extension ``pykvm.switch._native``; setup.py names ``ffibuilder``.
+"""Build the cffi extension ``pykvm.switch._native``; setup.py names ``ffibuilder``.
 
 The switch is compiled from the source that also runs in the sub context. Struct layouts and
 constants are asked from the C compiler: the declarations below end in ``...``.
@@ -88,7 +88,7 @@ COMPILE_ARGS = [
 
 
 def _declarations() -> str:
-    """What cffi shall know: constants, structs, and the functions of both headers."""
+    """Declare constants, structs, and the functions of both headers for cffi."""
     admin = (HERE / "admin.h").read_text()
     admin = re.sub(r"/\*.*?\*/", "", admin, flags=re.DOTALL)
     constants = "".join(f"#define {name} ...\n" for name in CONSTANTS)

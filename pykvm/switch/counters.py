@@ -38,7 +38,7 @@ class NotASwitchError(PykvmError):
 
 @dataclass(frozen=True)
 class PortCounters:
-    """What one port's calls did, since the switch was created. `switch.h` explains each field."""
+    """Counts of one port's calls since the switch was created; `switch.h` explains each field."""
 
     calls: int
     frames: int
@@ -107,15 +107,15 @@ class SwitchCounters:
     lanes: tuple[tuple[LaneCounters, ...], ...]
 
     def sent_to(self, port: int) -> LaneCounters:
-        """All lanes into `port`, added up: what it could receive."""
+        """Return the sum of all lanes into `port`: what it could receive."""
         return sum((row[port] for row in self.lanes), LaneCounters())
 
     def sent_by(self, port: int) -> LaneCounters:
-        """All lanes from `port`, added up."""
+        """Return the sum of all lanes from `port`."""
         return sum(self.lanes[port], LaneCounters())
 
     def check(self) -> list[str]:
-        """Which sums do not hold, one line each; empty when all do. For an idle switch."""
+        """Return a line for each sum that does not hold, of an idle switch."""
         wrong = []
         for number, port in enumerate(self.ports):
             accounted = port.forwarded + port.dropped + port.filtered

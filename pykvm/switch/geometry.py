@@ -1,4 +1,4 @@
-"""How large a switch is and where things lie in its memory. Every number comes from switch.h."""
+"""Size of a switch and layout of its memory, with numbers from switch.h."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def _is_power_of_two(number: int) -> bool:
 
 @dataclass(frozen=True)
 class SwitchConfig:
-    """The shape of one switch.
+    """Shape of one switch.
 
-    ports:       2 to 64, one per guest
-    lane_slots:  frames that wait in one lane, a power of two; each takes 2 KiB in every receiver's
-                 window for every source, that is ports * ports * lane_slots * 2 KiB in all
+    ports:       2 to 64, one for each guest
+    lane_slots:  frames that fit into one lane, a power of two; all lanes together take
+                 ports * ports * lane_slots * 2 KiB
     tx_slots:    transmit slots of a port and its longest burst, a power of two up to 256
     frame_limit: longest frame in bytes, without checksum, 14 to 2040; 4 bytes more for each VLAN
                  tag of the frame, up to 8 tags and 2040 bytes
@@ -109,7 +109,7 @@ class SwitchConfig:
 
     @property
     def windows_offset(self) -> int:
-        """Of window 0 in a buffer that holds the shared memory and then all windows."""
+        """Offset of window 0 in a buffer with the shared memory and then all windows."""
         return -(-self.shared_size // WINDOWS_ALIGNMENT) * WINDOWS_ALIGNMENT
 
     @property
@@ -118,21 +118,21 @@ class SwitchConfig:
         return self.windows_offset + self.ports * self.window_size
 
     def tx_length_offset(self, slot: int) -> int:
-        """Of a transmit slot's 32-bit length in its window."""
+        """Return the offset of a transmit slot's 32-bit length in its window."""
         return int(ffi.offsetof("struct switch_window", "tx_length", slot))
 
     def tx_offset(self, slot: int) -> int:
-        """Of a transmit slot's frame in its window."""
+        """Return the offset of a transmit slot's frame in its window."""
         return int(lib.switch_tx_offset(slot))
 
     def lane_head_offset(self, source: int) -> int:
-        """Of the 32-bit count of frames that `source` has put into its lane, in the window."""
+        """Return the offset of the head, the 32-bit count of frames from `source`, in a window."""
         return int(ffi.offsetof("struct switch_window", "lane", source, "head"))
 
     def lane_tail_offset(self, source: int) -> int:
-        """Of the 32-bit count of frames taken out of the lane from `source`, in the window."""
+        """Return the offset of the tail, the 32-bit count of frames taken, in a window."""
         return int(ffi.offsetof("struct switch_window", "lane", source, "tail"))
 
     def lane_offset(self, source: int) -> int:
-        """Of the first slot of the lane from `source`, in the window."""
+        """Return the offset of the first slot of the lane from `source` in a window."""
         return int(lib.switch_lane_offset(self.tx_slots, self.lane_slots, source))

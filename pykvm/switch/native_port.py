@@ -44,7 +44,7 @@ class NativePort:
         self._next_slot = 0
 
     def call(self, a0: int, a1: int, a2: int) -> int:
-        """``elisa_serve(a0, a1, a2)`` as this port's guest; frames dealt with.
+        """Call ``elisa_serve(a0, a1, a2)`` as this port's guest; return the frames dealt with.
 
         Raises SwitchCallError.
         """
@@ -60,7 +60,7 @@ class NativePort:
             ffi.cast("struct switch_window *", self._window).tx_length[slot] = length
 
     def send(self, frames: Sequence[bytes], *, wait: bool = False) -> int:
-        """Send up to `tx_slots` frames in one call; how many were dealt with.
+        """Send up to `tx_slots` frames in one call; return how many were dealt with.
 
         Fewer than all only with `wait`, when the only receiver of the next one has no room.
         Raises SwitchCallError.
@@ -77,7 +77,7 @@ class NativePort:
         return done
 
     def receive(self, source: int, limit: int = 256) -> list[bytes]:
-        """Up to `limit` frames of the lane from `source`, oldest first."""
+        """Return up to `limit` frames of the lane from `source`, oldest first."""
         frames = ffi.new("uint8_t[]", limit * MAX_FRAME)
         lengths = ffi.new("uint32_t[]", limit)
         count = lib.switch_window_take(self._shared, self._window, source, frames, lengths, limit)
@@ -89,6 +89,6 @@ class NativePort:
         return taken
 
     def receive_all(self, limit: int = 256) -> list[bytes]:
-        """Up to `limit` frames of every lane, lane after lane."""
+        """Return up to `limit` frames of every lane, lane after lane."""
         ports = range(self.switch.config.ports)
         return [frame for source in ports for frame in self.receive(source, limit)]

@@ -55,7 +55,7 @@ class PinError(PykvmError):
 
 
 def parse_address(text: str) -> int:
-    """``"02:00:00:00:00:01"`` as the number that the table holds: first byte lowest.
+    """Return ``"02:00:00:00:00:01"`` as a number, first byte lowest.
 
     Raises AddressError for anything else, group addresses and zero included.
     """
@@ -125,7 +125,7 @@ class Switch:
             )
 
     def is_enabled(self, port: int) -> bool:
-        """Whether `port` sends and receives."""
+        """Return whether `port` sends and receives."""
         self._check_port(port)
         return bool(self._shared.enabled >> port & 1)
 
@@ -157,7 +157,7 @@ class Switch:
             lib.switch_port_left(self._shared, self._windows, self.config.window_size, port)
 
     def _wait_for_calls(self, port: int, timeout: float) -> None:
-        """Until each call of another port that is inside now has ended."""
+        """Wait until each call of another port that is inside now has ended."""
         inside = {
             other: lib.switch_port_inside(self._shared, other)
             for other in range(self.config.ports)
@@ -192,7 +192,7 @@ class Switch:
         lib.switch_unpin(self._shared, parse_address(address))
 
     def counters(self) -> SwitchCounters:
-        """A snapshot of all counters, also while frames flow."""
+        """Return a snapshot of all counters, also while frames flow."""
         return read_counters(self._memory)
 
     def window(self, port: int) -> Any:
@@ -201,7 +201,7 @@ class Switch:
         return self._windows + port * self.config.window_size
 
     def native_env(self, port: int) -> Any:
-        """A ``struct elisa_env *`` with this process's addresses, for calls made on the host.
+        """Return a ``struct elisa_env *`` with this process's addresses, for calls on the host.
 
         It is the context argument of ``switch_hypercall`` for the guest at `port`, and lives as
         long as this object does. Raises PortStateError.

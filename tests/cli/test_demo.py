@@ -25,6 +25,7 @@ pytestmark = pytest.mark.unit
 demo = importlib.import_module("pykvm.cli.demo")
 
 CLIENTS = [frame(A, B, mark=1), frame(B, A, mark=2), frame(A, C, mark=3), frame(C, A, mark=4)]
+WITH_CHECKSUM = 1 | 1 << 26 | 2 << 28  # Ethernet, two words of checksum
 SERVER = pcap(b"".join(map(packet, CLIENTS)))
 
 
@@ -61,12 +62,7 @@ def carried(tmp_path: Path, *arguments: str) -> list[bytes]:
         (SERVER, CLIENTS),
         (gzip.compress(SERVER), CLIENTS),
         (section() + interface() + b"".join(map(enhanced, CLIENTS)), CLIENTS),
-        (
-            pcap(
-                b"".join(packet(one + b"\1\2\3\4") for one in CLIENTS), link=1 | 9 << 26 | 1 << 29
-            ),
-            CLIENTS,
-        ),
+        (pcap(b"".join(packet(one + bytes(4)) for one in CLIENTS), link=WITH_CHECKSUM), CLIENTS),
         (
             pcap(b"".join(packet(tagged(one.ljust(1514), 100)) for one in CLIENTS)),
             [tagged(one.ljust(1514), 100) for one in CLIENTS],

@@ -5,7 +5,6 @@ import random
 import pytest
 
 from pykvm.kvm import Kvm
-from pykvm.measure import exchange as module
 from pykvm.measure.exchange import ExchangeDroppedError, ExchangeTooLargeError, check_room, exchange
 from pykvm.measure.programs import SwitchPath
 from pykvm.switch.capture import Capture, Frame, split_capture
@@ -38,12 +37,11 @@ def test_a_server_and_three_clients(kvm: Kvm, path: SwitchPath) -> None:
 
 
 @pytest.mark.elisa
-def test_stations_of_one_side_are_no_busy_host(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stations_of_one_side_are_no_busy_host(kvm: Kvm) -> None:
     """Frames that the switch filters never arrive; the error names that, and not the load."""
-    monkeypatch.setattr(module, "IDLE_LIMIT", 10_000)
     sides = [[frame(1, 0), frame(2, 0)], [frame(0, 1), frame(2, 1), frame(0, 2)]]
     with pytest.raises(ExchangeDroppedError) as refusal:
-        exchange(kvm, SwitchPath.VMFUNC, sides, rounds=2)
+        exchange(kvm, SwitchPath.VMFUNC, sides, rounds=2, idle_limit=100_000)
     assert "did not forward" in refusal.value.problem
     assert "same_port" in refusal.value.problem
     assert "load" not in str(refusal.value)

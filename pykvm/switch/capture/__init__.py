@@ -1,9 +1,9 @@
 """Packet captures: read strictly, written, and parted between two guests.
 
-`read_capture` takes what tcpdump and Wireshark write (pcap and pcapng, also compressed with gzip)
-from a file, a pipe or standard input, and returns Ethernet frames. Whatever it cannot use is a
-subclass of `CaptureError` that names the file, the frame and the command to type next.
-`split_capture` says which of two guests sends each frame.
+`read_capture` returns the Ethernet frames of a pcap or pcapng file, also compressed with gzip,
+from a file, a pipe or standard input. For everything else it raises a subclass of `CaptureError`,
+which names the file, the frame and the command to type next. `split_capture` parts the frames
+between two guests.
 """
 
 from pykvm.switch.capture.errors import (

@@ -1,4 +1,4 @@
-"""Ethernet frames out of packet records: checksums taken off, and nothing else accepted."""
+"""Ethernet frames out of packet records, whole and without checksums."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ class Capture:
 
 
 def frame_of(source: Source, record: Record, frame_limit: int) -> Frame:
-    """Return the frame of a record without its checksum, whole, and as the switch takes it.
+    """Return the frame of a record, whole and without its checksum.
 
-    frame_limit: bytes of an untagged one.
+    frame_limit: longest frame in bytes without tags.
 
     Raises FrameSizeError, CutFrameError, LoopbackCaptureError.
     """

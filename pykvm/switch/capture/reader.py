@@ -1,4 +1,4 @@
-"""Any capture that we understand, read to its end."""
+"""Read a capture of any supported format."""
 
 from __future__ import annotations
 

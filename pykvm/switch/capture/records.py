@@ -1,4 +1,4 @@
-"""Packet records as both capture formats hold them."""
+"""Packet records, which both capture formats have, and what is wrong with some."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Record", "check_link_type", "check_record", "damaged", "truncated"]
 
 ETHERNET: Final = 1
 MAX_CAPTURED: Final = 262144
-"""Bytes of one record: libpcap's MAXIMUM_SNAPLEN takes no more for Ethernet either."""
+"""Largest record in bytes, libpcap's MAXIMUM_SNAPLEN."""
 
 _ONE_INTERFACE: Final = "capture on one Ethernet interface: `tcpdump -i eth0 -w FILE`"
 

@@ -1,10 +1,9 @@
-"""Which of two guests sends each frame of a capture, so that the switch carries all of them across.
+"""Part a capture between two guests so that the switch carries every frame across.
 
-The switch learns behind which port a station is, and never sends a frame back to the port that it
-came from. So stations that talk to each other have to be on different sides: the graph of who
-talks to whom is coloured with two colours. Group addresses, and addresses that never send and so
-are never learned, are flooded to the other side anyway. A station is an address on a VLAN, as
-for the switch.
+The switch learns the port of each station and never sends a frame back to the port that it came
+from. Stations that talk to each other therefore belong on different sides: the graph of who talks
+to whom is coloured with two colours. Frames to groups, and to stations that never send and are
+never learned, are flooded and so cross anyway. A station is an address on a VLAN.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ REASONS: Final = {
     "bad_source": "from a group address or from none",
     "same_port": "from a station to itself",
 }
-"""Why a bridge forwards a frame to nobody, by the name of the switch's counter."""
+"""Reasons to forward a frame to nobody, by the name of the switch's counter."""
 
 
 @dataclass(frozen=True)
 class Sides:
-    """The frames of a capture, parted.
+    """Frames of a capture, parted.
 
-    sent: those of each guest, in order. left_out: those that a bridge forwards to nobody, by the
-    names in `REASONS`.
+    sent: for each guest, its frames in order. left_out: frames that a bridge forwards to nobody,
+    by the names in `REASONS`.
     """
 
     sent: tuple[list[Frame], list[Frame]]
@@ -44,13 +43,13 @@ class Sides:
 
 
 def split_capture(capture: Capture) -> Sides:
-    """Part a capture between two guests, so that the switch carries each to the other guest.
+    """Part a capture between two guests so that the switch carries every frame across.
 
-    Guest 0 has the station that sent the first frame; of stations that have nothing to do with it,
-    those seen first are guest 1's.
+    Guest 0 plays the station that sent the first frame. Where a station has nothing to do with it,
+    the first one seen is guest 1's.
 
-    Raises OddRingError when three stations talk to each other, or five in a ring; EmptyCaptureError
-    when all frames come from one side, as then nothing would go the other way.
+    Raises OddRingError when an odd number of stations talk to each other in a ring, and
+    EmptyCaptureError when all frames come from one station.
     """
     left_out: dict[str, list[Frame]] = {}
     carried = []

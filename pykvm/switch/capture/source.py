@@ -1,4 +1,4 @@
-"""Where a capture comes from: a file, a pipe or standard input, read once and unpacked."""
+"""Read a file, a pipe or standard input once, and unpack it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Source:
 
 
 def displayed(path: str) -> str:
-    """`path` in one printable line."""
+    """Return `path` in one printable line."""
     return path if path.isprintable() else ascii(path)
 
 

@@ -1,4 +1,4 @@
-"""Which records are frames that the switch takes, and what is said of the others."""
+"""Records that are frames of the switch, and the errors for all others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which guest sends which frame: so that the real switch carries every one of them across."""
+"""Captures parted between two guests: the real switch carries every frame across."""
 
 from __future__ import annotations
 
