@@ -7,23 +7,39 @@ entry lets several processes ask for the same one. Its time is that of its last 
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
 from pykvm.errors import PykvmError
 
-__all__ = ["CacheError", "entry", "key", "lock_entry", "log_path", "root"]
+__all__ = [
+    "CacheError",
+    "DiskFullError",
+    "entry",
+    "full_disk_named",
+    "key",
+    "lock_entry",
+    "log_path",
+    "root",
+]
 
 _CHUNK = 1 << 20
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class CacheError(PykvmError):
     """The cache directory cannot be written."""
+
+
+class DiskFullError(PykvmError):
+    """The disk of the cache, or of temporary files, has no space left."""
 
 
 def root() -> Path:
@@ -61,7 +77,8 @@ def key(*inputs: bytes | str | int | Path) -> str:
                 while chunk := file.read(_CHUNK):
                     digest.update(chunk)
         else:
-            data = item if isinstance(item, bytes) else str(item).encode()
+            # A path need not be text.
+            data = item if isinstance(item, bytes) else str(item).encode(errors="surrogateescape")
             digest.update(b"%s %d\0" % (type(item).__name__.encode(), len(data)))
             digest.update(data)
     return digest.hexdigest()[:32]
@@ -75,6 +92,7 @@ def entry(kind: str, key: str, build: Callable[[Path], None]) -> Path:
 
     Raises:
         CacheError: the cache directory cannot be created or written.
+        DiskFullError: see `full_disk_named`.
         Whatever `build` raises.
     """
     final = root() / kind / key
@@ -122,10 +140,49 @@ def _build(final: Path, build: Callable[[Path], None]) -> None:
     shutil.rmtree(partial, ignore_errors=True)  # left by a builder that was killed
     partial.mkdir()
     try:
-        build(partial)
+        with full_disk_named(partial):
+            build(partial)
         partial.rename(final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def full_disk_named(directory: Path) -> Iterator[None]:
+    """Raise `DiskFullError` in place of any error, if the disk of `directory` is full.
+
+    What runs out of space says so in many ways, or says something else: "cannot unpack".
+
+    Raises:
+        DiskFullError: the disk of `directory` or that of temporary files is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _has_room(directory):
+            raise _full(root()) from error
+        if not _has_room(Path(os.environ.get("TMPDIR") or "/tmp")):
+            raise DiskFullError(
+                "no space left for temporary files",
+                "free some, or set TMPDIR to a directory that has some",
+            ) from error
+        raise
+
+
+def _has_room(directory: Path) -> bool:
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(bytes(_CHUNK))
+    except OSError as error:
+        return error.errno not in _FULL
+    return True
+
+
+def _full(place: Path) -> DiskFullError:
+    return DiskFullError(
+        f"no space left for the cache at {place}",
+        "free some, or set PYKVM_CACHE to a directory that has some",
+    )
 
 
 def log_path(name: str) -> Path:
@@ -142,7 +199,9 @@ def log_path(name: str) -> Path:
     return directory / f"{name}.log"
 
 
-def _unwritable(error: OSError) -> CacheError:
+def _unwritable(error: OSError) -> PykvmError:
+    if error.errno in _FULL:
+        return _full(root())
     return CacheError(
         f"cannot write the cache at {root()} ({error.strerror})",
         "set PYKVM_CACHE to a directory that you may write",

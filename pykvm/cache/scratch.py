@@ -24,6 +24,9 @@ def directory(kind: str) -> Iterator[Path]:
     """Give a directory of one of `KINDS`, and remove it afterwards.
 
     Those of killed processes are removed as well.
+
+    Raises:
+        DiskFullError: see `pykvm.cache.full_disk_named`.
     """
     parent = cache.root() / kind
     parent.mkdir(parents=True, exist_ok=True)
@@ -33,7 +36,8 @@ def directory(kind: str) -> Iterator[Path]:
     with (made / "alive").open("w") as alive:
         fcntl.flock(alive, fcntl.LOCK_EX)
         try:
-            yield made
+            with cache.full_disk_named(made):
+                yield made
         finally:
             shutil.rmtree(made, ignore_errors=True)
 

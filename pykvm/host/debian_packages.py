@@ -103,7 +103,7 @@ def fetch(packages: Sequence[Package]) -> list[Path]:
     """
     store = cache.root() / "debs"
     store.mkdir(parents=True, exist_ok=True)
-    with (store / ".lock").open("w") as lock:
+    with cache.full_disk_named(store), (store / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         missing = [package for package in packages if not _complete(store, package)]
         if missing:
@@ -136,7 +136,8 @@ def unpack(archive: Path, root: Path) -> None:
         tar = ["tar", "-x", "--keep-directory-symlink", "--no-same-owner", "-C", str(root)]
         unpacked = subprocess.run(tar, stdin=source.stdout, capture_output=True, check=False)
     if source.returncode or unpacked.returncode:
-        raise PackageError(f"cannot unpack {archive.name}: {_last_line(unpacked.stderr.decode())}")
+        said = unpacked.stderr.decode(errors="replace")
+        raise PackageError(f"cannot unpack {archive.name} ({_last_line(said)})")
 
 
 def unpack_release(codename: str, names: Sequence[str], root: Path) -> list[Package]:
@@ -181,7 +182,7 @@ def unpack_release(codename: str, names: Sequence[str], root: Path) -> list[Pack
             result = _apt([*options, *command])
             if result.returncode:
                 raise PackageError(
-                    f"cannot fetch {names[0]} of Debian {codename}: {_last_line(result.stderr)}"
+                    f"cannot fetch {names[0]} of Debian {codename} ({_last_line(result.stderr)})"
                 )
         archives = sorted((work / "archives").glob("*.deb"))
         for archive in archives:
@@ -195,7 +196,7 @@ def _debian_archive() -> str:
     result = _apt(["indextargets", "--format", "$(REPO_URI)", *main])
     uris = result.stdout.split()
     if not uris:
-        raise PackageError("apt knows no archive of debian; run: apt-get update")
+        raise PackageError("apt knows no archive of debian", as_root("apt-get update"))
     return uris[0]
 
 
@@ -203,7 +204,9 @@ def installed_version(name: str) -> str | None:
     """Return the version of `name` that the machine has installed, or None."""
     query = ["dpkg-query", "-W", "-f", "${db:Status-Status} ${Version}", name]
     try:
-        result = subprocess.run(query, capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            query, capture_output=True, text=True, errors="replace", check=False
+        )
     except FileNotFoundError:  # no Debian
         return None
     status, _, version = result.stdout.partition(" ")
@@ -224,7 +227,7 @@ def apt_cache(*arguments: str) -> str:
     """Return what apt-cache prints; nothing where there is no apt."""
     try:
         done = subprocess.run(
-            ["apt-cache", *arguments], capture_output=True, text=True, check=False
+            ["apt-cache", *arguments], capture_output=True, text=True, errors="replace", check=False
         )
     except FileNotFoundError:
         return ""
@@ -267,6 +270,7 @@ def _apt(arguments: list[str], cwd: Path | None = None) -> subprocess.CompletedP
         env=environment,
         capture_output=True,
         text=True,
+        errors="replace",
         check=False,
     )
 

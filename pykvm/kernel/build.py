@@ -8,7 +8,8 @@ kernel. The result is cached by everything that goes into it.
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from pykvm import cache
@@ -24,6 +25,7 @@ from pykvm.kernel.packages import (
     running_release,
 )
 from pykvm.kernel.patch import Patch, apply, apply_further, find_patch, read_further
+from pykvm.kernel.plain_place import copy_in_plain_place, plain_directory
 from pykvm.kernel.series import of_release, place
 from pykvm.kernel.source_tree import unpack
 
@@ -100,6 +102,7 @@ def build(
         PatchMissingError, PatchConflictError, FurtherPatchError: see `pykvm.kernel.patch`.
         UnpackError: the source cannot be unpacked.
         ToolMissingError, ModuleBuildError: as their names say.
+        PlaceError: see `pykvm.kernel.plain_place`.
         PackageError: the packages cannot be fetched.
     """
     release = release or running_release()
@@ -145,36 +148,53 @@ def _require_tools(headers: Headers) -> None:
 def _build_into(
     out: Path, tree: Path, headers: Headers, patch: Patch | None, further: list[Path]
 ) -> None:
-    log = cache.log_path(f"kernel-build-{headers.release}")
-    log.write_text("")
-    # Inside `out`, so that the cache removes it whatever happens to this process.
-    work = out / "tree"
-    shutil.copytree(tree, work)
+    # In `out` where that will do, so that the cache removes it whatever happens to this process.
+    with plain_directory(out) as place, _plain(headers) as build_directory:
+        log = cache.log_path(f"kernel-build-{headers.release}")
+        log.write_text("")
+        work = place / "tree"
+        shutil.copytree(tree, work)
+        _patch(work, patch, further, log)
+        _make(work, build_directory, headers.release, log)
+        for module in MODULES:
+            shutil.copy2(work / f"arch/x86/kvm/{module}.ko", out)
+        shutil.copy2(log, out / "build.log")
+
+
+@contextmanager
+def _plain(headers: Headers) -> Iterator[Path]:
+    """Give the build directory of `headers`, or a copy of it where that has a plain path."""
+    top = headers.path.parent
+    if top.parts[-2:] == ("usr", "src"):
+        top = top.parents[1]  # links lead to /usr/lib
+    with copy_in_plain_place(top, without="linux-source-*") as plain:
+        yield plain / headers.path.relative_to(top)
+
+
+def _patch(work: Path, patch: Patch | None, further: list[Path], log: Path) -> None:
     if patch is not None:
         apply(patch, work, log)
     apply_further(further, work, log)
     if further:
         _mark_as_test_build(work, further)
+
+
+def _make(work: Path, build_directory: Path, release: str, log: Path) -> None:
     kvm = work / "arch/x86/kvm"
     (kvm / "Kbuild").write_text(_KBUILD)
     (work / "include/uapi").mkdir(parents=True, exist_ok=True)
     jobs = len(os.sched_getaffinity(0))
-    command = ["make", "-C", str(headers.path), f"M={kvm}", f"kvm_tree={work}"]
+    command = ["make", "-C", str(build_directory), f"M={kvm}", f"kvm_tree={work}"]
     command += [*_MAKE_VARIABLES, f"-j{jobs}", "modules"]
     if kernel_make.run(command, work, log) != 0:
         raise ModuleBuildError(
-            f"the KVM modules for {headers.release} do not compile{_first_error(log)}",
-            f"read {log}",
+            f"the KVM modules for {release} do not compile{_first_error(log)}", f"read {log}"
         )
-    for module in MODULES:
-        shutil.copy2(kvm / f"{module}.ko", out)
-    shutil.rmtree(work)
-    shutil.copy2(log, out / "build.log")
 
 
 def _mark_as_test_build(work: Path, patches: list[Path]) -> None:
     names = ", ".join(f"{patch.name} {cache.key(patch)[:8]}" for patch in patches)
-    text = (TEST_BUILD + names).replace("\\", "").replace('"', "")
+    text = TEST_BUILD + re.sub(r"[^\w ,.+-]", "", names, flags=re.ASCII)
     for source in _MAIN_SOURCES:
         with (work / source).open("a") as file:
             file.write(f'\nMODULE_VERSION("{text}");\n')

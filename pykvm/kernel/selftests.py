@@ -5,7 +5,6 @@ They need no kernel tree when they run, only the C library that this machine lin
 """
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from pykvm import cache
 from pykvm.errors import PykvmError
 from pykvm.kernel import make as kernel_make
 from pykvm.kernel.packages import Source
+from pykvm.kernel.plain_place import plain_directory
 from pykvm.kernel.source_tree import UnpackError, fetch_again
 
 __all__ = ["SelftestBuildError", "build", "programs"]
@@ -79,11 +79,15 @@ def programs(selftests: Path) -> list[str]:
 def _build_into(out: Path, source: Source, cures: str) -> None:
     log = cache.log_path(f"kvm-selftests-{source.series}")
     log.write_text("")
-    tree = out / "tree"  # inside `out`, so that the cache removes it whatever happens
-    tree.mkdir()
+    # In `out` where that will do, so that the cache removes it whatever happens.
+    with plain_directory(out) as tree:
+        _build_in(tree, out, source, cures, log)
+
+
+def _build_in(tree: Path, out: Path, source: Source, cures: str, log: Path) -> None:
     top = f"linux-source-{source.series}"
-    command = ["tar", "-xJf", str(source.tarball), "-C", str(tree), "--strip-components=1"]
-    command += ["--wildcards", *(f"{top}/{member}" for member in _UNPACKED)]
+    command = ["tar", "--force-local", "-xJf", str(source.tarball), "-C", str(tree)]
+    command += ["--strip-components=1", "--wildcards", *(f"{top}/{member}" for member in _UNPACKED)]
     if kernel_make.run(command, tree, log) != 0:
         raise UnpackError(
             f"cannot unpack the selftests from {source.tarball}, see {log}", fetch_again(source)
@@ -113,4 +117,3 @@ def _build_into(out: Path, source: Source, cures: str) -> None:
         if kernel_make.run(["strip", "-o", str(out / name), str(tests / name)], out, log) != 0:
             raise SelftestBuildError(f"the selftest {name} was not built", f"read {log}")
     (out / "programs").write_text("".join(f"{name}\n" for name in listed))
-    shutil.rmtree(tree)

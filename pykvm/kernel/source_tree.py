@@ -62,8 +62,9 @@ def unpack(source: Source, patch: Patch | None, further: Sequence[Path] = ()) ->
 
     def extract(out: Path) -> None:
         top = f"linux-source-{source.series}"
-        command = ["tar", "-xJf", str(source.tarball), "-C", str(out), "--strip-components=1"]
-        command += ["--wildcards", *(f"{top}/{member}" for member in members)]
+        command = ["tar", "--force-local", "-xJf", str(source.tarball), "-C", str(out)]
+        command += ["--strip-components=1", "--wildcards"]
+        command += [f"{top}/{member}" for member in members]
         log = cache.log_path("kernel-unpack")
         log.write_text("")
         if kernel_make.run(command, out, log) == 0:

@@ -172,6 +172,11 @@ class Emulator(Closeable):
             self.control = self._terminal("control")
             self.stdout = self._fifo("stdout")
             self.stderr = self._fifo("stderr")
+            if machine.bochs.root is not None:
+                (directory / "usr").symlink_to(machine.bochs.root / "usr")
+            if restore is not None:
+                (directory / "restored").symlink_to(restore)
+                restore = Path("restored")
             (directory / "bochsrc").write_text(machine.configuration())
             # Bochs 2.7 starts its debugger, which waits at its prompt unless told to continue.
             (directory / "debugger").write_text("c\n")

@@ -43,12 +43,16 @@ class Installation:
         command: what starts it.
         share: directory of its firmware.
         environment: variables to set for it.
+        root: where it is, if that is not the machine's own: the paths of all the others are
+            relative to it, because Bochs and its dynamic linker part some of them at colons and
+            spaces.
     """
 
     version: str
     command: tuple[str, ...]
     share: Path
     environment: Mapping[str, str] = field(default_factory=dict)
+    root: Path | None = None
 
     def models(self) -> list[str]:
         """The names of the processors that it emulates, the oldest first.
@@ -75,6 +79,7 @@ class Installation:
         # -q: no menu.
         return subprocess.run(
             [*self.command, "-q", "--help", *topic],
+            cwd=self.root,
             env={**os.environ, **self.environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -100,19 +105,13 @@ def newer() -> Installation:
     """
     key = cache.key("unpacked", NEWER_RELEASE, *_PACKAGES, *_KEPT)
     root = cache.entry("bochs", key, _unpack)
-    libraries = root / _LIBRARIES
+    linker = (f"{_LIBRARIES}/ld-linux-x86-64.so.2", "--library-path", _LIBRARIES)
     return Installation(
         (root / "version").read_text(),
-        (
-            str(libraries / "ld-linux-x86-64.so.2"),
-            *("--library-path", str(libraries)),
-            str(root / "usr/bin" / _PROGRAM),
-        ),
-        root / _SHARE,
-        {
-            "BXSHARE": str(root / _SHARE),
-            "LTDL_LIBRARY_PATH": str(libraries / "bochs/plugins"),
-        },
+        (*linker, f"usr/bin/{_PROGRAM}"),
+        Path(_SHARE),
+        {"BXSHARE": _SHARE, "LTDL_LIBRARY_PATH": f"{_LIBRARIES}/bochs/plugins"},
+        root,
     )
 
 
@@ -129,7 +128,7 @@ def knowing(model: str) -> Installation:
     other = newer()
     if model in other.models():
         return other
-    raise BochsMissingError(f"no bochs emulates {model}")
+    raise BochsMissingError(f"no bochs emulates {model}", "choose another with --cpu")
 
 
 def _unpack(directory: Path) -> None:

@@ -203,20 +203,35 @@ def _compiled(source: Path) -> Path | None:
 
 def _make_iso(image: Path, grafts: Iterable[tuple[str, Path]]) -> None:
     listing = image.with_name("payload.list")
+    links: dict[Path, str] = {}
     with listing.open("wb") as file:  # a name may be any bytes
         for inside, outside in grafts:
-            file.write(os.fsencode(f"{_escaped(inside)}={_escaped(str(outside))}\n"))
+            place = _without_line_break(outside, image.parent, links)
+            file.write(os.fsencode(f"{_escaped(inside)}={_escaped(place)}\n"))
     options = ["-quiet", "-R", "-uid", "0", "-gid", "0", "-graft-points", "-path-list"]
-    command = ["xorriso", "-as", "mkisofs", *options, str(listing), "-o", str(image)]
+    command = ["xorriso", "-as", "mkisofs", *options, listing.name, "-o", image.name]
     try:
         result = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", check=False
+            command, cwd=image.parent, capture_output=True, text=True, errors="replace", check=False
         )
     except FileNotFoundError as error:
         raise PayloadError("no program xorriso", install(["xorriso"])) from error
     if result.returncode:
         lines = [line for line in result.stderr.splitlines() if "FAILURE" in line]
         raise PayloadError(f"xorriso cannot pack the files: {(lines or ['no message'])[0]}")
+
+
+def _without_line_break(path: Path, directory: Path, links: dict[Path, str]) -> str:
+    """Return `path` for a list of a line each, by a link in `directory` to its parent if need be.
+
+    links: those made so far, which grow by this one.
+    """
+    if "\n" not in str(path):
+        return str(path)
+    if path.parent not in links:
+        links[path.parent] = f"parent{len(links)}"
+        (directory / links[path.parent]).symlink_to(path.parent)
+    return f"{links[path.parent]}/{path.name}"
 
 
 def _escaped(path: str) -> str:

@@ -49,7 +49,7 @@ def _make_headers(
     path.mkdir()
     (path / ".config").write_text('CONFIG_CC_VERSION_TEXT="gcc (made up) 12"\n')
     (path / "Module.symvers").touch()
-    (path / "Makefile").write_text(f"include {common}/Makefile\n")
+    (path / "Makefile").write_text("include ../common/Makefile\n")
     return path
 
 
@@ -268,6 +268,35 @@ def working(src: Path) -> Path:
     shutil.rmtree(src / f"linux-headers-{RELEASE}")
     _make_headers(src, rule=_WORKS)
     return src
+
+
+@pytest.mark.parametrize("name", ["a b", "a:b", "\u00e4'\"$(x)", "a\nb", "a\udcffb"])
+def test_places_with_any_name(
+    name: str, src: Path, patches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / name
+    monkeypatch.setenv("PYKVM_CACHE", str(place / "cache"))
+    own = place / "usr" / "src"
+    own.mkdir(parents=True)
+    _make_headers(own, rule=_WORKS)
+    _make_source(own)
+    shutil.copytree(patches, place / "patches")
+    further = _further(place)
+    built = kernel.build(RELEASE, src=own, patches=place / "patches", also=[further])
+    assert built.is_relative_to(place)
+    assert "int weak;" in (built / "kvm.ko").read_text()
+    assert sorted(path.name for path in built.iterdir()) == [
+        *("build.log", "kvm-intel.ko", "kvm.ko"),
+    ]
+
+
+def test_the_name_of_a_further_patch_is_plain_text_in_the_module(
+    working: Path, patches: Path, tmp_path: Path
+) -> None:
+    further = _further(tmp_path, name='we"ak\\\n\u00e4.patch')
+    built = kernel.build(RELEASE, src=working, patches=patches, also=[further])
+    (line,) = re.findall("MODULE_VERSION.*", (built / "kvm.ko").read_text())
+    assert re.fullmatch(r'MODULE_VERSION\("test build: weak\.patch [0-9a-f]{8}"\);', line)
 
 
 def test_further_patches_make_a_test_build(working: Path, patches: Path, tmp_path: Path) -> None:
