@@ -51,9 +51,11 @@ _SYSTEM: Final = (
     "/run/job",
     "/sys",
     "/usr/bin",
+    "/usr/include",
     "/usr/lib",
     "/usr/local/bin",
     "/usr/local/lib",
+    "/usr/share",
 )
 _VIRTUAL: Final = ("/proc", "/sys")  # nothing can be made below
 

@@ -167,6 +167,7 @@ class Testbed:
             PykvmError: what is needed is missing; the message says what to type.
         """
         start = time.monotonic()
+        carried_files(self.folder)  # too many are refused before anything is booted
         job = payload.Job(
             "run",
             command=list(command),

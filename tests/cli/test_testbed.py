@@ -124,3 +124,17 @@ def test_directory_without_modules_is_refused(tmp_path: Path) -> None:
     done = _pykvm("--modules", str(tmp_path), "--", "true")
     assert done.returncode == 1
     assert f"{tmp_path} has no kvm.ko: name the directory that this prints: " in done.stderr
+
+
+def test_folder_with_too_much_in_it_is_refused_before_anything_is_booted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate((256 << 20) + 1)
+    monkeypatch.setenv("PYKVM_CACHE", str(tmp_path / "cache"))  # nothing is there to be resumed
+    done = _pykvm("--no-kvm", "--folder", str(tmp_path), "--", "true")
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"pykvm: {tmp_path} holds more than 256 MiB: "
+        "start in the folder of your work, or name one with --folder DIR\n"
+    )

@@ -149,7 +149,7 @@ def test_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         current_folder()
 
 
-@pytest.mark.parametrize("path", ["/", "/usr", "/etc", "/usr/lib", "/run", "/proc/sys", "/dev"])
+@pytest.mark.parametrize("path", ["/", "/usr", "/etc", "/usr/share", "/run", "/proc/sys", "/dev"])
 def test_places_of_the_system(path: str) -> None:
     with pytest.raises(FolderPlaceError, match=f"{path} belongs to the emulated host's own"):
         require_place(Path(path))
