@@ -1,4 +1,4 @@
-"""Sizes in bytes that everything agrees on."""
+"""Sizes in bytes that all packages use."""
 
 from typing import Final
 

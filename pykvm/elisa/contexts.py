@@ -1,29 +1,28 @@
-"""Plans of gate and sub contexts: pure data, made before the kernel is asked for anything.
+"""Plans of gate and sub contexts: pure data, made before any call of the kernel.
 
-A context has two translations, both built here: its guest page table (GVA to GPA, found through
-the Anywhere Page Table whatever CR3 holds) and its EPT (GPA to page). The page at crossing base + x
-lies at the context's private GPA base + x, and the guest page table's own pages at
-`crossing.PRIVATE_TABLES_OFFSET` from that base.
+A context has two translations, which are both built here: its guest page table (GVA to GPA), which
+the Anywhere Page Table finds whatever CR3 holds, and its EPT (GPA to page). The page at crossing
+base + x has the GPA private base + x, and the guest page table itself is at
+``crossing.PRIVATE_TABLES_OFFSET`` from that private base.
 
-Invariants that hold by construction (the design of the mechanism numbers them):
+These invariants hold by construction:
 
 - I3: a sub context maps nothing but the root outside its private range, and a gate context leaves
   the whole private range absent but for its own pages, from which no walk reaches code.
 - I4: guest page tables are read-only in the EPT, their accessed and dirty bits are set, and nothing
   is writable and executable.
-- I8, second layer: what a guest can write (windows, and shared memory, which lies before them) is
-  made of user pages, also for callers in kernel mode. The processor's own reads of an IDT, GDT or
-  TSS count as supervisor accesses, and CR4.SMAP keeps those off user pages even with RFLAGS.AC
-  set (SDM vol. 3A 4.6.1); the object's own accesses run between STAC and CLAC (sub.S). The first
-  layer is KVM's: `ContextPlan.gva` and `size` tell it where no descriptor table may lie.
-- T26: leaves are write-back, and the kernel sets "ignore PAT" in each, so that no PAT or CR3.PCD of
-  the guest's makes trusted memory anything else.
+- I8, second layer: windows, which a guest can write, and shared memory consist of user pages, for
+  callers in kernel mode too. The processor's own reads of an IDT, GDT or TSS count as supervisor
+  accesses, and CR4.SMAP keeps those off user pages, even with RFLAGS.AC set (SDM vol. 3A 4.6.1).
+  The object's own accesses run between STAC and CLAC (sub.S). The first layer is KVM's: it keeps
+  descriptor tables out of the range that `ContextPlan.gva` and ``size`` name.
+- T26: leaves are write-back, and the kernel sets "ignore PAT" in each, so that neither the guest's
+  PAT nor its CR3.PCD changes the type of trusted memory.
 
-Guests with five-level paging (`levels=5`): the tables are built and held against the same
-invariants in tests, but have not met a processor, as no model of the Bochs that Debian packages
-(2.7) knows LA57.
+Plans for guests with five-level paging (``levels=5``) are checked against the same invariants. A
+processor with LA57 runs them only on Bochs 3.0; the models of Bochs 2.7 have no LA57.
 
-What one attachment costs in pages is `ContextPlan.cost`.
+`ContextPlan.cost` is the number of pages that a context takes.
 """
 
 from collections.abc import Iterable, Sequence
@@ -54,18 +53,23 @@ READ: Final = Access.READ
 READ_WRITE: Final = Access.READ | Access.WRITE
 READ_EXECUTE: Final = Access.READ | Access.EXECUTE
 
-# The EPT decides what a context may do; its guest page table allows everything, so that no bit
-# of the guest's CR0, CR4 or EFER (WP, NXE, SMEP) matters to it.
+# The EPT decides what a context may do. Its guest page table allows everything, so that the guest's
+# CR0.WP, CR4.SMEP and EFER.NXE do not matter to it.
 _GUEST_ACCESS: Final = Access.READ | Access.WRITE | Access.EXECUTE
 
 
 class CrossingBaseError(PykvmError, ValueError):
-    """A crossing area at an address where it cannot lie."""
+    """A crossing area at an address where it cannot be."""
 
 
 @dataclass(frozen=True)
 class UserPages:
-    """count pages of this process from address on, to be pinned by the kernel."""
+    """Pages of this process, which the kernel pins.
+
+    Attributes:
+        address: address of the first one.
+        count: how many there are.
+    """
 
     address: int
     count: int = 1
@@ -80,7 +84,7 @@ class ListPage:
 
 @dataclass(frozen=True)
 class EptpPage:
-    """A page of the kernel's that begins with the EPTP of the sub context."""
+    """A page of the kernel that begins with the EPTP of the sub context."""
 
     count: int = 1
 
@@ -92,8 +96,10 @@ Page = UserPages | ListPage | EptpPage
 class ContextCost:
     """Pages that one context takes.
 
-    ept_tables: owned by the kernel. guest_tables: of the context's guest page table, pinned.
-    mapped: other pages that the context maps, pinned or the kernel's.
+    Attributes:
+        ept_tables: tables of the EPT, which the kernel owns.
+        guest_tables: pages of the guest page table, pinned.
+        mapped: other pages that the context maps, pinned or owned by the kernel.
     """
 
     ept_tables: int
@@ -103,7 +109,14 @@ class ContextCost:
 
 @dataclass(frozen=True)
 class _Mapping:
-    """user: user pages, whoever the caller is."""
+    """Page of a context, at an offset from the crossing base.
+
+    Attributes:
+        offset: offset of its first byte.
+        page: the page or pages.
+        access: what the EPT allows.
+        user: whether these are user pages even for callers in kernel mode.
+    """
 
     offset: int
     page: Page
@@ -112,13 +125,18 @@ class _Mapping:
 
 
 class ContextPlan:
-    """One context: what lies where, relative to the crossing base.
+    """Plan of one context.
 
-    Two steps, because the guest page table needs memory before its pages can be named: construct,
-    provide `guest_table_bytes` of memory, then `place_guest_tables`.
+    It is made in two steps, because the guest page table needs memory before its pages can be
+    mapped: create the plan, provide `guest_table_bytes` of memory, call `place_guest_tables`.
 
-    gva, size: the range of GVAs that holds everything that the guest page table maps. levels: of
-    the guest's paging.
+    Attributes:
+        ept: tables of the EPT.
+        guest: guest page table.
+        pages: the pages that the EPT maps, in the order of their numbers.
+        gva: first GVA that the guest page table maps.
+        size: bytes from there to the end of the last page that it maps.
+        levels: levels of the guest's paging, 4 or 5.
     """
 
     def __init__(
@@ -184,14 +202,15 @@ class ContextPlan:
 
     @property
     def guest_table_bytes(self) -> int:
-        """Memory that the guest page table needs, a multiple of 4096."""
+        """Bytes of memory that the guest page table needs, a multiple of 4096."""
         return len(self.guest) * PAGE_SIZE
 
     def place_guest_tables(self, memory: memoryview, address: int) -> None:
-        """Write the guest page table into memory, which this process maps at address; the plan is
-        complete then.
+        """Write the guest page table into memory, which completes the plan.
 
-        memory: `guest_table_bytes` long.
+        Args:
+            memory: `guest_table_bytes` of memory.
+            address: address of the memory in this process.
         """
         root = self._map(self._tables_gpa, UserPages(address, len(self.guest)), READ)
         memory[:] = self.guest.tobytes()
@@ -199,19 +218,20 @@ class ContextPlan:
 
     @property
     def cost(self) -> ContextCost:
-        """What the complete plan takes."""
+        """Pages that the complete plan takes."""
         return ContextCost(len(self.ept), len(self.guest), self._number - len(self.guest))
 
     def __str__(self) -> str:
-        """The guest page table and the EPT, a line for each range."""
+        """Return the guest page table and the EPT as text, with a line for each range."""
         return f"{self.guest}\n{self.ept}"
 
 
 def check_crossing_base(crossing_gva: int, levels: int = 4) -> None:
-    """Raise CrossingBaseError unless the crossing area can lie at crossing_gva.
+    """Check that the crossing area can be at `crossing_gva`.
 
-    2 MiB aligned, canonical, and out of compatibility mode's reach with everything that the gate
-    maps below it.
+    Raises:
+        CrossingBaseError: the address is not aligned to 2 MiB or not canonical, or compatibility
+            mode could reach it, or what the gate maps below it.
     """
     half = 1 << (11 + 9 * levels)
     low = crossing.CROSSING_MIN_GVA <= crossing_gva < half
@@ -227,9 +247,16 @@ def check_crossing_base(crossing_gva: int, levels: int = 4) -> None:
 def plan_gate(
     gate_page: int, crossing_gva: int, *, user: bool = False, levels: int = 4
 ) -> ContextPlan:
-    """The gate context of one attachment: gate page, the vCPU's EPTP list, the official EPTP.
+    """Plan the gate context of an attachment: gate page, the vCPU's EPTP list, the official EPTP.
 
-    gate_page: address in this process of the page of gate code.
+    Args:
+        gate_page: address of the gate page in this process.
+        crossing_gva: crossing base.
+        user: whether callers run in user mode.
+        levels: levels of the guest's paging, 4 or 5.
+
+    Raises:
+        CrossingBaseError: the crossing area cannot be there.
     """
     return ContextPlan(
         crossing.GATE_PRIVATE_GPA,
@@ -255,10 +282,19 @@ def plan_sub(
     user: bool = False,
     levels: int = 4,
 ) -> ContextPlan:
-    """The sub context of one attachment.
+    """Plan the sub context of an attachment.
 
-    image: offset from the crossing base, pages and access of each part of the object's image.
-    env_page, stack: addresses in this process. memory: shared memory and windows.
+    Args:
+        image: offset from the crossing base, pages and access of each part of the object's image.
+        env_page: address of the environment's page in this process.
+        stack: address of the stack's memory in this process.
+        memory: shared memory and windows.
+        crossing_gva: crossing base.
+        user: whether callers run in user mode.
+        levels: levels of the guest's paging, 4 or 5.
+
+    Raises:
+        CrossingBaseError: the crossing area cannot be there, or the object has too much memory.
     """
     return ContextPlan(
         crossing.SUB_PRIVATE_GPA,

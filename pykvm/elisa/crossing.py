@@ -1,7 +1,7 @@
-"""Addresses of the crossing and of its contexts: constants, one line each.
+"""Addresses of the crossing and of its contexts.
 
-`*_GVA` are guest virtual, `*_GPA` guest physical addresses, `*_OFFSET` are relative to the start
-of the crossing area. Sizes are bytes.
+``*_GVA`` are guest virtual addresses, ``*_GPA`` guest physical ones; ``*_OFFSET`` are relative to
+the start of the crossing area. Sizes are in bytes.
 """
 
 from typing import Final
@@ -13,8 +13,8 @@ from pykvm.sizes import GIB, MIB
 # 0x133, 0x1a6) differ from each other and from the PT indexes of the crossing pages, so that no
 # index finds an entry in a table page that is read one level too high or too low.
 CROSSING_GVA: Final = 0x2D4C_F4C0_0000
-CROSSING_ALIGN: Final = 2 * MIB  # any other base has to be aligned so
-CROSSING_MIN_GVA: Final = 5 * GIB  # the gate's data as well is out of compatibility mode's reach
+CROSSING_ALIGN: Final = 2 * MIB  # alignment of any other base
+CROSSING_MIN_GVA: Final = 5 * GIB  # keeps the gate's data too out of compatibility mode's reach
 
 ENTRY_OFFSET: Final = 0x0000  # entry page: default context, the guest's own, ends in VMFUNC
 GATE_OFFSET: Final = 0x1000  # gate page: gate context, executable

@@ -1,4 +1,4 @@
-"""What a guest of any kind has to offer so that shared objects can be attached to it."""
+"""Interface of guests of any kind, through which shared objects are attached to them."""
 
 from typing import Protocol
 
@@ -10,10 +10,7 @@ __all__ = ["Guest"]
 
 
 class Guest(Protocol):
-    """A guest as `ObjectInstance.attach` sees it.
-
-    `pykvm.machine.bare.guest.BareGuest` is one.
-    """
+    """Guest to which objects can be attached, such as `pykvm.machine.bare.guest.BareGuest`."""
 
     @property
     def vcpu(self) -> Vcpu:
@@ -21,17 +18,21 @@ class Guest(Protocol):
 
     @property
     def crossing_gva(self) -> int:
-        """Where the guest maps its entry page (see `pykvm.elisa.crossing`)."""
+        """GVA at which the guest maps its entry page, see `pykvm.elisa.crossing`."""
 
     @property
     def paging_levels(self) -> int:
         """Levels of the guest's paging: 4, or 5 with CR4.LA57."""
 
     def next_window_gpa(self) -> int:
-        """Return where in the guest's memory the next object's window begins."""
+        """Return the GPA at which the next object's window begins."""
 
     def join(self, images: CrossingImages, slot: int, window: Region | None, *, user: bool) -> None:
         """Map the guest's own pages of the crossing, show the window, announce the slot.
 
-        The guest closes the window's region. user: the callers run in user mode.
+        Args:
+            images: the pages.
+            slot: slot of the object's gate.
+            window: the window, or None if the object has none; the guest closes it.
+            user: whether the callers run in user mode.
         """

@@ -1,18 +1,19 @@
-"""What an object's code may consist of, and the look at it before anything reaches a guest.
+"""Checks of an object's code, made before anything reaches a guest.
 
-Two checks, of different worth:
+There are two checks, of different strength:
 
-- `find_vmfunc` looks for the bytes of VMFUNC (0F 01 D4) at every byte of what is mapped executable,
-  across the boundaries of pages and of parts that follow each other. It is complete: code in a sub
-  context cannot switch contexts, however it is entered, other than by the one VMFUNC of its
-  sub entry page.
+- `find_vmfunc` searches everything that is mapped executable for the bytes of VMFUNC (0F 01 D4), at
+  every byte, and across the boundaries of adjacent pages and parts. It is complete: code in a sub
+  context, however it is entered, can switch contexts only by the one VMFUNC of its sub entry page.
 - `check_instructions` decodes the object's code from symbol to symbol. Every instruction has to be
-  one of those that C for general registers is made of; no branch may be indirect; and every direct
-  one has to lead to the start of an instruction of the same listing. So the listing is all that
-  ever runs, as long as returns go back to their calls. It is for mistakes (inline assembly,
-  a compiler option): an object's author is trusted, and a return address that a faulty object
-  overwrites leads anywhere. Most of what is refused here would leave to KVM, which serves nothing
-  outside the default context; the rest would depend on state that the guest chooses.
+  one that C with general registers compiles to. No branch may be indirect, and every direct branch
+  has to lead to the start of an instruction in the same listing. So nothing but the listing runs,
+  as long as returns go back to their calls.
+
+The second check is for mistakes, such as inline assembly or a compiler option. An object's author
+is trusted, and a return address that a faulty object overwrites leads anywhere. Most of the
+instructions that it refuses would exit to KVM, which serves nothing outside the default context;
+the rest would depend on state that the guest chooses.
 """
 
 import os
@@ -55,7 +56,7 @@ _ALLOWED: Final = re.compile(
             r"set(?:n?[abglopsce]e?|n?z|np|ns|no)",
             # String instructions; the sub entry relies on the gate's CLD, and so may an object.
             r"(?:movs|stos|lods|cmps|scas)[bwlq]?|cld",
-            # Control flow: operands are looked at below.
+            # Control flow: operands are checked below.
             r"j[a-z]+|call|ret|leave|nop[wl]?",
             # Order and hints; traps that end the object.
             r"lfence|mfence|sfence|pause|prefetch\w+|endbr64|ud2|int3|clc|stc|cmc",
@@ -63,8 +64,8 @@ _ALLOWED: Final = re.compile(
     )
 )
 _PREFIXES: Final = re.compile(r"(?:(?:lock|rep|repn?z|data16|cs|ds|rex(?:\.\w+)?) )*")
-# Registers that an object has no business with: control, debug, vector, x87, mask, bounds;
-# segment registers as operands, and memory by way of FS and GS.
+# Registers that an object must not use: control, debug, vector, x87, mask and bounds registers,
+# segment registers as operands, and memory addressed with FS and GS.
 _FOREIGN: Final = re.compile(
     r"%(?:cr|db|dr|xmm|ymm|zmm|mm|st|k|bnd|tr)\d*\b|%[c-g]s\b(?!:)|%ss\b|%[fg]s:"
 )
@@ -73,15 +74,15 @@ _TARGET: Final = re.compile(r"^(?:0x)?([0-9a-f]+)(?: <|$)")
 
 
 class ForbiddenInstructionError(PykvmError):
-    """Object code with an instruction that does not belong there."""
+    """Object code with an instruction that objects must not use."""
 
 
 class IndirectBranchError(PykvmError):
-    """Object code that jumps to or calls an address in a register or in memory."""
+    """Object code that jumps to, or calls, an address in a register or in memory."""
 
 
 class StrayBranchError(PykvmError):
-    """Object code with a branch to something that is not one of its instructions."""
+    """Object code with a branch to something other than one of its instructions."""
 
 
 class _Instruction(NamedTuple):
@@ -93,10 +94,11 @@ class _Instruction(NamedTuple):
 
 
 def find_vmfunc(parts: Iterable[tuple[int, bytes]]) -> list[int]:
-    """Where the bytes 0F 01 D4 begin, at any byte of what is executable.
+    """Return where the bytes 0F 01 D4 begin in executable code, at any byte.
 
-    parts: offset and content of each executable part; a part that begins where another one ends
-    is searched as one with it.
+    Args:
+        parts: offset and content of each executable part; a part that begins where another one
+            ends is searched together with it.
     """
     runs: list[tuple[int, bytearray]] = []
     for offset, data in sorted(parts):
@@ -104,8 +106,7 @@ def find_vmfunc(parts: Iterable[tuple[int, bytes]]) -> list[int]:
             runs[-1][1].extend(data)
         else:
             runs.append((offset, bytearray(data)))
-    # The bytes cannot overlap themselves; re.finditer is C all the way, which the emulated host
-    # notices.
+    # The bytes cannot overlap themselves. re.finditer is all C, which matters on the emulated host.
     return [
         offset + match.start()
         for offset, data in runs
@@ -114,11 +115,18 @@ def find_vmfunc(parts: Iterable[tuple[int, bytes]]) -> list[int]:
 
 
 def check_instructions(image: Path, name: str, section: str = ".text") -> None:
-    """Decode a section of a linked object and refuse what does not belong there.
+    """Decode a section of a linked object, and refuse instructions that objects must not use.
+
+    Args:
+        image: the linked ELF file.
+        name: name of the object, for messages.
+        section: name of the section.
 
     Raises:
-        ForbiddenInstructionError, IndirectBranchError, StrayBranchError.
-        CompilerMissingError: no objdump, which comes with the compiler.
+        ForbiddenInstructionError: an instruction is not allowed in objects.
+        IndirectBranchError: a jump or call is indirect.
+        StrayBranchError: a branch leads to no instruction of the listing.
+        CompilerMissingError: there is no objdump, which comes with the compiler.
     """
     listing = list(_decode(image, section))
     starts = {instruction.address for instruction in listing}
@@ -167,6 +175,6 @@ def _decode(image: Path, section: str) -> Iterator[_Instruction]:
         text = re.sub(r"\s+", " ", found[2].split("#")[0]).strip()
         bare = _PREFIXES.sub("", text, count=1)
         mnemonic, _, operands = bare.partition(" ")
-        # A conditional branch with a hint prefix: `jne,pt`.
+        # A conditional branch may have a hint, as in `jne,pt`.
         mnemonic = mnemonic.partition(",")[0]
         yield _Instruction(int(found[1], 16), text, mnemonic, operands.strip(), function)

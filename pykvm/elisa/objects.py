@@ -1,4 +1,4 @@
-"""Shared objects: what several guests share, and the trusted code that alone touches it.
+"""Shared objects: memory that several guests share, and the trusted code that alone accesses it.
 
 An object is declared once, opened once, and attached to any number of guests::
 
@@ -41,11 +41,11 @@ MAX_MEMORY: Final = (1 << 30) - (4 << 20)
 
 
 class ObjectSizeError(PykvmError, ValueError):
-    """A shared object with sizes that cannot be."""
+    """A shared object with impossible sizes."""
 
 
 class GuestNumberError(PykvmError, ValueError):
-    """A guest number that the object does not have, or that is attached already."""
+    """A guest number that an object does not have, or that is attached already."""
 
 
 def _pages(size: int) -> int:
@@ -54,15 +54,20 @@ def _pages(size: int) -> int:
 
 @dataclass(frozen=True)
 class SharedObject:
-    """The declaration of a shared object.
+    """Declaration of a shared object.
 
-    source: one C source file or several; they include "elisa_object.h" and define `elisa_serve`.
-    shared: bytes of memory that only the object's code sees. window: bytes of each guest's window,
-    which that guest's default context maps as well. Both are rounded up to whole pages. guests:
-    how many windows there are, 1 to 64. without: protections to leave out, for measurements and
-    controls only.
+    Attributes:
+        name: name of the object, for messages.
+        source: one C source file or several; they include "elisa_object.h" and define
+            ``elisa_serve``.
+        shared: bytes of memory that only the object's code can access, rounded up to whole pages.
+        window: bytes of each guest's window, which that guest's default context maps too, rounded
+            up to whole pages.
+        guests: number of windows, 1 to 64.
+        without: protections to leave out, for measurements and controls only.
 
-    Raises ObjectSizeError.
+    Raises:
+        ObjectSizeError: the sizes or the number of guests are not possible.
     """
 
     name: str
@@ -93,22 +98,27 @@ class SharedObject:
 
     @property
     def window_size(self) -> int:
-        """Bytes of one window, whole pages."""
+        """Bytes of one window, in whole pages."""
         return _pages(self.window) * PAGE_SIZE
 
     @property
     def windows_offset(self) -> int:
-        """Where window 0 begins in the object's memory."""
+        """Offset of window 0 in the object's memory."""
         return _pages(self.shared) * PAGE_SIZE
 
     @property
     def memory_size(self) -> int:
-        """Bytes of the object's memory: shared, then all windows."""
+        """Bytes of the object's memory: shared memory, then all windows."""
         return self.windows_offset + self.guests * self.window_size
 
     def env(self, base: int, guest: int) -> bytes:
-        """`struct elisa_env` for guest number `guest` where the object's memory is mapped at base:
-        in a sub context, in the VMM, or in a guest."""
+        """Return the ``struct elisa_env`` for one guest.
+
+        Args:
+            base: address of the object's memory where the object runs: in a sub context, in the
+                VMM, or in a guest.
+            guest: number of the guest.
+        """
         return ENV.pack(
             base,
             _pages(self.shared) * PAGE_SIZE,
@@ -119,17 +129,21 @@ class SharedObject:
         )
 
     def open(self) -> "ObjectInstance":
-        """Compile (or take from the cache), allocate, and be ready to attach guests.
+        """Compile the object, or take it from the cache, and allocate its memory.
 
-        Raises what `pykvm.elisa.trusted_images.build_object` raises, and MemoryTooSmallError.
+        Raises:
+            MemoryTooSmallError: there is not enough memory.
+            PykvmError: see `pykvm.elisa.trusted_images.build_object`.
         """
         return ObjectInstance(self, build_object(self.sources, without=frozenset(self.without)))
 
 
 @dataclass
 class _Image:
-    """An object's image in memory: one copy, mapped by all of its sub contexts, and both builds
-    of the sub entry page, of which a context maps one."""
+    """Image of an object in memory, which all of its sub contexts map.
+
+    There are both builds of the sub entry page, of which a context maps one.
+    """
 
     region: Region
     common: list[tuple[int, UserPages, Access]] = field(default_factory=list)
@@ -173,9 +187,12 @@ class _Image:
 
 
 class ObjectInstance(Closeable):
-    """An open shared object: its memory, its code, the guests attached to it.
+    """An open shared object: its memory, its code, and the guests attached to it.
 
-    memory: shared memory and windows, mapped in this process. `close()` detaches everything.
+    Attributes:
+        declaration: its declaration.
+        memory: shared memory and windows, mapped in this process.
+        symbols: offsets of the object's symbols from the crossing base.
     """
 
     def __init__(self, declaration: SharedObject, image: SubImage) -> None:
@@ -202,15 +219,22 @@ class ObjectInstance(Closeable):
         return self._image.entries[False]
 
     def window(self, guest: int) -> memoryview:
-        """A guest's window, live. Raises GuestNumberError, ObjectSizeError (no windows)."""
+        """Return a live view of a guest's window.
+
+        Raises:
+            GuestNumberError: there is no such guest.
+            ObjectSizeError: the object has no windows.
+        """
         self._check_window(guest)
         size = self.declaration.window_size
         return self.memory.view(self.declaration.windows_offset + guest * size, size)
 
     def window_region(self, guest: int, gpa: int) -> Region:
-        """A guest's window as a memory region for its default context, at gpa.
+        """Return a guest's window as a region at `gpa`, for its default context.
 
-        Raises GuestNumberError, ObjectSizeError (no windows).
+        Raises:
+            GuestNumberError: there is no such guest.
+            ObjectSizeError: the object has no windows.
         """
         self._check_window(guest)
         size = self.declaration.window_size
@@ -218,17 +242,25 @@ class ObjectInstance(Closeable):
         return Region(self._file, gpa, offset=offset, size=size)
 
     def direct_region(self, gpa: int) -> Region:
-        """All of the object's memory as a region: for the directly mapped baseline, which
-        isolates nothing."""
+        """Return all of the object's memory as a region at `gpa`.
+
+        It is for the directly mapped baseline, which isolates nothing.
+        """
         return Region(self._file, gpa)
 
     def attach(self, guest: Guest, number: int | None = None, *, user: bool = False) -> Attachment:
-        """Attach a guest: its vCPU gains the object, it is shown its window and told its slot.
+        """Attach a guest: its vCPU gains the object, and it gets its window and its slot.
 
-        number: the guest's number in the object, by default the lowest that is free. user: for
-        callers in user mode (CPL 3) instead of kernel mode.
+        If the call fails, nothing stays attached.
 
-        Raises what `attach_vcpu` raises, and what the guest's `join` does; nothing stays behind.
+        Args:
+            guest: the guest.
+            number: the guest's number in the object; by default the lowest that is free.
+            user: whether callers run in user mode (CPL 3), instead of kernel mode.
+
+        Raises:
+            GuestNumberError: no number is free, or this one is not.
+            PykvmError: see `attach_vcpu` and the guest's `Guest.join`.
         """
         if number is None:
             number = self._free_number()
@@ -259,15 +291,24 @@ class ObjectInstance(Closeable):
         user: bool = False,
         levels: int = 4,
     ) -> Attachment:
-        """Give a vCPU access to the object as guest `number`; the guest itself learns nothing.
+        """Give a vCPU access to the object; the guest itself is told nothing.
 
-        crossing_gva: where the guest maps its entry page. user: for callers in user mode (CPL 3)
-        instead of kernel mode. levels: of the guest's paging, 5 with CR4.LA57.
+        If the call fails, nothing stays attached.
 
-        One vCPU for each guest number: a window has a single owner.
+        Args:
+            vcpu: the vCPU.
+            number: the guest's number in the object. Each has one vCPU: a window has one owner.
+            crossing_gva: GVA at which the guest maps its entry page.
+            user: whether callers run in user mode (CPL 3), instead of kernel mode.
+            levels: levels of the guest's paging, 5 with CR4.LA57.
 
-        Raises GuestNumberError, CrossingBaseError, SlotsFullError, LockLimitError, and errors of
-        the kernel; nothing stays behind then. With user, what `build_object` raises.
+        Raises:
+            GuestNumberError: the object has no such guest, or it is attached already.
+            CrossingBaseError: the crossing area cannot be there.
+            SlotsFullError: the vCPU's EPTP list has no free slot.
+            LockLimitError: this process may not pin enough memory.
+            KvmError: the kernel refuses a call.
+            PykvmError: see `pykvm.elisa.trusted_images.build_object`, for callers in user mode.
         """
         self._check_guest(number)
         if self._is_attached(number):
@@ -322,10 +363,10 @@ class ObjectInstance(Closeable):
             )
 
     def close(self) -> None:
-        """Detach all guests and give up the memory. Harmless twice.
+        """Detach all guests and release the memory.
 
-        The object is revoked from vCPUs that run or stopped inside it (`Attachment.revoke`). In a
-        forked process nobody is detached (`Attachment.close`).
+        The object is revoked from vCPUs that run, or stopped inside it (`Attachment.revoke`). In a
+        forked process no guest is detached (`Attachment.close`).
         """
         for attachment in self._attachments.values():
             attachment.close()

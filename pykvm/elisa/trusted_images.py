@@ -1,8 +1,8 @@
-"""Builds the trusted images: the crossing's pages, and objects linked with the sub entry page.
+"""Build of the trusted images: the crossing's pages, and objects linked with the sub entry page.
 
 An image is position independent: offsets are relative to the start of the crossing area
-(`pykvm.elisa.crossing`), wherever that lies. What an object's source may not do is refused here,
-with a class of its own for each cause, before anything reaches a guest.
+(`pykvm.elisa.crossing`). Sources that break the rules for objects are refused here, before anything
+reaches a guest, with an error class for each rule.
 """
 
 import functools
@@ -62,37 +62,44 @@ _OFFSETS: Final = (
     "IMAGE_OFFSET",
 )
 
-# Relocations that only need the distance between two places of the image (AMD64 supplement 4.4).
+# Relocations that need only the distance between two places of the image (AMD64 supplement 4.4).
 _RELATIVE: Final = frozenset({2, 4, 24})  # R_X86_64_PC32, PLT32, PC64
 
 
 class MissingEntryError(PykvmError):
-    """No source of the object defines `elisa_serve`."""
+    """An object without a source that defines ``elisa_serve``."""
 
 
 class UndefinedSymbolError(PykvmError):
-    """The object calls or reads something that none of its sources defines."""
+    """An object that uses a symbol which none of its sources defines."""
 
 
 class AbsoluteAddressError(PykvmError):
-    """The object needs an absolute address, which a position-independent image cannot hold."""
+    """An object that needs an absolute address, which a position-independent image cannot have."""
 
 
 class WritableCodeError(PykvmError):
-    """A section asks to be writable and executable."""
+    """A section that is writable and executable."""
 
 
 class ForeignVmfuncError(PykvmError):
-    """The bytes of a VMFUNC instruction stand somewhere else than at the end of their page."""
+    """Bytes of a VMFUNC instruction anywhere but at the end of their page."""
 
 
 class ImageTooLargeError(PykvmError):
-    """Code and data do not fit between the image's start and the shared memory."""
+    """Code and data that do not fit between the image's start and the shared memory."""
 
 
 @dataclass(frozen=True)
 class ImagePart:
-    """Whole pages of one kind: `data` at `offset` from the start of the crossing area."""
+    """Whole pages of one kind.
+
+    Attributes:
+        offset: offset of the first byte from the start of the crossing area.
+        data: their bytes.
+        writable: whether contexts map them writable.
+        executable: whether contexts map them executable.
+    """
 
     offset: int
     data: bytes
@@ -100,7 +107,7 @@ class ImagePart:
     executable: bool
 
     def pages(self) -> list[tuple[int, bytes]]:
-        """(offset, 4096 bytes) of each page."""
+        """Return the offset and the 4096 bytes of each page."""
         return [
             (self.offset + start, self.data[start : start + PAGE_SIZE])
             for start in range(0, len(self.data), PAGE_SIZE)
@@ -109,9 +116,11 @@ class ImagePart:
 
 @dataclass(frozen=True)
 class SubImage:
-    """Sub entry page, text, read-only data, data: in this order, empty ones left out.
+    """Image of a shared object. No part of it is writable and executable.
 
-    `symbols` are offsets from the start of the crossing area. No part is writable and executable.
+    Attributes:
+        parts: sub entry page, text, read-only data and data, in this order, without empty ones.
+        symbols: offsets from the start of the crossing area, by name.
     """
 
     parts: tuple[ImagePart, ...]
@@ -120,9 +129,13 @@ class SubImage:
 
 @dataclass(frozen=True)
 class CrossingImages:
-    """The three pages of the crossing that every object shares, 4096 bytes each.
+    """The pages of the crossing that all objects share, 4096 bytes each.
 
-    A guest calls `elisa_call` at the crossing base + `call_offset`.
+    Attributes:
+        entry_page: entry page, the guest's own.
+        gate_page: gate page.
+        return_page: return page, the guest's own.
+        call_offset: offset of ``elisa_call`` in the entry page.
     """
 
     entry_page: bytes
@@ -135,11 +148,12 @@ class CrossingImages:
 def crossing_images(without: Without = ALL) -> CrossingImages:
     """Assemble entry, gate and return page.
 
-    without: protections to leave out, for measurements and controls only.
+    Args:
+        without: protections to leave out, for measurements and controls only.
 
     Raises:
         ForeignVmfuncError: entry or gate page do not end in their only VMFUNC.
-        CompileError, LinkError, CompilerMissingError, CacheError.
+        PykvmError: see `pykvm.toolchain.compiler.build`.
     """
     path = compiler.build(
         "crossing",
@@ -161,17 +175,22 @@ def crossing_images(without: Without = ALL) -> CrossingImages:
 def build_object(
     sources: Sequence[Path], *, user: bool = False, without: Without = ALL
 ) -> SubImage:
-    """Compile an object's C (or assembly) sources and link them with the sub entry page.
+    """Compile an object's sources and link them with the sub entry page; cached by content.
 
-    user: the sub entry page is the one for callers in user mode; nothing else differs. without:
-    protections to leave out, for measurements and controls only. Cached by content. Sources
-    include "elisa_object.h" and define `elisa_serve`.
+    Args:
+        sources: C and assembly sources; they include "elisa_object.h" and define ``elisa_serve``.
+        user: whether to take the sub entry page for callers in user mode; nothing else differs.
+        without: protections to leave out, for measurements and controls only.
 
     Raises:
-        SourceMissingError, CompileError, LinkError, CompilerMissingError, CacheError.
-        MissingEntryError, UndefinedSymbolError, AbsoluteAddressError, WritableCodeError,
-        ForeignVmfuncError, ImageTooLargeError.
-        ForbiddenInstructionError, IndirectBranchError, StrayBranchError.
+        MissingEntryError: no source defines ``elisa_serve``.
+        UndefinedSymbolError: no source defines a symbol that one of them uses.
+        AbsoluteAddressError: the code needs an absolute address.
+        WritableCodeError: a section is writable and executable.
+        ForeignVmfuncError: the bytes of VMFUNC occur in the object.
+        ImageTooLargeError: code and data are too large.
+        PykvmError: see `pykvm.toolchain.compiler.build` and
+            `pykvm.elisa.object_code.check_instructions`.
     """
     sources = [source.resolve() for source in sources]  # the compiler runs elsewhere
     name = sources[0].name if sources else "object"
@@ -211,12 +230,12 @@ def build_object(
 
 
 def _offsets() -> dict[str, str | int]:
-    """The layout's offsets as macros and linker symbols: ELISA_ENTRY_OFFSET and so on."""
+    """Return the crossing's offsets as macros and linker symbols, such as ELISA_ENTRY_OFFSET."""
     return {f"ELISA_{name}": getattr(crossing, name) for name in _OFFSETS}
 
 
 def _check_compiled(sources: Sequence[Path], files: Sequence[ElfFile]) -> None:
-    """Refuse what can be named better before linking than after."""
+    """Refuse objects for causes that can be told more clearly before linking than after it."""
     defined = {symbol.name for file in files for symbol in file.symbols if symbol.section}
     if "elisa_serve" not in defined:
         raise MissingEntryError(

@@ -1,1 +1,1 @@
-"""Virtual machines made of the rest."""
+"""Virtual machines, put together from the packages below."""

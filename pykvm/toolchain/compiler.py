@@ -1,8 +1,8 @@
 """GCC for code that runs without an operating system: bare-metal guests and shared objects.
 
-Results are kept by content: sources, the headers that they include, linker script and options.
-The compiler's own version is not part of the key, so that a machine without a compiler (the
-emulated host) can use what was built elsewhere; after an upgrade of GCC, remove the cache.
+Results are cached by content: sources, the headers that they include, linker script and options.
+The compiler's version is not part of the key, so that a machine without a compiler (the emulated
+host) can use what was built elsewhere. Remove the cache after an upgrade of GCC.
 """
 
 import re
@@ -30,8 +30,8 @@ __all__ = [
 
 _INCLUDE: Final = re.compile(r'^[ \t]*#[ \t]*include[ \t]*["<]([^">]+)[">]', re.MULTILINE)
 
-# No SSE: nobody saves a guest's vector registers around a crossing, and these guests never switch
-# SSE on. No red zone: an exception would overwrite it. No CET landing pads: nothing checks them.
+# No SSE: a crossing does not save a guest's vector registers, and these guests never enable SSE.
+# No red zone: an exception would overwrite it. No CET landing pads: nothing checks them.
 _COMMON_FLAGS: Final = (
     "-std=gnu11",
     "-O2",
@@ -48,24 +48,24 @@ _COMMON_FLAGS: Final = (
     "-fdata-sections",
 )
 OBJECT_FLAGS: Final = ("-fPIE", "-fvisibility=hidden", "-fno-jump-tables")
-"""Further options for shared objects, which run wherever the crossing base is, and hold no
-indirect branch that a guest could train."""
+"""Options for shared objects, which run at any crossing base, and may have no indirect branch that
+a guest could train."""
 
 
 class CompilerMissingError(PykvmError):
-    """There is no GCC on this machine, and the cache does not hold the result."""
+    """No compiler on this machine, while the cache does not have the result."""
 
 
 class SourceMissingError(PykvmError):
-    """A source file does not exist."""
+    """A source file that does not exist."""
 
 
 class CompileError(PykvmError):
-    """GCC refused a source; the message holds what GCC said."""
+    """A source that GCC refuses; the message has GCC's own."""
 
 
 class LinkError(PykvmError):
-    """The linker refused the whole; the message holds what it said."""
+    """Object files that the linker refuses; the message has the linker's own."""
 
 
 def build(
@@ -77,13 +77,22 @@ def build(
     flags: Sequence[str] = (),
     defines: Mapping[str, str | int] | None = None,
 ) -> Path:
-    """Compile `sources`, link them with `script`, and return the cached ELF file.
+    """Compile sources, link them, and return the cached ELF file.
 
-    `include` are directories in which headers are looked up. `defines` are preprocessor macros
-    and, where the value is a number, linker symbols too.
+    Args:
+        kind: kind of the cache entry, the name of a directory.
+        sources: C and assembly sources.
+        script: linker script.
+        include: directories in which headers are looked up.
+        flags: options of the compiler, in addition to those of all freestanding code.
+        defines: preprocessor macros; those whose value is a number are linker symbols too.
 
     Raises:
-        SourceMissingError, CompileError, LinkError, CompilerMissingError, CacheError.
+        SourceMissingError: a source does not exist.
+        CompileError: GCC refuses a source.
+        LinkError: the linker refuses the object files.
+        CompilerMissingError: there is no GCC, and the result is not in the cache.
+        CacheError: the cache cannot be written.
     """
     values = dict(sorted((defines or {}).items()))
 
@@ -110,10 +119,10 @@ def content_key(
     *,
     include: Sequence[Path] = (),
 ) -> str:
-    """The cache key of a build: everything that decides its result, but no directory.
+    """Return the cache key of a build: everything that decides its result, but no directory.
 
-    Headers are found by following `#include` lines with literal names, beside the file that has
-    the line and in the directories of `include`.
+    Headers are found by following ``#include`` lines with literal names, in the folder of the file
+    that has the line and in the directories of `include`.
 
     Raises:
         SourceMissingError: a source does not exist.
@@ -140,14 +149,15 @@ def compile_source(
     """Compile one C or assembly source into the object file `target`, and return that.
 
     Raises:
-        CompileError, CompilerMissingError.
+        CompileError: GCC refuses the source.
+        CompilerMissingError: there is no GCC.
     """
     done = _run(
         [
             *("-c", *_COMMON_FLAGS, *flags),
             *(f"-D{name}={value}" for name, value in (defines or {}).items()),
             *(f"-I{directory}" for directory in include),
-            # __FILE__ must not depend on where the sources lie.
+            # __FILE__ must not depend on where the sources are.
             f"-fmacro-prefix-map={GUEST_SOURCES}/=",
             f"-fmacro-prefix-map={source.parent}/=",
             *(str(source), "-o", str(target)),
@@ -168,7 +178,8 @@ def link(
     """Link `files` statically with the linker script `script` into `target`, and return that.
 
     Raises:
-        LinkError, CompilerMissingError.
+        LinkError: the linker refuses the files.
+        CompilerMissingError: there is no GCC.
     """
     numbers = {name: value for name, value in (symbols or {}).items() if isinstance(value, int)}
     done = _run(
@@ -196,7 +207,7 @@ def _run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def _headers(source: Path, include: Sequence[Path]) -> list[Path]:
-    """All headers that `source` includes, directly or not, that are not the compiler's own."""
+    """Return all headers that `source` includes, directly or not, but the compiler's own."""
     found: list[Path] = []
     waiting = [source]
     while waiting:

@@ -1,8 +1,8 @@
-"""A strict reader for the ELF files that our own toolchain produces.
+"""A strict reader of the ELF files that this toolchain produces.
 
-Little-endian 64-bit x86 files only (System V ABI, AMD64 supplement). Every offset is checked
-against the file's size, so a truncated or foreign file is one clear error and never a partial
-image. Whoever needs more of ELF than segments, sections and symbols should use a library.
+It reads segments, sections and symbols of little-endian 64-bit x86 files (System V ABI, AMD64
+supplement). Every offset is checked against the file's size, so a truncated or foreign file is one
+clear error and never a partial image.
 """
 
 import struct
@@ -19,7 +19,7 @@ PF_R: Final = 4
 SHF_WRITE: Final = 1
 SHF_ALLOC: Final = 2
 SHF_EXECINSTR: Final = 4
-SHN_LORESERVE: Final = 0xFF00  # symbols from here on are numbers, not places
+SHN_LORESERVE: Final = 0xFF00  # from here on a symbol's section is a special value
 SHT_SYMTAB: Final = 2
 SHT_RELA: Final = 4
 SHT_NOBITS: Final = 8
@@ -33,12 +33,19 @@ _SYMBOL: Final = struct.Struct("<IBBHQQ")
 
 
 class ElfError(PykvmError):
-    """The file is not a whole little-endian ELF64 file for x86-64."""
+    """A file that is not a complete little-endian ELF64 file for x86-64."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One loadable segment: `data` at `address`, then zeros up to `size` bytes."""
+    """A loadable segment.
+
+    Attributes:
+        address: address of the first byte.
+        size: bytes in memory; those beyond `data` are zero.
+        flags: `PF_R`, `PF_W` and `PF_X`.
+        data: bytes in the file.
+    """
 
     address: int
     size: int
@@ -48,10 +55,17 @@ class Segment:
 
 @dataclass(frozen=True)
 class Section:
-    """One section; `data` is empty where the file holds none (bss).
+    """A section.
 
-    `link` and `info` mean what the section's type says (a relocation section: its symbol table
-    and the section it applies to).
+    Attributes:
+        name: its name.
+        type: ``SHT_*``.
+        flags: ``SHF_*``.
+        address: address of the first byte.
+        size: bytes in memory.
+        link: depends on the type; of a relocation section, the symbol table's index.
+        info: depends on the type; of a relocation section, the index of the section it applies to.
+        data: bytes in the file; empty if the file has none (bss).
     """
 
     name: str
@@ -66,7 +80,14 @@ class Section:
 
 @dataclass(frozen=True)
 class Symbol:
-    """One symbol, named or not, in the table's order; `section` is 0 for an undefined one."""
+    """A symbol.
+
+    Attributes:
+        name: its name, which may be empty.
+        address: its value.
+        size: bytes.
+        section: index of its section; 0 if the symbol is undefined.
+    """
 
     name: str
     address: int
@@ -76,7 +97,14 @@ class Symbol:
 
 @dataclass(frozen=True)
 class ElfFile:
-    """What one ELF file holds, read completely and checked."""
+    """Content of an ELF file, read completely and checked.
+
+    Attributes:
+        entry: address of the first instruction.
+        segments: the loadable segments.
+        sections: all sections, by index.
+        symbols: all symbols, in the order of the table.
+    """
 
     entry: int
     segments: tuple[Segment, ...]
@@ -85,10 +113,10 @@ class ElfFile:
 
     @classmethod
     def parse(cls, data: bytes, name: str = "image") -> "ElfFile":
-        """Read the file's content `data`; `name` stands in messages.
+        """Parse a file's content; `name` is used in messages.
 
         Raises:
-            ElfError: not ELF, another machine's, or shorter than its headers say.
+            ElfError: the file is not ELF, is for another machine, or is truncated.
         """
         try:
             return _parse(data)
@@ -96,7 +124,7 @@ class ElfFile:
             raise ElfError(f"{name}: {error}", "build it again") from None
 
     def address_of(self, symbol: str) -> int:
-        """The address of a defined symbol.
+        """Return the address of a defined symbol.
 
         Raises:
             ElfError: no such symbol is defined.
@@ -107,7 +135,7 @@ class ElfFile:
         raise ElfError(f"symbol {symbol} is not defined", "define it in one of the sources")
 
     def section(self, name: str) -> Section:
-        """The section of that name.
+        """Return the section of this name.
 
         Raises:
             ElfError: there is none.

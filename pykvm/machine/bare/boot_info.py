@@ -1,6 +1,6 @@
-"""The page on which the VMM and a bare-metal guest tell each other things.
+"""Interface between the VMM and a bare-metal guest: one page, and four I/O ports.
 
-The same as guest/bare/boot_info.h: in tests/machine/bare/test_boot_info.py the C compiler compares.
+It is the same as ``guest/bare/boot_info.h``; a test lets the C compiler compare the two.
 """
 
 import ctypes
@@ -33,7 +33,16 @@ RESULTS: Final = 16
 
 
 class ElisaEnv(ctypes.LittleEndianStructure):
-    """struct elisa_env of guest/include/elisa_object.h."""
+    """Environment of an object's function: ``struct elisa_env`` in ``elisa_object.h``.
+
+    Attributes:
+        shared: address of the object's shared memory.
+        shared_size: bytes of it.
+        windows: address of window 0.
+        window_size: bytes of each window.
+        id: number of the calling guest.
+        guests: number of windows.
+    """
 
     shared: int
     shared_size: int
@@ -53,7 +62,13 @@ class ElisaEnv(ctypes.LittleEndianStructure):
 
 
 class BootAttachment(ctypes.LittleEndianStructure):
-    """One attached object: its gate's slot (0: none), the window's address and bytes."""
+    """One attached object.
+
+    Attributes:
+        gate_slot: slot of its gate in the EPTP list; 0 if it is not attached with VMFUNC.
+        window: address of the guest's window; 0 if it has none.
+        window_size: bytes of the window.
+    """
 
     gate_slot: int
     window: int
@@ -67,7 +82,17 @@ class BootAttachment(ctypes.LittleEndianStructure):
 
 
 class BootFailure(ctypes.LittleEndianStructure):
-    """A failed assertion, or an exception (file 0). Strings are addresses in the guest."""
+    """A failed assertion, or an exception if `file` is 0.
+
+    Attributes:
+        file: address of the file's name in the guest.
+        line: line in the file.
+        expression: address of the asserted expression's text.
+        left: left side of a comparison; an exception's vector.
+        right: right side of a comparison; an exception's error code.
+        rip: address of the instruction that caused an exception.
+        cr2: CR2 at an exception.
+    """
 
     file: int
     line: int
@@ -89,9 +114,24 @@ class BootFailure(ctypes.LittleEndianStructure):
 
 
 class BootInfo(ctypes.LittleEndianStructure):
-    """The whole page. The VMM writes all but `result` and `failure`, which the guest does.
+    """The whole page. The guest writes `result` and `failure`, the VMM everything else.
 
-    Addresses are the guest's, sizes are bytes. `param` and `result`: as the program says.
+    Addresses are the guest's, sizes are in bytes.
+
+    Attributes:
+        magic: `MAGIC`.
+        elisa_call: address of the entry page's function; 0 if nothing is attached.
+        attachment: the attached objects.
+        direct: environment for direct calls of an object that is linked into the guest.
+        input: address of the program's input.
+        input_size: its size.
+        log: room for received frames.
+        log_size: its size.
+        samples: room for measurements.
+        samples_size: its size.
+        param: the program's parameters.
+        result: the program's results.
+        failure: why the program failed.
     """
 
     magic: int

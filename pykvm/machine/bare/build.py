@@ -1,4 +1,4 @@
-"""Builds bare-metal guest programs: start.S, the runtime, and a program's own sources."""
+"""Build of bare-metal guest programs: start.S, the runtime, and a program's own sources."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,31 +17,37 @@ __all__ = ["GUEST_DEFINES", "GUEST_FLAGS", "GUEST_INCLUDE", "GuestProgram", "bui
 _BARE: Final = GUEST_SOURCES / "bare"
 
 GUEST_INCLUDE: Final = (GUEST_SOURCES / "include", _BARE)
-"""Where guests' headers are looked up."""
+"""Directories of guests' headers."""
 
 GUEST_FLAGS: Final = ("-fno-pie",)
-"""Further compiler options: a guest is linked for one address."""
+"""Options of the compiler: a guest is linked for one address."""
 
 GUEST_DEFINES: Final[dict[str, str | int]] = {
     "GUEST_IMAGE_GPA": layout.IMAGE_GPA,
     "ELISA_RETURN_OFFSET": crossing.RETURN_OFFSET,
 }
-"""The addresses that guests and their linker script know."""
+"""Addresses for guests and their linker script."""
 
 
 @dataclass(frozen=True)
 class GuestProgram:
     """A guest program of one's own, for `pykvm.machine.bare.guest.BareGuest`.
 
-    source: a C file that includes "runtime.h" and defines `guest_main`. parameters: numbers that it
-    finds in `boot_info->param`, at most `pykvm.machine.bare.boot_info.PARAMS`.
+    Attributes:
+        source: a C file that includes "runtime.h" and defines ``guest_main``.
+        parameters: numbers that the program finds in ``boot_info->param``, at most
+            `pykvm.machine.bare.boot_info.PARAMS`.
     """
 
     source: str | PathLike[str]
     parameters: Sequence[int] = ()
 
     def image(self) -> ElfFile:
-        """Compile and link it, or take it from the cache; raises what `build_guest` raises."""
+        """Compile and link the program, or take it from the cache.
+
+        Raises:
+            PykvmError: see `build_guest`.
+        """
         return build_guest([Path(self.source).absolute()])
 
     def params(self) -> list[int]:
@@ -55,13 +61,16 @@ def build_guest(
     objects: Sequence[str | Path] = (),
     defines: Mapping[str, str | int] | None = None,
 ) -> ElfFile:
-    """Compile and link a bare-metal 64-bit guest at `layout.IMAGE_GPA`, with start.S and runtime.
+    """Compile and link a bare-metal 64-bit guest at ``layout.IMAGE_GPA``, with start.S and runtime.
 
-    Names without a directory are looked up in guest/bare. `objects` are sources of a shared object
-    to link in for direct calls, and further sources in general; they are compiled alike.
+    Args:
+        sources: the program's sources; a name without a directory is looked up in ``guest/bare``.
+        objects: sources of a shared object to link in for direct calls; a name without a directory
+            is looked up in ``guest/objects``.
+        defines: preprocessor macros; those whose value is a number are linker symbols too.
 
     Raises:
-        SourceMissingError, CompileError, LinkError, CompilerMissingError, CacheError.
+        PykvmError: see `pykvm.toolchain.compiler.build`.
     """
     paths = [_BARE / "start.S", _BARE / "runtime.c"]
     paths += [_find(source, _BARE) for source in sources]
