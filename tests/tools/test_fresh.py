@@ -249,14 +249,16 @@ def _fake_apt(directory: Path, program: str, output: str) -> None:
 
 def test_mirror_is_this_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    lines = "Debian Debian http://near.example/debian/\nNode Node https://node.example/\n"
+    near, security = "http://near.example/debian/", "http://safe.example/debian-security/"
+    lines = f"Debian Debian {near}\nNode Node https://node.example/\n"
+    main = [f"deb {near} trixie main", f"deb {near} trixie-updates main"]
     _fake_apt(tmp_path, "apt-get", lines)
-    near, security = "http://near.example/debian/", "http://deb.debian.org/debian-security/"
-    assert mirrors.sources("trixie") == [
-        f"deb {near} trixie main",
-        f"deb {near} trixie-updates main",
-        f"deb {security} trixie-security main",
-    ]
+    assert mirrors.sources("trixie") == main
+    _fake_apt(tmp_path, "apt-get", f"{lines}Debian Debian-Security {security}\n")
+    assert mirrors.sources("trixie") == [*main, f"deb {security} trixie-security main"]
+    _fake_apt(tmp_path, "apt-get", "Node Node https://node.example/\n")
+    with pytest.raises(mirrors.MirrorError, match="no archive of Debian"):
+        mirrors.sources("trixie")
 
 
 def test_apt_keeps_what_concerns_the_network(

@@ -14,12 +14,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-__all__ = ["apt_options", "carry_in", "environment", "pip_settings", "sources"]
+from pykvm.errors import PykvmError
 
-_DEFAULTS: Final = {
-    "Debian": "http://deb.debian.org/debian/",
-    "Debian-Security": "http://deb.debian.org/debian-security/",
-}
+__all__ = ["MirrorError", "apt_options", "carry_in", "environment", "pip_settings", "sources"]
+
 _APT_OPTION: Final = re.compile(
     r"Acquire::((http|https|ftp)(::.*)?|Check-.*|Retries|ForceIPv[46]) ", re.IGNORECASE
 )
@@ -40,22 +38,35 @@ _AUTHORITIES: Final = "usr/local/share/ca-certificates"
 _RESOLVER: Final = ("etc/resolv.conf", "etc/hosts")
 
 
+class MirrorError(PykvmError):
+    """This machine's apt does not say where Debian's packages are."""
+
+
 def sources(code_name: str) -> list[str]:
-    """Return the lines of sources.list for a release of Debian, from this machine's mirrors."""
+    """Return the lines of sources.list for a release of Debian, from this machine's mirrors.
+
+    Raises:
+        MirrorError: apt knows no archive of Debian on this machine.
+    """
     wanted = "$(ORIGIN) $(LABEL) $(REPO_URI)"
     command = ["apt-get", "indextargets", "--format", wanted, "Created-By: Packages"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    mirrors = dict(_DEFAULTS)
+    mirrors: dict[str, str] = {}
     for line in done.stdout.splitlines():
         origin, label, *uri = line.split()
-        if origin == "Debian" and label in mirrors and uri:
+        if origin == "Debian" and uri:
             mirrors[label] = uri[0]
-    main, security = mirrors["Debian"], mirrors["Debian-Security"]
-    return [
-        f"deb {main} {code_name} main",
-        f"deb {main} {code_name}-updates main",
-        f"deb {security} {code_name}-security main",
+    if "Debian" not in mirrors:
+        raise MirrorError(
+            "apt knows no archive of Debian on this machine",
+            "name one in /etc/apt/sources.list, then type: apt-get update",
+        )
+    lines = [
+        f"deb {mirrors['Debian']} {suite} main" for suite in (code_name, f"{code_name}-updates")
     ]
+    if security := mirrors.get("Debian-Security"):
+        lines.append(f"deb {security} {code_name}-security main")
+    return lines
 
 
 def apt_options() -> list[str]:
