@@ -7,7 +7,8 @@ from pykvm.elisa.attachment import Attachment
 from pykvm.elisa.objects import ObjectInstance
 from pykvm.kvm import Handle, Vcpu, Vm
 from pykvm.machine.bare.guest import BareGuest
-from pykvm.memory.guest_memory import GuestMemory, MemoryFile, Region
+from pykvm.memory.guest_memory import GuestMemory
+from pykvm.memory.regions import MemoryFile, Region
 from pykvm.switch.hosted import HostedSwitch
 from pykvm.testbed.bochs import Emulator
 from tests.rigs.forks import in_fork

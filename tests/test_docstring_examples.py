@@ -26,6 +26,7 @@ from pykvm.machine.bare.guest import BareGuest
 from pykvm.measure import programs
 from pykvm.memory import guest_memory
 from pykvm.memory.guest_memory import GuestMemory
+from pykvm.memory.regions import MemoryFile, Region
 from pykvm.paging import entries, reach, tables, walk
 from pykvm.paging.entries import SIZE_2M, Access, X86Entry
 from pykvm.paging.tables import PageTables, TableAddresses, TableNumbers
@@ -66,8 +67,8 @@ def _nothing() -> Iterator[Given]:
 @contextlib.contextmanager
 def _memory() -> Iterator[Given]:
     with GuestMemory.create(2 * sizes.MIB) as memory:
-        file = guest_memory.MemoryFile("tables", sizes.MIB)
-        memory.add(guest_memory.Region(file, 0x4000100000))
+        file = MemoryFile("tables", sizes.MIB)
+        memory.add(Region(file, 0x4000100000))
         file.close()
         yield {"memory": memory}
 
@@ -146,7 +147,8 @@ def _run(name: str, given: Given) -> None:
         *(pykvm.kvm, pykvm.elisa, programs, guest_memory, sizes, entries, tables, walk, reach),
     ):
         names.update(vars(module))
-    names.update(BareGuest=BareGuest, SharedObject=SharedObject, **given)
+    names.update(BareGuest=BareGuest, MemoryFile=MemoryFile, Region=Region)
+    names.update(SharedObject=SharedObject, **given)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(code, name, "exec"), names)

@@ -22,7 +22,8 @@ from pykvm.elisa.contexts import (
 from pykvm.errors import PykvmError
 from pykvm.kernel import uapi
 from pykvm.kvm import IoctlError, KvmError, Vcpu, VcpuRunningError
-from pykvm.memory.guest_memory import MemoryFile, Region, require_lockable
+from pykvm.memory.limits import require_lockable
+from pykvm.memory.regions import MemoryFile, Region
 from pykvm.paging.entries import Access
 from pykvm.sizes import PAGE_SIZE
 

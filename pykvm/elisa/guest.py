@@ -4,7 +4,7 @@ from typing import Protocol
 
 from pykvm.elisa.trusted_images import CrossingImages
 from pykvm.kvm import Vcpu
-from pykvm.memory.guest_memory import Region
+from pykvm.memory.regions import Region
 
 __all__ = ["Guest"]
 

@@ -25,7 +25,7 @@ from pykvm.elisa.protections import ALL, Protection
 from pykvm.elisa.trusted_images import ImagePart, SubImage, build_object, crossing_images
 from pykvm.errors import PykvmError
 from pykvm.kvm import Vcpu
-from pykvm.memory.guest_memory import MemoryFile, Region
+from pykvm.memory.regions import MemoryFile, Region
 from pykvm.paging.entries import Access
 from pykvm.sizes import PAGE_SIZE
 

@@ -14,7 +14,7 @@ from pykvm.kernel import uapi
 from pykvm.kvm import Exit, IoctlError, Kvm, Vcpu
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
-from pykvm.memory.guest_memory import MemoryFile, Region
+from pykvm.memory.regions import MemoryFile, Region
 from pykvm.paging.entries import Access
 from pykvm.sizes import PAGE_SIZE
 from tests.rigs.attacks.leap import Leap, Leaper, Register, give_leaps, left

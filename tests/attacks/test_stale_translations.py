@@ -14,7 +14,7 @@ from pykvm.elisa.objects import ObjectInstance
 from pykvm.elisa.trusted_images import crossing_images
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
-from pykvm.memory.guest_memory import MemoryFile, Region
+from pykvm.memory.regions import MemoryFile, Region
 from pykvm.sizes import PAGE_SIZE
 from tests.rigs.attacks.host_addresses import host_address
 from tests.rigs.attacks.host_tables import (

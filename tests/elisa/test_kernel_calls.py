@@ -14,7 +14,7 @@ from pykvm.elisa import calls
 from pykvm.elisa.objects import SharedObject
 from pykvm.kernel import uapi
 from pykvm.kvm import IoctlError, Kvm, Vm
-from pykvm.memory.guest_memory import LockLimitError
+from pykvm.memory.limits import LockLimitError
 from pykvm.resources import GUEST_SOURCES
 from tests.rigs.child import CAP_IPC_LOCK, CAP_SYS_ADMIN, in_child
 from tests.rigs.context_requests import (

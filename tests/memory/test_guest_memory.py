@@ -13,22 +13,22 @@ from pathlib import Path
 import pytest
 
 from pykvm.memory import guest_memory
-from pykvm.memory.guest_memory import (
+from pykvm.memory.guest_memory import GuestMemory, MemorySlot, RegionOverlapError
+from pykvm.memory.limits import (
+    HugePagesError,
+    LockLimitError,
+    MemoryTooSmallError,
+    lockable_bytes,
+    require_lockable,
+)
+from pykvm.memory.regions import (
     HUGE_1G,
     HUGE_2M,
     AddressError,
     ClosedMemoryError,
-    GuestMemory,
-    HugePagesError,
-    LockLimitError,
     MemoryFile,
-    MemorySlot,
-    MemoryTooSmallError,
     Region,
     RegionError,
-    RegionOverlapError,
-    lockable_bytes,
-    require_lockable,
 )
 
 pytestmark = pytest.mark.unit
@@ -295,7 +295,7 @@ def test_huge_page_sizes_are_multiples() -> None:
 
 _LIMITED = """
 import os, resource, sys
-from pykvm.memory.guest_memory import *
+from pykvm.memory.limits import *
 resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, 65536))
 if os.getuid() == 0:
     os.setuid(65534)  # without this change of user CAP_IPC_LOCK lifts the limit

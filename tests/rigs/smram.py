@@ -6,7 +6,7 @@ from typing import Final
 
 from pykvm.machine.bare import boot_info
 from pykvm.machine.bare.guest import BareGuest
-from pykvm.memory.guest_memory import MemoryFile, Region
+from pykvm.memory.regions import MemoryFile, Region
 
 SMRAM_GPA: Final = 0x3_0000  # SMBASE after a reset (SDM vol. 3C, 32.11)
 SMRAM_SIZE: Final = 0x1_0000

@@ -26,7 +26,8 @@ from pykvm.kvm import Io, Kvm, MpState, Stopped, Vcpu
 from pykvm.machine.bare import boot_info, layout
 from pykvm.machine.bare.boot_info import BootInfo
 from pykvm.machine.x86 import kvm_pages, long_mode
-from pykvm.memory.guest_memory import GuestMemory, MemorySlot, Region
+from pykvm.memory.guest_memory import GuestMemory, MemorySlot
+from pykvm.memory.regions import Region
 from pykvm.paging.entries import SIZE_2M, Access, X86Entry
 from pykvm.paging.tables import PageTables, TableAddresses
 from pykvm.sizes import PAGE_SIZE

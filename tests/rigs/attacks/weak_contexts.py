@@ -18,7 +18,7 @@ from pykvm.elisa.protections import ALL, Without
 from pykvm.elisa.trusted_images import SubImage, build_object, crossing_images
 from pykvm.kvm import Vcpu
 from pykvm.machine.bare.guest import BareGuest
-from pykvm.memory.guest_memory import MemoryFile, Region
+from pykvm.memory.regions import MemoryFile, Region
 from pykvm.paging.entries import Access
 from pykvm.resources import GUEST_SOURCES
 from pykvm.sizes import PAGE_SIZE
