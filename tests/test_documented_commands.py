@@ -63,7 +63,7 @@ _ELSEWHERE: Final = {
     "pykvm bench interrupts": _BENCH,
     "pykvm bench protections": _BENCH,
     "pykvm bench switch": _BENCH,
-    "pykvm demo --capture FILE.pcap": "tests/test_wheel.py::test_demo",
+    "pykvm demo --capture FILE": "tests/test_wheel.py::test_demo",
     "pykvm kernel build": "tests/test_wheel.py::test_kernel_build",
     "pykvm kernel load": "tests/kernel/test_modules.py::test_restore_and_load",
     "pykvm kernel patch --series 6.12 > elisa.patch": "tests/cli/test_kernel.py::"

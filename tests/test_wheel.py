@@ -5,6 +5,7 @@ virtual environment, in a folder of its own with no checkout above it, and every
 there. Only the cache of built parts is the user's, since it goes by content.
 """
 
+import gzip
 import json
 import os
 import re
@@ -23,7 +24,7 @@ import pytest
 
 from pykvm.kernel.build import MODULES
 from pykvm.kernel.series import default_series
-from pykvm.resources import PACKAGE
+from pykvm.resources import CAPTURE, PACKAGE
 from pykvm.testbed.folder import carried_files
 
 pytestmark = pytest.mark.testbed
@@ -241,8 +242,10 @@ def test_its_own_program_on_the_emulated_host(installed: _Installed) -> None:
     assert findings["fingerprint"]["pykvm"] == version
 
 
-def test_demo(installed: _Installed) -> None:
-    done = installed.pykvm("demo", "--rounds", "1", "--calls", "10")
+@pytest.mark.parametrize("capture", [[], ["--capture", "own.pcap.gz"]], ids=["default", "own"])
+def test_demo(installed: _Installed, capture: list[str]) -> None:
+    (installed.work / "own.pcap.gz").write_bytes(gzip.compress(CAPTURE.read_bytes()))
+    done = installed.pykvm("demo", "--rounds", "1", "--calls", "10", *capture)
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     for path in ("vmfunc", "vmcall", "direct"):
