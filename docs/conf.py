@@ -3,17 +3,17 @@
 import builtins
 import importlib
 import inspect
-import pydoc
 import re
-import textwrap
 from importlib.metadata import version as distribution_version
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from docutils import nodes
 from sphinx.addnodes import download_reference, pending_xref, toctree
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.pycode import ModuleAnalyzer
+from sphinx.util.inspect import stringify_signature
 
 project = "pykvm"
 release = version = distribution_version("elisa-pykvm")
@@ -60,35 +60,39 @@ _INCLUDED: Final = {
 
 
 def _place_attributes(
-    app: Sphinx, what: str, name: str, item: object, options: object, lines: list[str]
+    app: Sphinx, what: str, name: str, item: type, options: object, lines: list[str]
 ) -> None:
     """Move what a class's "Attributes:" section says of each attribute to the attribute itself."""
-    if what in {"class", "exception"} and "Attributes:" in lines:
-        first = last = lines.index("Attributes:")
-        while last + 1 < len(lines) and not re.match(r"\S", lines[last + 1]):
-            last += 1
-        del lines[first : last + 1]
-    elif what == "attribute" and not any(lines):
-        owner, _, attribute = name.rpartition(".")
-        section = re.search(
-            r"^Attributes:\n((?: .*\n?|\n)+)", inspect.getdoc(pydoc.locate(owner)) or "", re.M
-        )
-        text = textwrap.dedent(section[1]) if section else ""
-        if found := re.search(rf"^{attribute}: (.*\n?(?: .*\n?)*)", text, re.M):
-            text = found[1][0].upper() + found[1][1:]
-            lines[:] = [line.strip() for line in text.splitlines()]
+    if what not in {"class", "exception"} or "Attributes:" not in lines:
+        return
+    first = last = lines.index("Attributes:")
+    while last + 1 < len(lines) and not re.match(r"\S", lines[last + 1]):
+        last += 1
+    documented = ModuleAnalyzer.for_module(item.__module__).attr_docs
+    section = "\n".join(lines[first + 1 : last + 1])
+    for entry in re.finditer(r"^    (\w+): (.*(?:\n {5,}.*)*)", section, re.MULTILINE):
+        text = [line.strip() for line in entry[2].splitlines()]
+        text[0] = text[0][0].upper() + text[0][1:]
+        documented[item.__qualname__, entry[1]] = [*text, ""]
+    del lines[first : last + 1]
 
 
-def _shorten_defaults(
+def _mend_signature(
     app: Sphinx,
     what: str,
     name: str,
-    item: object,
+    item: Any,
     options: object,
     signature: str | None,
     returns: str | None,
 ) -> tuple[str | None, str | None]:
-    """Show a flag as its name, `Access.NONE` instead of `<Access.NONE: 0>`."""
+    """Take a class's signature from ``__init__``, and show a flag by its name alone."""
+    if what == "class" and signature and signature.startswith("(*_args"):  # from __new__
+        parameters = inspect.signature(item.__init__)
+        own = parameters.replace(parameters=[*parameters.parameters.values()][1:])
+        signature = stringify_signature(
+            own, show_return_annotation=False, unqualified_typehints=True
+        )
     return signature and re.sub(r"<(\w+\.\w+): \d+>", r"\1", signature), returns
 
 
@@ -153,7 +157,7 @@ def setup(app: Sphinx) -> None:
     """Connect the functions above to Sphinx's events."""
     # Before Napoleon parses docstrings, and before the sidebar is collected.
     app.connect("autodoc-process-docstring", _place_attributes, priority=400)
-    app.connect("autodoc-process-signature", _shorten_defaults)
+    app.connect("autodoc-process-signature", _mend_signature)
     app.connect("doctree-read", _tidy, priority=400)
     app.connect("doctree-read", _link_files)
     app.connect("missing-reference", _resolve_imported)

@@ -249,14 +249,14 @@ class EptEntry(Entry):
 
     read = Field(0)
     write = Field(1)
-    execute = Field(2)  # in supervisor mode only, where mode-based execute control is on
-    memory_type = Field(3, 5)  # leaves only; reserved in the others
-    ignore_pat = Field(6)  # leaves only; the kernel sets it in contexts (kernel-patches/README.md)
-    large = Field(7)  # levels 2 and 3: the entry is a leaf
-    accessed = Field(8)  # used if the EPTP enables accessed and dirty flags
+    execute = Field(2)  #: in supervisor mode only, where mode-based execute control is on
+    memory_type = Field(3, 5)  #: leaves only; reserved in the others
+    ignore_pat = Field(6)  #: leaves only; the kernel sets it in contexts (kernel-patches/README.md)
+    large = Field(7)  #: levels 2 and 3: the entry is a leaf
+    accessed = Field(8)  #: used if the EPTP enables accessed and dirty flags
     dirty = Field(9)
-    user_execute = Field(10)  # used with mode-based execute control
-    suppress_ve = Field(63)  # used with EPT-violation #VE
+    user_execute = Field(10)  #: used with mode-based execute control
+    suppress_ve = Field(63)  #: used with EPT-violation #VE
 
     @classmethod
     def leaf(
@@ -341,12 +341,12 @@ class X86Entry(Entry):
     present_bit = Field(0)
     write = Field(1)
     user = Field(2)
-    write_through = Field(3)  # PWT
-    cache_disable = Field(4)  # PCD
+    write_through = Field(3)  #: PWT
+    cache_disable = Field(4)  #: PCD
     accessed = Field(5)
-    dirty = Field(6)  # leaves only
-    large = Field(7)  # levels 2 and 3: the entry is a leaf; PAT at level 1; reserved above
-    is_global = Field(8)  # leaves only
+    dirty = Field(6)  #: leaves only
+    large = Field(7)  #: levels 2 and 3: the entry is a leaf; PAT at level 1; reserved above
+    is_global = Field(8)  #: leaves only
     protection_key = Field(59, 62)
     no_execute = Field(63)
 
@@ -429,9 +429,9 @@ class X86Entry(Entry):
 class EPTP(Word):
     """An EPT pointer (SDM vol. 3C 25.6.11, table 25-9)."""
 
-    memory_type = Field(0, 2)  # of the processor's own accesses to the tables
-    walk_length = Field(3, 5)  # levels minus one
-    access_dirty = Field(6)  # enables accessed and dirty flags: guest walks then count as writes
+    memory_type = Field(0, 2)  #: of the processor's own accesses to the tables
+    walk_length = Field(3, 5)  #: levels minus one
+    access_dirty = Field(6)  #: enables accessed and dirty flags: guest walks then count as writes
     shadow_stack = Field(7)
 
     @classmethod
