@@ -142,11 +142,16 @@ def read_counters(buffer: Any) -> SwitchCounters:
     needed = ffi.sizeof("struct switch_shared")
     if len(raw) < needed:
         raise NotASwitchError(
-            f"a switch's shared memory has {needed} bytes, these are {len(raw)}: map all of it"
+            f"a switch's shared memory has {needed} bytes, these are {len(raw)}", "map all of it"
         )
     shared = ffi.cast("struct switch_shared *", raw)
-    if shared.magic != lib.SWITCH_SHARED_MAGIC or shared.version != lib.SWITCH_VERSION:
-        raise NotASwitchError("no switch of this version here: create one with Switch(...) first")
+    if shared.magic != lib.SWITCH_SHARED_MAGIC:
+        raise NotASwitchError("there is no switch in this memory", "create one with Switch(...)")
+    if shared.version != lib.SWITCH_VERSION:
+        raise NotASwitchError(
+            f"the switch in this memory has version {shared.version}, not {lib.SWITCH_VERSION}",
+            "read it with the pykvm that made it",
+        )
     ports = range(min(shared.ports, lib.SWITCH_MAX_PORTS))
 
     def take(struct: Any, kind: Any) -> Any:

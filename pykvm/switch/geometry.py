@@ -36,9 +36,9 @@ class SwitchConfigError(PykvmError, ValueError):
     """A switch that cannot be built."""
 
 
-def _require(holds: bool, message: str) -> None:
+def _require(holds: bool, problem: str, next_step: str) -> None:
     if not holds:
-        raise SwitchConfigError(message)
+        raise SwitchConfigError(problem, next_step)
 
 
 def _is_power_of_two(number: int) -> bool:
@@ -73,7 +73,8 @@ class SwitchConfig:
     def __post_init__(self) -> None:
         _require(
             2 <= self.ports <= MAX_PORTS,
-            f"a switch has 2 to {MAX_PORTS} ports: change ports={self.ports}",
+            f"a switch has 2 to {MAX_PORTS} ports",
+            f"change ports={self.ports}",
         )
         for name, slots, largest in (
             ("lane_slots", self.lane_slots, lib.SWITCH_MAX_LANE_SLOTS),
@@ -81,20 +82,23 @@ class SwitchConfig:
         ):
             _require(
                 _is_power_of_two(slots) and slots <= largest,
-                f"{name} is a power of two up to {largest}: change {name}={slots}",
+                f"{name} is a power of two up to {largest}",
+                f"change {name}={slots}",
             )
         _require(
             MIN_FRAME <= self.frame_limit <= MAX_FRAME,
-            f"a port's frame limit is {MIN_FRAME} to {MAX_FRAME} bytes: "
+            f"a port's frame limit is {MIN_FRAME} to {MAX_FRAME} bytes",
             f"change frame_limit={self.frame_limit}",
         )
         _require(
             1 <= self.max_age <= lib.SWITCH_MAX_AGE,
-            f"stations are kept 1 to {lib.SWITCH_MAX_AGE} epochs: change max_age={self.max_age}",
+            f"stations are kept 1 to {lib.SWITCH_MAX_AGE} epochs",
+            f"change max_age={self.max_age}",
         )
         _require(
             0 <= self.group_forward_mask <= 0xFFFF,
-            f"group_forward_mask has 16 bits: change {self.group_forward_mask:#x}",
+            "a group_forward_mask has 16 bits",
+            f"change {self.group_forward_mask:#x}",
         )
 
     @property

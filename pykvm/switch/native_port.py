@@ -20,11 +20,11 @@ class SwitchCallError(PykvmError):
 
     def __init__(self, errno: int) -> None:
         reasons = {
-            lib.ELISA_EPERM: "the call names a port that is not the caller's: use its own",
-            lib.ELISA_EINVAL: "unknown operation, flag, or too many frames: check the request",
-            lib.ELISA_ENETDOWN: "the port is not enabled: call Switch.enable first",
+            lib.ELISA_EPERM: ("the call names a port that is not the caller's", "use its own"),
+            lib.ELISA_EINVAL: ("unknown operation, flag, or too many frames", "check the request"),
+            lib.ELISA_ENETDOWN: ("the port is not enabled", "call Switch.enable first"),
         }
-        super().__init__(reasons.get(errno, f"the switch refused the call with errno {errno}"))
+        super().__init__(*reasons.get(errno, (f"the switch refused the call with errno {errno}",)))
         self.errno = errno
 
 

@@ -40,8 +40,8 @@ class PortBusyError(PykvmError):
 
     def __init__(self, port: int, seconds: float) -> None:
         super().__init__(
-            f"port {port} has been inside the switch for {seconds:g} s: let its guest run on, or "
-            f"end it and call disable({port}, vcpu_gone=True)"
+            f"port {port} has been inside the switch for {seconds:g} s",
+            f"let its guest run on, or end it and call disable({port}, vcpu_gone=True)",
         )
         self.port = port
 
@@ -65,7 +65,7 @@ def parse_address(text: str) -> int:
         octets = b""
     if len(octets) != 6 or octets[0] & 1 or not any(octets):
         raise AddressError(
-            f"{text!r} is no station's address: write six octets like 02:00:00:00:00:01"
+            f"{text!r} is no station's address", "write six octets like 02:00:00:00:00:01"
         )
     return int.from_bytes(octets, "little")
 
@@ -94,16 +94,16 @@ class Switch:
         self._buffer = ffi.from_buffer("uint8_t[]", buffer, require_writable=True)
         if len(self._buffer) < needed:
             raise SwitchMemoryError(
-                f"this switch takes {needed} bytes, the buffer has {len(self._buffer)}: "
-                "allocate config.total_size"
+                f"this switch takes {needed} bytes, the buffer has {len(self._buffer)}",
+                "allocate config.total_size",
             )
         if self._windows_offset < config.shared_size or self._windows_offset % 4096:
             raise SwitchMemoryError(
-                f"windows cannot start at {self._windows_offset:#x}: use config.windows_offset"
+                f"windows cannot start at {self._windows_offset:#x}", "use config.windows_offset"
             )
         self.address = int(ffi.cast("uintptr_t", self._buffer))
         if self.address % _CACHE_LINE:
-            raise SwitchMemoryError(f"the buffer is not {_CACHE_LINE}-byte aligned: use mmap")
+            raise SwitchMemoryError(f"the buffer is not {_CACHE_LINE}-byte aligned", "use mmap")
         self._shared = ffi.cast("struct switch_shared *", self._buffer)
         self._windows = self._buffer + self._windows_offset
         self._envs: dict[int, Any] = {}
@@ -121,7 +121,7 @@ class Switch:
     def _check_port(self, port: int) -> None:
         if not 0 <= port < self.config.ports:
             raise PortStateError(
-                f"there is no port {port}: this switch has 0 to {self.config.ports - 1}"
+                f"there is no port {port}", f"this switch has 0 to {self.config.ports - 1}"
             )
 
     def is_enabled(self, port: int) -> bool:
@@ -139,7 +139,7 @@ class Switch:
         Raises PortStateError when it is enabled already, PortBusyError after the timeout.
         """
         if self.is_enabled(port):
-            raise PortStateError(f"port {port} is enabled already: disable({port}) first")
+            raise PortStateError(f"port {port} is enabled already", f"disable({port}) first")
         self._wait_for_calls(port, timeout)
         lib.switch_enable_port(self._shared, self._windows, self.config.window_size, port)
 
@@ -182,7 +182,7 @@ class Switch:
         """
         self._check_port(port)
         if lib.switch_pin(self._shared, parse_address(address), port) != 0:
-            raise PinError(f"no room to pin {address}: unpin another address first")
+            raise PinError(f"no room to pin {address}", "unpin another address first")
 
     def unpin(self, address: str) -> None:
         """Forget `address` on every VLAN, pinned or learned; it can be learned again.

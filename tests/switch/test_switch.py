@@ -233,6 +233,10 @@ def test_counters_of_memory_that_is_no_switch() -> None:
         read_counters(bytes(100))
     with pytest.raises(NotASwitchError, match="create one"):
         read_counters(bytes(SwitchConfig().shared_size))
+    rig = make_rig()
+    rig.memory[4] += 1
+    with pytest.raises(NotASwitchError, match="the pykvm that made it"):
+        read_counters(rig.memory)
 
 
 def test_the_hypercall_entry_serves_the_guest_of_its_context() -> None:
