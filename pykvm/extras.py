@@ -1,34 +1,49 @@
 """Optional parts of the distribution, and how to get what one of them needs."""
 
 import importlib.metadata
+import importlib.util
 import re
 import shlex
 import sys
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
 
 from pykvm.errors import PykvmError
-from pykvm.resources import DISTRIBUTION
+from pykvm.resources import CHECKOUT, DISTRIBUTION
 
-__all__ = ["ExtraMissingError", "install_command"]
+__all__ = ["ExtraMissingError", "install_step"]
 
 
 class ExtraMissingError(PykvmError):
     """A package that an optional part needs is not installed."""
 
     def __init__(self, extra: str, module: str) -> None:
-        command = install_command(extra)
-        super().__init__(f"the Python package {module} is missing", f"type: {command}")
+        super().__init__(f"the Python package {module} is missing", _extra_step(extra))
 
 
-def install_command(extra: str) -> str:
-    """Return the command that installs what `extra` of pyproject.toml needs, beside this pykvm.
+def install_step(requirements: Sequence[str]) -> str:
+    """Return how to install Python packages beside this pykvm."""
+    names = shlex.join(requirements)
+    if importlib.util.find_spec("pip") is None:
+        return f"install for {shlex.quote(sys.executable)}: {names}"
+    if _is_left_to_the_system():
+        return f"install pykvm in a virtual environment, and there: {names}"
+    return f"type: {shlex.join([sys.executable, '-m', 'pip', 'install'])} {names}"
 
-    It names the packages themselves: where an installation came from, nobody knows any more.
-    """
+
+def _extra_step(extra: str) -> str:
+    """The packages themselves are named: where an installation came from, nobody knows any more."""
     try:
         requirements = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:  # a checkout that is not set up
-        return "make setup"
+        return f"type: {shlex.join(['make', '-C', str(CHECKOUT), 'setup'])}"
     marker = re.compile(rf"\bextra\s*==\s*['\"]{re.escape(extra)}['\"]")
     parts = (requirement.partition(";") for requirement in requirements)
-    names = [text.strip() for text, _, condition in parts if marker.search(condition)]
-    return shlex.join([sys.executable, "-m", "pip", "install", *names])
+    return install_step([text.strip() for text, _, condition in parts if marker.search(condition)])
+
+
+def _is_left_to_the_system() -> bool:
+    """Whether pip would refuse, as Debian has it (PEP 668)."""
+    mark = Path(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")
+    return sys.prefix == sys.base_prefix and mark.exists()

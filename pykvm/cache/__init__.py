@@ -22,6 +22,7 @@ from pykvm.errors import PykvmError
 __all__ = [
     "CacheError",
     "DiskFullError",
+    "directory",
     "entry",
     "full_disk_named",
     "key",
@@ -186,17 +187,26 @@ def _full(place: Path) -> DiskFullError:
 
 
 def log_path(name: str) -> Path:
-    """Where the log `name` of a failed build is kept; the directory exists afterwards.
+    """Return where the log `name` of a failed build is kept; its directory exists afterwards.
 
     Raises:
-        CacheError: the directory cannot be created.
+        CacheError, DiskFullError: see `directory`.
     """
-    directory = root() / "logs"
+    return directory("logs") / f"{name}.log"
+
+
+def directory(kind: str) -> Path:
+    """Return the directory of one kind of things, which exists afterwards.
+
+    Raises:
+        CacheError, DiskFullError: it cannot be created.
+    """
+    made = root() / kind
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        made.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(error) from error
-    return directory / f"{name}.log"
+    return made
 
 
 def _unwritable(error: OSError) -> PykvmError:

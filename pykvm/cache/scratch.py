@@ -26,10 +26,9 @@ def directory(kind: str) -> Iterator[Path]:
     Those of killed processes are removed as well.
 
     Raises:
-        DiskFullError: see `pykvm.cache.full_disk_named`.
+        CacheError, DiskFullError: see `pykvm.cache.directory` and `full_disk_named`.
     """
-    parent = cache.root() / kind
-    parent.mkdir(parents=True, exist_ok=True)
+    parent = cache.directory(kind)
     for old in parent.iterdir():
         _remove_if_dead(old)
     made = Path(tempfile.mkdtemp(dir=parent))

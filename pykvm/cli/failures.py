@@ -53,6 +53,10 @@ def _unicode(error: UnicodeError) -> MachineError | None:
 def _system(error: OSError) -> MachineError | None:
     if isinstance(error, FileNotFoundError) and not _has_current_folder():
         return MachineError("the current folder does not exist any more", "change to another one")
+    if error.filename is None and "temporary directory" in (error.strerror or ""):  # tempfile's
+        return MachineError(
+            "no directory takes temporary files", "free some space, or set TMPDIR to one that does"
+        )
     # A closed standard output is the one bad descriptor that is not ours.
     closed = error.errno == errno.EBADF and error.filename == "standard output"
     if error.errno is None or not (closed or error.errno in _NEXT_STEPS):

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from pykvm.elisa import calls
 from pykvm.errors import PykvmError
+from pykvm.host.commands import program
 from pykvm.host.emulation import is_emulated
 from pykvm.kvm import Kvm, KvmError
 from pykvm.measure.records import read_record, require_writable, write_record
@@ -60,7 +61,7 @@ def on_suitable_host(
         write_record(out, record)
         return record
     print(
-        "this machine cannot switch EPTs with the patched KVM (see: pykvm doctor): "
+        f"this machine cannot switch EPTs with the patched KVM (see: {program()} doctor): "
         "running on the emulated Intel host",
         flush=True,
     )
@@ -83,7 +84,7 @@ def _measure_inside(arguments: list[str], files: Mapping[str, bytes], out: Path)
         if outcome.status or not (folder / _RECORD).exists():
             raise InsideFailedError(
                 f"the command failed on the emulated host (exit status {outcome.status})",
-                f"to look closer, type: pykvm testbed -- pykvm {shlex.join(arguments)}",
+                f"to look closer, type: {program()} testbed -- pykvm {shlex.join(arguments)}",
             )
         record = read_record(folder / _RECORD)
     write_record(out, record)

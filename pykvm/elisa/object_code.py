@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from pykvm.errors import PykvmError
+from pykvm.host.advice import install
 from pykvm.toolchain.compiler import CompilerMissingError
 
 __all__ = [
@@ -156,11 +157,12 @@ def check_instructions(image: Path, name: str, section: str = ".text") -> None:
 def _decode(image: Path, section: str) -> Iterator[_Instruction]:
     objdump = shutil.which("objdump")
     if objdump is None:
-        raise CompilerMissingError("no objdump on this machine", "apt-get install binutils")
+        raise CompilerMissingError("no objdump on this machine", install(["binutils"]))
     done = subprocess.run(
         [objdump, "-d", "-w", "-z", "--no-show-raw-insn", "-j", section, str(image)],
         capture_output=True,
         text=True,
+        errors="replace",
         env={**os.environ, "LC_ALL": "C"},
         check=True,
     )

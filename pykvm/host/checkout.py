@@ -31,6 +31,7 @@ def _git(root: Path, *arguments: str) -> str:
             env=git.environment(),
             capture_output=True,
             text=True,
+            errors="replace",
             check=False,
         )
     except OSError:  # no git

@@ -4,6 +4,7 @@ Nothing here touches the machine's own package database, and none of it needs to
 downloaded files stay in the cache, so that a package is fetched once.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -101,8 +102,7 @@ def fetch(packages: Sequence[Package]) -> list[Path]:
     Raises:
         PackageError: a download failed.
     """
-    store = cache.root() / "debs"
-    store.mkdir(parents=True, exist_ok=True)
+    store = cache.directory("debs")
     with cache.full_disk_named(store), (store / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         missing = [package for package in packages if not _complete(store, package)]
@@ -119,7 +119,9 @@ def fetch(packages: Sequence[Package]) -> list[Path]:
                 )
         files = [store / package.file for package in packages]
         for file in files:
-            os.utime(file)  # apt gives it the archive's time; pruning wants that of the last use
+            # apt gives it the archive's time; pruning wants that of the last use.
+            with contextlib.suppress(PermissionError):  # somebody else's
+                os.utime(file)
     return files
 
 

@@ -20,7 +20,7 @@ def describe_users(proc: Path = Path("/proc")) -> list[str]:
             continue
         try:
             if _holds_kvm(directory / "fd"):
-                name = (directory / "comm").read_text().strip()
+                name = (directory / "comm").read_text(errors="replace").strip()
                 users.append((int(directory.name), name))
         except OSError:  # it has ended meanwhile, or belongs to somebody else
             continue

@@ -388,7 +388,9 @@ def _run(tool: str, *arguments: str) -> str:
     program = shutil.which(tool, path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
     if program is None:
         raise ModuleLoadError(f"no program {tool}", install(["kmod"]))
-    done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [program, *arguments], capture_output=True, text=True, errors="replace", check=False
+    )
     if done.returncode == 0:
         return done.stdout
     said = " ".join(done.stderr.split()) or f"{tool} ended with status {done.returncode}"

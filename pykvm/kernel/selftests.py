@@ -109,11 +109,15 @@ def _build_in(tree: Path, out: Path, source: Source, cures: str, log: Path) -> N
         env=kernel_make.environment(),
         capture_output=True,
         text=True,
-        check=True,
-    ).stdout.split()
-    for name in listed:
+        errors="replace",
+        check=False,
+    )
+    if listed.returncode:
+        raise SelftestBuildError(f"make does not list the selftests ({listed.stderr.strip()})")
+    names = listed.stdout.split()
+    for name in names:
         (out / name).parent.mkdir(exist_ok=True)
         # Stripped, since what runs on the emulated host is read from an emulated disc.
         if kernel_make.run(["strip", "-o", str(out / name), str(tests / name)], out, log) != 0:
             raise SelftestBuildError(f"the selftest {name} was not built", f"read {log}")
-    (out / "programs").write_text("".join(f"{name}\n" for name in listed))
+    (out / "programs").write_text("".join(f"{name}\n" for name in names))

@@ -90,14 +90,13 @@ def _open(path: Path) -> int:
         if error.errno in (errno.EACCES, errno.EPERM):
             raise KvmPermissionError(
                 f"no permission for {path}",
-                "type `sudo usermod -aG kvm $USER` and log in again",
+                "type `pykvm doctor` to see how to get it",
                 errno=error.errno,
             ) from error
         if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
             raise KvmMissingError(
                 f"no {path} here",
-                "type `sudo modprobe kvm-intel` (or kvm-amd), "
-                "or `pykvm testbed` for an emulated host",
+                "type `pykvm doctor` to see how to get it",
                 errno=error.errno,
             ) from error
         raise KvmError(

@@ -125,7 +125,9 @@ def _boot_sector() -> bytes:
             ["ld", "-m", "elf_i386", *flat, "-o", binary, linked],
         ):
             try:
-                result = subprocess.run(command, capture_output=True, text=True, check=False)
+                result = subprocess.run(
+                    command, capture_output=True, text=True, errors="replace", check=False
+                )
             except FileNotFoundError as error:
                 raise BootDiskError(
                     f"no program {error.filename}", install(["gcc", "binutils"])

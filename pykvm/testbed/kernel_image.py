@@ -91,7 +91,11 @@ def _uncompress_modules(directory: Path) -> None:
         return
     try:
         done = subprocess.run(
-            ["xz", "-d", "-T0", *modules], capture_output=True, text=True, check=False
+            ["xz", "-d", "-T0", *modules],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
         )
     except FileNotFoundError as error:
         raise KernelImageError("no program xz", install(["xz-utils"])) from error

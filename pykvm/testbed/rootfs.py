@@ -8,7 +8,6 @@ would have done that we need is done here. The result is an ext4 image, made wit
 import importlib.metadata
 import os
 import re
-import shlex
 import shutil
 import stat
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from pykvm import cache
 from pykvm.errors import PykvmError
+from pykvm.extras import install_step
 from pykvm.host import debian_packages
 from pykvm.host.advice import install
 
@@ -228,8 +228,7 @@ def _distributions() -> list[importlib.metadata.Distribution]:
             distribution = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError as error:
             raise RootfsError(
-                f"the Python package {name} is missing",
-                f"{shlex.quote(sys.executable)} -m pip install {name}",
+                f"the Python package {name} is missing", install_step([name])
             ) from error
         found[_canonical(name)] = distribution
         for requirement in distribution.requires or []:
@@ -303,6 +302,7 @@ def _run(program: str, *arguments: str, optional: bool = False) -> None:
             [shutil.which(program, path=path) or program, *arguments],
             capture_output=True,
             text=True,
+            errors="replace",
             env=environment,
             check=False,
         )

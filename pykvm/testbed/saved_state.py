@@ -230,6 +230,7 @@ def _suspend(emulator: Emulator, state: Path) -> None:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
+        errors="replace",
         timeout=_SUSPEND_TIMEOUT,
         check=False,
     )
@@ -243,7 +244,10 @@ def _suspend(emulator: Emulator, state: Path) -> None:
 
 
 def _copy_sparse(source: str, target: str) -> None:
-    subprocess.run(["cp", "--sparse=always", source, target], check=True)
+    command = ["cp", "--sparse=always", source, target]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        raise BootError(f"the saved state cannot be kept ({done.stderr.strip()})")
 
 
 def collect_logs(instance: Path, kept: Path) -> None:

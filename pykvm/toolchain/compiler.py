@@ -184,7 +184,7 @@ def link(
     numbers = {name: value for name, value in (symbols or {}).items() if isinstance(value, int)}
     done = _run(
         [
-            *("-static", "-nostdlib", "-no-pie", f"-Wl,-T,{script}"),
+            *("-static", "-nostdlib", "-no-pie", "-T", str(script)),
             *("-Wl,--gc-sections", "-Wl,--orphan-handling=error", "-Wl,--build-id=none"),
             *("-Wl,-z,max-page-size=4096", "-Wl,-z,noexecstack"),
             *(f"-Wl,--defsym={name}={value:#x}" for name, value in numbers.items() if value >= 0),
@@ -202,7 +202,12 @@ def _run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
         raise CompilerMissingError("no gcc on this machine", install(["gcc"]))
     with tempfile.TemporaryDirectory(prefix="pykvm-gcc-") as directory:
         return subprocess.run(
-            [gcc, *arguments], cwd=directory, capture_output=True, text=True, check=False
+            [gcc, *arguments],
+            cwd=directory,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
         )
 
 

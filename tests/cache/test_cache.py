@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from pykvm import cache
+from pykvm.cache import scratch
+from pykvm.host import debian_packages
 
 pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("own_cache")]
 
@@ -106,3 +108,11 @@ def test_an_unwritable_cache_says_what_to_set(
         cache.entry("kind", "k", lambda out: None)
     with pytest.raises(cache.CacheError, match="set PYKVM_CACHE"):
         cache.log_path("build")
+    with pytest.raises(cache.CacheError, match="set PYKVM_CACHE"):
+        debian_packages.fetch([debian_packages.Package("a_1_all.deb", 1)])
+    with pytest.raises(cache.CacheError, match="set PYKVM_CACHE"), scratch.directory("kind"):
+        pass
+
+
+def test_keys_of_paths_that_are_no_text(tmp_path: Path) -> None:
+    assert cache.key("/caf\udcff") != cache.key("/caf\udcfe")

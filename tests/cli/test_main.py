@@ -94,6 +94,10 @@ def test_an_error_is_one_line(
             "/x: input/output error: look for failing hardware: dmesg",
         ),
         (OSError(errno.EMFILE, "x"), "too many open files: raise the limit: ulimit -n 4096"),
+        (
+            FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"),
+            "no directory takes temporary files: free some space, or set TMPDIR to one that does",
+        ),
         (MemoryError(), "out of memory: free some memory"),
         (
             UnicodeDecodeError("utf-8", b"a name: \xff!", 8, 9, "x"),

@@ -13,7 +13,7 @@ from pykvm.host.kvm_users import describe_users
 def _process(proc: Path, pid: int, name: str, *links: str) -> None:
     descriptors = proc / str(pid) / "fd"
     descriptors.mkdir(parents=True)
-    (proc / str(pid) / "comm").write_text(name + "\n")
+    (proc / str(pid) / "comm").write_bytes(os.fsencode(name) + b"\n")
     for number, target in enumerate(links):
         (descriptors / str(number)).symlink_to(target)
 
@@ -27,6 +27,12 @@ def test_users_are_told_by_their_descriptors(tmp_path: Path) -> None:
     (tmp_path / "meminfo").touch()
     (tmp_path / "7").mkdir()  # ended between the two looks
     assert describe_users(tmp_path) == ["doctor (4)", "vcpu only (5)", "qemu (30)"]
+
+
+@pytest.mark.unit
+def test_a_name_that_is_no_text(tmp_path: Path) -> None:
+    _process(tmp_path, 8, "caf\udcff", "/dev/kvm")
+    assert describe_users(tmp_path) == ["caf\ufffd (8)"]
 
 
 @pytest.mark.kvm

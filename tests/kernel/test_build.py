@@ -18,6 +18,7 @@ from pykvm.kernel import packages as kernel_packages
 from pykvm.kernel import patch as kernel_patch
 from pykvm.kernel.source_tree import UnpackError
 from tests.rigs import apt
+from tests.rigs.odd_names import ODD_NAMES
 
 pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("own_cache")]
 
@@ -270,7 +271,7 @@ def working(src: Path) -> Path:
     return src
 
 
-@pytest.mark.parametrize("name", ["a b", "a:b", "\u00e4'\"$(x)", "a\nb", "a\udcffb"])
+@pytest.mark.parametrize("name", ODD_NAMES)
 def test_places_with_any_name(
     name: str, src: Path, patches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 
 from pykvm.kernel.plain_place import PlaceError, copy_in_plain_place, is_plain, plain_directory
+from tests.rigs.odd_names import ODD_NAMES
 
 pytestmark = pytest.mark.unit
 
-ODD = ["a b", "a'b", 'a"b', "a:b", "a\nb", "\u00e4", "a$b", "a#b", "a\udcffb"]
 
-
-@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("name", ODD_NAMES)
 def test_odd_names_are_no_plain_path(name: str) -> None:
     assert not is_plain(Path("/cache", name))
 
@@ -24,7 +23,7 @@ def test_a_plain_parent_is_used(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("name", ODD_NAMES)
 def test_an_odd_parent_is_not(name: str, tmp_path: Path) -> None:
     parent = tmp_path / name
     parent.mkdir()

@@ -10,6 +10,7 @@ import pytest
 
 from pykvm.resources import PACKAGE
 from pykvm.testbed import payload
+from tests.rigs.odd_names import ODD_NAMES
 
 pytestmark = pytest.mark.unit
 
@@ -59,6 +60,18 @@ def test_image_holds_folder_job_and_code(work: Path, tmp_path: Path) -> None:
     assert (found / "stdin").read_bytes() == b"typed"
     assert (found / "modules/kvm-intel.ko").read_text() == "kvm-intel.ko"
     assert not (found / "python").exists()
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_places_with_any_name(name: str, work: Path, tmp_path: Path) -> None:
+    folder, images = tmp_path / name / "work", tmp_path / name / "images"
+    images.mkdir(parents=True)
+    work.rename(folder)
+    job = payload.Job("run", ["true"], str(folder), str(folder), "none")
+    found = _packed(job, images)
+    assert set(_FILES) < _names(found / "folder")
+    assert (found / "folder/sub/new=file.txt").read_bytes() == b"text"
+    assert json.loads((found / "job.json").read_text())["folder"] == str(folder)
 
 
 def test_pykvm_goes_along_with_a_foreign_folder(work: Path, tmp_path: Path) -> None:

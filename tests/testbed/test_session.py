@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from pykvm.testbed import CancelledError, CommandTimeoutError, HostDiedError, Outcome, Testbed
+from tests.rigs.odd_names import ODD_NAME
 from tests.rigs.waiting import wait_for
 
 pytestmark = pytest.mark.testbed
@@ -103,6 +104,18 @@ def test_files_come_back(testbed: Testbed) -> None:
     finally:
         other.unlink(missing_ok=True)
         subprocess.run(["rm", "-rf", build], check=True)
+
+
+def test_folder_with_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / ODD_NAME
+    folder.mkdir()
+    (folder / ODD_NAME.replace("\n", "")).write_text("in")
+    testbed = Testbed(folder)
+    outcome = _shell(testbed, 'pwd; cat a*; mkdir build; echo out > "build/$(ls | head -1)"')
+    assert outcome.status == 0
+    assert outcome.stdout == os.fsencode(folder) + b"\nin"
+    assert [path.read_text() for path in outcome.brought] == ["out\n"]
+    assert outcome.brought == [folder / "build" / ODD_NAME.replace("\n", "")]
 
 
 def test_nothing_outside_the_folder_comes_back(testbed: Testbed) -> None:

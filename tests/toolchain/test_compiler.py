@@ -16,6 +16,7 @@ from pykvm.measure.programs import (
 )
 from pykvm.resources import GUEST_SOURCES
 from pykvm.toolchain import compiler, elf
+from tests.rigs.odd_names import ODD_NAMES
 from tests.rigs.sources import GUESTS, OBJECTS
 
 pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("own_cache")]
@@ -58,6 +59,27 @@ def test_no_warnings(source: Path, tmp_path: Path) -> None:
         flags=["-Werror"],
         defines=build.GUEST_DEFINES,
     )
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_places_with_any_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / name
+    monkeypatch.setenv("PYKVM_CACHE", str(place / "cache"))
+    (place / "include").mkdir(parents=True)
+    (place / "include/value.h").write_text("#define VALUE 7\n")
+    (place / "source.c").write_text('#include "value.h"\nint value(void) { return VALUE; }\n')
+    (place / "script.ld").write_text(
+        "SECTIONS { .text : { KEEP(*(.text*)) } /DISCARD/ : { *(*) } }"
+    )
+    image = compiler.build(
+        "object", [place / "source.c"], place / "script.ld", include=(place / "include",)
+    )
+    assert image.is_relative_to(place)
+    assert elf.ElfFile.parse(image.read_bytes()).address_of("value") == 0
+
+    (place / "source.c").write_text("error")
+    with pytest.raises(compiler.CompileError, match=r"gcc says:\n"):
+        compiler.build("object", [place / "source.c"], place / "script.ld")
 
 
 def test_compile_errors_show_the_compilers_words(tmp_path: Path) -> None:

@@ -1,0 +1,22 @@
+"""Names that a file system takes and that some tool below pykvm does not."""
+
+from typing import Final
+
+ODD_NAMES: Final = (
+    "a b",
+    "a'b",
+    'a"b',
+    "a:b",
+    "a,b",
+    "a=b",
+    "a\nb",
+    "a$(b)",
+    "a#b",
+    "a%b",
+    "\u00e4",
+    "a\udcffb",
+)
+"""One for each character that means something to somebody; the last is not UTF-8."""
+
+ODD_NAME: Final = "a b'\"c:d,e=f\n$(g)#%h\u00e4\udcff"
+"""All of them in one."""
