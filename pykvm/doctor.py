@@ -38,6 +38,7 @@ HOST = "host"
 EMULATED = "emulated host"
 
 _KVM = Path("/dev/kvm")
+_SYSCTL = Path("/proc/sys")
 _LIMITS = Path("/etc/security/limits.conf")  # of PAM
 
 # What can keep an ordinary user from making namespaces: the value that does, and one that does not.
@@ -310,7 +311,7 @@ def _namespaces() -> Check:
 def _namespaces_step() -> str:
     settings = []
     for setting, (refusing, allowing) in _NAMESPACE_SETTINGS.items():
-        file = Path("/proc/sys", *setting.split("."))
+        file = _SYSCTL.joinpath(*setting.split("."))
         if file.exists() and file.read_text().strip() == refusing:
             settings.append(f"{setting}={allowing}")
     if settings:

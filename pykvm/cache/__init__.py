@@ -86,7 +86,7 @@ def key(*inputs: bytes | str | int | Path) -> str:
 
 
 def entry(kind: str, key: str, build: Callable[[Path], None]) -> Path:
-    """The entry `key` of this `kind`, built first if it is not there.
+    """Return the entry `key` of this `kind`, built first if it is not there.
 
     `build` gets an empty directory to fill. If it raises, nothing is kept and the next caller
     starts anew. The result is shared: treat it as read-only.

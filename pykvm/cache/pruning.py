@@ -1,4 +1,4 @@
-"""What the cache holds, and the removal of what has not been used for long.
+"""The content of the cache, and the removal of what has not been used for long.
 
 An entry's time is that of its last use (`pykvm.cache.entry` renews it). Nothing is removed
 whose lock somebody holds, nor anything that was used within the last hour: whoever was given an
@@ -43,7 +43,7 @@ class Kind:
 
 
 def kinds() -> list[Kind]:
-    """What the cache holds, by name."""
+    """Return the kinds of things in the cache, by name."""
     seen: set[tuple[int, int]] = set()
     found = []
     for directory in _directories():
@@ -65,7 +65,7 @@ def prune(days: float = KEPT_DAYS) -> int:
 
 
 def prune_daily() -> None:
-    """`prune`, if that was not done within the last day; errors do not matter."""
+    """Prune, if that was not done within the last day; ignore errors."""
     stamp = cache.root() / ".pruned"
     try:
         if time.time() - _time(stamp) > _DAY:

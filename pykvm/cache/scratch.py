@@ -14,14 +14,14 @@ from pykvm import cache
 __all__ = ["KINDS", "directory"]
 
 KINDS: Final = ("testbed-instances", "fresh-machines")
-"""What such directories are for: one emulator each; one root file system of `make fresh` each."""
+"""Kinds of work: one emulator each; one root file system of `make fresh` each."""
 
 _YOUNG = 60.0  # seconds
 
 
 @contextmanager
 def directory(kind: str) -> Iterator[Path]:
-    """Give a directory of one of `KINDS`, and remove it afterwards.
+    """Yield a directory of one of `KINDS`, and remove it afterwards.
 
     Those of killed processes are removed as well.
 

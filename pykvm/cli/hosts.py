@@ -1,4 +1,4 @@
-"""Where a measurement runs: on this machine if it can, else on the emulated Intel host."""
+"""The host of a measurement: this machine if it can, else the emulated Intel host."""
 
 import shlex
 import sys
@@ -24,7 +24,7 @@ class InsideFailedError(PykvmError):
 
 
 def can_run_here() -> bool:
-    """Whether this machine runs the patched KVM, so that guests can cross with VMFUNC."""
+    """Return whether this machine runs the patched KVM, so that guests can cross with VMFUNC."""
     try:
         with Kvm() as kvm:
             return calls.version(kvm) > 0
@@ -33,8 +33,10 @@ def can_run_here() -> bool:
 
 
 def ticks_scale(kvm: Kvm) -> float:
-    """What one tick of a guest's time-stamp counter is in the record's unit: 1 instruction on the
-    emulated host, nanoseconds elsewhere."""
+    """Return one tick of a guest's time-stamp counter in the record's unit.
+
+    That is 1 instruction on the emulated host, and some nanoseconds elsewhere.
+    """
     if is_emulated():
         return 1.0
     with kvm.create_vm() as vm, vm.create_vcpu(0) as vcpu:

@@ -59,7 +59,7 @@ def _say(error: PykvmError) -> int:
 
 
 def _parser(chosen: str) -> argparse.ArgumentParser:
-    """The parser, with the options of the `chosen` subcommand only.
+    """Return the parser, with the options of the `chosen` subcommand only.
 
     The others are not imported: on the emulated host that would take seconds.
     """

@@ -20,7 +20,7 @@ class _Output(io.FileIO):
 
 
 def prepare() -> None:
-    """Give this process three standard streams, of which the output takes every file name.
+    """Open the standard streams that are closed, and let the output take every file name.
 
     The output that is put in the place of a closed one refuses every write, as that would.
     Streams that somebody else has put there, such as a test, stay.

@@ -1,1 +1,1 @@
-"""The machine pykvm runs on: what it can do, its KVM modules, the cache of built parts."""
+"""The machine that pykvm runs on: processor, distribution, packages, users of KVM, checkout."""

@@ -11,7 +11,7 @@ __all__ = ["commit"]
 
 
 def commit() -> str:
-    """The checkout's commit, with `+` behind it if files differ from it; empty for an installation.
+    """Return the checkout's commit, with `+` behind it if files differ; empty for an installation.
 
     The emulated host has no git: there the testbed hands the answer down in PYKVM_COMMIT.
     """

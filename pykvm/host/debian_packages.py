@@ -58,7 +58,7 @@ class Package:
 
     @property
     def spec(self) -> str:
-        """The `name=version` that apt understands."""
+        """Return `name=version`, as apt takes it."""
         name, version, _ = self.file.removesuffix(".deb").split("_")
         return f"{name}={version.replace('%3a', ':')}"
 
@@ -85,7 +85,7 @@ def closure(names: Iterable[str]) -> list[Package]:
 
 
 def exact(name: str, version: str) -> Package:
-    """The package `name` in exactly this `version`, without what it depends on.
+    """Return the package `name` in exactly this `version`, without its dependencies.
 
     Raises:
         PackageError: the package lists do not have it.
@@ -97,7 +97,7 @@ def exact(name: str, version: str) -> Package:
 
 
 def fetch(packages: Sequence[Package]) -> list[Path]:
-    """The files of `packages`, downloading those that the cache lacks.
+    """Return the files of `packages`; download those that the cache lacks.
 
     Raises:
         PackageError: a download failed.

@@ -1,4 +1,4 @@
-"""Whether this machine is the emulated host, where counts are exact and times mean nothing."""
+"""The kind of this machine: on the emulated host counts are exact and times mean nothing."""
 
 import os
 
@@ -6,10 +6,10 @@ __all__ = ["host_kind", "is_emulated"]
 
 
 def is_emulated() -> bool:
-    """Whether this is the emulated host: the testbed sets PYKVM_TESTBED=1 for what it runs."""
+    """Return whether this is the emulated host, where the testbed sets PYKVM_TESTBED=1."""
     return bool(os.environ.get("PYKVM_TESTBED"))
 
 
 def host_kind() -> str:
-    """`emulated` or `hardware`, as records have it."""
+    """Return "emulated" or "hardware", as records have it."""
     return "emulated" if is_emulated() else "hardware"

@@ -1,4 +1,4 @@
-"""Which processes hold KVM open, so that a refusal can name them."""
+"""Processes that hold KVM open, for refusals that name them."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ _LINKS = ("/dev/kvm", "anon_inode:kvm-")
 
 
 def describe_users(proc: Path = Path("/proc")) -> list[str]:
-    """Processes with `/dev/kvm`, a VM or a vCPU open, as `name (pid)`, in order of their ids.
+    """Return who has `/dev/kvm`, a VM or a vCPU open, as `name (pid)`, in order of their ids.
 
     Without root only the caller's own processes can be seen.
     """

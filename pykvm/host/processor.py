@@ -1,4 +1,4 @@
-"""The host's processor: who made it, and what its VMX capability MSRs allow.
+"""The host's processor: its maker, and its VMX capability MSRs.
 
 `/proc/cpuinfo` lists neither "enable VM functions" nor EPTP switching, so both are read from the
 MSRs (SDM vol. 3D appendix A), which takes root and the `msr` module.
@@ -40,17 +40,17 @@ class Processor:
 
     @property
     def is_intel(self) -> bool:
-        """Whether Intel made it; `VMFUNC` exists nowhere else."""
+        """Return whether Intel made it; `VMFUNC` exists nowhere else."""
         return self.vendor == "GenuineIntel"
 
     @property
     def has_vmx(self) -> bool:
-        """Whether it offers VMX to this kernel."""
+        """Return whether it offers VMX to this kernel."""
         return "vmx" in self.flags
 
 
 def read_processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Processor:
-    """Parse `/proc/cpuinfo`; what it does not say is empty or -1."""
+    """Return the first processor of `/proc/cpuinfo`; what that does not say is empty or -1."""
     words: dict[str, str] = {}
     for line in cpuinfo.read_text().splitlines():
         if not line.strip():
@@ -69,7 +69,7 @@ def read_processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Processor:
 
 
 def read_msr(register: int, cpu: int = 0) -> int:
-    """The 64 bits of a model-specific register of one processor.
+    """Return the 64 bits of a model-specific register of one processor.
 
     Raises:
         MsrUnreadableError: no `msr` module, no permission, or no such register.
@@ -97,7 +97,7 @@ def read_msr(register: int, cpu: int = 0) -> int:
 
 @dataclass(frozen=True)
 class VmxCapabilities:
-    """What VMX offers here; each attribute is the raw value of the MSR that it is named after.
+    """The VMX capabilities of a processor; each attribute is the raw value of the MSR of its name.
 
     A control's high half says which bits may be set. Registers that announce others of the
     table do not exist without them, and are 0 here.
@@ -132,21 +132,27 @@ class VmxCapabilities:
 
     @property
     def enabled_by_firmware(self) -> bool:
-        """Whether VMXON works: unlocked, or locked with VMX outside SMX (SDM vol. 3C 24.7)."""
+        """Return whether VMXON works: unlocked, or locked with VMX outside SMX.
+
+        Source: SDM vol. 3C 24.7.
+        """
         return not self.feature_control & 1 or bool(self.feature_control & 4)
 
     @property
     def vm_functions(self) -> bool:
-        """Whether "enable VM functions" may be set (secondary control 13)."""
+        """Return whether "enable VM functions" may be set (secondary control 13)."""
         return bool(self.procbased2 >> 45 & 1)
 
     @property
     def eptp_switching(self) -> bool:
-        """Whether VM function 0 exists, which is the one ELISA stands on."""
+        """Return whether VM function 0 exists, EPTP switching."""
         return bool(self.vmfunc & 1)
 
     def ept_features(self) -> dict[str, bool]:
-        """What this processor's EPT can do, by name (IA32_VMX_EPT_VPID_CAP, SDM vol. 3D A.10)."""
+        """Return which features EPT has, by name.
+
+        Source: IA32_VMX_EPT_VPID_CAP, SDM vol. 3D A.10.
+        """
         bits = {
             "execute-only": 0,
             "4 levels": 6,

@@ -1,4 +1,4 @@
-"""Builds the cffi extension ``pykvm.kernel._uapi``; setup.py names ``ffibuilder``.
+"""Build the cffi extension ``pykvm.kernel._uapi``; setup.py names ``ffibuilder``.
 
 Every macro of ``kvm_elisa.h`` is listed and evaluated by the C compiler, and the layouts of its
 structs are the compiler's: the declarations below only name their fields.

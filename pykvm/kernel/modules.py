@@ -48,11 +48,11 @@ _Parameters = dict[str, dict[str, str]]
 
 
 class NotRootError(PykvmError):
-    """Only root may change the kernel's modules."""
+    """A user other than root wants to change the kernel's modules."""
 
 
 class UnsupportedProcessorError(PykvmError):
-    """The patched modules are for Intel processors with VMX."""
+    """A processor without VMX, which the patched modules need."""
 
 
 class KvmBuiltInError(PykvmError):
@@ -73,7 +73,7 @@ class ModuleLoadError(PykvmError):
 
 @dataclass(frozen=True)
 class Status:
-    """Which KVM the running kernel has.
+    """The KVM of the running kernel.
 
     Attributes:
         state: "patched" (it offers ELISA), "test build" (with further patches, which may take its
@@ -94,7 +94,7 @@ class Status:
 
 
 def status() -> Status:
-    """Look at the running kernel's KVM; changes nothing."""
+    """Return which KVM the running kernel has; change nothing."""
     loaded = {name: _srcversion(name) for name in _LOADED_NAMES if _is_loaded(name)}
     version = elisa_version()
     further = _further_patches()
@@ -112,7 +112,10 @@ def status() -> Status:
 
 
 def elisa_version() -> int:
-    """KVM_CHECK_EXTENSION(KVM_CAP_ELISA); 0 without the patch, VMFUNC or a usable `/dev/kvm`."""
+    """Return the version of the ELISA interface; 0 without the patch, VMFUNC or `/dev/kvm`.
+
+    Source: KVM_CHECK_EXTENSION(KVM_CAP_ELISA), kernel-patches/README.md.
+    """
     try:
         device = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
     except OSError:
@@ -295,7 +298,7 @@ def _differences(saved: _Parameters) -> list[tuple[str, str, str]]:
 
 
 def _parameters() -> _Parameters:
-    """What the loaded modules' parameters are now, by module and name."""
+    """The present parameters of the loaded modules, by module and name."""
     found: _Parameters = {}
     for module in _LOADED_NAMES:
         for path in (_SYS_MODULE / module / "parameters").glob("*"):

@@ -82,12 +82,12 @@ class Source:
 
 
 def running_release() -> str:
-    """The release of the running kernel, as `uname -r` prints it."""
+    """Return the release of the running kernel, as `uname -r` prints it."""
     return platform.release()
 
 
 def installed_headers(src: Path = SRC) -> list[str]:
-    """Releases whose headers are installed, newest last."""
+    """Return the releases whose headers are installed, newest last."""
     releases = [
         path.name.removeprefix("linux-headers-")
         for path in src.glob("linux-headers-*")
@@ -97,7 +97,7 @@ def installed_headers(src: Path = SRC) -> list[str]:
 
 
 def find_headers(release: str | None = None, src: Path = SRC) -> Headers:
-    """The headers of `release`, by default of the running kernel.
+    """Return the headers of `release`, by default of the running kernel.
 
     Raises:
         HeadersMissingError: they are not installed, or not complete.
@@ -119,7 +119,7 @@ def find_headers(release: str | None = None, src: Path = SRC) -> Headers:
 
 
 def find_source(series: str, src: Path = SRC) -> Source:
-    """The distribution's source of a kernel series such as `6.1`.
+    """Return the distribution's source of a kernel series such as `6.1`.
 
     Raises:
         KernelSourceMissingError: it is not installed.
@@ -153,7 +153,7 @@ def require_match(headers: Headers, source: Source, source_version: str) -> None
 
 
 def by_number(release: str) -> list[tuple[int, str]]:
-    """A key to sort releases by: `6.1.0-9` before `6.1.0-10`."""
+    """Return a key to sort releases by: `6.1.0-9` before `6.1.0-10`."""
     return [(int(number or 0), text) for number, text in re.findall(r"(\d*)(\D*)", release)]
 
 
@@ -198,7 +198,7 @@ def _top_makefile(headers: Path) -> Path:
 
 
 def makefile_version(makefile: Path) -> str:
-    """VERSION.PATCHLEVEL.SUBLEVEL of a kernel's top Makefile."""
+    """Return the version in a kernel's top Makefile, "6.1.192"."""
     words = dict(re.findall(r"^(\w+) = (\d+)$", makefile.read_text(), re.MULTILINE))
     return ".".join(words.get(name, "0") for name in ("VERSION", "PATCHLEVEL", "SUBLEVEL"))
 

@@ -1,5 +1,7 @@
-"""Directories whose paths the kernel's Makefiles can take: these part paths at spaces and colons,
-and give quotes, dollars and the like a meaning."""
+"""Directories whose paths the kernel's Makefiles can take.
+
+Make splits paths at spaces and colons, and gives quotes, dollars and the like a meaning.
+"""
 
 import re
 import shutil
@@ -27,7 +29,7 @@ def is_plain(path: Path) -> bool:
 
 @contextmanager
 def plain_directory(parent: Path) -> Iterator[Path]:
-    """Make an empty directory, in `parent` if its path is plain, and remove it afterwards.
+    """Yield an empty directory, in `parent` if its path is plain, and remove it afterwards.
 
     Raises:
         PlaceError: neither `parent` nor a directory for temporary files will do.
@@ -40,7 +42,7 @@ def plain_directory(parent: Path) -> Iterator[Path]:
 
 @contextmanager
 def copy_in_plain_place(tree: Path, *, without: str) -> Iterator[Path]:
-    """Give `tree` itself if its path is plain, else a copy that is removed afterwards.
+    """Yield `tree` itself if its path is plain, else a copy that is removed afterwards.
 
     without: a shell pattern; files of such names are not copied.
 

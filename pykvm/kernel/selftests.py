@@ -59,7 +59,7 @@ class SelftestBuildError(PykvmError):
 
 
 def build(source: Source) -> Path:
-    """The directory with the selftests of `source`; `programs` lists them.
+    """Build the selftests of `source`; return their directory, which `programs` lists.
 
     Raises:
         UnpackError: see `pykvm.kernel.source_tree`.
@@ -72,7 +72,7 @@ def build(source: Source) -> Path:
 
 
 def programs(selftests: Path) -> list[str]:
-    """Names of the programs below `selftests`, such as `x86_64/cpuid_test`, sorted."""
+    """Return the names of the programs below `selftests`, `x86_64/cpuid_test`, sorted."""
     return sorted((selftests / "programs").read_text().split())
 
 

@@ -119,7 +119,7 @@ def of_release(release: str) -> str:
 
 
 def find_kernel(release: str) -> HostKernel | None:
-    """The kernel called `release`, if its headers and source are installed or apt has them."""
+    """Return the kernel `release`, if its headers and source are installed or apt has them."""
     match = _RELEASE.fullmatch(release)
     if match is None:
         return None
@@ -131,10 +131,10 @@ def find_kernel(release: str) -> HostKernel | None:
 
 
 def place(release: str) -> Path:
-    """Where headers and source of `release` are, fetched if need be.
+    """Return the directory with headers and source of `release`, fetched if need be.
 
-    Where neither knows the kernel it is where they would be installed, so that what is missing
-    there can be named.
+    Of a kernel that neither this machine nor apt has, it is the one where they would be installed:
+    what is missing there can be named.
 
     Raises:
         PackageError: see `packages_directory`.
@@ -144,7 +144,7 @@ def place(release: str) -> Path:
 
 
 def packages_directory(kernel: HostKernel) -> Path:
-    """The directory with the headers and the source of `kernel`, as `/usr/src` has them.
+    """Return a directory with the headers and the source of `kernel`, as `/usr/src` has them.
 
     Raises:
         PackageError: a package cannot be fetched.
