@@ -127,7 +127,7 @@ def conflict(patch: Patch, reason: str) -> PatchConflictError:
     """Return the error for a source that the patch does not fit."""
     return PatchConflictError(
         f"{patch.hooks.name} does not apply to the distribution's source ({reason})",
-        "update pykvm; kernel-patches/README.md names the versions that this one was tried with",
+        f"update pykvm; {KERNEL_PATCHES / 'README.md'} names the versions that it was tried with",
     )
 
 
