@@ -3,6 +3,7 @@
 import builtins
 import importlib
 import inspect
+import pkgutil
 import re
 from importlib.metadata import version as distribution_version
 from pathlib import Path
@@ -14,6 +15,8 @@ from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.inspect import stringify_signature
+
+import pykvm
 
 project = "pykvm"
 release = version = distribution_version("elisa-pykvm")
@@ -57,6 +60,14 @@ _INCLUDED: Final = {
     "SECURITY.md": "security",
     "kernel-patches/README.md": "kernel-patches",
 }
+
+
+def _import_extensions() -> None:
+    """Import the C extensions, lest Sphinx load their stubs, which hold no code, in their place."""
+    for module in pkgutil.walk_packages(pykvm.__path__, "pykvm."):
+        name = module.name.rpartition(".")[2]
+        if name.startswith("_") and not name.startswith("__"):
+            importlib.import_module(module.name)
 
 
 def _place_attributes(
@@ -155,6 +166,7 @@ def _resolve_imported(
 
 def setup(app: Sphinx) -> None:
     """Connect the functions above to Sphinx's events."""
+    _import_extensions()
     # Before Napoleon parses docstrings, and before the sidebar is collected.
     app.connect("autodoc-process-docstring", _place_attributes, priority=400)
     app.connect("autodoc-process-signature", _mend_signature)

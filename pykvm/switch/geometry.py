@@ -49,18 +49,19 @@ def _is_power_of_two(number: int) -> bool:
 class SwitchConfig:
     """Shape of one switch.
 
-    ports:       2 to 64, one for each guest
-    lane_slots:  frames that fit into one lane, a power of two; all lanes together take
-                 ports * ports * lane_slots * 2 KiB
-    tx_slots:    transmit slots of a port and its longest burst, a power of two up to 256
-    frame_limit: longest frame in bytes, without checksum, 14 to 2040; 4 bytes more for each VLAN
-                 tag of the frame, up to 8 tags and 2040 bytes
-    max_age:     epochs (`Switch.tick`) of silence after which a station is forgotten, up to 50
-    group_forward_mask:
-                 bit n lets frames to 01-80-C2-00-00-0n through, group addresses that a bridge does
-                 not forward (IEEE 802.1Q table 8-1; like group_fwd_mask of Linux's bridge)
+    Attributes:
+        ports: 2 to 64, one for each guest.
+        lane_slots: frames that fit into one lane, a power of two; all lanes together take
+            ports * ports * lane_slots * 2 KiB.
+        tx_slots: transmit slots of a port and its longest burst, a power of two up to 256.
+        frame_limit: longest frame in bytes, without checksum, 14 to 2040; each VLAN tag of a frame
+            allows 4 bytes more, up to 8 tags and 2040 bytes.
+        max_age: epochs (`Switch.tick`) of silence after which a station is forgotten, up to 50.
+        group_forward_mask: bit n lets frames to 01-80-C2-00-00-0n through, group addresses that a
+            bridge does not forward (IEEE 802.1Q table 8-1; like group_fwd_mask of Linux's bridge).
 
-    Raises SwitchConfigError.
+    Raises:
+        SwitchConfigError: a switch of this shape cannot be built.
     """
 
     ports: int = 2
