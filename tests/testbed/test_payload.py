@@ -84,7 +84,7 @@ def test_pykvm_goes_along_with_a_foreign_folder(work: Path, tmp_path: Path) -> N
     assert here <= names
     assert importlib.util.cache_from_source("pykvm/resources.py") in names
     assert {"guest/bare/start.S", "pykvm/data/memcached-http.pcap", "pyproject.toml"} <= names
-    assert any(name.startswith("pykvm/kvm/_kvm.") and name.endswith(".so") for name in names)
+    assert any(name.startswith("pykvm/kvm/native/_kvm.") and name.endswith(".so") for name in names)
     assert not any(name.startswith(("tests/", ".git")) for name in names)
 
 

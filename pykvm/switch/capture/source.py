@@ -91,10 +91,15 @@ def read_source(path: str, limit: int = LIMIT) -> Source:
 
 def _open(path: str) -> BinaryIO | nullcontext[BinaryIO]:
     if path != "-":
-        return open(path, "rb")
+        return open(path, "rb", opener=_opener)
     if sys.stdin is None:  # closed by whoever started us
         raise ValueError("it is closed")
     return nullcontext(sys.stdin.buffer)
+
+
+def _opener(path: str, flags: int) -> int:
+    # A session leader without a terminal must not get this one, and SIGHUP when it goes.
+    return os.open(path, flags | os.O_NOCTTY)
 
 
 def _unpacked(name: str, data: bytes, limit: int) -> bytes:
