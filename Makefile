@@ -32,11 +32,12 @@ help:
 	@echo "make fresh   run make demo and make test on a new Debian 12 that has nothing (DEBIAN=13, RUN=...)"
 	@echo "make clean   remove everything that was built in this directory"
 
-# A virtual environment holds for one place and one Python.
-PLACE = $(CURDIR), $(shell $(PYTHON) --version 2>&1)
+# A virtual environment holds for one place and one Python. The shell gets them as a variable,
+# because a path may hold quotes.
+setup $(VENV)/bin/python: export PLACE = $(CURDIR), $(shell $(PYTHON) --version 2>&1)
 
 setup:
-	@if [ -d $(VENV) ] && [ "$$(cat $(VENV)/.place 2>/dev/null)" != '$(PLACE)' ]; then \
+	@if [ -d $(VENV) ] && [ "$$(cat $(VENV)/.place 2>/dev/null)" != "$$PLACE" ]; then \
 		echo 'setup: making $(VENV) anew: it is of another place or another Python'; \
 		rm -rf $(VENV); \
 	fi
@@ -51,7 +52,7 @@ $(VENV)/.packages: tools/install_packages.sh
 
 $(VENV)/bin/python: | $(VENV)/.packages
 	$(PYTHON) -m venv $(VENV)
-	@echo '$(PLACE)' >$(VENV)/.place
+	@echo "$$PLACE" >$(VENV)/.place
 
 $(VENV)/.installed: pyproject.toml setup.py | $(VENV)/bin/python
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-user --editable '.[dev]'
