@@ -39,9 +39,6 @@ SWITCH: Final = GUEST_SOURCES / "switch/switch.c"
 
 _PARTS: Final = ("machine", "accesses", "invariants", "window_fuzzer")
 
-# Debian 12 has them as clang-14, libclang-rt-14-dev and llvm-14, without an unnumbered name.
-_VERSIONS: Final = ("", "-14", "-15", "-16", "-17", "-18", "-19")
-
 _COMPILE: Final = [
     "-g",
     "-fno-omit-frame-pointer",
@@ -64,12 +61,9 @@ class PlantError(PykvmError):
 
 
 def _tool(name: str) -> str:
-    for version in _VERSIONS:
-        if found := shutil.which(name + version):
-            return found
-    raise NoClangError(
-        f"no {name} on this host: apt-get install clang-14 libclang-rt-14-dev llvm-14"
-    )
+    if found := shutil.which(name):
+        return found
+    raise NoClangError(f"no {name} on this host", "make setup")
 
 
 def missing_tools() -> str:
