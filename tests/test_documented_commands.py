@@ -71,6 +71,7 @@ _ELSEWHERE: Final = {
     "test_patch_is_printed_whole",
     "pykvm kernel selftests": "make selftests",
     "pykvm testbed": f"{_OWN}shell",
+    "pykvm testbed --cpu sapphire_rapids -- uname -r": "make attacks",
     "pykvm testbed --timeout 3600 --env PYKVM_SEQUENCE_SECONDS=600 -- python -m pytest -s ...": (
         "tests/elisa/test_call_sequences.py::test_random_sequences"
     ),

@@ -1,8 +1,10 @@
 """`make attacks`: every attack and every control, here and on emulated hosts, row by row.
 
 The controls that need a kernel without a defence run on a host of their own, whose modules are
-built with weaken.patch. Where several series are named, a row must hold on each. Exit status 0 only
-if each attack held, each control succeeded, nothing was skipped, and no row has an open part.
+built with weaken.patch. What needs features that few processors have runs on a newer processor,
+with and without a defence. Where several series are named, a row must hold on each; on the newer
+processor the first of them runs. Exit status 0 only if each attack held, each control succeeded,
+nothing was skipped, and no row has an open part.
 """
 
 import argparse
@@ -22,9 +24,12 @@ from tests.rigs.attacks.weaken import PATCH
 from tools import side_by_side, test_all
 from tools.side_by_side import Job
 
+NEWER_CPU: Final = "sapphire_rapids"  # of pykvm testbed --cpu
 RESULTS: Final = Path("build") / "attacks"  # below build/, so that it comes back from inside
+_MARKED: Final = "(attack or control)"
 _TIERS: Final = re.compile(r"mark\.(elisa|kvm)\b")
 _WEAKENED: Final = re.compile(r"mark\.weakened\b")
+_PROCESSOR: Final = re.compile(r"mark\.processor\b")
 
 
 @dataclass(frozen=True)
@@ -80,31 +85,58 @@ class Run:
 
 def plan(series: str) -> tuple[Run, Run, Run]:
     """What runs here, on the emulated host, and on the one with weakened modules."""
-    tests = {test for threat in THREATS for test in (*threat.attacks, *threat.controls)}
-    files = sorted({test.split("::")[0] for test in tests})
+    files = _files()
     builds = "tests/attacks/test_builds.py"  # what the emulated host cannot compile itself
-    marked = "(attack or control)"
-    testbed = [str(Path(sys.executable).with_name("pykvm")), "testbed", "--series", series]
+    testbed = _testbed("--series", series)
     return (
         Run(
             "host",
             (sys.executable,),
-            f"{marked} and not elisa and not kvm or unit and not testbed",
+            f"{_MARKED} and not elisa and not kvm or unit and not testbed",
             (builds, *files),
         ),
         Run(
             f"inside-{series}",
             (*testbed, "--", "python"),
-            f"{marked} and (elisa or kvm) and not weakened",
+            f"{_MARKED} and (elisa or kvm) and not weakened",
             _with(_TIERS, files),
         ),
         Run(
             f"weakened-{series}",
             (*testbed, "--also", str(PATCH), "--", "python"),
-            f"{marked} and weakened",
+            f"{_MARKED} and weakened",
             _with(_WEAKENED, files),
         ),
     )
+
+
+def plan_newer(series: str) -> tuple[Run, Run]:
+    """What runs on the emulated host with a newer processor: nothing there may be skipped."""
+    files = _with(_PROCESSOR, _files())
+    testbed = _testbed("--series", series, "--cpu", NEWER_CPU, "--env", "PYKVM_REQUIRE=elisa")
+    return (
+        Run(
+            f"newer-{series}",
+            (*testbed, "--", "python"),
+            f"{_MARKED} and processor and not weakened",
+            files,
+        ),
+        Run(
+            f"newer-weakened-{series}",
+            (*testbed, "--also", str(PATCH), "--", "python"),
+            f"{_MARKED} and processor and weakened",
+            _with(_WEAKENED, files),
+        ),
+    )
+
+
+def _files() -> list[str]:
+    tests = {test for threat in THREATS for test in (*threat.attacks, *threat.controls)}
+    return sorted({test.split("::")[0] for test in tests})
+
+
+def _testbed(*options: str) -> tuple[str, ...]:
+    return (str(Path(sys.executable).with_name("pykvm")), "testbed", *options)
 
 
 def _job(run: Run, after: str) -> Job:
@@ -147,6 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"attacks: {'using the' if known else 'no'} results of make test", flush=True)
     runs = [run for series in options.series or offered_series() for run in plan(series)]
     todo = [run for run in dict.fromkeys(runs) if not known or "weakened" in run.name]
+    todo += plan_newer(options.series[0])
     (ROOT / RESULTS).mkdir(parents=True, exist_ok=True)
     for report in (ROOT / RESULTS).glob("*.xml"):
         report.unlink()

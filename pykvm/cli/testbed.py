@@ -22,6 +22,7 @@ examples:
   pykvm testbed -- uname -r
   pykvm testbed -- python3 -m pytest -m elisa tests
   pykvm testbed --series 6.12 -- uname -r
+  pykvm testbed --cpu sapphire_rapids -- uname -r
   pykvm testbed --stock -- ls -l /dev/kvm
   pykvm testbed --bring notes.txt -- sh -c 'dmesg > notes.txt'
   pykvm testbed                         (a shell)
@@ -50,7 +51,7 @@ def add_parser(subparsers: Any) -> None:
         "--cpu",
         choices=CPUS,
         default=DEFAULT_CPU,
-        help="the emulated processor; sapphire_rapids has five-level paging, CET, PKS and LASS, "
+        help="the emulated processor; sapphire_rapids has five-level paging, APICv, CET and PKS, "
         f"and needs Bochs 3.0, which is fetched where the installed one is older "
         f"(default: {DEFAULT_CPU})",
     )

@@ -19,8 +19,8 @@ These invariants hold by construction:
 - T26: leaves are write-back, and the kernel sets "ignore PAT" in each, so that neither the guest's
   PAT nor its CR3.PCD changes the type of trusted memory.
 
-Plans for guests with five-level paging (``levels=5``) are checked against the same invariants. A
-processor with LA57 runs them only on Bochs 3.0; the models of Bochs 2.7 have no LA57.
+Plans for guests with five-level paging (``levels=5``) keep the same rules; their tables have one
+level more.
 
 `ContextPlan.cost` is the number of pages that a context takes.
 """

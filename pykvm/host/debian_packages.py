@@ -183,8 +183,10 @@ def unpack_release(codename: str, names: Sequence[str], root: Path) -> list[Pack
         for command in (["update"], ["-y", "--download-only", "install", *names]):
             result = _apt([*options, *command])
             if result.returncode:
+                reason = _last_line(result.stderr)
                 raise PackageError(
-                    f"cannot fetch {names[0]} of Debian {codename} ({_last_line(result.stderr)})"
+                    f"cannot fetch {names[0]} of debian {codename} ({reason})",
+                    as_root("apt-get update"),
                 )
         archives = sorted((work / "archives").glob("*.deb"))
         for archive in archives:
@@ -193,7 +195,7 @@ def unpack_release(codename: str, names: Sequence[str], root: Path) -> list[Pack
 
 
 def _debian_archive() -> str:
-    """The URI of the archive that the machine's Debian comes from, as apt's lists have it."""
+    """Return the URI of the archive that the machine's Debian comes from, by apt's lists."""
     main = ["Created-By: Packages", "Origin: Debian", "Label: Debian", "Component: main"]
     result = _apt(["indextargets", "--format", "$(REPO_URI)", *main])
     uris = result.stdout.split()

@@ -1,4 +1,4 @@
-"""The boot disk: one image with the boot sector, the kernel, its start info and the initramfs."""
+"""The boot disk: the boot sector, the kernel, its boot parameters and tables, and the initramfs."""
 
 import struct
 import subprocess
@@ -16,25 +16,44 @@ _TABLE = 0x180  # in boot_sector.S
 _CYLINDER = 16 * 63 * _SECTOR  # Bochs wants whole cylinders
 
 # Guest-physical places. The kernel itself is at 16 MiB, where its ELF headers say.
-_START_INFO = 0x80_0000
+_BOOT_PARAMETERS = 0x80_0000
+_PAGE_TABLES = 0x80_2000
 _INITRAMFS_ALIGNMENT = 0x100_0000
 
-_PVH_MAGIC = 0x336EC578  # Linux include/xen/interface/hvm/start_info.h
+# struct boot_params: Linux arch/x86/include/uapi/asm/bootparam.h, Documentation/arch/x86/boot.rst.
+_E820_ENTRIES = 0x1E8
+_BOOT_FLAG = 0x1FE
+_HEADER = 0x202  # "HdrS", then the version of the boot protocol
+_TYPE_OF_LOADER = 0x210
+_LOAD_FLAGS = 0x211
+_RAMDISK = 0x218  # address, size
+_COMMAND_LINE = 0x228
+_E820_TABLE = 0x2D0
+_COMMAND_LINE_AT = 0x1000  # behind the structure
+_COMMAND_LINE_SIZE = 2048
+
 _RAM, _RESERVED, _ACPI = 1, 2, 3
 
-# Offsets in our page at _START_INFO.
-_MODULES = 0x80
-_MEMORY_MAP = 0x100
-_COMMAND_LINE = 0x400
-_START_INFO_SIZE = 0x1000
+_PAE, _LA57 = 1 << 5, 1 << 12  # in CR4
+_PRESENT_WRITABLE, _LARGE = 0x3, 0x80
 
 
 class BootDiskError(PykvmError):
     """The boot disk cannot be assembled."""
 
 
-def write(path: Path, kernel: FlatKernel, initramfs: bytes, command_line: str, memory: int) -> None:
+def write(
+    path: Path,
+    kernel: FlatKernel,
+    initramfs: bytes,
+    command_line: str,
+    memory: int,
+    *,
+    levels: int = 4,
+) -> None:
     """Write a boot disk for a machine with `memory` bytes of RAM.
+
+    The kernel uses page tables of as many `levels`, 4 or 5, if the processor has five.
 
     Raises:
         BootDiskError: the boot sector cannot be assembled, or the parts do not fit.
@@ -43,8 +62,15 @@ def write(path: Path, kernel: FlatKernel, initramfs: bytes, command_line: str, m
     initramfs_at *= _INITRAMFS_ALIGNMENT
     if initramfs_at + len(initramfs) > memory // 2:
         raise BootDiskError(f"kernel and initramfs do not fit into {memory >> 20} MiB of memory")
-    info = _start_info(initramfs_at, len(initramfs), command_line, memory)
-    images = ((kernel.address, kernel.data), (_START_INFO, info), (initramfs_at, initramfs))
+    parameters = _boot_parameters(initramfs_at, len(initramfs), command_line, memory)
+    images = (
+        (kernel.address, kernel.data),
+        (_BOOT_PARAMETERS, parameters),
+        (_PAGE_TABLES, _page_tables()),
+        (initramfs_at, initramfs),
+    )
+    root = _PAGE_TABLES + (5 - levels) * 0x1000
+    cr4 = _PAE | (_LA57 if levels == 5 else 0)
     sector = _boot_sector()
     table = b""
     with path.open("wb") as disk:
@@ -54,7 +80,8 @@ def write(path: Path, kernel: FlatKernel, initramfs: bytes, command_line: str, m
             sectors = -(-len(data) // _SECTOR)
             table += struct.pack("<III", address, start, sectors)
             disk.write(data.ljust(sectors * _SECTOR, b"\0"))
-        table += struct.pack("<IIIII", 0, 0, 0, _START_INFO, kernel.entry)
+        table += struct.pack("<III", 0, 0, 0)
+        table += struct.pack("<IIII", _BOOT_PARAMETERS, kernel.entry, root, cr4)
         disk.truncate(-(-disk.tell() // _CYLINDER) * _CYLINDER)
         disk.seek(0)
         disk.write(sector[:_TABLE] + table + sector[_TABLE + len(table) :])
@@ -79,7 +106,7 @@ def cpio(files: list[tuple[str, bytes | None, int]]) -> bytes:
     return bytes(archive)
 
 
-def _start_info(initramfs: int, size: int, command_line: str, memory: int) -> bytes:
+def _boot_parameters(initramfs: int, size: int, command_line: str, memory: int) -> bytes:
     # The same map as the emulator's firmware gives, whose answer only a real-mode call could get.
     memory_map = (
         (0, 0x9F000, _RAM),
@@ -88,30 +115,30 @@ def _start_info(initramfs: int, size: int, command_line: str, memory: int) -> by
         (memory - 0x10000, 0x10000, _ACPI),
         (0xFFFC0000, 0x40000, _RESERVED),
     )
-    page = bytearray(_START_INFO_SIZE)
-    struct.pack_into(
-        "<IIIIQQQQII",
-        page,
-        0,
-        _PVH_MAGIC,
-        1,  # version: with a memory map
-        0,
-        1,  # modules
-        _START_INFO + _MODULES,
-        _START_INFO + _COMMAND_LINE,
-        0,  # the kernel finds the ACPI tables by itself
-        _START_INFO + _MEMORY_MAP,
-        len(memory_map),
-        0,
-    )
-    struct.pack_into("<QQQQ", page, _MODULES, initramfs, size, 0, 0)
-    for index, (start, length, kind) in enumerate(memory_map):
-        struct.pack_into("<QQII", page, _MEMORY_MAP + 24 * index, start, length, kind, 0)
+    page = bytearray(_COMMAND_LINE_AT)
+    page[_E820_ENTRIES] = len(memory_map)
+    for index, entry in enumerate(memory_map):
+        struct.pack_into("<QQI", page, _E820_TABLE + 20 * index, *entry)
+    struct.pack_into("<H", page, _BOOT_FLAG, 0xAA55)
+    struct.pack_into("<4sH", page, _HEADER, b"HdrS", 0x20F)
+    page[_TYPE_OF_LOADER] = 0xFF  # none that has a number
+    page[_LOAD_FLAGS] = 1  # loaded above 1 MiB
+    struct.pack_into("<II", page, _RAMDISK, initramfs, size)
+    struct.pack_into("<I", page, _COMMAND_LINE, _BOOT_PARAMETERS + _COMMAND_LINE_AT)
     text = command_line.encode() + b"\0"
-    if len(text) > _START_INFO_SIZE - _COMMAND_LINE:
+    if len(text) > _COMMAND_LINE_SIZE:
         raise BootDiskError("the kernel command line is too long")
-    page[_COMMAND_LINE : _COMMAND_LINE + len(text)] = text
-    return bytes(page)
+    return bytes(page) + text
+
+
+def _page_tables() -> bytes:
+    """Root of five levels, root of four, and a page of 1 GiB at its own address."""
+    tables = bytearray(3 * 0x1000)
+    for number in range(2):
+        entry = _PAGE_TABLES + (number + 1) * 0x1000 | _PRESENT_WRITABLE
+        struct.pack_into("<Q", tables, number * 0x1000, entry)
+    struct.pack_into("<Q", tables, 0x2000, _PRESENT_WRITABLE | _LARGE)
+    return bytes(tables)
 
 
 def _boot_sector() -> bytes:

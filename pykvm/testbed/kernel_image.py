@@ -25,8 +25,6 @@ _PAYLOAD_OFFSET = 0x248
 _PAYLOAD_LENGTH = 0x24C
 
 _PT_LOAD = 1
-_PT_NOTE = 4
-_XEN_ELFNOTE_PHYS32_ENTRY = 18  # Linux include/xen/interface/elfnote.h
 
 
 class KernelImageError(PykvmError):
@@ -41,7 +39,7 @@ class FlatKernel:
         address: guest-physical address of the first byte.
         data: the loaded bytes.
         memory: bytes that the kernel takes from `address` on, its bss included.
-        entry: address of the PVH entry point.
+        entry: address of the entry point in 64-bit mode (startup_64).
     """
 
     address: int
@@ -107,12 +105,12 @@ def flatten(bzimage: bytes) -> FlatKernel:
     """Unpack the ELF kernel inside `bzimage` and lay its segments out as they stand in memory.
 
     Raises:
-        KernelImageError: not a bzImage, an unknown compression, or a kernel without PVH entry.
+        KernelImageError: not a bzImage, or an unknown compression.
     """
     elf = _decompressed(bzimage)
     if elf[:4] != b"\x7fELF":
         raise KernelImageError("the kernel image holds no ELF kernel", "use a distribution kernel")
-    (header_offset,) = struct.unpack_from("<Q", elf, 32)
+    entry, header_offset = struct.unpack_from("<QQ", elf, 24)
     (count,) = struct.unpack_from("<H", elf, 56)
     headers = [struct.unpack_from("<IIQQQQQQ", elf, header_offset + 56 * i) for i in range(count)]
     loads = [header for header in headers if header[0] == _PT_LOAD]
@@ -120,11 +118,8 @@ def flatten(bzimage: bytes) -> FlatKernel:
     image = bytearray(max(header[4] + header[5] for header in loads) - address)
     for _, _, offset, _, physical, size, _, _ in loads:
         image[physical - address : physical - address + size] = elf[offset : offset + size]
-    for kind, _, offset, _, _, size, _, _ in headers:
-        if kind == _PT_NOTE and (entry := _pvh_entry(elf[offset : offset + size])):
-            memory = max(header[4] + header[6] for header in loads) - address
-            return FlatKernel(address, bytes(image), memory, entry)
-    raise KernelImageError("the kernel has no PVH entry point", "use one with CONFIG_PVH")
+    memory = max(header[4] + header[6] for header in loads) - address
+    return FlatKernel(address, bytes(image), memory, entry)
 
 
 def _decompressed(bzimage: bytes) -> bytes:
@@ -158,15 +153,3 @@ def _filtered(program: str, data: bytes) -> bytes:
             f"{program} cannot unpack the kernel ({result.stderr.decode().strip()})"
         )
     return result.stdout
-
-
-def _pvh_entry(notes: bytes) -> int | None:
-    position = 0
-    while position + 12 <= len(notes):
-        name_size, size, kind = struct.unpack_from("<III", notes, position)
-        name_end = position + 12 + (name_size + 3) // 4 * 4
-        name = notes[position + 12 : position + 12 + name_size]
-        if name == b"Xen\0" and kind == _XEN_ELFNOTE_PHYS32_ENTRY:
-            return int.from_bytes(notes[name_end : name_end + size], "little")
-        position = name_end + (size + 3) // 4 * 4
-    return None

@@ -76,6 +76,7 @@ def host_key(kernel: HostKernel, machine: Machine) -> str:
         _COMMAND_LINE,
         " ".join(_INITRAMFS_MODULES),
         machine.configuration(),
+        bochs.CPUS[machine.cpu].levels,
         *sources,
     )
 
@@ -97,7 +98,7 @@ def booted_host(kernel: HostKernel, machine: Machine, progress: Progress) -> Pat
         root = _root_image(image, kernel.release, progress)
         (directory / "root.img").hardlink_to(root)
         progress("making the boot disk")
-        _make_boot_disk(directory / "boot.img", image, kernel.release)
+        _make_boot_disk(directory / "boot.img", image, kernel.release, machine)
         progress(f"booting the emulated host, Linux {kernel.series} on a {machine.cpu}")
         with tempfile.NamedTemporaryFile() as blank:
             blank.truncate(1 << 20)
@@ -160,7 +161,7 @@ def _root_image(image: Path, release: str, progress: Progress) -> Path:
     return _used(cache.entry("testbed-root", key, build)) / "root.img"
 
 
-def _make_boot_disk(path: Path, image: Path, release: str) -> None:
+def _make_boot_disk(path: Path, image: Path, release: str, machine: Machine) -> None:
     modules = image / "lib/modules" / release
     with tempfile.TemporaryDirectory() as directory:
         (busybox,) = debian_packages.fetch(debian_packages.closure(["busybox-static"])[:1])
@@ -173,7 +174,9 @@ def _make_boot_disk(path: Path, image: Path, release: str) -> None:
     files.append(("agent.py", (_INSIDE / "agent.py").read_bytes(), 0o644))
     files.append(("init", (_INSIDE / "init.sh").read_bytes(), 0o755))
     flat = kernel_image.flatten((image / "boot" / f"vmlinuz-{release}").read_bytes())
-    boot_disk.write(path, flat, boot_disk.cpio(files), _COMMAND_LINE, bochs.MEMORY)
+    levels = bochs.CPUS[machine.cpu].levels
+    archive = boot_disk.cpio(files)
+    boot_disk.write(path, flat, archive, _COMMAND_LINE, bochs.MEMORY, levels=levels)
 
 
 def _reach_and_suspend(
@@ -197,7 +200,7 @@ def _reach_and_suspend(
 
 
 def _await_ready(emulator: Emulator, progress: Progress) -> None:
-    start = told = time.monotonic()
+    told = time.monotonic()
     received = b""
     while b"ready\n" not in received:
         now = time.monotonic()

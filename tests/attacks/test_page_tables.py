@@ -1,6 +1,7 @@
 """T5, T6, T16: CR3 of the guest's choice, and writes to what translates for a context."""
 
 import struct
+from collections.abc import Iterator
 
 import pytest
 
@@ -12,7 +13,7 @@ from pykvm.kvm import Kvm
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.memory.regions import MemoryFile, Region
-from pykvm.paging.entries import Access
+from pykvm.paging.entries import ADDRESS_MASK, Access
 from pykvm.sizes import PAGE_SIZE
 from tests.rigs.attacks.leap import Leap, Leaper, Register, give_leaps, left
 from tests.rigs.attacks.objects import WILD_DECLARATION
@@ -41,8 +42,15 @@ READ_WRITE = Access.READ | Access.WRITE
 # Present, writable, accessed, dirty: nothing is left to set. Not user, for SMEP and SMAP are on.
 ENTRY = 0x63
 SUB = crossing.SUB_PRIVATE_GPA
-TABLES_AT = PAGE_SIZE  # of the window: crafted tables, PML4 first
+TABLES_AT = PAGE_SIZE  # of the window: crafted tables, the root first
 STACK_AT = 7 * PAGE_SIZE  # of the window: a stack that leads home
+
+
+@pytest.fixture(params=[4, pytest.param(5, marks=pytest.mark.processor("LA57"))])
+def guest(kvm: Kvm, request: pytest.FixtureRequest) -> Iterator[BareGuest]:
+    """With as many levels of paging."""
+    with BareGuest(kvm, Leaper(), paging_levels=request.param) as guest:
+        yield guest
 
 
 def index(gva: int, level: int) -> int:
@@ -90,10 +98,17 @@ def craft(guest: BareGuest, instance: ObjectInstance, window_gpa: int) -> tuple[
     gpa = window_gpa + TABLES_AT
     own = guest.memory.read(layout.PAGE_TABLES_GPA, PAGE_SIZE)
     data = {index(SHARED, 1) + n: SUB + crossing.SHARED_OFFSET + n * PAGE_SIZE for n in range(32)}
-    pages = [
-        table({index(C, 4): gpa + PAGE_SIZE}, own),
-        table({index(C, 3): gpa + 2 * PAGE_SIZE}),
-        table({index(C, 2): gpa + 3 * PAGE_SIZE, index(SHARED, 2): gpa + 4 * PAGE_SIZE}),
+    pages = []
+    at = gpa
+    if guest.paging_levels == 5:
+        at += PAGE_SIZE
+        pages = [table({index(C, 5): at}, own)]
+        (entry,) = struct.unpack_from("<Q", own, 8 * index(C, 5))
+        own = guest.memory.read(entry & ADDRESS_MASK, PAGE_SIZE)
+    pages += [
+        table({index(C, 4): at + PAGE_SIZE}, own),
+        table({index(C, 3): at + 2 * PAGE_SIZE}),
+        table({index(C, 2): at + 3 * PAGE_SIZE, index(SHARED, 2): at + 4 * PAGE_SIZE}),
         table(internal_code(instance, C)),
         table(data),
     ]
@@ -123,7 +138,7 @@ def test_cr3_names_the_window(kvm: Kvm, guest: BareGuest) -> None:
         assert counted is not None
         assert refused[Register.RAX] == 2**64 - 22  # EINVAL: no such operation
         assert counted[Register.RAX] == knocks(instance) == 1
-        used = instance.window(0)[TABLES_AT + 8 * index(C, 4)]
+        used = instance.window(0)[TABLES_AT + 8 * index(C, guest.paging_levels)]
         assert used & 0x20  # walked through they were, in the default context
         assert untouched(instance)
         assert still_serves(kvm, instance)
@@ -169,11 +184,11 @@ def test_a_window_at_its_own_gpa_holds_page_tables(guest: BareGuest) -> None:
 # ---- T6: CR3 names the contexts' own pages -------------------------------------------------------
 
 
-def even_base(instance: ObjectInstance) -> int:
+def even_base(guest: BareGuest, instance: ObjectInstance) -> int:
     """A crossing base whose indexes are all the page number of the vault's notes, so that a table
     read one level too high or too low leads on."""
     k = instance.symbols["vault_notes"] // PAGE_SIZE
-    return k << 39 | k << 30 | k << 21
+    return sum(k << 12 + 9 * level for level in range(1, guest.paging_levels))
 
 
 def private_pages() -> dict[str, int]:
@@ -189,7 +204,7 @@ def private_pages() -> dict[str, int]:
         "object code": sub + crossing.IMAGE_OFFSET,
         "shared memory": sub + crossing.SHARED_OFFSET,
     }
-    for number in range(5):
+    for number in range(6):  # with five levels as many, with four one fewer
         gpa = crossing.PRIVATE_TABLES_OFFSET + number * PAGE_SIZE
         if number:
             pages[f"gate table {number}"] = gate + gpa
@@ -211,7 +226,7 @@ def own_tables_at(guest: BareGuest, gpa: int) -> int:
 @pytest.mark.parametrize("name", private_pages())
 def test_cr3_names_a_page_of_a_context(guest: BareGuest, name: str) -> None:
     with vault() as instance:
-        base = even_base(instance)
+        base = even_base(guest, instance)
         slot = join(guest, instance, base).slot
         cr3 = own_tables_at(guest, private_pages()[name])
         give_leaps(guest, Leap(slot=slot), Leap(slot=slot, cr3=cr3))
@@ -226,7 +241,7 @@ def test_cr3_names_a_page_of_a_context(guest: BareGuest, name: str) -> None:
 def test_cr3_names_the_gates_root(kvm: Kvm, guest: BareGuest) -> None:
     """The one page that may be named: to the sub context it is a GPA like any other."""
     with vault() as instance:
-        slot = join(guest, instance, even_base(instance)).slot
+        slot = join(guest, instance, even_base(guest, instance)).slot
         cr3 = own_tables_at(guest, crossing.GATE_PRIVATE_GPA + crossing.PRIVATE_TABLES_OFFSET)
         give_leaps(guest, Leap(slot=slot), Leap(slot=slot, cr3=cr3))
         assert run(guest) == []
@@ -240,7 +255,7 @@ def test_a_gate_that_maps_every_gpa_lets_levels_shift(guest: BareGuest) -> None:
     """With the private range not left out of the gate, CR3 may name the second of the sub context's
     tables. The walk then ends in a page of the object's data, which the guest has filled."""
     with vault() as instance:
-        base = even_base(instance)
+        base = even_base(guest, instance)
 
         def everywhere(plan: ContextPlan) -> None:
             plan._exclude = None

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from pykvm.testbed.bochs import CPUS
 from tests.attacks.marks import marked
 from tests.attacks.threats import THREATS, Threat
 from tools import attacks as suite
@@ -80,6 +81,16 @@ def test_reports_of_several_runs(tmp_path: Path) -> None:
         "tests/a.py::test_two": {"skipped"},
         "tests/a.py::test_three": {"passed", "failed"},
     }
+
+
+def test_what_the_newer_processor_runs() -> None:
+    """Nothing twice: elsewhere a file's tests for it are left out."""
+    plain, weakened = suite.plan_newer("6.1")
+    assert set(weakened.files) <= set(plain.files)
+    for run in (plain, weakened):
+        assert "processor" in run.expression
+        assert run.where[run.where.index("--cpu") + 1] in CPUS
+        assert "PYKVM_REQUIRE=elisa" in run.where
 
 
 def test_plan_of_several_series() -> None:

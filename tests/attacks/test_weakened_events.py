@@ -1,6 +1,6 @@
 """T11, the controls: events that KVM delivers in the middle of trusted code."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -36,8 +36,10 @@ from tests.rigs.interrupts import (
     SELF_IPI,
     VECTOR,
     send_ipi,
+    signal,
 )
 from tests.rigs.probe import Probe, Step, Table, What, calls, events_taken, give, results
+from tests.rigs.processor_features import APICV, host_levels
 from tests.rigs.smram import smram
 from tests.rigs.spinning import event_guest
 from tests.rigs.waiting import wait_for
@@ -111,20 +113,39 @@ def test_an_event_runs_internal_code(guest: BareGuest, instance: ObjectInstance,
     handler is what no entry leads to, with arguments of the guest's."""
     _, inject = EVENTS[name]
     with weakened(Weaken.EVENTS | Weaken.TABLES):
-        attachment = instance.attach(guest)
-        guest.map(WINDOW, layout.WINDOW_GPA, WINDOW_PAGES * PAGE_SIZE, Access.READ | Access.WRITE)
-        give(
-            guest,
-            Step(What.MARK, 0),
-            Step(What.LOAD_TABLE, Table.IDT, WINDOW + IDT_AT, IDT_SIZE - 1),
-            Step(What.LOAD_TABLE, Table.GDT, WINDOW + GDT_AT, GDT_SIZE - 1),
-            call_it(attachment),
-        )
-        let_in(guest, instance)
-        assert not stolen(instance)
-        inject(guest)
-        wait_for(lambda: stolen(instance))
-        guest.stop()
+        steal(guest, instance, inject)
+
+
+@pytest.mark.control("T11")
+@pytest.mark.processor(APICV)
+def test_the_processor_delivers_an_interrupt_by_itself(kvm: Kvm, instance: ObjectInstance) -> None:
+    """With APICv KVM need inject nothing: that it holds events back while the vCPU is outside, as
+    it does here, is of no use."""
+    with (
+        weakened(Weaken.APICV | Weaken.TABLES),
+        event_guest(kvm, levels=host_levels()) as guest,
+    ):
+        steal(guest, instance, signal)
+
+
+def steal(
+    guest: BareGuest, instance: ObjectInstance, inject: Callable[[BareGuest], object]
+) -> None:
+    """Let an event come while the object works, and see its handler copy the secret."""
+    attachment = instance.attach(guest)
+    guest.map(WINDOW, layout.WINDOW_GPA, WINDOW_PAGES * PAGE_SIZE, Access.READ | Access.WRITE)
+    give(
+        guest,
+        Step(What.MARK, 0),
+        Step(What.LOAD_TABLE, Table.IDT, WINDOW + IDT_AT, IDT_SIZE - 1),
+        Step(What.LOAD_TABLE, Table.GDT, WINDOW + GDT_AT, GDT_SIZE - 1),
+        call_it(attachment),
+    )
+    let_in(guest, instance)
+    assert not stolen(instance)
+    inject(guest)
+    wait_for(lambda: stolen(instance))
+    guest.stop()
 
 
 @pytest.mark.control("T11")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from pykvm.elisa.hidden_features import HIDDEN_FEATURES, HiddenFeature
+from pykvm.elisa.objects import ObjectInstance
 from pykvm.kvm import Kvm
 from pykvm.machine.bare.guest import BareGuest
 from tests.rigs.attacks.weaken import Weaken, weakened
@@ -17,8 +18,9 @@ from tests.rigs.hidden_features import (
     VMX_ENABLED,
     leaves_with,
 )
-from tests.rigs.probe import Probe, Step, What, faults, give, results, run
-from tests.rigs.processor_modes import CR4
+from tests.rigs.probe import Probe, Step, What, faults, give, probe_guest, results, run
+from tests.rigs.processor_features import host_levels
+from tests.rigs.processor_modes import CR4, try_call
 
 pytestmark = [pytest.mark.elisa, pytest.mark.weakened]
 
@@ -71,6 +73,34 @@ def test_the_guest_turns_on_what_the_processor_has(kvm: Kvm, guest: BareGuest) -
     names = [bit for bit, name in needs.items() if name in offered]
     assert "VMXE" in names
     assert turn_on(guest, *names) == [1 << HIDDEN_CR4[name] for name in names]
+
+
+@pytest.mark.control("T17")
+@pytest.mark.control("T18")
+@pytest.mark.processor("PKE", "CET", "PKS", "UINTR")
+@pytest.mark.parametrize("name", ["PKE", "CET", "PKS", "UINTR"])
+def test_the_processor_takes_what_kvm_does_not_know(
+    kvm: Kvm, counter: ObjectInstance, name: str
+) -> None:
+    """Of these KVM offers protection keys for user pages alone. A guest that may write the bits of
+    the others without an exit has them on, and crosses with them."""
+    bit = 1 << HIDDEN_CR4[name]
+    with (
+        weakened(Weaken.FEATURES | Weaken.CR4),
+        probe_guest(kvm, levels=host_levels()) as guest,
+    ):
+        guest.vcpu.set_cpuid2(kvm.get_supported_cpuid())
+        own = guest.vcpu.get_sregs().cr4
+        give(
+            guest,
+            Step(What.WRITE_CONTROL, 4, own | bit, attempt=True),
+            Step(What.READ_CONTROL, 4),
+            try_call(counter.attach(guest).slot),
+            Step(What.READ_CONTROL, 4),
+        )
+        assert run(guest) == []
+        assert faults(guest) == [None] * 4
+        assert results(guest)[1:] == [own | bit, 1, own | bit]
 
 
 @pytest.mark.control("T18")

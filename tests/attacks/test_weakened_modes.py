@@ -58,6 +58,19 @@ def test_any_mode_reaches_a_context(guest: BareGuest, counter: ObjectInstance, n
 
 
 @pytest.mark.control("T7")
+@pytest.mark.processor("LA57")
+def test_contexts_for_four_levels_in_five(kvm: Kvm, counter: ObjectInstance) -> None:
+    """VMFUNC works, and leads a guest with five levels to a gate whose tables have four."""
+    with weakened(Weaken.MODE), probe_guest(kvm, levels=5) as guest:
+        slot = counter.attach_vcpu(guest.vcpu, 0, levels=4).slot
+        give(guest, try_vmfunc(), try_call(slot))
+        exit = run(guest)[-1]
+        assert faults(guest)[0] is None
+        assert isinstance(exit, ElisaExit)
+        assert (exit.at, exit.slot) == (AT_GATE, slot)
+
+
+@pytest.mark.control("T7")
 def test_without_smap_the_object_serves(guest: BareGuest, counter: ObjectInstance) -> None:
     """The whole crossing, in a mode that the sub context's pages were not laid out for."""
     with weakened(Weaken.MODE):

@@ -9,6 +9,7 @@ import pytest
 
 from pykvm.elisa import calls
 from pykvm.elisa.hidden_features import HIDDEN_FEATURES, HiddenFeature, without_hidden_features
+from pykvm.elisa.objects import ObjectInstance
 from pykvm.kvm import CpuidEntry, IoctlError, Kvm, MsrError, Vm
 from pykvm.machine.bare.guest import BareGuest
 from tests.rigs.hidden_features import (
@@ -19,8 +20,9 @@ from tests.rigs.hidden_features import (
     VMX_ENABLED,
     leaves_with,
 )
-from tests.rigs.probe import Probe, Step, What, faults, give, results, run
-from tests.rigs.processor_modes import CR4
+from tests.rigs.probe import Probe, Step, What, faults, give, probe_guest, results, run
+from tests.rigs.processor_features import host_levels
+from tests.rigs.processor_modes import CR4, try_call
 
 pytestmark = pytest.mark.elisa
 
@@ -115,6 +117,24 @@ def test_control_register(guest: BareGuest) -> None:
     assert run(guest) == []
     assert faults(guest) == [GENERAL_PROTECTION] * len(tries) + [None]
     assert results(guest)[-1] == CR4
+
+
+@pytest.mark.attack("T17")
+@pytest.mark.attack("T18")
+@pytest.mark.processor("PKE", "CET", "PKS", "UINTR")
+def test_features_that_this_processor_has(kvm: Kvm, counter: ObjectInstance) -> None:
+    """It would take each of these bits, and refuses the guest all of them; the guest crosses on."""
+    with probe_guest(kvm, levels=host_levels()) as guest:
+        own = guest.vcpu.get_sregs().cr4
+        names = ("PKE", "CET", "PKS", "UINTR")
+        tries = [
+            Step(What.WRITE_CONTROL, 4, own | 1 << HIDDEN_CR4[name], attempt=True) for name in names
+        ]
+        slot = counter.attach(guest).slot
+        give(guest, *tries, Step(What.READ_CONTROL, 4), try_call(slot))
+        assert run(guest) == []
+        assert faults(guest) == [GENERAL_PROTECTION] * len(names) + [None] * 2
+        assert results(guest)[-2:] == [own, 1]
 
 
 def test_control_register_by_the_vmm(guest: BareGuest) -> None:

@@ -109,9 +109,9 @@ def prepare(guest: BareGuest) -> None:
 
 
 @contextmanager
-def probe_guest(kvm: Kvm) -> Iterator[BareGuest]:
-    """A guest that does what `give` says, prepared."""
-    with BareGuest(kvm, Probe()) as guest:
+def probe_guest(kvm: Kvm, *, levels: int = 4) -> Iterator[BareGuest]:
+    """A guest that does what `give` says, prepared. levels: of its paging."""
+    with BareGuest(kvm, Probe(), paging_levels=levels) as guest:
         prepare(guest)
         yield guest
 

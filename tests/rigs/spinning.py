@@ -31,9 +31,10 @@ def spin_object(guests: int = 3) -> SharedObject:
 
 
 @contextmanager
-def event_guest(kvm: Kvm, *, name: str = "guest") -> Iterator[BareGuest]:
-    """A guest with a local APIC, which records what interrupts it."""
-    with BareGuest(kvm, Probe(events=True), irqchip=True, name=name) as guest:
+def event_guest(kvm: Kvm, *, name: str = "guest", levels: int = 4) -> Iterator[BareGuest]:
+    """A guest with a local APIC, which records what interrupts it. levels: of its paging."""
+    program = Probe(events=True)
+    with BareGuest(kvm, program, irqchip=True, name=name, paging_levels=levels) as guest:
         prepare(guest)
         yield guest
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.rigs import processor_features
+
 # linux/kvm.h; the tiers must be decided even where the extension module does not load.
 _KVM_GET_API_VERSION = 0xAE00
 _KVM_CREATE_VM = 0xAE01
@@ -88,7 +90,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    _leave_out_weakened(config, items)
+    _leave_out(config, items)
     for item in items:
         tiers = _tiers(item)
         if not tiers:
@@ -100,14 +102,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 break
 
 
-def _leave_out_weakened(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # They need modules without a defence, which no ordinary run has: nothing is missing then.
-    if "weakened" in config.getoption("markexpr"):
-        return
-    weakened = [item for item in items if item.get_closest_marker("weakened")]
-    if weakened:
-        config.hook.pytest_deselected(items=weakened)
-        items[:] = [item for item in items if item not in weakened]
+def _leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Some tests need modules without a defence, others a processor with more features than most
+    # have. No ordinary run has these, so nothing is missing there; a run that names the mark is
+    # about them.
+    named = config.getoption("markexpr")
+    left_out = []
+    for item in items:
+        if item.get_closest_marker("weakened") and "weakened" not in named:
+            left_out.append(item)
+        elif lacking := _lacking(item):
+            if "processor" in named:
+                item.add_marker(pytest.mark.skip(reason=lacking))
+            else:
+                left_out.append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def _lacking(item: pytest.Item) -> str:
+    features = [name for mark in item.iter_markers("processor") for name in mark.args]
+    return (_elisa_missing() or processor_features.missing(features)) if features else ""
 
 
 def _require_spelled_out(item: pytest.Item, tiers: list[str]) -> None:

@@ -1,13 +1,12 @@
-"""Which Bochs emulates a processor; a program that answers as Bochs does stands in for it."""
+"""Which Bochs emulates a processor: asked of programs that answer as it does, then of itself."""
 
 from pathlib import Path
 
 import pytest
 
 from pykvm.testbed import bochs_installation
+from pykvm.testbed.bochs import CPUS
 from pykvm.testbed.bochs_installation import BochsMissingError, Installation
-
-pytestmark = pytest.mark.unit
 
 ANSWER = r"""#!/bin/sh
 [ "$*" = "-q --help cpu" ] || exit 2
@@ -23,10 +22,12 @@ def answering(directory: Path, *models: str) -> Installation:
     return Installation("1.0-1", (str(program),), directory, {"BXSHARE": str(directory)})
 
 
+@pytest.mark.unit
 def test_models_are_those_that_it_lists(tmp_path: Path) -> None:
     assert answering(tmp_path, "old", "new").models() == ["pentium", "old", "new"]
 
 
+@pytest.mark.unit
 def test_a_program_that_does_not_start_is_told(tmp_path: Path) -> None:
     program = tmp_path / "broken"
     program.write_text("#!/bin/sh\necho no such library >&2; exit 127\n")
@@ -35,6 +36,7 @@ def test_a_program_that_does_not_start_is_told(tmp_path: Path) -> None:
         Installation("1", (str(program),), tmp_path).models()
 
 
+@pytest.mark.unit
 def test_the_installed_one_is_taken_if_it_knows_the_processor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -47,6 +49,7 @@ def test_the_installed_one_is_taken_if_it_knows_the_processor(
         bochs_installation.knowing("nobodys")
 
 
+@pytest.mark.unit
 def test_without_an_installed_one_the_newer_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,3 +57,12 @@ def test_without_an_installed_one_the_newer_is_taken(
     monkeypatch.setattr(bochs_installation, "installed", lambda: None)
     monkeypatch.setattr(bochs_installation, "newer", lambda: other)
     assert bochs_installation.knowing("skylake") is other
+
+
+@pytest.mark.testbed
+def test_the_newer_one_starts_with_libraries_of_its_own() -> None:
+    newer = bochs_installation.newer()
+    assert "bochs=" in newer.version
+    assert CPUS.keys() <= set(newer.models())
+    assert (newer.share / "BIOS-bochs-latest").exists()
+    assert (newer.share / "VGABIOS-lgpl-latest").exists()

@@ -122,6 +122,7 @@ class BareGuest(Closeable):
     crossing_gva: where its entry page goes, if an object is attached.
     contexts: objects may be attached, where this KVM can (that takes CAP_SYS_ADMIN). irqchip:
     interrupt controllers and a local APIC in the kernel, in which a halted vCPU waits.
+    paging_levels: 5 to run with CR4.LA57, which takes a processor that has it.
 
     `info` is the page that guest and VMM share, live. `memory` is what the guest sees, `vm` and
     `vcpu` are the handles. `elisa_call` is the GVA of the entry page's function, 0 before an object
@@ -138,6 +139,7 @@ class BareGuest(Closeable):
         contexts: bool = True,
         irqchip: bool = False,
         crossing_gva: int = crossing.CROSSING_GVA,
+        paging_levels: int = 4,
     ) -> None:
         image = program.image()
         # Memory, then the machine around it.
@@ -147,6 +149,7 @@ class BareGuest(Closeable):
         self._console = DebugConsole()
         self._printed = bytearray()
         self.crossing_gva = crossing_gva
+        self.paging_levels = paging_levels
         self.elisa_call = 0
         self._crossing: tuple[int, bool] | None = None
         self._attachments = 0
@@ -169,7 +172,9 @@ class BareGuest(Closeable):
             # What lies in the memory: program, page tables, descriptors, the page of information.
             self._load(image)
             self._tables = PageTables(
-                X86Entry, TableAddresses(layout.PAGE_TABLES_GPA, layout.PAGE_TABLES_SIZE)
+                X86Entry,
+                TableAddresses(layout.PAGE_TABLES_GPA, layout.PAGE_TABLES_SIZE),
+                levels=paging_levels,
             )
             self._map_ram(image)
             self.memory.write(layout.GDT_GPA, long_mode.descriptors())
@@ -190,7 +195,7 @@ class BareGuest(Closeable):
             self._kvm, contexts=self._contexts, irqchip=self._irqchip
         )
         vcpu.set_cpuid2(cpuid)
-        long_mode.enter(vcpu, self._tables.root, cpuid)
+        long_mode.enter(vcpu, self._tables.root, cpuid, levels=self.paging_levels)
         # Interrupts on: Bochs keeps the host's own from a guest that has them off.
         vcpu.set_regs(rip=entry, rsp=stack, rdi=argument, rflags=0x202)
         if self._irqchip:  # all but the first would wait for the first to start them
@@ -209,8 +214,6 @@ class BareGuest(Closeable):
         self._tables.store(self.memory.write)
 
     # ---- for ObjectInstance.attach (pykvm.elisa.guest) -------------------------------------
-
-    paging_levels: Final = 4
 
     def next_window_gpa(self) -> int:
         return layout.WINDOW_GPA + self._attachments * layout.WINDOW_STRIDE

@@ -8,10 +8,18 @@ from collections.abc import Sequence
 from typing import Final
 
 from pykvm.elisa.hidden_features import without_hidden_features
+from pykvm.errors import PykvmError
 from pykvm.kvm import CpuidEntry, Kvm, Vcpu, find_leaf
 from pykvm.machine.bare import layout
 
-__all__ = ["CODE_SELECTOR", "DATA_SELECTOR", "descriptors", "enter", "supported_features"]
+__all__ = [
+    "CODE_SELECTOR",
+    "DATA_SELECTOR",
+    "PagingLevelsError",
+    "descriptors",
+    "enter",
+    "supported_features",
+]
 
 _CR0_PE: Final = 1 << 0
 _CR0_ET: Final = 1 << 4
@@ -19,16 +27,18 @@ _CR0_NE: Final = 1 << 5
 _CR0_WP: Final = 1 << 16
 _CR0_PG: Final = 1 << 31
 _CR4_PAE: Final = 1 << 5
+_CR4_LA57: Final = 1 << 12
 _CR4_SMEP: Final = 1 << 20
 _CR4_SMAP: Final = 1 << 21
 _EFER_LME: Final = 1 << 8
 _EFER_LMA: Final = 1 << 10
 _EFER_NXE: Final = 1 << 11
 
-# CPUID bits: leaf 1, ECX; leaf 7, EBX.
+# CPUID bits: leaf 1, ECX; leaf 7, EBX, EBX and ECX.
 _TSC_DEADLINE: Final = 1 << 24
 _SMEP: Final = 1 << 7
 _SMAP: Final = 1 << 20
+_LA57: Final = 1 << 16
 
 # Flat 64-bit code and data for ring 0, an available TSS.
 _CODE: Final = 0x00AF_9B00_0000_FFFF
@@ -37,6 +47,10 @@ CODE_SELECTOR: Final = 0x08
 DATA_SELECTOR: Final = 0x10
 _TSS_SELECTOR: Final = 0x18
 _TSS_LIMIT: Final = 0x67
+
+
+class PagingLevelsError(PykvmError):
+    """Five-level paging, on a processor or a KVM without it."""
 
 
 def supported_features(kvm: Kvm, *, contexts: bool, irqchip: bool) -> list[CpuidEntry]:
@@ -62,14 +76,21 @@ def descriptors() -> bytes:
     return struct.pack("<5Q", 0, _CODE, _DATA, tss, base >> 32)
 
 
-def enter(vcpu: Vcpu, page_tables: int, cpuid: Sequence[CpuidEntry]) -> None:
+def enter(vcpu: Vcpu, page_tables: int, cpuid: Sequence[CpuidEntry], *, levels: int = 4) -> None:
     """Set 64-bit mode with paging, as if the guest had just arrived there.
 
     page_tables: GPA of the root. cpuid: what the vCPU has; SMEP and SMAP go on where it has them,
-    as supervisor attachments need.
+    as supervisor attachments need. levels: of the page tables, 4 or 5.
+
+    Raises PagingLevelsError: 5 on a processor without LA57.
     """
     leaf = find_leaf(cpuid, 7)
     features = leaf.ebx if leaf else 0
+    if levels == 5 and not (leaf and leaf.ecx & _LA57):
+        raise PagingLevelsError(
+            "this kvm offers no five-level paging",
+            "use four levels, or pykvm testbed --cpu sapphire_rapids",
+        )
     sregs = vcpu.get_sregs()
     for name in ("cs", "ds", "es", "fs", "gs", "ss"):
         segment = getattr(sregs, name)
@@ -89,7 +110,7 @@ def enter(vcpu: Vcpu, page_tables: int, cpuid: Sequence[CpuidEntry]) -> None:
     sregs.idt.base, sregs.idt.limit = layout.IDT_GPA, 0  # the guest's runtime sets its own
     sregs.cr0 = _CR0_PE | _CR0_ET | _CR0_NE | _CR0_WP | _CR0_PG
     sregs.cr3 = page_tables
-    sregs.cr4 = _CR4_PAE
+    sregs.cr4 = _CR4_PAE | (_CR4_LA57 if levels == 5 else 0)
     sregs.cr4 |= _CR4_SMEP if features & _SMEP else 0
     sregs.cr4 |= _CR4_SMAP if features & _SMAP else 0
     sregs.efer = _EFER_LME | _EFER_LMA | _EFER_NXE

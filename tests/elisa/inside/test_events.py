@@ -32,6 +32,7 @@ from tests.rigs.probe import (
     prepare,
     results,
 )
+from tests.rigs.processor_features import APICV, host_levels
 from tests.rigs.spinning import (
     CROSSING_AREA,
     ENTRY_PAGE,
@@ -39,6 +40,7 @@ from tests.rigs.spinning import (
     RETURN_PAGE,
     Spin,
     crossing_with_sti,
+    event_guest,
 )
 
 pytestmark = pytest.mark.elisa
@@ -113,6 +115,15 @@ def test_an_event(guest: BareGuest, instance: ObjectInstance, name: str) -> None
     vector, inject = EVENTS[name]
     (event,) = held_while_inside(guest, instance, lambda: inject(guest))
     check_at_return(event, vector)
+
+
+@pytest.mark.attack("T11")
+@pytest.mark.processor(APICV)
+def test_an_interrupt_that_could_be_posted(kvm: Kvm, instance: ObjectInstance) -> None:
+    """APICv, with which a processor delivers interrupts by itself, is off for VMs with contexts."""
+    with event_guest(kvm, levels=host_levels()) as guest:
+        (event,) = held_while_inside(guest, instance, lambda: signal(guest))
+        check_at_return(event, VECTOR)
 
 
 def test_several_at_once(guest: BareGuest, instance: ObjectInstance) -> None:

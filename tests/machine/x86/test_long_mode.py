@@ -48,6 +48,18 @@ def test_features() -> None:
     assert leaf.ebx >> 20 & 1  # SMAP stays: contexts need it
 
 
+@pytest.mark.kvm
+@pytest.mark.parametrize("leaf", [[], [CpuidEntry(7, 0, 1, 0, SMEP, 0, 0)]], ids=["no", "without"])
+def test_five_levels_need_the_feature(kvm: Kvm, leaf: list[CpuidEntry]) -> None:
+    """Whatever this KVM has: it is the guest's own leaf 7 that counts."""
+    with kvm.create_vm() as vm:
+        vcpu = vm.create_vcpu(0)
+        before = vcpu.get_sregs().cr4
+        with pytest.raises(long_mode.PagingLevelsError, match="no five-level paging: use four"):
+            long_mode.enter(vcpu, layout.PAGE_TABLES_GPA, leaf, levels=5)
+        assert vcpu.get_sregs().cr4 == before
+
+
 @pytest.mark.unit
 @pytest.mark.parametrize(("irqchip", "timer"), [(0, 0), (0, 1), (1, 0), (1, 1)])
 def test_deadline_timer(irqchip: int, timer: int) -> None:

@@ -16,6 +16,7 @@ from pykvm.kvm import Exit, Kvm
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.sizes import PAGE_SIZE
 from tests.rigs.probe import Probe, calls, give, prepare, results, run
+from tests.rigs.processor_features import host_levels
 from tests.rigs.sources import OBJECTS
 
 VAULT: Final = OBJECTS / "vault.c"
@@ -88,7 +89,7 @@ def knocks(instance: ObjectInstance) -> int:
 def still_serves(kvm: Kvm, instance: ObjectInstance) -> bool:
     """Whether a second guest, in a VM of its own, is served as ever."""
     before = knocks(instance)
-    with BareGuest(kvm, Probe()) as other:
+    with BareGuest(kvm, Probe(), paging_levels=host_levels()) as other:
         prepare(other)
         attachment = instance.attach(other, 1)
         give(other, *(calls(attachment.slot, KNOCK) for _ in range(3)))

@@ -127,8 +127,8 @@ class WeakAttachment:
         env_page, stack = self._take(PAGE_SIZE), self._take(crossing.STACK_SIZE)
         self._view(env_page, len(env))[:] = env
 
-        sub = plan_sub(image, env_page, stack, memory, crossing_gva)
-        gate = plan_gate(gate_code, crossing_gva)
+        sub = plan_sub(image, env_page, stack, memory, crossing_gva, levels=guest.paging_levels)
+        gate = plan_gate(gate_code, crossing_gva, levels=guest.paging_levels)
         change_sub(sub)
         change_gate(gate)
         self._place(sub, tables)

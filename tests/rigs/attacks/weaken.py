@@ -27,6 +27,8 @@ class Weaken(IntFlag):
     IPAT = 0x100  # T26: leaves take the memory type that the VMM wrote
     LIST = 0x200  # T28: a gate made for another vCPU is accepted
     OWNER = 0x400  # T25: a context of another VM is accepted
+    APICV = 0x800  # I6: the processor delivers interrupts by itself
+    CR4 = 0x1000  # T18: CET, PKS and UINTR, which KVM knows nothing of, are the guest's to turn on
 
 
 class NotWeakenedError(Exception):
