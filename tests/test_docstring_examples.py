@@ -11,6 +11,7 @@ import mmap
 import re
 import textwrap
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import cffi
@@ -44,7 +45,9 @@ def _example(path: Path) -> str:
         return ""
     found = []
     module = ast.parse(source)
-    for node in (module, *(one for one in module.body if isinstance(one, ast.ClassDef))):
+    documented: list[ast.Module | ast.ClassDef] = [module]
+    documented += [node for node in module.body if isinstance(node, ast.ClassDef)]
+    for node in documented:
         text = ast.get_docstring(node) or ""
         for block in re.findall(r"::\n\n((?: {4,}.*\n|\n)+)", f"{text}\n"):
             code = textwrap.dedent(block)

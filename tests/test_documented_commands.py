@@ -7,6 +7,7 @@ that is in neither place fails, and so does an entry for one that no document sh
 import os
 import pty
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -116,7 +117,8 @@ _SCRIPTS: Final = {
 
 def _ci_targets() -> set[str]:
     lines = re.findall(r"^make (.*)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
-    return {word for line in lines for word in line.split() if re.fullmatch(r"[a-z-]*[a-z]", word)}
+    words = {word for line in lines for word in shlex.split(line)}
+    return {word for word in words if re.fullmatch(r"[a-z-]*[a-z]", word)}
 
 
 def _require_runner(what: str, runner: str) -> None:

@@ -200,7 +200,7 @@ def _reach_and_suspend(
 
 
 def _await_ready(emulator: Emulator, progress: Progress) -> None:
-    told = time.monotonic()
+    start = told = time.monotonic()
     received = b""
     while b"ready\n" not in received:
         now = time.monotonic()

@@ -444,7 +444,6 @@ def test_random_sequences(kvm: Kvm) -> None:
     host = Host(kvm, VmStatistics(kvm))
     crossings_work(host.kvm)
     profile = settings(
-        deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
         stateful_step_count=30,

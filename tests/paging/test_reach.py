@@ -74,14 +74,14 @@ def _gate(
     return Gate(ept, [code, words, data, *tables], own, root)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, (1 << 40) - 1), max_size=512))
 def test_gate_reaches_no_code_from_its_own_pages(frames: list[int]) -> None:
     gate = _gate([EPTP.of(frame << 12) for frame in frames])
     assert gate.executable() == []
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(3, (1 << 26) - 2))
 def test_other_crossing_bases(block: int) -> None:
     base = block * crossing.CROSSING_ALIGN + (crossing.CROSSING_MIN_GVA & ~0x1FFFFF)
@@ -167,7 +167,7 @@ words = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.dictionaries(st.sampled_from([0, 1, 2, 255, 256, 511]), words), min_size=6, max_size=6

@@ -200,7 +200,7 @@ def _check_mapped(tables: PageTables[Any], model: Model, address: int) -> bool:
     return True
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(CASES, st.data())
 def test_walker_returns_what_was_mapped(case: tuple[type[Entry], int], data: st.DataObject) -> None:
     kind, levels = case
@@ -225,7 +225,7 @@ def test_walker_returns_what_was_mapped(case: tuple[type[Entry], int], data: st.
                 assert span.target + address - span.start == leaf.target + address - leaf.start
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from([4, 5]), st.booleans(), st.data())
 def test_everything_else_leads_to_the_apt_root(
     levels: int, excluding: bool, data: st.DataObject
@@ -278,7 +278,7 @@ def test_everything_else_leads_to_the_apt_root(
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.sampled_from([4, 5]),
     st.integers(0, (1 << 36) - 1),

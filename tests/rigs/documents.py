@@ -11,6 +11,7 @@ from pykvm.resources import PACKAGE
 
 ROOT: Final = PACKAGE.parent
 
+_UNQUOTED_AND = re.compile(r' && (?=(?:[^"]*"[^"]*")*[^"]*$)')
 _FENCED: Final = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _SPAN: Final = re.compile(r"`([^`\n]+)`")
 
@@ -61,7 +62,7 @@ def typed_commands() -> dict[str, str]:
         ]
         lines += re.findall(r"^ {4}(\S.*)$", _FENCED.sub("", text), re.MULTILINE)
         for line in lines:
-            for part in line.split(" && "):
+            for part in _UNQUOTED_AND.split(line):
                 if command := _command(part, _TYPED):
                     found.setdefault(command, place)
     for source in sorted((PACKAGE / "cli").glob("*.py")):

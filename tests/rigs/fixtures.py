@@ -4,11 +4,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from pykvm.elisa.objects import ObjectInstance, SharedObject
 from pykvm.kvm import Kvm
 from pykvm.resources import GUEST_SOURCES
 from tests.rigs.host_state import quiet_kernel
+
+# hypothesis gives each example 200 ms otherwise, which a busy host may exceed.
+settings.register_profile("pykvm", deadline=None)
+settings.load_profile("pykvm")
 
 
 @pytest.fixture(scope="module", autouse=True)

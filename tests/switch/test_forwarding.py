@@ -160,7 +160,7 @@ def test_the_capture_arrives_byte_for_byte_and_in_order(burst: int, lane_slots: 
     assert counters.ports[0].broadcast == 1  # the client's ARP request
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_every_size_arrives_unchanged_and_nothing_behind_it(data: st.DataObject) -> None:
     rig = make_rig(SwitchConfig(lane_slots=32, tx_slots=32, frame_limit=2040))
@@ -181,7 +181,7 @@ STATIONS = st.integers(0, 7)
 VLANS = st.sampled_from([(), (0,), (1,), (2,), (1, 2), (0xFFF,)])
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     st.lists(
         st.tuples(

@@ -34,7 +34,7 @@ def snapshot(rig: Rig, port: int) -> bytes:
 
 
 @pytest.mark.attack("T13")
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     header=st.binary(max_size=HEADER_BYTES),
     lengths=st.lists(

@@ -74,7 +74,7 @@ DAMAGED = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 @given(st.one_of(FILES, DAMAGED))
 def test_no_file_breaks_the_reader(content: bytes) -> None:
     with tempfile.NamedTemporaryFile(suffix=".pcap") as file:

@@ -132,7 +132,7 @@ def frames_of(talk: list[tuple[bytes, bytes, int | None]]) -> list[Frame]:
     ]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(TALK, st.randoms(use_true_random=False))
 def test_the_switch_carries_every_frame_across(talk, dice) -> None:  # type: ignore[no-untyped-def]
     """However the two guests' bursts follow one another, and again in a second round."""
@@ -159,7 +159,7 @@ def test_the_switch_carries_every_frame_across(talk, dice) -> None:  # type: ign
         assert getattr(rig.switch.counters().ports[0], reason) - before == len(frames)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(TALK, st.sampled_from([3, 5, 7]), st.randoms(use_true_random=False))
 def test_what_the_refusal_of_a_ring_says_to_type_helps(talk, size, dice) -> None:  # type: ignore[no-untyped-def]
     """The filter of tcpdump's that it names keeps what can be parted."""
@@ -171,7 +171,7 @@ def test_what_the_refusal_of_a_ring_says_to_type_helps(talk, size, dice) -> None
     assert all(split_capture(Capture([one for one in frames if station in one.data[:12]])).sent)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(TALK)
 def test_only_what_cannot_be_parted_is_refused(
     talk: list[tuple[bytes, bytes, int | None]],
