@@ -68,6 +68,7 @@ _ELSEWHERE: Final = {
     "pykvm demo --capture FILE": "tests/test_wheel.py::test_demo",
     "pykvm kernel build": "tests/test_wheel.py::test_kernel_build",
     "pykvm kernel load": "tests/kernel/test_modules.py::test_restore_and_load",
+    "pykvm kernel patch --series 6.12": "tests/cli/test_kernel.py::test_patch_is_printed_whole",
     "pykvm kernel patch --series 6.12 > elisa.patch": "tests/cli/test_kernel.py::"
     "test_patch_is_printed_whole",
     "pykvm kernel selftests": "make selftests",
