@@ -5,7 +5,7 @@
     outcome = Testbed().run(["python3", "-m", "pytest", "tests/elisa"], timeout=300)
     assert outcome.status == 0
 
-`PYKVM_TESTBED=1` is set in the environment of everything that runs inside.
+Every process on the emulated host has `PYKVM_TESTBED=1` in its environment.
 """
 
 import os
@@ -31,5 +31,5 @@ __all__ = [
 
 
 def inside() -> bool:
-    """Whether this process runs on the emulated host."""
+    """Return whether this process runs on the emulated host."""
     return os.environ.get("PYKVM_TESTBED") == "1"

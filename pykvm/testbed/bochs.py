@@ -1,9 +1,9 @@
-"""The emulator process: its configuration, and starting it so that nothing outlives us.
+"""The emulator process: its configuration, its start and its end.
 
 Bochs runs in a network namespace of its own, because its RFB display listens on every address
-without a password, and in a process namespace of its own, whose end takes every process in it
-along. The chain of parent-death signals from us to the first process there covers the case that
-we are killed and cannot clean up.
+without a password. It also runs in a PID namespace of its own, because the end of that namespace
+kills every process in it. If this process is killed and cannot clean up, a chain of parent-death
+signals reaches the first process of the namespace (PR_SET_PDEATHSIG, prctl(2)).
 """
 
 import ctypes
@@ -34,11 +34,10 @@ __all__ = [
     "make_restorable",
 ]
 
-# Bytes. A resume copies all of it, in pages of 4 KiB: 1 GiB would take twice as long.
+# Bytes. A resume copies all of them, in pages of 4 KiB, so 1 GiB would take twice as long.
 MEMORY = 512 << 20
 
-# Emulated instructions in a second of emulated time. It sets how often the guest's timer ticks:
-# 250 times in that many instructions.
+# Instructions in a second of emulated time. The guest's timer ticks 250 times in that many.
 CLOCK = 45_000_000
 
 
@@ -47,10 +46,11 @@ class Cpu:
     """One processor that the emulated host can have.
 
     Attributes:
-        options: of Bochs's `cpu` line, besides the model.
-        levels: of the host's own paging.
-        exact: whether every instruction advances the time stamp counter by one, so that counts
-            mean something. A Bochs that can do without is 2.7 times faster then.
+        options: options of Bochs's `cpu` line in addition to the model.
+        levels: levels of the host's own paging.
+        exact: whether every instruction advances the time-stamp counter by one, so that counts
+            of instructions are exact. Without it, a Bochs that can leave its debugger off runs
+            2.7 times faster.
     """
 
     options: str = ""
@@ -58,11 +58,11 @@ class Cpu:
     exact: bool = True
 
 
-# By the names that Bochs has for them.
+# By Bochs's names of the models.
 CPUS = {
     "corei7_skylake_x": Cpu(),
-    # Linux takes AMX for usable with XFD alone, which Bochs has not, and turns half of it on. And
-    # Bochs enters no guest whose levels of paging are not the host's.
+    # Linux uses AMX only with XFD, which Bochs lacks, and turns half of AMX on. Bochs enters no
+    # guest that has fewer or more levels of paging than the host.
     "sapphire_rapids": Cpu('exclude_features="amx,amx_int8,amx_bf16"', levels=5, exact=False),
 }
 DEFAULT_CPU = "corei7_skylake_x"
@@ -111,7 +111,7 @@ class Machine:
 
     Attributes:
         cpu: one of `CPUS`.
-        bochs: the Bochs.
+        bochs: the installation of Bochs to start.
     """
 
     cpu: str
@@ -119,7 +119,7 @@ class Machine:
 
     @classmethod
     def with_cpu(cls, cpu: str) -> "Machine":
-        """The machine with the processor `cpu`.
+        """Return the machine with the processor `cpu`.
 
         Raises:
             BochsMissingError, PackageError: see `bochs_installation.knowing`.
@@ -127,7 +127,11 @@ class Machine:
         return cls(cpu, bochs_installation.knowing(cpu))
 
     def configuration(self) -> str:
-        """The bochsrc. Paths in it are of the firmware, or in the directory of the instance."""
+        """Return the text of the bochsrc.
+
+        The firmware's paths are those of the installation; other paths are relative to the
+        directory of the instance.
+        """
         options = CPUS[self.cpu].options
         return _CONFIGURATION.format(
             cpu=f"{self.cpu}, {options}" if options else self.cpu,
@@ -137,7 +141,11 @@ class Machine:
         )
 
     def command(self, restore: Path | None) -> list[str]:
-        """What runs Bochs in namespaces of its own, from the saved state in `restore` if given."""
+        """Return the command that runs Bochs in its own namespaces.
+
+        Args:
+            restore: directory of a saved state to resume; None to start from power-on.
+        """
         unshare = ["unshare", "--net", "--pid", "--fork", "--kill-child=KILL"]
         if os.geteuid() != 0:
             unshare.append("--map-root-user")
@@ -154,12 +162,12 @@ def _text(path: Path) -> str:
 
 
 def make_restorable(state: Path) -> None:
-    """Mend the configuration that Bochs wrote beside the saved state in the directory `state`.
+    """Repair the configuration that Bochs saved in the directory `state`, so that it can resume.
 
-    Bochs tells timers apart by the order in which the devices made them. The USB controller is
-    loaded last in a fresh start; but the saved configuration names it among the optional
-    plug-ins, which come first. Every later device's timers, the serial ports' among them, would
-    then be taken for its neighbour's.
+    Bochs identifies timers by the order in which the devices create them. A fresh start loads the
+    USB controller last, but the saved configuration lists it among the optional plug-ins, which
+    are loaded first. Each later device would then use the timers of its neighbour; the serial
+    ports are among these devices.
     """
     config = state / "config"
     text = config.read_text().replace(" usb_uhci=true,", "")
@@ -167,20 +175,25 @@ def make_restorable(state: Path) -> None:
 
 
 class Emulator(Closeable):
-    """A running Bochs in `directory`, which holds all that its configuration names.
+    """A running Bochs.
 
     Attributes:
-        directory: where it runs.
+        directory: directory in which it runs; holds the files that its configuration names.
         control: descriptor of the control channel (the guest's second serial port).
-        stdout: descriptor to read what the guest writes to its first serial port.
-        stderr: the same for the fourth.
+        stdout: descriptor to read the output of the guest's first serial port.
+        stderr: descriptor to read the output of the guest's fourth serial port.
     """
 
     def __init__(self, directory: Path, machine: Machine, restore: Path | None = None) -> None:
-        """Start it; from the saved state in `restore`, if given, else from power-on.
+        """Start Bochs.
+
+        Args:
+            directory: see the attribute.
+            machine: the processor, and the Bochs that emulates it.
+            restore: directory of a saved state to resume; None to start from power-on.
 
         Raises:
-            EmulatorError: a program is missing, or namespaces are not permitted.
+            RequirementsError: a program or file is missing.
         """
         requirements.require()
         self.directory = directory
@@ -220,15 +233,18 @@ class Emulator(Closeable):
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # a terminal's Ctrl-C is for us alone
+                start_new_session=True,  # a terminal's Ctrl-C is for this process alone
                 preexec_fn=die_with_parent,  # noqa: PLW1509  (two system calls, no lock)
             )
 
     def wait(self, timeout: float) -> None:
-        """Wait until the emulator has ended by itself, at most `timeout` seconds.
+        """Wait until the emulator has ended by itself.
+
+        Args:
+            timeout: seconds to wait at most.
 
         Raises:
-            EmulatorError: it still runs.
+            EmulatorError: the emulator still runs.
         """
         assert self._process is not None
         try:
@@ -237,11 +253,11 @@ class Emulator(Closeable):
             raise EmulatorError(f"the emulator did not end ({self.last_words()})") from error
 
     def say_go(self) -> None:
-        """Let the agent inside go on, on the control channel.
+        """Tell the agent inside to continue, over the control channel.
 
-        The line is there before the machine goes on, so that it always arrives at the same
-        instruction: Bochs opens the terminal long before it has read its state, and sets it up
-        in a way that shows.
+        The line is written before the machine resumes, so it always arrives at the same
+        instruction. Bochs opens the terminal long before it has read the saved state, and turns
+        the terminal's echo off, which can be seen here.
         """
         deadline = time.monotonic() + _OPEN_TIMEOUT
         while self.running() and not self._opened() and time.monotonic() < deadline:
@@ -253,14 +269,14 @@ class Emulator(Closeable):
         return local_modes & termios.ECHO == 0
 
     def running(self) -> bool:
-        """Whether the emulator still runs."""
+        """Return whether the emulator still runs."""
         return self._process is not None and self._process.poll() is None
 
     def inner_pid(self) -> int:
-        """The process in the namespaces.
+        """Return the PID of the first process in the namespaces.
 
         Raises:
-            EmulatorError: there is none (yet).
+            EmulatorError: there is no such process, or not yet.
         """
         assert self._process is not None
         pid = self._process.pid
@@ -273,16 +289,17 @@ class Emulator(Closeable):
             ) from error
 
     def processor_time(self) -> float:
-        """Return the seconds of this host's processors that the emulator has used."""
+        """Return the processor time that the emulator has used, in seconds; 0 if it has ended."""
         try:
-            # proc(5): the name, in parentheses, may hold anything; 14 and 15 are utime and stime.
+            # proc(5): the name, in parentheses, may hold any character; fields 14 and 15 are
+            # utime and stime.
             fields = Path(f"/proc/{self.inner_pid()}/stat").read_text().rpartition(")")[2].split()
         except (OSError, EmulatorError):  # not started yet, or ended
             return 0.0
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def last_words(self) -> str:
-        """What the emulator said last, in one line."""
+        """Return the emulator's last error message, in one line."""
         if "unshare failed" in _text(self.directory / "bochs.out"):
             return "it may not make namespaces"
         for name in ("bochs.log", "bochs.out"):
@@ -293,10 +310,13 @@ class Emulator(Closeable):
         return "it left no message"
 
     def close(self) -> None:
-        """End the emulator at once and wait until it is gone; a forked process lets it run."""
+        """Kill the emulator and wait until it is gone.
+
+        In a process that was forked meanwhile, only close the descriptors.
+        """
         if self._process is not None and not self.inherited:
             if self._process.poll() is None:
-                self._process.kill()  # unshare's child dies with it, and all of its namespace
+                self._process.kill()  # kills unshare's child too, and with it the namespace
             self._process.wait()
             if self._process.stdin is not None:
                 self._process.stdin.close()
@@ -305,15 +325,15 @@ class Emulator(Closeable):
             os.close(self._descriptors.pop())
 
     def _terminal(self, name: str) -> int:
-        # The one kind of serial port that both sides can use and that crosses namespaces.
+        # Of Bochs's serial ports, only this kind works in both directions across namespaces.
         outside, inside = pty.openpty()
         self._descriptors += [outside, inside]
         (self.directory / name).symlink_to(os.ttyname(inside))
         return outside
 
     def _fifo(self, name: str) -> int:
-        # A FIFO, since a pseudo-terminal whose buffer is full would lose bytes. Both ends are
-        # held open, so that neither side waits for the other or sees an end of file.
+        # A pseudo-terminal would lose bytes when its buffer is full. Both ends of the FIFO are
+        # open here, so that neither side waits for the other or sees an end of file.
         path = self.directory / name
         os.mkfifo(path)
         descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -1,8 +1,8 @@
-"""The Bochs that emulates a processor: the machine's own, or one of a newer Debian release.
+"""The Bochs that emulates a processor: the installed one, or that of a newer Debian release.
 
-A model that the installed Bochs does not know is emulated by the Bochs of `NEWER_RELEASE`. Its
-packages are unpacked into the cache, and it is started through its own dynamic linker with its
-own libraries, so that nothing of it meets the machine's.
+The Bochs of `NEWER_RELEASE` emulates the models that the installed one does not know. Its packages
+are unpacked into the cache. It is started through its own dynamic linker with its own libraries, so
+that it uses none of this machine's.
 """
 
 import os
@@ -21,7 +21,7 @@ __all__ = ["NEWER_RELEASE", "BochsMissingError", "Installation", "installed", "k
 
 NEWER_RELEASE: Final = "trixie"  # Debian 13, with Bochs 3.0
 
-# bochs-term only because bochs wants some display; it is the smallest.
+# The package bochs depends on some display; bochs-term is the smallest.
 _PACKAGES: Final = ("bochs", "bochs-term", "bochsbios", "vgabios")
 _PROGRAM: Final = "bochs-bin"
 _SHARE: Final = "usr/share/bochs"
@@ -31,21 +31,22 @@ _MERGED_USR: Final = ("bin", "lib", "lib64", "sbin")
 
 
 class BochsMissingError(PykvmError):
-    """No Bochs at hand emulates the processor."""
+    """No available Bochs emulates the processor, or the installed one does not start."""
 
 
 @dataclass(frozen=True)
 class Installation:
-    """One Bochs.
+    """An installation of Bochs.
 
     Attributes:
-        version: of its Debian packages; what it saves is good for this version alone.
-        command: what starts it.
+        version: versions of its Debian packages. Only the same version can resume a state that it
+            has saved.
+        command: program and first arguments that start it.
         share: directory of its firmware.
-        environment: variables to set for it.
-        root: where it is, if that is not the machine's own: the paths of all the others are
-            relative to it, because Bochs and its dynamic linker part some of them at colons and
-            spaces.
+        environment: environment variables to set for it.
+        root: directory of an installation that is not this machine's own, else None. The other
+            paths are relative to it, because Bochs and its dynamic linker split some of them at
+            colons and spaces.
     """
 
     version: str
@@ -55,7 +56,7 @@ class Installation:
     root: Path | None = None
 
     def models(self) -> list[str]:
-        """The names of the processors that it emulates, the oldest first.
+        """Return the names of the processors that it emulates, oldest first.
 
         Raises:
             BochsMissingError: it cannot be started.
@@ -67,16 +68,17 @@ class Installation:
         return listed.partition("\n\n")[0].split()
 
     def debugger_options(self) -> list[str]:
-        """Return the options that start its debugger, whose commands are in the file "debugger".
+        """Return the options that start its debugger with the commands of the file "debugger".
 
-        With the debugger each instruction advances the time stamp counter by one. Without it, which
-        Bochs 3.0 can do and Debian's 2.7 cannot, RDTSC gives the count of an earlier instruction.
+        With the debugger, each instruction advances the time-stamp counter by one. Bochs 3.0 can
+        also run without its debugger, Debian's 2.7 cannot. Without it, RDTSC returns the count of
+        an earlier instruction.
         """
         start = ["-debugger"] if "-debugger" in self._help() else []
         return [*start, "-rc", "debugger"]
 
     def _help(self, *topic: str) -> str:
-        # -q: no menu.
+        # -q skips the start menu.
         return subprocess.run(
             [*self.command, "-q", "--help", *topic],
             cwd=self.root,
@@ -91,7 +93,7 @@ class Installation:
 
 
 def installed() -> Installation | None:
-    """The Bochs that is installed on this machine, or None."""
+    """Return the Bochs that is installed on this machine, or None."""
     if shutil.which(_PROGRAM) is None:
         return None
     versions = (debian_packages.installed_version(name) or "" for name in _PACKAGES)
@@ -99,7 +101,7 @@ def installed() -> Installation | None:
 
 
 def newer() -> Installation:
-    """The Bochs of `NEWER_RELEASE`, fetched and unpacked into the cache first if need be.
+    """Return the Bochs of `NEWER_RELEASE`; fetch and unpack it if the cache lacks it.
 
     Raises:
         PackageError: it cannot be fetched.
@@ -117,10 +119,10 @@ def newer() -> Installation:
 
 
 def knowing(model: str) -> Installation:
-    """A Bochs that emulates the processor `model`: the installed one, if it does.
+    """Return a Bochs that emulates the processor `model`, preferably the installed one.
 
     Raises:
-        BochsMissingError: there is none.
+        BochsMissingError: no Bochs emulates it.
         PackageError: see `newer`.
     """
     here = installed()

@@ -1,7 +1,7 @@
-"""The folder that a run carries into the emulated host: which one, and which files of it.
+"""The folder that a run carries into the emulated host, and its files.
 
-A command finds the folder there under the same path. Started inside pykvm's own checkout it is the
-checkout, elsewhere the current folder.
+The folder has the same path there. By default it is the current folder; inside pykvm's own checkout
+it is the whole checkout.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ __all__ = [
 MOST_BYTES: Final = 256 * MIB
 MOST_FILES: Final = 20_000
 
-_LARGEST_ARTIFACT: Final = 16 * MIB  # of one file below build/
+_LARGEST_ARTIFACT: Final = 16 * MIB  # largest size of a file below build/
 _NEVER: Final = {
     ".git",
     ".mypy_cache",
@@ -41,7 +41,7 @@ _NEVER: Final = {
     "__pycache__",
 }
 
-# What the emulated host has there itself; a folder over it would hide that.
+# Directories of the emulated host itself, which a folder mounted over them would hide.
 _SYSTEM: Final = (
     "/dev",
     "/etc",
@@ -57,7 +57,7 @@ _SYSTEM: Final = (
     "/usr/local/lib",
     "/usr/share",
 )
-_VIRTUAL: Final = ("/proc", "/sys")  # nothing can be made below
+_VIRTUAL: Final = ("/proc", "/sys")  # no directory can be created in these
 
 _NEXT: Final = "start in the folder of your work, or name one with --folder DIR"
 
@@ -67,7 +67,7 @@ class FolderMissingError(PykvmError):
 
 
 class FolderNameError(PykvmError):
-    """A file name that an image's list of files cannot hold."""
+    """A file name that xorriso's list of files cannot hold."""
 
 
 class FolderPlaceError(PykvmError):
@@ -75,11 +75,11 @@ class FolderPlaceError(PykvmError):
 
 
 class FolderTooLargeError(PykvmError):
-    """The folder holds more than a run carries."""
+    """The folder exceeds `MOST_FILES` or `MOST_BYTES`."""
 
 
 def current_folder() -> Path:
-    """Return the folder that a command started here works on.
+    """Return the folder to carry in by default: pykvm's checkout if this is in it, else this one.
 
     Raises:
         FolderMissingError: the current folder has been removed.
@@ -94,10 +94,11 @@ def current_folder() -> Path:
 
 
 def require_place(folder: Path) -> None:
-    """Make sure that `folder` exists and can appear under its path on the emulated host.
+    """Check that `folder` exists and can have the same path on the emulated host.
 
     Raises:
-        FolderMissingError, FolderPlaceError.
+        FolderMissingError: there is no such folder.
+        FolderPlaceError: the path belongs to the emulated host's own system.
     """
     if not folder.is_dir():
         raise FolderMissingError(f"there is no folder {folder}", _NEXT)
@@ -107,15 +108,15 @@ def require_place(folder: Path) -> None:
 
 
 def carried_files(folder: Path) -> list[str]:
-    """Return the files of `folder` that go inside, sorted, relative to it.
+    """Return the files of `folder` that a run carries in, sorted and relative to it.
 
-    In a git checkout these are git's (tracked, or new and not ignored) and what is below
-    `build/`, except files of more than 16 MiB; elsewhere all files, except virtual environments
-    and caches. pykvm's own checkout brings its built extensions and compiled tests as well.
+    In a git checkout these are the files that git tracks, new files that it does not ignore, and
+    files below `build/` of at most 16 MiB. Elsewhere they are all files, except virtual
+    environments and caches. pykvm's own checkout adds its built extensions and compiled tests.
 
     Raises:
-        FolderTooLargeError: more than `MOST_FILES` files or `MOST_BYTES` bytes.
-        FolderNameError: a name with a line break.
+        FolderTooLargeError: there are more than `MOST_FILES` files or `MOST_BYTES` bytes.
+        FolderNameError: a file name has a line break.
     """
     names = set(_limited(folder, _from_git(folder)))
     if names:
@@ -128,12 +129,12 @@ def carried_files(folder: Path) -> list[str]:
 
 
 def _limited(folder: Path, names: Iterable[str]) -> Iterator[str]:
-    """The files and links among `names`, as long as they are not too many or too large."""
+    """Yield the files and links among `names`; raise once there are too many or too large ones."""
     files = size = 0
     for name in names:
         try:
             status = os.lstat(folder / name)
-        except OSError:  # git lists what was deleted; anything may go at any moment
+        except OSError:  # git lists deleted files too, and any file may vanish meanwhile
             continue
         if not stat.S_ISREG(status.st_mode) and not stat.S_ISLNK(status.st_mode):
             continue
@@ -165,7 +166,7 @@ def _from_git(folder: Path) -> Iterator[str]:
         while data := os.read(listing.stdout.fileno(), 1 << 16):
             *complete, rest = (rest + data).split(b"\0")
             yield from map(os.fsdecode, complete)
-    finally:  # also when the reader has had enough
+    finally:  # also when the generator is closed early
         listing.kill()
         listing.stdout.close()
         listing.wait()

@@ -1,6 +1,6 @@
 """The distribution's kernel for the emulated host, unpacked, and its uncompressed image.
 
-It is fetched and unpacked into the cache, not installed.
+The package is fetched and unpacked into the cache; it is not installed on this machine.
 """
 
 import gzip
@@ -33,12 +33,12 @@ class KernelImageError(PykvmError):
 
 @dataclass(frozen=True)
 class FlatKernel:
-    """A kernel as it stands in memory.
+    """A kernel as it is laid out in memory.
 
     Attributes:
-        address: guest-physical address of the first byte.
+        address: guest physical address of the first byte.
         data: the loaded bytes.
-        memory: bytes that the kernel takes from `address` on, its bss included.
+        memory: bytes that the kernel occupies from `address` on, including its bss.
         entry: address of the entry point in 64-bit mode (startup_64).
     """
 
@@ -49,19 +49,21 @@ class FlatKernel:
 
 
 def unpacked(kernel: HostKernel) -> Path:
-    """The unpacked image package of `kernel`: its `boot/` and `lib/modules/`.
+    """Return the directory of the unpacked image package of `kernel`.
 
-    Compressed modules are uncompressed, which costs a second here and many inside.
+    It holds `boot/` and `lib/modules/`. The modules are uncompressed, which takes a second here
+    and would take many on the emulated host.
 
     Raises:
         PackageError: the image package cannot be fetched.
         KernelImageError: xz is missing, or fails.
+        RootfsError: see `pykvm.testbed.rootfs.run_depmod`.
     """
 
     def build(directory: Path) -> None:
         package = _image_package(kernel)
         (archive,) = debian_packages.fetch([package])
-        # The modules are in /lib, or in /usr/lib since Debian 13: here these are one.
+        # The modules are in /lib, or in /usr/lib since Debian 13. The link makes both the same.
         (directory / "usr/lib").mkdir(parents=True)
         (directory / "lib").symlink_to("usr/lib")
         debian_packages.unpack(archive, directory)
@@ -77,7 +79,7 @@ def _image_package(kernel: HostKernel) -> debian_packages.Package:
     try:
         return debian_packages.exact(name, kernel.package)
     except debian_packages.PackageError as error:
-        try:  # the same kernel; Debian signs it a little later
+        try:  # the same kernel; its signed package appears a little later
             return debian_packages.exact(f"{name}-unsigned", kernel.package)
         except debian_packages.PackageError:
             raise error from None
@@ -102,10 +104,14 @@ def _uncompress_modules(directory: Path) -> None:
 
 
 def flatten(bzimage: bytes) -> FlatKernel:
-    """Unpack the ELF kernel inside `bzimage` and lay its segments out as they stand in memory.
+    """Unpack the ELF kernel inside a bzImage and lay its segments out as in memory.
+
+    Args:
+        bzimage: content of the kernel's file, /boot/vmlinuz-RELEASE.
 
     Raises:
-        KernelImageError: not a bzImage, or an unknown compression.
+        KernelImageError: it is not a bzImage, its compression is unknown, or the program that
+            unpacks it is missing or fails.
     """
     elf = _decompressed(bzimage)
     if elf[:4] != b"\x7fELF":

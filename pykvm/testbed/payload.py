@@ -1,7 +1,7 @@
-"""What one run brings into the emulated host: an ISO image with a folder, pykvm, and the job.
+"""The payload of one run on the emulated host: an ISO image with a folder, pykvm, and the job.
 
-Files keep their places, times and modes. Python sources come with compiled code, so that nothing
-is compiled inside, where it would take long.
+Files keep their paths, times and modes. Python sources are accompanied by compiled code, because
+the emulated host takes long to compile it.
 """
 
 import importlib.metadata
@@ -34,11 +34,11 @@ __all__ = [
 ]
 
 _JOB = Path(__file__).with_name("inside") / "job.py"
-_BUILT_KINDS = ("crossing", "object", "bare-guest")  # of cache entries that go inside
+_BUILT_KINDS = ("crossing", "object", "bare-guest")  # kinds of cache entries to carry in
 _CAPACITY = 640 << 20  # bytes of an image
-# What a copy of this pykvm takes out of a checkout.
+# Parts of a checkout that a copy of this pykvm consists of.
 _OWN_PARTS = ("pykvm", "guest", "kernel-patches", "pyproject.toml")
-_OWN_PLACE = "/payload/python"  # of that copy, on the emulated host
+_OWN_PLACE = "/payload/python"  # path of that copy on the emulated host
 
 
 class PayloadError(PykvmError):
@@ -47,22 +47,23 @@ class PayloadError(PykvmError):
 
 @dataclass(frozen=True)
 class Job:
-    """What to do inside.
+    """Description of a job for the emulated host.
 
     Attributes:
-        task: "run" the command, or only "load modules" and wait for another job.
+        task: "run" to run the command; "load modules" to load KVM and wait for another job.
         command: program and arguments.
-        folder: whose files come along; it has the same path inside.
-        directory: where to run the command, in the folder.
-        kvm: "payload" (modules that come along), "stock" or "none".
-        environment: variables set besides the testbed's own.
-        bring: paths relative to the folder whose changes come back.
-        interactive: on a terminal of its own, with input.
+        folder: the folder whose files are carried in; it has the same path inside.
+        directory: working directory of the command, in the folder.
+        kvm: "payload" (the modules in the image), "stock" or "none".
+        environment: environment variables in addition to the testbed's own.
+        bring: paths, relative to the folder, whose changes are copied back.
+        interactive: whether the command has a terminal and keyboard input.
         size: rows and columns of the terminal.
-        now: the wall clock inside at the start, seconds since 1970.
-        python: where Python inside finds pykvm (see `place_of_pykvm`); empty if it need not.
-        scripts: a directory of programs that virtual environments have, to be there inside too;
-            empty if there is none.
+        now: wall clock inside at the start, in seconds since 1970.
+        python: directory where Python inside finds pykvm (`place_of_pykvm`); empty if it needs
+            none.
+        scripts: directory of this virtual environment's programs, in which python, pykvm and
+            pytest are available inside too; empty if there is none.
     """
 
     task: str
@@ -80,12 +81,16 @@ class Job:
 
 
 def write(image: Path, job: Job, modules: Path | None, stdin: bytes = b"") -> None:
-    """Write the ISO `image` of `job` and its folder, with the `modules` directory if given.
+    """Write the ISO image of a job.
 
-    The command's standard input will be `stdin`, unless the job is interactive.
+    Args:
+        image: path of the image; other files are created beside it.
+        job: the job, whose folder is packed too.
+        modules: directory of kvm.ko and kvm-intel.ko to pack, or None.
+        stdin: content of the command's standard input, unless the job is interactive.
 
     Raises:
-        PayloadError: a module is missing, or xorriso is missing or fails.
+        PayloadError: a module is missing, xorriso is missing or fails, or the image is too large.
         FolderTooLargeError, FolderNameError: see `pykvm.testbed.folder.carried_files`.
     """
     folder = Path(job.folder)
@@ -102,17 +107,21 @@ def write(image: Path, job: Job, modules: Path | None, stdin: bytes = b"") -> No
     grafts += _built_images()
     empty = image.with_name("empty")
     empty.mkdir(exist_ok=True)
-    # Something must be there for the overlays even if there is no file at all.
+    # The overlays inside need these directories even if there is no file in them.
     grafts += [("folder", empty), ("cache", empty)]
     _make_iso(image, grafts)
-    # The kernel inside keeps the size of the first disc: let all have the same.
+    # The kernel inside does not notice a change of the disc's size: all images have the same.
     if image.stat().st_size > _CAPACITY:
         raise PayloadError(f"more than {_CAPACITY >> 20} MiB to carry in", "prune: pykvm cache")
     os.truncate(image, _CAPACITY)
 
 
 def write_modules(image: Path, modules: Path | None) -> None:
-    """Write the ISO `image` of a job that loads `modules`, or the stock ones.
+    """Write the ISO image of a job that loads KVM.
+
+    Args:
+        image: path of the image.
+        modules: directory of kvm.ko and kvm-intel.ko; None for the distribution's modules.
 
     Raises:
         PayloadError: see `write`.
@@ -124,19 +133,23 @@ def write_modules(image: Path, modules: Path | None) -> None:
 
 
 def place_of_pykvm(folder: Path) -> str:
-    """Return where Python on the emulated host finds pykvm when `folder` is carried in."""
+    """Return the directory where Python on the emulated host finds pykvm.
+
+    Args:
+        folder: the folder that is carried in; pykvm's own checkout serves as the directory itself.
+    """
     return str(folder) if folder == CHECKOUT else _OWN_PLACE
 
 
 def scripts_directory() -> str:
-    """Return where this virtual environment has its programs; empty outside of one."""
+    """Return the directory of this virtual environment's programs; "" outside of one."""
     return str(Path(sys.prefix, "bin")) if sys.prefix != sys.base_prefix else ""
 
 
 def _own_files() -> Iterator[tuple[str, Path]]:
-    """Every file of a copy of this pykvm, by its name there."""
+    """Yield the files of a copy of this pykvm: name in the copy, and path here."""
     if CHECKOUT is None:
-        # The metadata as well, which hold the version.
+        # Including the metadata, which hold the version.
         for file in importlib.metadata.distribution(DISTRIBUTION).files or []:
             if ".." not in file.parts and "__pycache__" not in file.parts:
                 yield str(file), Path(str(file.locate()))
@@ -147,7 +160,7 @@ def _own_files() -> Iterator[tuple[str, Path]]:
 
 
 def _with_code(place: str, files: Iterable[tuple[str, Path]]) -> Iterator[tuple[str, Path]]:
-    """Grafts of `files` below `place`; beside Python sources what they compile to."""
+    """Yield `files` with their names below `place`, and the compiled code of Python sources."""
     for name, path in files:
         yield f"{place}/{name}", path
         if name.endswith(".py"):
@@ -157,7 +170,7 @@ def _with_code(place: str, files: Iterable[tuple[str, Path]]) -> Iterator[tuple[
 
 
 def _built_images() -> list[tuple[str, Path]]:
-    """Guests and objects that were compiled here already: inside, each would take seconds."""
+    """Return the cached guests and objects; the emulated host would take seconds for each."""
     return [
         (f"cache/{path.relative_to(cache.root())}", path)
         for kind in _BUILT_KINDS
@@ -166,10 +179,10 @@ def _built_images() -> list[tuple[str, Path]]:
 
 
 def module_files(modules: Path) -> list[Path]:
-    """The two modules of KVM in the directory `modules`.
+    """Return the paths of KVM's two modules in the directory `modules`.
 
     Raises:
-        PayloadError: one is missing.
+        PayloadError: a module is missing.
     """
     files = [modules / "kvm.ko", modules / "kvm-intel.ko"]
     for file in files:
@@ -182,7 +195,7 @@ def module_files(modules: Path) -> list[Path]:
 
 
 def _compiled(source: Path) -> Path | None:
-    """The code of `source`, compiled without a time stamp; None if it does not compile."""
+    """Return the compiled code of `source`, without a time stamp; None if it does not compile."""
 
     def build(directory: Path) -> None:
         py_compile.compile(
@@ -197,14 +210,14 @@ def _compiled(source: Path) -> Path | None:
     try:
         entry = cache.entry("testbed-code", cache.key(magic, str(source), source), build)
     except py_compile.PyCompileError:
-        return None  # running it will say so
+        return None  # Python reports the error when it runs the source
     return entry / "code.pyc"
 
 
 def _make_iso(image: Path, grafts: Iterable[tuple[str, Path]]) -> None:
     listing = image.with_name("payload.list")
     links: dict[Path, str] = {}
-    with listing.open("wb") as file:  # a name may be any bytes
+    with listing.open("wb") as file:  # names need not be valid UTF-8
         for inside, outside in grafts:
             place = _without_line_break(outside, image.parent, links)
             file.write(os.fsencode(f"{_escaped(inside)}={_escaped(place)}\n"))
@@ -222,9 +235,14 @@ def _make_iso(image: Path, grafts: Iterable[tuple[str, Path]]) -> None:
 
 
 def _without_line_break(path: Path, directory: Path, links: dict[Path, str]) -> str:
-    """Return `path` for a list of a line each, by a link in `directory` to its parent if need be.
+    """Return a name of `path` that has no line break, as xorriso's list of files requires.
 
-    links: those made so far, which grow by this one.
+    If the path of its folder has one, the name leads through a link.
+
+    Args:
+        path: file to name.
+        directory: directory in which links are made.
+        links: links made so far, by the folder; a new one is added.
     """
     if "\n" not in str(path):
         return str(path)

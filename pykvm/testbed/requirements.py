@@ -1,4 +1,4 @@
-"""Programs and files that the emulated host needs of this machine, with their Debian packages."""
+"""Programs and files of this machine that the emulated host needs, with their Debian packages."""
 
 import os
 import shutil
@@ -36,7 +36,7 @@ class RequirementsError(PykvmError):
 
 
 def missing() -> dict[str, str]:
-    """Return what this machine lacks: names of programs and files, each with its package."""
+    """Return the programs and files that this machine lacks, each with its Debian package."""
     # An ordinary user's PATH may not reach mke2fs and depmod.
     path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
     lacking = {name: _PROGRAMS[name] for name in _PROGRAMS if not shutil.which(name, path=path)}
@@ -44,10 +44,10 @@ def missing() -> dict[str, str]:
 
 
 def require() -> None:
-    """Make sure of all that the emulated host needs, before anything is begun.
+    """Check that this machine has everything that the emulated host needs.
 
     Raises:
-        RequirementsError: see `missing`.
+        RequirementsError: a program or file is missing (see `missing`).
     """
     if lacking := missing():
         raise RequirementsError(

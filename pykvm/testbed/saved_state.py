@@ -1,7 +1,8 @@
-"""The booted host, kept: boots once for each kernel, root file system and configuration.
+"""Saved states of the booted host: one boot for each kernel, root file system and configuration.
 
-A cache entry holds the two disks and the suspended machine, which waits for a job. Neither files
-nor the KVM modules are part of it; they come with each job.
+A cache entry holds the two disks and the suspended machine, which waits for a job. The user's files
+are not part of it; each job brings them. KVM's modules are loaded in the entries of `host_with_kvm`
+only.
 """
 
 import os
@@ -39,19 +40,19 @@ _COMMAND_LINE = (
     "console=ttyS2,115200 8250.nr_uarts=4 loglevel=6 "
     # Counts must repeat: no address randomisation, no calibration against other clocks.
     "nokaslr tsc=reliable no_timer_check lpj=4000000 random.trust_cpu=on "
-    # CPUID claims 3.5 GHz, but the counter advances by one an instruction, as the clock does.
+    # CPUID reports 3.5 GHz, but the counter advances by one an instruction, as the clock does.
     f"tsc_early_khz={bochs.CLOCK // 1000} "
-    # The emulated processor has no speculation to guard against. It lacks two MSRs that the
-    # timer tick would read each time, and the one that says that fast strings are on: Linux then
-    # takes ERMS as absent but not FSRM, and memmove() without the one needs to be without both.
+    # The emulated processor does not speculate. It lacks the two MSRs of aperfmperf, which each
+    # timer tick would read. It also lacks the MSR that reports fast strings: Linux then clears
+    # ERMS but not FSRM, and its memmove() needs ERMS wherever it has FSRM.
     "mitigations=off clearcpuid=aperfmperf,fsrm panic=0"
 )
 _INITRAMFS_MODULES = ["ata_piix", "sd_mod"]
 _OUT_DISK_SIZE = 256 * 16 * 63 * 512  # 126 MiB, sparse
-_BOOT_TIMEOUT = 600.0  # seconds of processor time, which a busy host gives slowly
-_BOOT_PATIENCE = 3600.0  # seconds
+_BOOT_TIMEOUT = 600.0  # seconds of processor time, so that a busy host may take longer
+_BOOT_PATIENCE = 3600.0  # seconds of wall-clock time
 _SUSPEND_TIMEOUT = 120.0
-_KEPT_STATES = 6  # of a kind, and any in use
+_KEPT_STATES = 6  # entries of each kind, and those in use
 _INSIDE = Path(__file__).with_name("inside")
 
 
@@ -60,10 +61,10 @@ class BootError(PykvmError):
 
 
 def host_key(kernel: HostKernel, machine: Machine) -> str:
-    """The cache key of the booted host with `kernel` on `machine`.
+    """Return the cache key of the booted host with `kernel` on `machine`.
 
     Raises:
-        PackageError, RootfsError: see there.
+        PackageError, RootfsError: see `pykvm.testbed.rootfs.fingerprint`.
     """
     sources = [_INSIDE / "agent.py", _INSIDE / "init.sh"]
     here = Path(__file__)
@@ -82,13 +83,22 @@ def host_key(kernel: HostKernel, machine: Machine) -> str:
 
 
 def booted_host(kernel: HostKernel, machine: Machine, progress: Progress) -> Path:
-    """The cache entry of the booted host, made first if need be (a minute or two).
+    """Return the cache entry of the booted host; boot the host if the cache lacks it.
 
-    It holds `boot.img`, `root.img` and the directory `state`.
+    A boot takes a minute or two.
+
+    Args:
+        kernel: kernel of the host.
+        machine: processor of the host, and the Bochs that emulates it.
+        progress: called with a message at each step.
+
+    Returns:
+        A directory with `boot.img`, `root.img` and the directory `state`.
 
     Raises:
-        BootError: it does not boot; the message names the logs.
-        EmulatorError, PackageError, RootfsError, KernelImageError: see there.
+        BootError: the host does not boot; the message names the logs.
+        RequirementsError: a program or file is missing.
+        EmulatorError, PackageError, RootfsError, KernelImageError: a part cannot be made.
     """
 
     def build(directory: Path) -> None:
@@ -110,15 +120,24 @@ def booted_host(kernel: HostKernel, machine: Machine, progress: Progress) -> Pat
 def host_with_kvm(
     kernel: HostKernel, machine: Machine, modules: Path | None, progress: Progress
 ) -> Path:
-    """The cache entry of the booted host with KVM loaded, from the booted host if need be.
+    """Return the cache entry of the booted host with KVM loaded; make it if the cache lacks it.
 
-    Loading the modules takes a few seconds inside, for their many symbols; so it is done once
-    for each build of them. Without `modules`, the distribution's are loaded. The entry has the
-    same shape as that of `booted_host`.
+    The modules have many symbols, so loading them takes a few seconds on the emulated host. It is
+    done once for each build of the modules.
+
+    Args:
+        kernel: kernel of the host.
+        machine: processor of the host, and the Bochs that emulates it.
+        modules: directory of kvm.ko and kvm-intel.ko; None for the distribution's modules.
+        progress: called with a message at each step.
+
+    Returns:
+        A directory with the same files as that of `booted_host`.
 
     Raises:
         BootError: the modules do not load; the message names the logs.
-        And what `booted_host` raises.
+        PayloadError: a module is missing.
+        PykvmError: see `booted_host`.
     """
     files = [] if modules is None else payload.module_files(modules)
     host = booted_host(kernel, machine, progress)
@@ -138,13 +157,23 @@ def host_with_kvm(
 
 
 def _used(entry: Path) -> Path:
-    """Drop old entries of the same kind; each takes 100 MB and more."""
+    """Remove old entries of the same kind, each of which takes 100 MB or more.
+
+    Returns:
+        The entry itself.
+    """
     cache_pruning.keep_newest(entry.parent, _KEPT_STATES)
     return entry
 
 
 def lay_out(instance: Path, host: Path, payload: Path) -> None:
-    """Give `instance` what the emulator's configuration names, from `host` and for `payload`."""
+    """Create the disk images that the emulator's configuration names.
+
+    Args:
+        instance: directory in which the emulator will run.
+        host: cache entry of the booted host.
+        payload: ISO image of the job.
+    """
     (instance / "boot.img").symlink_to(host / "boot.img")
     (instance / "root.img").symlink_to(host / "root.img")
     (instance / "payload.iso").symlink_to(payload)
@@ -182,7 +211,11 @@ def _make_boot_disk(path: Path, image: Path, release: str, machine: Machine) -> 
 def _reach_and_suspend(
     directory: Path, machine: Machine, image: Path, restore: Path | None, progress: Progress
 ) -> None:
-    """Boot, or do the job on `image` after a `restore`, until the agent waits; then suspend."""
+    """Run the emulated host until its agent waits for a job, then suspend it.
+
+    The host boots, or resumes from `restore` and runs the job on `image`. The saved state goes to
+    `state` in `directory`.
+    """
     state = directory / "state"
     with scratch.directory("testbed-instances") as instance:
         lay_out(instance, directory, image)
@@ -261,7 +294,7 @@ def collect_logs(instance: Path, kept: Path) -> None:
 
 
 def tail(path: Path, size: int = 4096) -> str:
-    """The last `size` bytes of the file `path` as text; nothing if it cannot be read."""
+    """Return the last `size` bytes of the file `path` as text; "" if it cannot be read."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - size))

@@ -1,9 +1,9 @@
 """KVM's own selftests on the emulated host, with the unpatched and with the patched modules.
 
-Both sides are built by one recipe from one source, so the patch is all that differs between them;
-the distribution's own modules differ in their compiler's options too, and can be chosen instead.
-A selftest is the same on both sides if it ends in the same way, prints the same and makes the
-kernel complain about the same; numbers, which tell times and addresses, are left out of that.
+Both sides are built from the same source in the same way, so that only the patch differs. The
+distribution's own modules can be compared instead; their compiler options differ as well. A
+selftest is the same on both sides if its exit status, its output and the kernel's warnings are the
+same. Numbers are ignored, because they hold times and addresses.
 """
 
 import difflib
@@ -39,10 +39,11 @@ __all__ = [
     "parse",
 ]
 
-# Seconds of the emulated clock that one selftest may take, each being 45 million instructions.
+# Seconds of the emulated clock that one selftest may take; 45 million instructions each.
 LIMIT = 30.0
 
-# Those that take more than a few seconds each; run when all are asked for, or by name.
+# Selftests that take more than a few seconds, with the reason. They run only with `slow` or by
+# name.
 SLOW: Mapping[str, str] = {
     "x86_64/hyperv_clock": "waits for clocks that pass slowly here",
     "x86_64/hyperv_features": "0.3 billion instructions",
@@ -54,7 +55,7 @@ SLOW: Mapping[str, str] = {
     "kvm_create_max_vcpus": "creates 2048 vCPUs",
 }
 
-# Those that say nothing here: name and reason.
+# Selftests whose result has no meaning on the emulated host, with the reason.
 EXCLUDED: Mapping[str, str] = {
     "dirty_log_test": "wants more memory than the emulated host has",
     "hardware_disable_test": "stops 512 VMs at random times, hours on one emulated processor",
@@ -66,17 +67,17 @@ EXCLUDED: Mapping[str, str] = {
     "set_memory_region_test": "hangs the emulated host, so that no time limit ends it",
 }
 
-# Arguments for those that want more memory, vCPUs or iterations than the emulated host has.
+# Arguments of selftests that need more memory by default than the emulated host has.
 _ARGUMENTS: Mapping[str, str] = {
     "demand_paging_test": "-b 16M",
     "dirty_log_perf_test": "-b 16M",
     "kvm_page_table_test": "-b 16M",
 }
 
-_SKIPPED = 4  # exit status by which a selftest says that it cannot run here
+_SKIPPED = 4  # exit status of a skipped selftest: KSFT_SKIP of the kernel's kselftest.h
 _RUNNER = Path(__file__).with_name("inside") / "selftest_runner.py"
 
-# A host that stops takes the rest of its batch along, and is waited for as long as all may take.
+# If the host stops, the rest of its batch runs again, after a timeout for the whole batch.
 _BATCH = 12
 _SECONDS_FOR_EACH = 10.0
 
@@ -87,14 +88,14 @@ class SelftestUnknownError(PykvmError):
 
 @dataclass(frozen=True)
 class Result:
-    """How one selftest ended.
+    """Result of one selftest.
 
     Attributes:
-        status: exit status; None if it was ended for taking too long.
-        seconds: of the emulated clock.
-        output: what it printed.
-        log: the kernel's warnings meanwhile.
-        host_died: why the emulated host ended during the test; empty if it did not.
+        status: exit status; None if the selftest exceeded its time limit.
+        seconds: seconds of the emulated clock that it took.
+        output: its output.
+        log: the kernel's warnings while it ran.
+        host_died: why the emulated host ended during the selftest; empty if it did not.
     """
 
     status: int | None
@@ -105,7 +106,7 @@ class Result:
 
     @property
     def verdict(self) -> str:
-        """In a word or two: pass, skip, fail 254, too long, host died."""
+        """One of "pass", "skip", "fail STATUS", "too long" and "host died"."""
         if self.host_died:
             return "host died"
         if self.status is None:
@@ -114,7 +115,7 @@ class Result:
 
     @property
     def reason(self) -> str:
-        """What it says about not having passed, in one line; empty if it passed or says nothing."""
+        """Reason for not passing, in one line; empty if it passed or gave none."""
         if self.host_died:
             return self.host_died
         if self.status == _SKIPPED:
@@ -137,20 +138,20 @@ class Comparison:
 
     @property
     def same(self) -> bool:
-        """Whether the patch made no difference."""
+        """True if the patch made no difference."""
         return not list(self.differences())
 
     @property
     def conclusive(self) -> bool:
-        """Whether both sides ran it to its end."""
+        """True if the selftest ran to its end on both sides."""
         return not any(r.host_died or r.status is None for r in (self.stock, self.patched))
 
     def differences(self) -> Iterator[str]:
-        """What differs, a line each; nothing if both sides did the same."""
+        """Yield the differences between the sides, line by line; none if they are the same."""
         if self.stock.verdict != self.patched.verdict:
             yield f"ended with: {self.stock.verdict}, patched: {self.patched.verdict}"
         elif not self.conclusive:
-            return  # where it was stopped is chance
+            return  # the time limit stopped it at an arbitrary point
         stock, patched = (
             [*_stable(result.output.splitlines()), *_stable(result.log)]
             for result in (self.stock, self.patched)
@@ -161,21 +162,28 @@ class Comparison:
 def compare(
     names: Sequence[str], stock: Mapping[str, Result], patched: Mapping[str, Result]
 ) -> list[Comparison]:
-    """Put the results of both sides beside each other; `names` without a result are left out."""
+    """Pair the results of both sides by name.
+
+    Args:
+        names: selftests to compare, in order; those without a result on both sides are left out.
+        stock: results with the unpatched modules, by name.
+        patched: results with the patched modules, by name.
+    """
     both = [name for name in names if name in stock and name in patched]
     return [Comparison(name, stock[name], patched[name]) for name in both]
 
 
 def choose(available: Sequence[str], patterns: Sequence[str], *, slow: bool = False) -> list[str]:
-    """The selftests to run.
+    """Return the names of the selftests to run.
 
     Args:
-        available: All that were built.
-        patterns: Names, with or without their directory, or shell patterns. If there are none:
-            all but those that say nothing here, and but the slow ones unless `slow`.
+        available: names of all selftests that were built.
+        patterns: names, with or without their directory, or shell patterns. Without any, all
+            selftests are chosen, except those in `EXCLUDED` and, unless `slow` is set, in `SLOW`.
+        slow: whether to include `SLOW` when there are no patterns.
 
     Raises:
-        SelftestUnknownError: a pattern fits no name.
+        SelftestUnknownError: a pattern matches no name.
     """
     if not patterns:
         left_out = {*EXCLUDED, *({} if slow else SLOW)}
@@ -193,10 +201,14 @@ def choose(available: Sequence[str], patterns: Sequence[str], *, slow: bool = Fa
 
 
 def parse(output: bytes) -> tuple[dict[str, Result], str]:
-    """What the runner said: results by name, and the name of the test that did not end, or ""."""
+    """Decode the output of the runner on the emulated host (``inside/selftest_runner.py``).
+
+    Returns:
+        The results by name, and the name of the selftest that did not end; "" if all did.
+    """
     results: dict[str, Result] = {}
     running = ""
-    # A host that dies leaves half a line.
+    # If the host died, the last line is incomplete.
     for line in output.decode(errors="replace").split("\n")[:-1]:
         record = json.loads(line)
         if "start" in record:
@@ -209,15 +221,19 @@ def parse(output: bytes) -> tuple[dict[str, Result], str]:
 
 
 class Selftests:
-    """The selftests of one kernel series, and the emulated host that they run on.
+    """The selftests of one kernel series, and the emulated host that runs them.
 
     Attributes:
-        names: all that were built, `x86_64/cpuid_test` and so on.
-        release: of the emulated host's kernel, as `uname -r` says it.
+        names: names of all selftests that were built, such as `x86_64/cpuid_test`.
+        release: release of the emulated host's kernel, as `uname -r` prints it.
     """
 
     def __init__(self, series: str | None = None) -> None:
-        """Build the selftests of `series`, if the cache lacks them.
+        """Build the selftests if the cache lacks them.
+
+        Args:
+            series: kernel series, one of `pykvm.kernel.series.SERIES`; by default that of
+                `default_series()`.
 
         Raises:
             PykvmError: they cannot be built; the message says why.
@@ -237,15 +253,18 @@ class Selftests:
         distribution: bool = False,
         report: Callable[[Comparison], None] | None = None,
     ) -> list[Comparison]:
-        """Run `names` on both sides, at the same time on two hosts.
+        """Run selftests on two emulated hosts at the same time, one for each side.
 
         Args:
-            limit: seconds of the emulated clock for each.
-            distribution: compare with the distribution's modules, not with unpatched ones.
-            report: told each comparison as soon as both sides have it, in the order of `names`.
+            names: selftests to run.
+            limit: seconds of the emulated clock for each selftest.
+            distribution: whether to compare with the distribution's modules instead of unpatched
+                ones.
+            report: called with each comparison as soon as both sides have a result, in the order
+                of `names`.
 
         Raises:
-            PykvmError: the modules or the emulated host cannot be had.
+            PykvmError: the modules cannot be built, or the emulated host cannot be started.
         """
         self._cancelled.clear()
         unpatched = None if distribution else kernel.build(self.release, patched=False)
@@ -265,11 +284,12 @@ class Selftests:
                         if report is not None:
                             report(each)
             finally:
-                self._cancelled.set()  # Ctrl-C reaches this thread only, and the pool waits
+                # Ctrl-C interrupts this thread only; the pool waits for the others.
+                self._cancelled.set()
         return done
 
     def _lay_out(self, directory: Path) -> Path:
-        """What the emulated host sees: the programs and their runner."""
+        """Copy the programs and their runner into `directory`; return the folder to carry in."""
         programs = directory / "selftests"
         shutil.copytree(self._built, programs)
         shutil.copy2(_RUNNER, programs)
@@ -278,7 +298,10 @@ class Selftests:
     def _run(
         self, programs: Path, names: Sequence[str], modules: Path | None, limit: float
     ) -> dict[str, Result]:
-        """Run `names` with `modules`, or with the distribution's if None."""
+        """Run `names` on a host with `modules`, or with the distribution's modules if None.
+
+        A host that dies is started again for the selftests that have no result yet.
+        """
         testbed = Testbed(programs, series=self._series)
         results: dict[str, Result] = {}
         while left := [name for name in names if name not in results]:
@@ -299,13 +322,14 @@ class Selftests:
             finished, running = parse(bytes(output))
             results.update(finished)
             if len(results) < len(names):
-                # Without one that was running, the host could not even start: do not try forever.
+                # If none was running, the host did not start. Give up one name each time, so
+                # that the loop ends.
                 lost = running or next(name for name in left if name not in finished)
                 results[lost] = Result(None, host_died=reason)
         return results
 
 
 def _stable(lines: Sequence[str]) -> Iterator[str]:
-    """Lines without what may change from run to run: numbers, of any base."""
+    """Yield lines with their numbers replaced, since those may differ from run to run."""
     for line in lines:
         yield re.sub(r"0x[0-9a-f]+|\b[0-9a-f]{8,}\b|\d+", "#", line)

@@ -1,4 +1,4 @@
-"""Run a command on the emulated host as if it were a local one."""
+"""Commands on the emulated host, run as if they were local."""
 
 import os
 import select
@@ -29,7 +29,7 @@ __all__ = ["CancelledError", "CommandTimeoutError", "HostDiedError", "Outcome", 
 
 Sink = Callable[[bytes], None]
 
-# From the start of the emulator to the start of the command, in seconds. It takes two or three.
+# Seconds from the start of the emulator to the start of the command. It usually takes two or three.
 _RESUME_TIMEOUT = 120.0
 
 _END_OF_TRANSMISSION = b"\x04"  # Ctrl-D
@@ -40,23 +40,23 @@ class HostDiedError(PykvmError):
 
 
 class CommandTimeoutError(PykvmError):
-    """The command did not end in the time it was given."""
+    """The command did not end within its timeout."""
 
 
 class CancelledError(PykvmError):
-    """Another thread said that the command is to end."""
+    """Another thread cancelled the command."""
 
 
 @dataclass
 class Outcome:
-    """How a command ended.
+    """Result of a command.
 
     Attributes:
         status: exit status; 128 plus the signal's number if a signal ended it.
-        stdout, stderr: what it wrote, in bytes.
-        brought: files that came back, as paths in the folder.
-        first_output: seconds from the call to the first byte of output, or None.
-        seconds: of the whole call.
+        stdout, stderr: its output.
+        brought: files that were brought back, as paths in the folder.
+        first_output: seconds from the call to the first byte of output; None without output.
+        seconds: seconds of the whole call.
     """
 
     status: int
@@ -68,13 +68,15 @@ class Outcome:
 
 
 class Testbed:
-    """The emulated Intel host for one folder; any number of commands can run at a time.
+    """The emulated Intel host for one folder. Any number of commands may run at the same time.
 
     Attributes:
-        folder: what is carried inside.
+        folder: the folder that is carried inside.
+        kernel: kernel of the host.
+        machine: processor of the host, and the Bochs that emulates it.
     """
 
-    # pytest would take it for a class of tests.
+    # pytest would collect it as a class of tests.
     __test__ = False
 
     def __init__(
@@ -85,13 +87,17 @@ class Testbed:
         series: str | None = None,
         cpu: str = DEFAULT_CPU,
     ) -> None:
-        """For `folder` (default: pykvm's own checkout from inside it, else the current folder).
+        """Choose the folder, the kernel and the processor; start nothing.
 
-        `progress` is told what is being waited for, when it takes long (default: standard error).
-        `series` is one of `pykvm.kernel.series.SERIES` (default: `default_series()`); of it,
-        the newest kernel runs.
-        `cpu` is one of `pykvm.testbed.bochs.CPUS`; what the installed Bochs does not emulate, a
-        newer one does, which is fetched first if need be.
+        Args:
+            folder: the folder to carry inside. By default it is pykvm's own checkout if the current
+                folder is in it, else the current folder.
+            progress: called with a message at each step that takes long; by default the messages
+                go to standard error.
+            series: kernel series, one of `pykvm.kernel.series.SERIES`, of which the newest kernel
+                is used; by default that of `default_series()`.
+            cpu: emulated processor, one of `pykvm.testbed.bochs.CPUS`. If the installed Bochs does
+                not emulate it, a newer Bochs is fetched.
 
         Raises:
             SeriesUnknownError, KernelMissingError: see `pykvm.kernel.series.newest_kernel`.
@@ -107,12 +113,12 @@ class Testbed:
     def prepare(
         self, kvm: str = "payload", modules: Path | None = None, also: Sequence[Path] = ()
     ) -> Path:
-        """Make sure that the booted host with its KVM is in the cache; return its entry.
+        """Boot the host with its KVM if the cache lacks it; return its cache entry.
 
         The arguments are those of `run`.
 
         Raises:
-            PykvmError: it cannot be made; the message says why.
+            PykvmError: the host cannot be prepared; the message says why.
         """
         cache_pruning.prune_daily()
         if kvm == "none":
@@ -142,39 +148,42 @@ class Testbed:
     ) -> Outcome:
         """Run `command` in the folder on the emulated host.
 
-        Files that it writes below `build/` appear in the folder, and so do the paths in
-        `bring`, which are relative to the folder.
+        Files that the command writes below `build/`, and the paths in `bring`, are copied back to
+        the folder.
 
         Args:
-            modules: directory with kvm.ko and kvm-intel.ko to load; by default the patched ones,
-                built if need be.
-            also: patches to build them with besides the series' own, for tests that take a
-                defence away.
-            kvm: "payload" to load `modules`, "stock" for the distribution's, "none" for no KVM.
-            timeout: seconds for the command, resuming not included.
-            environment: variables to set.
-            stdout, stderr: called with output as it comes; it is collected in any case.
-            stdin: what the command reads from its standard input.
-            interactive: give the command a terminal, connected to ours.
-            directory: where to run, in the folder (default: the folder).
-            cancelled: ends the run soon after another thread has set it.
+            command: program and arguments.
+            modules: directory of kvm.ko and kvm-intel.ko to load; by default the patched modules,
+                which are built if the cache lacks them.
+            also: further patches to build the patched modules with, for tests that remove a
+                defence.
+            kvm: "payload" to load `modules`, "stock" for the distribution's KVM, "none" for no KVM.
+            timeout: seconds for the command, without the time to resume the host.
+            environment: environment variables to set.
+            bring: further paths to copy back, relative to the folder.
+            stdout, stderr: called with output as it arrives. `Outcome` holds all output in any
+                case.
+            stdin: content of the command's standard input.
+            interactive: whether to give the command a terminal that is connected to this process's.
+            directory: working directory of the command, in the folder; by default the folder.
+            cancelled: event with which another thread ends the run.
 
         Raises:
-            CommandTimeoutError: see `timeout`.
-            CancelledError: see `cancelled`.
+            CommandTimeoutError: the command did not end within `timeout`.
+            CancelledError: another thread set `cancelled`.
             HostDiedError: the emulator or the kernel inside died; the message names the logs.
             FolderTooLargeError, FolderNameError: see `pykvm.testbed.folder.carried_files`.
-            PykvmError: what is needed is missing; the message says what to type.
+            PykvmError: something is missing; the message says what to type.
         """
         start = time.monotonic()
-        carried_files(self.folder)  # too many are refused before anything is booted
+        carried_files(self.folder)  # raises before the host is booted
         job = payload.Job(
             "run",
             command=list(command),
             folder=str(self.folder),
             directory=str((directory or self.folder).resolve()),
             kvm=kvm,
-            # There is no git inside to ask for the commit that records name.
+            # Records name the commit, and the emulated host has no git to find it.
             environment={"PYKVM_COMMIT": commit(), **(environment or {})},
             bring=["build", *(self._in_folder(name) for name in bring)],
             interactive=interactive,
@@ -188,7 +197,7 @@ class Testbed:
         host = self.prepare(kvm, modules)
         with scratch.directory("testbed-instances") as instance:
             image = instance / "files.iso"
-            # They are loaded already; `pykvm kernel load` inside may want them again.
+            # The modules are loaded already; `pykvm kernel load` inside may need their files.
             payload.write(image, job, modules if kvm == "payload" else None, stdin)
             saved_state.lay_out(instance, host, image)
             try:
@@ -212,7 +221,7 @@ class Testbed:
         modules: Path | None = None,
         also: Sequence[Path] = (),
     ) -> list[str]:
-        """What `run` would do, a line each."""
+        """Return what `run` would do, line by line; the arguments are those of `run`."""
         key = saved_state.host_key(self.kernel, self.machine)
         cached = (cache.root() / "testbed-host" / key).is_dir()
         patched = "the patched KVM" + "".join(f" with {patch}" for patch in also)
@@ -228,7 +237,7 @@ class Testbed:
         ]
 
     def _built_modules(self, also: Sequence[Path]) -> Path:
-        # Imported late: with stock or other modules nothing of it is needed.
+        # Imported late, because it is only needed for the patched modules.
         from pykvm.kernel import build as kernel  # noqa: PLC0415
 
         return kernel.build(self.kernel.release, also=also)
@@ -243,7 +252,8 @@ class Testbed:
         if not size:
             return []
         with disk.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            # Debian 12's Python has no extraction filters yet. There are files and links only.
+            # Debian 12's Python has no extraction filters yet, so members are filtered here:
+            # files and links only.
             members = [member for member in archive if member.isreg() or member.issym()]
             for member in members:
                 self._in_folder(member.name)
@@ -254,7 +264,7 @@ class Testbed:
 
 
 class _Run:
-    """The conversation with the emulator during one command."""
+    """Exchange with the emulator during one command."""
 
     def __init__(
         self,
@@ -277,7 +287,11 @@ class _Run:
         self._started: float | None = None
 
     def until_exit(self) -> tuple[int, int]:
-        """Stream until the job reports its end: exit status and size of what comes back."""
+        """Pass input and output on until the job reports its end.
+
+        Returns:
+            The exit status, and the size in bytes of the archive that is brought back.
+        """
         emulator = self._emulator
         emulator.say_go()
         resumed = time.monotonic()
@@ -289,7 +303,7 @@ class _Run:
                 for source in readable:
                     if source in keyboard:
                         data = os.read(source, 256)
-                        if not data:  # the end of a file is a key too
+                        if not data:  # end of file: sent to the terminal inside as Ctrl-D
                             keyboard.remove(source)
                         os.write(emulator.control, data or _END_OF_TRANSMISSION)
                     elif source == emulator.control:
@@ -353,7 +367,7 @@ class _Run:
 
 
 class _Narrator:
-    """Tells on standard error what takes long, with the seconds so far."""
+    """Progress messages on standard error, with the seconds since the first of them."""
 
     def __init__(self) -> None:
         self._start: float | None = None
@@ -366,7 +380,12 @@ class _Narrator:
 
 @contextmanager
 def _raw_terminal(wanted: bool) -> Iterator[list[int]]:
-    """Our own keyboard as a list of descriptors; empty unless `wanted` and a terminal."""
+    """Switch this process's terminal to raw mode for the duration of the context.
+
+    Yields:
+        The descriptor of standard input in a list; an empty list unless `wanted`. If standard input
+        is no terminal, its mode is not changed.
+    """
     if not wanted:
         yield []
         return
