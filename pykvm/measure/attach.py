@@ -41,8 +41,8 @@ class AttachCost:
     def as_dict(self) -> dict[str, Any]:
         """Return the costs for a record.
 
-        Of the pages, ``ept_tables`` are the kernel's, ``own`` were made for this attachment, and
-        ``mapped`` are all that the contexts map, most of them shared with other attachments.
+        Of the pages, ``ept_tables`` are the kernel's, ``own`` were allocated for this attachment,
+        and ``mapped`` are all that the contexts map, most of them shared with other attachments.
         """
         gate, sub = self.pages.gate, self.pages.sub
         return {
@@ -64,7 +64,7 @@ def measure_attach(kvm: Kvm, repeats: int, scale: float) -> AttachCost:
 
     Args:
         kvm: an open ``/dev/kvm``.
-        repeats: how often to do so.
+        repeats: number of repetitions.
         scale: one tick of the time-stamp counter in the record's unit.
 
     Raises:

@@ -25,7 +25,7 @@ TIMEOUT: Final = 900.0
 """Seconds for one run of all phases."""
 
 _LANE_SLOTS: Final = 512
-# Loads and caches what is needed on first use; not measured.
+# First use of code and data, which is not measured.
 _WARM_UP: Final = Phase(64, 1, 8)
 
 
@@ -35,7 +35,7 @@ class BurstStuckError(PykvmError):
 
 @dataclass(frozen=True)
 class BurstPoint:
-    """Cost for one frame size, burst length and number of guests, on one path; that of guest 0.
+    """Cost for guest 0 with one frame size, burst length, number of guests and path.
 
     Attributes:
         path: path to the switch.
@@ -70,7 +70,13 @@ class BurstPoint:
 
 
 def phases_of(sizes: Sequence[int], bursts: Sequence[int], repeats: int) -> list[Phase]:
-    """Return a warm-up, then one phase of `repeats` bursts for each size and burst length."""
+    """Return a warm-up, then one phase of `repeats` bursts for each size and burst length.
+
+    Args:
+        sizes: bytes of a frame.
+        bursts: frames in a burst.
+        repeats: number of bursts in a phase.
+    """
     return [_WARM_UP, *(Phase(size, burst, repeats) for size in sizes for burst in bursts)]
 
 
@@ -93,7 +99,7 @@ def measure_bursts(
         scale: one tick of the time-stamp counter in the record's unit.
         sizes: bytes of a frame.
         bursts: frames in a burst.
-        repeats: how many bursts of each size and length to send.
+        repeats: number of bursts of each size and length.
 
     Raises:
         BurstStuckError: a guest gave up, or no burst went through at once.
@@ -133,9 +139,9 @@ def _station(port: int) -> bytes:
 def _introduce(hosted: HostedSwitch, guests: int) -> None:
     """Let the switch learn all stations.
 
-    A guest may be done before its peer sends anything, and frames to an unknown station cost more,
-    because they are flooded. So each port sends a frame to its own station: the switch learns it
-    and delivers the frame to nobody.
+    A guest may finish before its peer sends anything, and frames to an unknown station cost more,
+    because the switch floods them. Therefore each port sends a frame to its own station. The switch
+    learns the station and delivers the frame to no port.
     """
     for port in range(guests):
         NativePort(hosted.switch, port).send([_station(port) * 2 + bytes(48)])

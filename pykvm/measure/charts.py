@@ -1,4 +1,9 @@
-"""Charts drawn from records, as SVG and PNG. They need matplotlib, the extra `charts`."""
+"""Charts drawn from records, as SVG and PNG. They need matplotlib, the extra `charts`.
+
+Each function takes a record as `pykvm bench` or `pykvm demo` writes it, and the path of the files
+without their suffix. It raises ChartError if a file cannot be written, and ExtraMissingError if
+matplotlib is missing.
+"""
 
 import os
 from collections.abc import Sequence
@@ -38,8 +43,14 @@ class ChartError(PykvmError):
 
 
 def _figure(width: float, height: float) -> Any:
-    """An empty figure, in inches; it belongs to no display, whatever MPLBACKEND says."""
-    # A notebook's backend need not exist here, and matplotlib does not load then.
+    """Return an empty figure, independent of any display and of MPLBACKEND.
+
+    Args:
+        width: inches.
+        height: inches.
+    """
+    # matplotlib does not load if the backend in MPLBACKEND is not installed, as a notebook's may
+    # not be.
     backend = os.environ.pop("MPLBACKEND", None)
     try:
         import matplotlib as mpl  # noqa: PLC0415  (optional, and slow to import)
@@ -68,7 +79,7 @@ def _save(figure: Any, stem: Path) -> list[Path]:
         path = stem.with_suffix(suffix)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Tight: the line about the source stands below the axes.
+            # Tight, because the line about the source is below the axes.
             figure.savefig(path, dpi=150, metadata=metadata, bbox_inches="tight")
         except OSError as error:
             raise ChartError(
@@ -105,7 +116,7 @@ def _source(record: dict[str, Any]) -> str:
 
 
 def draw_demo(record: dict[str, Any], stem: Path) -> list[Path]:
-    """Draw the demo's two costs for each path; return the files written (.svg, .png)."""
+    """Draw the demo's two costs for each path; return the files written (.svg and .png)."""
     names = [path["name"] for path in record["paths"]]
     unit = record["unit"]
     figure = _figure(7.2, 4.4)
@@ -133,7 +144,7 @@ def draw_crossing(record: dict[str, Any], stem: Path) -> list[Path]:
 
 
 def draw_interrupts(record: dict[str, Any], stem: Path) -> list[Path]:
-    """Latency of an interrupt against the work left when it comes; returns the files written."""
+    """Draw interrupt latency against the work left at the deadline; return the files written."""
     figure = _figure(7.2, 3.4)
     axes = figure.subplots()
     for way, name, label in (
@@ -160,7 +171,7 @@ def draw_interrupts(record: dict[str, Any], stem: Path) -> list[Path]:
 
 
 def draw_protections(record: dict[str, Any], stem: Path) -> list[Path]:
-    """What each protection adds to one empty call; returns the files written."""
+    """Draw the cost that each protection adds to one empty call; return the files written."""
     figure = _figure(7.2, 2.8)
     axes = figure.subplots()
     points = record["protections"]
@@ -180,7 +191,9 @@ def draw_protections(record: dict[str, Any], stem: Path) -> list[Path]:
 
 
 def draw_switch(record: dict[str, Any], stem: Path) -> list[Path]:
-    """Draw cost per packet against burst length, in a panel for each packet size.
+    """Draw cost per packet against burst length, in one panel for each packet size.
+
+    The points with the fewest guests are drawn.
 
     Returns:
         The files written.

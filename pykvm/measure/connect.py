@@ -15,7 +15,13 @@ SWITCH_SEED: Final = 0x9E37_79B9_7F4A_7C15
 
 
 def connect(guest: BareGuest, hosted: HostedSwitch, port: int, path: SwitchPath) -> None:
-    """Give the guest the window of `port` and the given path to the switch; enable the port.
+    """Give a guest the window of a port and a path to the switch; enable the port.
+
+    Args:
+        guest: the guest.
+        hosted: the switch.
+        port: number of the port.
+        path: path by which the guest calls the switch.
 
     Raises:
         PortStateError: the port is in use.

@@ -48,7 +48,7 @@ class WayCost:
         return self.exits.own / self.calls
 
     def as_dict(self) -> dict[str, Any]:
-        """For a record."""
+        """Return the cost for a record."""
         return {
             "vm_exits": self.vm_exits,
             "vmfuncs": self.vmfuncs,
@@ -71,7 +71,7 @@ class Crossing:
     empty: Samples
 
     def as_dict(self) -> dict[str, Any]:
-        """For a record."""
+        """Return the costs for a record."""
         return {
             **{name: way.as_dict() for name, way in self.ways.items()},
             "empty": self.empty.as_dict(),
@@ -90,7 +90,7 @@ def measure_crossing(
 
     Args:
         kvm: an open ``/dev/kvm``.
-        calls: how many calls to make in each way.
+        calls: number of calls in each way.
         scale: one tick of the time-stamp counter in the record's unit.
         ways: the ways to call.
         without: protections to leave out of the crossing.
@@ -108,7 +108,7 @@ def measure_crossing(
         counter = ExitCounter(guest.vcpu)
         guest.run(counter.mark)
         ticks = way_samples(guest.samples(), program)
-        # No host can count a VMFUNC that succeeds. But the toolchain has checked that each page of
+        # No host can count the VMFUNCs that succeed. The toolchain has checked that each page of
         # the crossing holds exactly one.
         pages = [images.entry_page, images.gate_page, instance.sub_entry_page]
         vmfuncs = sum(page.count(VMFUNC) for page in pages)

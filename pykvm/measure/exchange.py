@@ -42,7 +42,7 @@ BURST: Final = 32
 TIMEOUT: Final = 300.0
 """Seconds for one exchange; the emulated host takes a few."""
 
-# Room for several rounds of one side's frames. The guests take turns on the emulated host's only
+# Room for several rounds of one side's frames. The guests share the emulated host's only
 # processor, and a sender that has to wait splits its bursts differently in every run.
 _LANE_SLOTS: Final = 4096
 
@@ -52,11 +52,11 @@ class ExchangeTooLargeError(PykvmError, ValueError):
 
 
 class ExchangeStuckError(PykvmError):
-    """Guests that were too slow: one gave up waiting for frames that were not sent in time."""
+    """Guests that were too slow: one gave up waiting for its peer's frames, or took too long."""
 
 
 class ExchangeDroppedError(PykvmError):
-    """Frames for which a guest waited and which the switch had not forwarded."""
+    """Frames that the switch did not forward and for which a guest waited in vain."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Exchange:
         dropped: frames that the switch did not deliver, by reason; its own counters.
         exits: VM exits between the first frame and the last.
         samples: the send calls of each guest, in order.
-        lengths: how many frames each guest sends in a round.
+        lengths: number of frames that each guest sends in a round.
     """
 
     path: SwitchPath
@@ -93,7 +93,7 @@ class Exchange:
     def ticks_per_packet(self) -> float:
         """Ticks of the time-stamp counter that a sender spends on one packet, its call included.
 
-        The same burst of each round is one group, for which `typical` gives one value, so that the
+        The same burst of all rounds is one group, which `typical` reduces to one value, so that the
         host's timer interrupts do not count.
         """
         ticks, frames = 0.0, 0
@@ -132,12 +132,19 @@ def exchange(
 ) -> Exchange:
     """Let two guests send their side of a conversation to each other.
 
-    sides: the frames of either guest, in order. The switch has to forward each of them to the
-    other guest (`split_capture`). idle_limit: looks at the lanes without any progress, one after
-    the other, after which a guest gives up.
+    Args:
+        kvm: an open ``/dev/kvm``.
+        path: path to the switch.
+        sides: frames of each guest, in order. The switch has to forward each of them to the other
+            guest (`split_capture`).
+        rounds: number of times to send all frames.
+        idle_limit: polls of the lanes without progress before a guest gives up.
 
-    Raises ExchangeTooLargeError, ExchangeStuckError, ExchangeDroppedError, and what `BareGuest.run`
-    and `ObjectInstance.attach` raise.
+    Raises:
+        ExchangeTooLargeError: a guest has no room for its frames or its peer's.
+        ExchangeStuckError: a guest gave up waiting, or did not finish in time.
+        ExchangeDroppedError: the switch did not forward frames for which a guest waited.
+        PykvmError: see `BareGuest.run` and `ObjectInstance.attach`.
     """
     check_room(sides, rounds)
     config = SwitchConfig(ports=2, lane_slots=_LANE_SLOTS)
@@ -155,7 +162,7 @@ def exchange(
             )
             guest = stack.enter_context(BareGuest(kvm, program, name=f"guest {port}"))
             guest.set_input(frame_records(frames))
-            # No more room for received frames than it needs: it touches all of it.
+            # Only as much room for received frames as it needs, because it touches all of it.
             guest.info.log_size = _room_of(sides[1 - port]) * rounds
             connect(guest, hosted, port, path)
             guests.append(guest)
@@ -194,12 +201,20 @@ def exchange(
 
 
 def _room_of(frames: Sequence[bytes]) -> int:
-    """Bytes of the frames in a guest's memory, be they sent or received."""
+    """Return how many bytes the frames take in a guest's memory, sent or received."""
     return len(frame_records(frames))
 
 
 def check_room(sides: Sequence[Sequence[bytes]], rounds: int) -> None:
-    """Raise ExchangeTooLargeError if a guest has no room for its frames or its peer's."""
+    """Check that each guest has room for its frames and its peer's.
+
+    Args:
+        sides: frames of each guest.
+        rounds: number of times to send all frames.
+
+    Raises:
+        ExchangeTooLargeError: a guest has no room.
+    """
     largest = max(_room_of(frames) for frames in sides)
     if largest > layout.CAPTURE_SIZE:
         raise ExchangeTooLargeError(
@@ -216,7 +231,7 @@ def check_room(sides: Sequence[Sequence[bytes]], rounds: int) -> None:
 
 
 def _why_stuck(received: Sequence[int], dropped: Mapping[str, int]) -> PykvmError:
-    """The error for guests that gave up waiting, by what the switch says of their frames."""
+    """Return the error for guests that gave up waiting, with the switch's drop counters."""
     reasons = ", ".join(f"{name} {count}" for name, count in dropped.items() if count)
     if reasons:
         return ExchangeDroppedError(

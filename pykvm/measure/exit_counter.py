@@ -7,7 +7,7 @@ from pykvm.kvm import Stats, Vcpu
 
 __all__ = ["ExitCounter", "Exits"]
 
-# irq_exits are caused by the host's own interrupts, above all its timer.
+# The host's own interrupts cause irq_exits, most of them its timer's.
 _COUNTED: Final = (
     *("exits", "irq_exits", "io_exits", "hypercalls", "halt_exits", "mmio_exits"),
     *("elisa_held", "elisa_returns"),
@@ -46,8 +46,8 @@ class Exits:
 class ExitCounter:
     """Reader of KVM's counters at a guest's marks: 2n begins part n, 2n + 1 ends it.
 
-    The guest waits in the mark's exit while the counters are read. So a part includes the exit of
-    the mark that ends it, but not that of the mark that begins it.
+    The guest waits in the mark's exit while the counters are read. Therefore a part includes the
+    exit of the mark that ends it, but not that of the mark that begins it.
 
     Attributes:
         parts: the exits of each part that has ended, by its number.

@@ -1,6 +1,6 @@
-"""The machine's fingerprint: what a measured number depends on, for the record it stands in.
+"""Fingerprint of the machine, stored in each record of a measurement.
 
-It names hardware and versions only: no host name, no user, no path.
+It names hardware and versions, on which the figures depend, but no host, user or path.
 """
 
 import os
@@ -17,7 +17,7 @@ __all__ = ["fingerprint"]
 
 
 def fingerprint() -> dict[str, Any]:
-    """What this machine is, ready for JSON."""
+    """Return the fingerprint of this machine as JSON values."""
     processor = read_processor()
     kvm = modules.status()
     return {

@@ -29,7 +29,7 @@ LEFT: Final = (0, 1000, 10_000, 100_000)
 
 _WAYS: Final = ("default", "object")
 _LEAD: Final = 30_000
-"""Ticks before the deadline. Setting the timer and entering the object take less on any host."""
+"""Ticks from setting the timer to its deadline; entering the object takes less on any host."""
 
 
 class LateTimerError(PykvmError):
@@ -47,7 +47,7 @@ class InterruptPoint:
         behind: ticks from the expected end of the call to the handler, for interrupts that were
             taken at the return page; None if there were none.
         at_return: number of interrupts that were taken at the return page.
-        late: number of interrupts left out, because their call began after the deadline.
+        late: number of interrupts that are left out because their call began after the deadline.
         exits: VM exits of all calls.
     """
 

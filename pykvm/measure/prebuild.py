@@ -29,7 +29,7 @@ def build_images() -> None:
     for one in MEASURED:
         without = frozenset({one.protection})
         crossing_images(without)
-        # What is measured from user mode is built for kernel mode as well.
+        # Builds that are measured from user mode are made for kernel mode as well.
         for user in {False, one.user}:
             build_object(nop, user=user, without=without)
     for program in (

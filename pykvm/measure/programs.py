@@ -1,7 +1,8 @@
-"""Bare-metal guest programs of guest/bare: what each takes, and what it leaves behind.
+"""Bare-metal guest programs of guest/bare: their parameters and their results.
 
 Each class holds one program's parameters, which the head of its C file lists. `BareGuest` calls
-``image()``, ``params()`` and ``input()``. The functions decode what the programs leave behind.
+``image()``, ``params()`` and ``input()``. The functions decode the data that programs leave in the
+guest's memory.
 """
 
 import struct
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 HC_USER: Final[int] = uapi.lib.KVM_HC_ELISA_USER
-"""The first of the hypercalls that user space answers (`Handlers.add_hypercall`)."""
+"""First of the hypercalls that user space answers (`Handlers.add_hypercall`)."""
 
 IDLE_LIMIT: Final = 50_000_000
 """Polls of the lanes without progress before a guest gives up; a few seconds on a busy host."""
@@ -48,7 +49,7 @@ _INTERRUPT: Final = struct.Struct("<6Q")
 
 
 class LogError(ValueError):
-    """A log of frames that does not end where the guest says."""
+    """A log of frames that ends inside a record or a frame."""
 
 
 class Way(IntEnum):
@@ -76,7 +77,7 @@ class CrossingProgram:
     It sends mark 2n before way n, and mark 2n + 1 after it.
 
     Attributes:
-        calls: how many calls to make in each way.
+        calls: number of calls in each way.
         ways: the ways to call.
         hypercall: number of the hypercall that the VMM answers.
     """
@@ -101,11 +102,11 @@ class ExchangeProgram:
 
     Attributes:
         path: path to the switch.
-        expected: how many frames to wait for.
-        burst: how many frames to send in one call.
-        rounds: how often to send all frames.
+        expected: number of frames to wait for.
+        burst: number of frames to send in one call.
+        rounds: number of times to send all frames.
         hypercall: number of the hypercall that the VMM answers.
-        idle_limit: how many polls without progress to make before it gives up.
+        idle_limit: polls without progress before it gives up.
     """
 
     path: SwitchPath
@@ -155,10 +156,10 @@ class BurstProgram:
         path: path to the switch.
         own: Ethernet address of the sender, 6 bytes.
         to: Ethernet address of the receiver, 6 bytes.
-        phases: what to send.
-        expected: how many frames to wait for.
+        phases: the phases to send.
+        expected: number of frames to wait for.
         hypercall: number of the hypercall that the VMM answers.
-        idle_limit: how many polls without progress to make before it gives up.
+        idle_limit: polls without progress before it gives up.
     """
 
     path: SwitchPath
@@ -215,9 +216,9 @@ class InterruptSample:
 
     Attributes:
         deadline: the timer's deadline.
-        begun: just before the call.
-        expected: when the call would end if nothing interrupted it.
-        handler: in the handler's first instructions.
+        begun: reading just before the call.
+        expected: end of the call if nothing interrupted it.
+        handler: reading in the handler's first instructions.
         rip: address of the interrupted instruction.
     """
 
@@ -233,7 +234,7 @@ class ReceivedFrame:
     """A frame as it arrived.
 
     Attributes:
-        source: port that it came from.
+        source: number of the sender's port.
         data: its bytes.
     """
 
@@ -257,9 +258,10 @@ class SendSample:
 
 
 def frame_records(frames: Iterable[bytes]) -> bytes:
-    """Encode frames as ``exchange.c`` takes them.
+    """Encode frames as the input of ``exchange.c``.
 
-    Each has its length and a zero, 32 bits each, and its bytes, padded to a multiple of 8.
+    A record is the frame's length and a zero, 32 bits each, then its bytes, padded to a multiple of
+    8.
     """
     return b"".join(
         _RECORD.pack(len(frame), 0) + frame + bytes(-len(frame) % 8) for frame in frames

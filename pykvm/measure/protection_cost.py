@@ -33,8 +33,8 @@ class Measured:
     Attributes:
         protection: the protection.
         user: whether it is measured with callers in user mode.
-        optional: whether no attack known today needs it: it is a second layer, or it hides what is
-            secret only in some objects.
+        optional: whether no known attack requires it: it is a second layer, or it hides data that
+            is secret only in some objects.
         what: what the protection does, for the chart.
     """
 
@@ -116,11 +116,11 @@ class Protections:
 def measure_protections(kvm: Kvm, calls: int, scale: float) -> Protections:
     """Run one guest for each build, one after the other.
 
-    The object touches no window, as it must where STAC and CLAC are left out.
+    The object accesses no window, because it could not where STAC and CLAC are left out.
 
     Args:
         kvm: an open ``/dev/kvm``.
-        calls: how many calls each guest makes.
+        calls: number of calls of each guest.
         scale: one tick of the time-stamp counter in the record's unit.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Records of measurements as JSON: raw samples, the figure that they stand for, and the machine.
+"""Records of measurements as JSON: raw samples, the figure derived from them, and the machine.
 
 On the emulated host the time-stamp counter advances one tick with each instruction, so the
 difference of two readings is a count of instructions; it is never called a time. On hardware, ticks
@@ -38,7 +38,7 @@ def unit_of_host(host: str) -> str:
 
 
 def typical(values: Sequence[int], *, counted: bool) -> float:
-    """Return the figure that stands for many readings: the least of counts, the median of times.
+    """Return the figure for many readings: the minimum of counts, the median of times.
 
     An interrupt of the host can only add instructions to a count, so the least count is that of an
     uninterrupted run, and it repeats exactly. Times vary in both directions.
@@ -64,7 +64,7 @@ class Samples:
 
     @property
     def cost(self) -> float:
-        """The figure that stands for the samples, without the overhead, in the record's unit."""
+        """Figure for the samples, without the overhead, in the record's unit (`typical`)."""
         return (typical(self.values, counted=self.counted) - self.overhead) * self.scale
 
     def as_dict(self) -> dict[str, Any]:
@@ -84,11 +84,13 @@ class Samples:
 
 
 def require_writable(path: Path) -> None:
-    """Make sure, before anything is measured, that a record can be written to the file `path`.
+    """Check, before anything is measured, that a record can be written; create its folder.
 
-    Its folder exists afterwards.
+    Args:
+        path: file of the record.
 
-    Raises RecordError if it cannot be.
+    Raises:
+        RecordError: the file cannot be written.
     """
     try:
         if path.is_dir():
@@ -101,7 +103,11 @@ def require_writable(path: Path) -> None:
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write a record in such a way that a reader never sees half of one.
+    """Write a record atomically.
+
+    Args:
+        path: file of the record; its folder is created.
+        record: the record.
 
     Raises:
         RecordError: the file cannot be written.
@@ -121,7 +127,7 @@ def _unwritable(path: Path, error: OSError) -> RecordError:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Read a record.
+    """Read a record from a file.
 
     Raises:
         RecordError: the file cannot be read, or is not a JSON object.

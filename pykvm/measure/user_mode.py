@@ -27,11 +27,11 @@ _READ_WRITE: Final = Access.READ | Access.WRITE | Access.USER
 class UserProgram:
     """Parameters of ``user.c``.
 
-    Its results are the number of unusual calls that came back, and what the last one returned.
+    Its results are the number of unusual calls that returned, and the result of the last one.
 
     Attributes:
-        calls: how many calls to make with unusual values in every register and flag.
-        timed: how many calls to time, one by one, after these.
+        calls: number of calls to make with unusual values in every register and flag.
+        timed: number of calls to time after these, one by one.
         alignment: whether CR0.AM and RFLAGS.AC are on.
         odd_stack: whether rsp is odd.
         argument: first argument of the unusual calls.
@@ -63,6 +63,14 @@ def map_user_pages(guest: BareGuest, program: UserProgram) -> None:
 
 
 def user_samples(samples: bytes | memoryview, timed: int) -> tuple[list[int], list[int]]:
-    """Return the ticks of the time-stamp counter that nothing took, and each timed call."""
+    """Decode the measurements of ``user.c``.
+
+    Args:
+        samples: measurements that the guest left.
+        timed: number of timed calls.
+
+    Returns:
+        Ticks of the time-stamp counter for each empty measurement, and for each timed call.
+    """
     ticks = struct.unpack_from(f"<{2 * timed}Q", samples)
     return list(ticks[:timed]), list(ticks[timed:])
