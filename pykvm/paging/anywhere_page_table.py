@@ -1,10 +1,10 @@
 """The Anywhere Page Table: one page, mapped at every GPA where nothing else is.
 
-``VMFUNC`` leaves CR3 as the guest set it, and the EPT that it switches to decides what lies at that
-GPA. Therefore every empty entry of a context's EPT leads, level by level, to the page that holds
-the root of the context's guest page table. Whatever the guest put into CR3, the walk starts there.
-The tables in between repeat one entry 512 times, so one table for each level is enough: three more
-pages for an EPT of four levels, however many GPAs there are.
+``VMFUNC`` leaves CR3 as the guest set it, and the EPT that it switches to decides which page lies
+at that GPA. Therefore every empty entry of a context's EPT leads, level by level, to the page that
+holds the root of the context's guest page table. The walk starts there for any CR3. The tables in
+between repeat one entry 512 times, so one table for each level is enough: three more pages for an
+EPT of four levels, independent of the number of GPAs.
 
 The page is mapped read-only, which is all that the processor's walk needs: the entries of the guest
 page table have their accessed and dirty bits set (`X86Entry`), and the EPTP does not enable EPT
@@ -31,9 +31,8 @@ def fill_anywhere(
         target: address of the page that holds the root of the guest page table, or its number
             times 4096 if the tables hold indices.
         exclude: a range that stays as it is, as its first GPA and one past its last: mapped pages
-            remain mapped, absent ones absent. Gate contexts exclude the private range. So no CR3
-            with which a guest passes the gate is a GPA that a sub context maps to anything but its
-            root.
+            remain mapped, absent ones absent. Gate contexts exclude the private range. Therefore
+            a sub context maps any CR3 with which a guest passes the gate only to its root.
 
     Raises:
         AlignmentError: `target` or `exclude` is not a multiple of 4096.
@@ -77,8 +76,8 @@ class _Filler:
         if 0 not in table:
             return
         base, size = self.ept.base(number) or 0, page_size(level)
-        # Entries before index `low` and from index `high` on lie outside the excluded range, those
-        # in between inside it; a bound of the range may cut the first and the last of them.
+        # Entries before index `low` and from index `high` on lie outside the excluded range. Those
+        # in between lie inside it; a bound of the range may cut the first and the last of them.
         low = self._index(self.first - base, size)
         high = self._index(self.last - base + size - 1, size)
         if self.first == self.last or low >= high:

@@ -82,7 +82,8 @@ def size_name(size: int) -> str:
 class Field:
     """Descriptor for the bits `low` to `high` of a `Word`, both included; `high` defaults to `low`.
 
-    Read from a word, it gives the bits' value; read from the class, itself.
+    Access through a word returns the value of the bits; access through the class returns the
+    descriptor.
     """
 
     def __init__(self, low: int, high: int | None = None) -> None:
@@ -125,7 +126,7 @@ class Word(int):
 
 
 class Entry(Word):
-    """Base class for entries: what the builder and the walker need of either type."""
+    """Base class for EPT and x86 entries: the interface of the builder and the walker."""
 
     TABLE_ACCESS: ClassVar[Access]  # default of entries above the leaves: the leaf decides
     SPACE: ClassVar[str]  # name of the addresses that the tables translate
@@ -158,7 +159,7 @@ class Entry(Word):
     @property
     @abstractmethod
     def present(self) -> bool:
-        """Whether the entry is present: the processor's walk goes on."""
+        """True if the entry is present, so that the processor's walk continues."""
 
     @abstractmethod
     def is_leaf(self, level: int) -> bool:
@@ -167,7 +168,7 @@ class Entry(Word):
     @property
     @abstractmethod
     def access(self) -> Access:
-        """What this entry allows; a walk allows only what all its entries do."""
+        """Accesses that this entry allows; a walk allows those that all its entries allow."""
 
     @abstractmethod
     def memory_type_of(self, level: int) -> MemoryType | None:

@@ -1,4 +1,4 @@
-"""Everything that the processor can reach from a CR3 of the guest's choice.
+"""All memory that the processor can reach from a CR3 of the guest's choice.
 
 Invariant I3 demands that a walk which starts at one of a gate context's own private pages (a table
 of any level read as a root, the EPTP list page, a page of code) reaches no executable page.
@@ -78,11 +78,12 @@ def reachable_from(
 class _Visitor:
     ept: PageTables[EptEntry]
     read_page: ReadTable
-    # By page and level: the same page is met many times. The level falls, so recursion ends.
+    # By page and level, because walks meet the same page many times. Recursion ends because the
+    # level decreases.
     seen: dict[tuple[int, int], list[Reach]] = field(default_factory=dict)
 
     def visit(self, gpa: int, level: int) -> list[Reach]:
-        """Return what the page at `gpa`, read as a table of this level, leads to.
+        """Return the ranges that the page at `gpa`, read as a table of this level, translates.
 
         GVAs are relative to the first that the table translates.
         """

@@ -85,11 +85,14 @@ class TableLimitError(PykvmError, MemoryError):
 
 
 class TableAllocator(Protocol):
-    """Places of tables: a pure function of their number, so that a refused map costs nothing."""
+    """Places of tables.
+
+    The place is a pure function of the number, so that a map that fails allocates nothing.
+    """
 
     @property
     def indexed(self) -> bool:
-        """Whether address fields hold indices."""
+        """True if address fields hold indices."""
 
     def address(self, number: int) -> int:
         """Return the address field, in place, of entries that lead to table `number`.
@@ -104,7 +107,7 @@ class TableNumbers:
     """Allocator for tables whose address fields hold numbers of tables and, in leaves, of pages.
 
     Attributes:
-        limit: how many tables there may be.
+        limit: largest number of tables.
     """
 
     limit: int = MAX_CONTEXT_TABLES
@@ -262,7 +265,15 @@ class PageTables(Generic[E]):
         *,
         memory_type: MemoryType = MemoryType.WB,
     ) -> None:
-        """Map `count` 4 KiB pages from `start` on to those numbered from `page` on; see `map`."""
+        """Map 4 KiB pages to numbered pages; see `map`.
+
+        Args:
+            start: first address; a multiple of 4096.
+            page: number of the page to which the first address translates.
+            count: number of pages.
+            access: what the mapping allows.
+            memory_type: memory type of the leaves.
+        """
         self.map(start, page * PAGE_SIZE, count * PAGE_SIZE, access, memory_type=memory_type)
 
     def _fold(self, start: int, size: int) -> int:
@@ -349,8 +360,14 @@ class PageTables(Generic[E]):
     def add_table(self, level: int, base: int | None, fill: int = 0) -> int:
         """Append a table and return its number.
 
-        base: the first address that it translates; None for a table shared by many places, in
-        which nothing can be mapped. fill: what its entries hold.
+        Args:
+            level: level of the table.
+            base: the first address that it translates; None for a table that many entries share,
+                in which nothing can be mapped.
+            fill: initial value of its entries.
+
+        Raises:
+            TableLimitError: there is no room for another table.
         """
         number = len(self._tables)
         address = self.allocator.address(number)
@@ -407,9 +424,11 @@ class PageTables(Generic[E]):
         )
 
     def spans(self, start: int = 0, size: int | None = None) -> Iterator[Span]:
-        """Yield what is mapped in `size` bytes from `start` on, joining neighbours that are alike.
+        """Yield the mapped ranges of an address range; neighbours that are mapped alike are joined.
 
-        By default that is everything from `start` on.
+        Args:
+            start: first address.
+            size: bytes of the address range; by default all from `start` on.
         """
         limit = 1 << 12 + 9 * self.levels
         # Without sign extension; an EPT has none, and maps nothing above its width.
@@ -432,7 +451,7 @@ class PageTables(Generic[E]):
         return address
 
     def __str__(self) -> str:
-        """One line for each range, such as `GPA 0x4000001000-0x4000001fff -> page 7 [r-x WB]`."""
+        """Return a line for each range: `GPA 0x4000001000-0x4000001fff -> page 7 [r-x WB]`."""
         return "\n".join(self._lines(self.spans()))
 
     def _lines(self, found: Iterable[Span]) -> Iterator[str]:

@@ -113,7 +113,7 @@ def walk(
 ) -> Walk:
     """Translate one address with the tables whose root lies at `root`.
 
-    An absent or invalid entry raises nothing: it ends in a `Walk` that is not mapped and says why.
+    An absent or invalid entry raises no exception. The `Walk` is not mapped then and says why.
 
     Args:
         root: address of the root table; only bits 12 to 51 count.
@@ -249,10 +249,19 @@ class _Spanner:
 def spans(
     root: int, start: int, size: int, entry: type[Entry], read: ReadTable, *, levels: int = 4
 ) -> Iterator[Span]:
-    """Yield what is mapped in `size` bytes from `start` on, joining neighbours that are alike.
+    """Yield the mapped ranges of an address range; neighbours that are mapped alike are joined.
 
-    Addresses are not sign-extended: they go from 0 to 2^(12 + 9 * levels). An Anywhere Page Table,
-    which fills terabytes, takes no longer: tables that repeat one page are recognised.
+    An Anywhere Page Table, which fills terabytes, takes no longer, because tables that repeat one
+    page are recognised.
+
+    Args:
+        root: address of the root table.
+        start: first address. Addresses are not sign-extended: they go from 0 to
+            2^(12 + 9 * levels).
+        size: bytes of the address range.
+        entry: type of the entries.
+        read: function that returns the 512 words of the table at an address.
+        levels: 4 or 5.
     """
     wanted = range(start, min(start + size, 1 << (12 + 9 * levels)))
     last: Span | None = None
@@ -306,7 +315,7 @@ class NestedWalk:
 
     @property
     def target(self) -> int | None:
-        """Where the byte lies according to the EPT, or None if it cannot be reached."""
+        """Address of the byte according to the EPT, or None if it cannot be reached."""
         return None if self.fault or self.page is None else self.page.target
 
     def __str__(self) -> str:

@@ -25,11 +25,11 @@ from pykvm.verify.state import FLAGS, GENERAL, STATUS
 __all__ = ["BASES", "Comparison", "check_gate", "check_sub"]
 
 BASES: Final = (crossing.CROSSING_GVA, crossing.CROSSING_MIN_GVA, 0xFFFF_C900_0020_0000)
-"""Crossing bases that are tried: low, lowest, and in the kernel's half."""
+"""Crossing bases to try: a low one, the lowest, and one in the kernel's half."""
 
 _INT3: Final = 0xCC
 _LOCK: Final = 0xF0
-_OPEN = "open"  # the symbolic run does not say how it goes on
+_OPEN = "open"  # the symbolic run does not determine how it continues
 _PAGE_END: Final = crossing.GATE_OFFSET + PAGE_SIZE
 _LONGEST: Final = 64  # instructions of one run
 _STATUS_MASK: Final = sum(1 << STATUS_BITS[flag] for flag in STATUS)
@@ -47,10 +47,10 @@ class Comparison:
 
     Attributes:
         seed: seed of the random states.
-        states: how many states were run.
-        instructions: how many instructions they took.
-        ends: how many runs had each end.
-        disagreements: what did not agree, line by line.
+        states: number of states that were run.
+        instructions: number of instructions in all runs.
+        ends: number of runs by their end.
+        disagreements: differences from the symbolic paths, line by line.
     """
 
     seed: int
@@ -228,7 +228,7 @@ class _States:
         rng = self.rng
         found = {name: self.word() for name in GENERAL}
         upper = rng.getrandbits(32) << 32
-        # Mostly as VMFUNC lets a guest in: EAX = 0, ECX = the slot of a gate.
+        # Mostly as a guest arrives by VMFUNC: EAX = 0, ECX = the slot of a gate.
         if rng.random() < 0.75:
             found["rax"] = upper
             slots = [*range(5), 511, 512, rng.randrange(2, 512)]
@@ -256,7 +256,7 @@ def check_gate(
         page: the gate page as it was built.
         proof: its symbolic paths.
         seed: seed of the random states.
-        states: how many states to run from each byte, for each crossing base.
+        states: number of states to run from each byte, for each crossing base.
         idle_states: the same for bytes that are INT3.
     """
     comparison = Comparison(seed)
@@ -319,10 +319,10 @@ def _reconciled(emulator: Emulator, run: Run, expected: _Prediction) -> tuple[Ru
         seen = replace(run, trace=run.trace[: len(expected.trace)], stop=_OPEN)
         return seen, expected
     last = expected.trace[-1]
-    # It fetches ahead, and does not run the last instruction of a page if no page follows.
+    # The emulator fetches ahead: it skips the last instruction of a page that no page follows.
     if run.stop == Stop.FETCH == expected.stop and run.trace == expected.trace[:-1]:
         return replace(run, trace=expected.trace), replace(expected, registers={}, slot=None)
-    # An instruction that the page's end cuts off, and that is invalid however it goes on.
+    # The page's end cuts an instruction off that would be invalid with any further bytes.
     if (run.stop, expected.stop) == (Stop.INVALID, Stop.FETCH) and last + 1 == _PAGE_END:
         return replace(run, stop=expected.stop), expected
     # LOCK before INT3: the processor calls it invalid, the emulator ignores the prefix.
@@ -348,7 +348,7 @@ def check_sub(image: SubImage, *, user: bool, seed: int, states: int = 500) -> C
         image: the built object.
         user: whether it was built for callers in user mode.
         seed: seed of the random states.
-        states: how many states to run for each crossing base.
+        states: number of states to run for each crossing base.
     """
     comparison = Comparison(seed)
     contents = {f"image {part.offset:#x}": part.data for part in image.parts}
@@ -418,7 +418,7 @@ class _Call:
             self._at_function()
 
     def _at_function(self) -> None:
-        """Check the environment of the object's function, and return as any function might."""
+        """Check the environment of the object's function, then return with random values."""
         emulator, rng = self.emulator, self.rng
         pointer = emulator.get("rsp")
         self._require(pointer % 16 == 8, f"rsp is {pointer:#x}")

@@ -25,7 +25,7 @@ STATUS_BITS: Final = {
 """Bits of RFLAGS by the name that the symbolic state gives them."""
 
 _INT1: Final = b"\xf1"
-_NOWHERE: Final = (1 << 64) - 1  # an address that no run gets to
+_NOWHERE: Final = (1 << 64) - 1  # an address that no run reaches
 _MOST: Final = 64  # instructions of one run
 _PROTECTION: Final = {
     (False, False): unicorn.UC_PROT_READ,
@@ -36,7 +36,7 @@ _FETCHES: Final = (unicorn.UC_MEM_FETCH_UNMAPPED, unicorn.UC_MEM_FETCH_PROT)
 
 
 class Stop:
-    """Reason why a run ended; `RUNNING` means that it reached the limit of instructions."""
+    """Reason for the end of a run; `RUNNING` means that it reached the limit of instructions."""
 
     BREAKPOINT = "breakpoint"
     INVALID = "invalid"

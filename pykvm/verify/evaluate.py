@@ -1,4 +1,7 @@
-"""Symbolic expressions, compiled to functions of numbers: z3's substitution takes milliseconds."""
+"""Compiler of symbolic expressions to functions of integers.
+
+Evaluating an expression with z3's substitution would take milliseconds.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Final
@@ -11,7 +14,7 @@ from pykvm.verify.state import Expression
 __all__ = ["Evaluated", "compiled"]
 
 Evaluated = Callable[[Mapping[str, int]], int]
-"""Takes the values of all symbols by name; booleans are 0 and 1."""
+"""Function of the values of all symbols, by name; booleans are 0 and 1."""
 
 
 def _signed(text: str, bits: int) -> str:
@@ -35,7 +38,7 @@ _SIGNED: Final = {
 }
 
 
-# By z3's number of the expression. Keeping the expression keeps z3 from reusing the number.
+# By z3's number of the expression. z3 does not reuse the number while the expression exists.
 _known: dict[int, tuple[Expression, tuple[Evaluated, frozenset[str]]]] = {}
 
 

@@ -1,9 +1,9 @@
 """All paths from a state, until they leave the page.
 
-Only what the page's own code decides is followed. Any instruction may also be interrupted before or
-after it: by a fault (CPL, SMAP, an alignment check, a segment's limit), a trap (TF, a breakpoint)
-or an exit to KVM. Each of these either stops the vCPU, because no descriptor table can be read in
-these contexts (I8), or it goes on later in the same state. So they add no other end.
+Only the branches of the page's own code are followed. Any instruction may also be interrupted
+before or after it: by a fault (CPL, SMAP, an alignment check, a segment's limit), a trap (TF, a
+breakpoint) or an exit to KVM. Each of these either stops the vCPU, because no descriptor table can
+be read in these contexts (I8), or lets it continue later in the same state. They add no other end.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ class End(Enum):
 
 
 STOPS: Final = frozenset({End.BREAKPOINT, End.INVALID, End.FETCH, End.ACCESS, End.EXIT})
-"""Ends at which the vCPU can do nothing more until the VMM has seen it."""
+"""Ends at which the vCPU cannot continue without the VMM."""
 
 
 class Symptom(Enum):
@@ -66,7 +66,7 @@ class Finding:
     Attributes:
         symptom: what is wrong.
         entry: offset of the entry from the crossing base.
-        note: where, in words.
+        note: place, in words.
         example: registers at the entry that lead there, as text.
     """
 
@@ -89,7 +89,7 @@ class Path:
         end: how it ends.
         target: where a path that ends as REENTRY or CALL goes on.
         symptom: what is wrong with it, if anything.
-        note: where, in words.
+        note: place, in words.
     """
 
     state: State
@@ -100,7 +100,7 @@ class Path:
 
 
 Rule = Callable[[State, Solver], list[Path]]
-"""What VMFUNC does in a context: all paths that it ends."""
+"""Semantics of VMFUNC in a context: returns all paths that it ends."""
 
 
 def explore(start: State, page: Page, solver: Solver, vmfunc: Rule) -> list[Path]:

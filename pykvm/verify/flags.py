@@ -35,7 +35,7 @@ def _bit(flag: Expression, bits: int) -> Expression:
 
 
 def add(left: Expression, right: Expression, carry: Expression | None = None) -> Result:
-    """Compute ADD, or ADC if there is a carry."""
+    """Return the result of ADD, or of ADC if there is a carry."""
     bits = left.size()
     extra = truth(False) if carry is None else carry
     wide = z3.ZeroExt(1, left) + z3.ZeroExt(1, right) + _bit(extra, bits + 1)
@@ -51,7 +51,7 @@ def add(left: Expression, right: Expression, carry: Expression | None = None) ->
 
 
 def subtract(left: Expression, right: Expression, borrow: Expression | None = None) -> Result:
-    """Compute SUB and CMP, or SBB if there is a borrow."""
+    """Return the result of SUB and CMP, or of SBB if there is a borrow."""
     bits = left.size()
     extra = truth(False) if borrow is None else borrow
     wide = z3.ZeroExt(1, left) - z3.ZeroExt(1, right) - _bit(extra, bits + 1)
@@ -67,7 +67,7 @@ def subtract(left: Expression, right: Expression, borrow: Expression | None = No
 
 
 def logic(content: Expression) -> Result:
-    """Compute the flags of AND, OR, XOR and TEST; AF is undefined."""
+    """Return `content`, a result of AND, OR, XOR or TEST, with its flags; AF is undefined."""
     content = z3.simplify(content)
     return content, {
         "cf": truth(False),
@@ -78,7 +78,7 @@ def logic(content: Expression) -> Result:
 
 
 def negate(content: Expression) -> Result:
-    """Compute NEG."""
+    """Return the result of NEG."""
     rest, flags = subtract(value(0, content.size()), content)
     return rest, {**flags, "cf": content != 0}
 

@@ -30,17 +30,17 @@ from pykvm.verify.state import (
 __all__ = ["GATE_REGIONS", "OFFICIAL", "SLOT", "GateProof", "gate_memory", "prove_gate"]
 
 SLOT: Final = crossing.GATE_LIST_OFFSET + 8
-"""Where the transient slot lies, relative to the crossing base."""
+"""Offset of the transient slot from the crossing base."""
 
 OFFICIAL: Final = z3.BitVec("official", 64)
-"""The EPTP on the data page: any but zero."""
+"""EPTP on the data page; any value except zero."""
 
 GATE_REGIONS: Final = (
     Region("code", crossing.GATE_OFFSET, PAGE_SIZE, executable=True),
     Region("list", crossing.GATE_LIST_OFFSET, PAGE_SIZE, writable=True),
     Region("data", crossing.GATE_DATA_OFFSET, PAGE_SIZE),
 )
-"""All that a gate context maps (`pykvm.verify.roots` compares)."""
+"""All that a gate context maps; `pykvm.verify.roots` checks this."""
 
 _SLOTS: Final = 512
 # The gate itself puts these there; the sub context overwrites them before the guest sees them.
@@ -60,7 +60,7 @@ class GateProof:
     Attributes:
         findings: what falls short; empty if I2 and the fence (T23) hold.
         paths: paths by the offset of their entry within the page.
-        questions: how many questions the solver answered.
+        questions: number of questions that the solver answered.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -73,7 +73,7 @@ class GateProof:
 
     @property
     def steps(self) -> int:
-        """How many instructions were executed symbolically."""
+        """Number of instructions that were executed symbolically."""
         return sum(len(path.state.trace) for paths in self.paths.values() for path in paths)
 
     def classes(self) -> Counter[tuple[str, ...]]:
@@ -84,7 +84,7 @@ class GateProof:
         )
 
     def official(self) -> Path:
-        """The path of an honest call: from the first byte to the sub context."""
+        """Return the path of an honest call: from the first byte to the sub context."""
         (found,) = [path for path in self.paths[0] if path.end is End.OFFICIAL]
         return found
 
@@ -144,8 +144,8 @@ def _vmfunc(state: State, solver: Solver) -> list[Path]:
     else:
         note = f"at offset {state.pc:#x}"
         way(End.BROKEN, *official, symptom=Symptom.ELSEWHERE, note=note)
-    # A gate of this list. Its only executable page lies at the same offset from a multiple of
-    # 2 MiB as this one, so there is no code after it either.
+    # A gate of this list. Its only executable page lies at the same offset from a multiple of 2 MiB
+    # as this one, so no code follows it either.
     gates = (switches, z3.UGE(slot, 2), z3.ULT(slot, _SLOTS))
     inside = crossing.GATE_OFFSET <= state.pc < crossing.GATE_OFFSET + PAGE_SIZE
     way(End.REENTRY if inside else End.FETCH, *gates)

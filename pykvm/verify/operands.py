@@ -39,14 +39,14 @@ class UnknownInstruction(Exception):
 
 
 class AccessFault(Exception):
-    """An access that cannot succeed, whatever the guest has arranged.
+    """An access that cannot succeed in any state that the guest may have prepared.
 
     Nothing is mapped there, or it is a write to a read-only region.
     """
 
 
 class StrayWrite(Exception):
-    """A write that may change other memory than the code is meant to change."""
+    """A write that may change memory that the code must not change."""
 
 
 def _parts() -> dict[int, tuple[str, int, int]]:
@@ -272,7 +272,7 @@ def write(
     Raises:
         UnknownInstruction: the model does not know this kind of operand.
         AccessFault: the operand lies in memory, and the write cannot succeed.
-        StrayWrite: the write may change other memory than the code is meant to change.
+        StrayWrite: the write may change memory that the code must not change.
     """
     raw = instruction.raw
     kind = raw.op_kind(number)

@@ -1,4 +1,4 @@
-"""The whole verification, and its report."""
+"""Verification of all pages of the crossing, and its report."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -47,7 +47,7 @@ class Section:
 
 
 def check_bytes(parts: Iterable[tuple[int, bytes]], official: Sequence[int]) -> list[Finding]:
-    """Find the bytes of VMFUNC at other than the `official` offsets, or missing there.
+    """Find the bytes of VMFUNC that are not at an official offset, or missing at one.
 
     Args:
         parts: offsets from the crossing base, each with the code there.
@@ -68,7 +68,7 @@ def verify(seed: int, states: int) -> list[Section]:
 
     Args:
         seed: seed of the random states.
-        states: how many random states to run from each byte of the gate that holds code, for each
+        states: number of random states to run from each byte of the gate that holds code, for each
             crossing base.
     """
     page = crossing_images().gate_page

@@ -1,9 +1,9 @@
-"""Invariant I3, by enumeration: what the processor can reach in a context, whatever CR3 names.
+"""Invariant I3 by enumeration: everything that the processor can reach in a context, for any CR3.
 
-The enumeration also shows that a gate context maps what the model of the gate page says and nothing
-else, and that no entry of a context's guest page table is global: such a translation would survive
-a change of CR3 (SDM vol. 3A 4.10.2.4). The processor walks from CR3 itself only with CR4.PCIDE = 0;
-KVM ensures that.
+The enumeration also shows that a gate context maps exactly the regions of the gate page's model,
+and that no entry of a context's guest page table is global. A global translation would survive a
+change of CR3 (SDM vol. 3A 4.10.2.4). With PCIDs, other translations could survive it as well; KVM
+ensures CR4.PCIDE = 0.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from pykvm.verify.gate import GATE_REGIONS
 __all__ = ["BASES", "RootsProof", "check_roots"]
 
 BASES: Final = (crossing.CROSSING_GVA, crossing.CROSSING_MIN_GVA, 0xFFFF_C900_0020_0000)
-"""Crossing bases that are tried; with five levels of paging too."""
+"""Crossing bases to try, with four and with five levels of paging."""
 
 _CODE: Final = 0x7000_0000
 _TABLES: Final = 0x70_0000_0000
 _GLOBAL: Final = 1 << 8
-_MEMORY_PAGES: Final = 600  # more than 2 MiB, and a rest
+_MEMORY_PAGES: Final = 600  # more than 2 MiB, and no multiple of it
 # EPTPs have bit 0 clear (a memory type of 0 or 6), so to paging they are not present.
 _EPTP: Final = 0x1234_501E
 
@@ -46,8 +46,8 @@ class RootsProof:
 
     Attributes:
         findings: what falls short; empty if I3 holds.
-        walks: how many values of CR3 were tried.
-        pages: how many GPAs of sub contexts were looked up in the gate.
+        walks: number of values of CR3 that were tried.
+        pages: number of GPAs of sub contexts that were looked up in the gate.
     """
 
     findings: list[str] = field(default_factory=list)
@@ -91,7 +91,8 @@ def _check(proof: RootsProof, gate_page: bytes, base: int, levels: int, user: bo
         proof.walks += 1
         return reachable_from(cr3, gate.ept, words.__getitem__, levels=levels)
 
-    # From outside the private range and from the root itself: only what the model maps.
+    # Walks from outside the private range, and from the root itself, reach only the regions of
+    # the model.
     root = crossing.GATE_PRIVATE_GPA + crossing.PRIVATE_TABLES_OFFSET
     modelled = sorted(
         ((base + one.offset) % (1 << 64), one.size, _access(one.writable, one.executable))
@@ -101,7 +102,7 @@ def _check(proof: RootsProof, gate_page: bytes, base: int, levels: int, user: bo
         found = sorted((one.gva, one.size, one.access) for one in reach(cr3))
         if found != modelled:
             proof.findings.append(f"{name}: CR3 {cr3:#x} reaches {found}")
-    # From the gate's own pages, read as roots: no code.
+    # Walks that read one of the gate's own pages as a root reach no code.
     private = gate.ept.spans(
         crossing.PRIVATE_GPA_FIRST, crossing.PRIVATE_GPA_END - crossing.PRIVATE_GPA_FIRST
     )
@@ -136,7 +137,7 @@ def _access(writable: bool, executable: bool) -> Access:
 
 
 def _placed(plan: ContextPlan, code: bytes) -> dict[int, array[int]]:
-    """Complete a plan with an EPTP list that is full but for the transient slot.
+    """Complete a plan with an EPTP list in which every slot except the transient one is filled.
 
     Returns:
         The 512 words of each page, by page number times 4096.

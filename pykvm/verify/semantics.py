@@ -58,8 +58,8 @@ class Event(Enum):
     BRANCH = auto()  # goes on at `Step.target`
     CALL = auto()  # the same, with the return address pushed
     VMFUNC = auto()
-    STRAY = auto()  # a write to where nothing may be written: `Step.note`
-    UNKNOWN = auto()  # the model does not know it: `Step.note`
+    STRAY = auto()  # a write to memory that must not be written; `Step.note` says which
+    UNKNOWN = auto()  # the model does not know the instruction; see `Step.note`
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ class _Execution:
     def _string(self, state: State) -> State:
         """Execute SCAS, LODS, STOS or MOVS.
 
-        With REP it runs any number of rounds, so registers and flags may hold anything afterwards.
+        With REP it runs any number of rounds, so registers and flags may hold any value afterwards.
         """
         kind, bits = self.name[:4], {"B": 8, "W": 16, "D": 32, "Q": 64}[self.name[4]]
         if 0x67 in self.code[:-1] or self.raw.memory_segment in (Register.FS, Register.GS):

@@ -41,13 +41,13 @@ GENERAL: Final = (
     *("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"),
     *("r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"),
 )
-"""By their number in instructions."""
+"""General registers, by their number in instructions."""
 
 STATUS: Final = ("cf", "pf", "af", "zf", "sf", "of")
 FLAGS: Final = (*STATUS, "df", "ac")
 
 MAPPED: Final = "memory"
-"""How the names of symbols begin that stand for what memory held; `fresh` numbers them."""
+"""Prefix of the symbols that stand for the content of memory; `fresh` numbers them."""
 
 _BLOCK: Final = z3.BitVec("block", 43)
 BASE: Final = z3.Concat(_BLOCK, z3.BitVecVal(0, 21))
@@ -66,7 +66,7 @@ def truth(flag: bool) -> Expression:
 
 
 def fresh(name: str, bits: int = 64) -> Expression:
-    """Return a new symbol, about which nothing is known."""
+    """Return a new symbol, which may have any value."""
     return z3.BitVec(f"{name}!{next(_numbers)}", bits)
 
 
@@ -80,7 +80,7 @@ class Region:
 
     Attributes:
         name: shown in findings.
-        offset: of the first byte, relative to the crossing base.
+        offset: offset of the first byte from the crossing base.
         size: bytes.
         writable: whether the context maps them writable.
         executable: whether the context maps them executable.
@@ -163,7 +163,7 @@ SLOT_OFFSETS: Final = {
     crossing.GATE_LIST_OFFSET: crossing.GATE_LIST_OFFSET + 8,
     crossing.LIST_OFFSET: crossing.LIST_OFFSET + 8,
 }
-"""Where the transient slot lies, by the offset of the list page: in a gate, in a sub context."""
+"""Offsets of the transient slot in a gate and in a sub context, by that of the list page."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The sub entry page: from its first byte to the object's function, and from there to the guest.
 
 `pykvm.verify.gate.prove_gate` shows that the page is entered at no other byte, and with RFLAGS.DF
-clear. In between runs the object's code, which is trusted: it keeps the ABI (callee-saved
+clear. The object's code, which runs in between, is trusted: it keeps the ABI (callee-saved
 registers, the caller's frame, DF), touches neither the EPTP list nor RFLAGS.AC, and returns.
 """
 
@@ -33,7 +33,7 @@ from pykvm.verify.state import (
 __all__ = ["SLOT", "SubProof", "prove_sub", "sub_regions"]
 
 SLOT: Final = crossing.LIST_OFFSET + 8
-"""Where the transient slot lies in a sub context, relative to the crossing base."""
+"""Offset of the transient slot in a sub context from the crossing base."""
 
 _KEPT: Final = ("rbx", "rbp", "rsp", "r12", "r13", "r14", "r15")  # AMD64 ABI 3.2.1
 _CHANGED: Final = ("rax", "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "r11")
@@ -68,7 +68,7 @@ class SubProof:
         findings: what falls short; empty if the claims hold.
         calls: paths from the first byte to the object's function.
         returns: paths from the function's return to the default context.
-        questions: how many questions the solver answered.
+        questions: number of questions that the solver answered.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -82,7 +82,7 @@ class SubProof:
 
     @property
     def steps(self) -> int:
-        """How many instructions were executed symbolically."""
+        """Number of instructions that were executed symbolically."""
         return sum(len(path.state.trace) for path in (*self.calls, *self.returns))
 
 
