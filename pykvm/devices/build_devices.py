@@ -1,4 +1,4 @@
-"""Builds the cffi extension ``pykvm.devices._devices``; setup.py names ``ffibuilder``."""
+"""Build of the cffi extension ``pykvm.devices._devices``; setup.py names ``ffibuilder``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def _declarations() -> str:
-    """What a device's header declares, without what cffi cannot parse."""
+    """Return the declarations of the device's header, without those that cffi cannot parse."""
     header = (HERE / "debug_console.h").read_text()
     header = re.sub(r"/\* not for cffi \{ \*/.*?/\* \} \*/", "", header, flags=re.DOTALL)
     plain = "".join(line for line in header.splitlines(True) if not line.startswith("#"))
@@ -23,7 +23,7 @@ ffibuilder.cdef(_declarations())
 ffibuilder.set_source(
     "pykvm.devices._devices",
     '#include "debug_console.h"\n',
-    # Relative: setuptools wants sources below the directory of setup.py, where it runs.
+    # setuptools requires paths relative to the directory of setup.py, where it runs.
     sources=["pykvm/devices/debug_console.c"],
     depends=["pykvm/devices/debug_console.h", "pykvm/kvm/native/handlers.h"],
     include_dirs=["pykvm/devices", "pykvm/kvm/native"],

@@ -19,14 +19,14 @@ DEBUG_PORT: Final = 0xE9
 
 
 class ConsoleSizeError(PykvmError, ValueError):
-    """A console with a buffer that cannot be."""
+    """A console with an empty buffer."""
 
 
 class DebugConsole(ForkAware):
-    """Collector of what guests write to its ports.
+    """Collector of the output that guests write to its ports.
 
     Args:
-        size: bytes of the buffer; what does not fit is dropped and counted.
+        size: bytes of the buffer; output that does not fit is dropped and counted.
 
     Raises:
         ConsoleSizeError: the buffer would be empty.
@@ -41,7 +41,11 @@ class DebugConsole(ForkAware):
         self._console = ffi.gc(raw, lib.debug_console_free)
 
     def attach(self, handlers: Handlers, port: int = DEBUG_PORT) -> Handler:
-        """Collect the output to a port of a VM, also together with other ports and VMs.
+        """Collect the output to a port of a VM. A console may serve several ports and VMs.
+
+        Args:
+            handlers: handlers of the VM.
+            port: I/O port.
 
         Returns:
             The handler, for `Handlers.remove`.
@@ -54,7 +58,7 @@ class DebugConsole(ForkAware):
         return handlers.add_ports(port, 1, function, self._console)
 
     def read(self) -> bytes:
-        """Take what has been collected; from any thread, also while vCPUs run.
+        """Return the collected output and empty the buffer. Any thread may call it, at any time.
 
         Raises:
             ForkedProcessError: the buffer is the parent process's, and its lock may be held.
@@ -68,6 +72,10 @@ class DebugConsole(ForkAware):
 
     @property
     def dropped(self) -> int:
-        """Bytes lost because nobody called read() in time."""
+        """Number of bytes that were dropped because the buffer was full.
+
+        Raises:
+            ForkedProcessError: the buffer belongs to the parent process.
+        """
         self.require_own("reading of a debug console")
         return int(lib.debug_console_dropped(self._console))

@@ -1,1 +1,1 @@
-"""Virtual machines, put together from the packages below."""
+"""Virtual machines, assembled from the packages of the lower layers."""

@@ -1,6 +1,6 @@
 """Interface between the VMM and a bare-metal guest: one page, and four I/O ports.
 
-It is the same as ``guest/bare/boot_info.h``; a test lets the C compiler compare the two.
+It mirrors ``guest/bare/boot_info.h``; a test compares the two with the C compiler.
 """
 
 import ctypes
@@ -114,9 +114,9 @@ class BootFailure(ctypes.LittleEndianStructure):
 
 
 class BootInfo(ctypes.LittleEndianStructure):
-    """The whole page. The guest writes `result` and `failure`, the VMM everything else.
+    """The page of information. The guest writes `result` and `failure`, the VMM everything else.
 
-    Addresses are the guest's, sizes are in bytes.
+    Addresses are those of the guest (GVA), sizes are in bytes.
 
     Attributes:
         magic: `MAGIC`.

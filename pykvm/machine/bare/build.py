@@ -20,18 +20,18 @@ GUEST_INCLUDE: Final = (GUEST_SOURCES / "include", _BARE)
 """Directories of guests' headers."""
 
 GUEST_FLAGS: Final = ("-fno-pie",)
-"""Options of the compiler: a guest is linked for one address."""
+"""Compiler options; a guest is linked for a fixed address."""
 
 GUEST_DEFINES: Final[dict[str, str | int]] = {
     "GUEST_IMAGE_GPA": layout.IMAGE_GPA,
     "ELISA_RETURN_OFFSET": crossing.RETURN_OFFSET,
 }
-"""Addresses for guests and their linker script."""
+"""Addresses for guests' sources and their linker script."""
 
 
 @dataclass(frozen=True)
 class GuestProgram:
-    """A guest program of one's own, for `pykvm.machine.bare.guest.BareGuest`.
+    """A guest program of the user's, for `pykvm.machine.bare.guest.BareGuest`.
 
     Attributes:
         source: a C file that includes "runtime.h" and defines ``guest_main``.

@@ -1,15 +1,16 @@
-"""Bare-metal 64-bit guests: built, run, and listened to.
+"""Bare-metal 64-bit guests: construction, run and results.
 
-A guest is one program from guest/bare on one vCPU, without firmware and without an operating
-system. `BareGuest.__init__` builds the machine from top to bottom in boot order::
+A guest is one program on one vCPU, without firmware and without an operating system.
+`BareGuest.__init__` builds the machine from top to bottom in boot order::
 
     program = CrossingProgram(calls=1000, ways=[Way.DIRECT])
     with Kvm() as kvm, BareGuest(kvm, program) as guest:
         status = guest.run()
         print(guest.console, way_samples(guest.samples(), program))
 
-Whatever the guest cannot go on from is an exception: `GuestAssertionError` with file and line,
-`GuestFaultError` with the exception that it took, `UnexpectedExitError` with a report.
+A failure of the guest raises an exception: `GuestAssertionError` with file and line,
+`GuestFaultError` with the processor exception that the guest took, or `UnexpectedExitError` with a
+report.
 """
 
 import ctypes
@@ -64,7 +65,14 @@ _VECTORS: Final = {
 
 
 class GuestAssertionError(PykvmError):
-    """An ASSERT of a guest program failed. `file`, `line`, `expression`; `console` so far."""
+    """An ASSERT of a guest program failed.
+
+    Attributes:
+        file: source file of the assertion.
+        line: its line.
+        expression: text of the asserted expression.
+        console: everything that the guest had printed.
+    """
 
     def __init__(self, file: str, line: int, expression: str, values: str, console: str) -> None:
         super().__init__(f"{file}:{line}: the guest asserts {expression}{values}")
@@ -75,13 +83,20 @@ class GuestAssertionError(PykvmError):
 
 
 class GuestFaultError(PykvmError):
-    """A guest program took an exception. Numbers as the processor gave them."""
+    """A guest program took an exception.
+
+    Attributes:
+        vector: vector of the exception.
+        error_code: its error code.
+        rip: address of the instruction that caused it.
+        cr2: CR2, the faulting address of a page fault.
+    """
 
     def __init__(self, vector: int, error_code: int, rip: int, cr2: int) -> None:
         name = _VECTORS.get(vector, f"exception {vector}")
         where = f", address {cr2:#x}" if vector == 14 else ""
         next_step = "disassemble its image there"
-        if rip < PAGE_SIZE:  # object_call() of an object that is not attached, most likely
+        if rip < PAGE_SIZE:  # most likely an object_call() of an object that is not attached
             next_step = "it called a null pointer; attach the object that it calls before it runs"
         super().__init__(
             f"{name} in the guest at rip {rip:#x}, error code {error_code:#x}{where}", next_step
@@ -93,15 +108,15 @@ class GuestFaultError(PykvmError):
 
 
 class AttachmentsFullError(PykvmError):
-    """A bare guest has no room for one more object on its page of information."""
+    """A bare guest has no room for another object on its page of information."""
 
 
 class GuestTimeoutError(PykvmError):
-    """A guest did not finish in time; it has been stopped."""
+    """A guest did not finish in time and was stopped, or was stopped by `BareGuest.stop`."""
 
 
 class ImageAddressError(PykvmError, ValueError):
-    """A guest image with a segment outside the room for programs."""
+    """A guest image has a segment outside the area for programs (`layout.IMAGE_GPA`)."""
 
 
 class InputTooLargeError(PykvmError, ValueError):
@@ -109,24 +124,43 @@ class InputTooLargeError(PykvmError, ValueError):
 
 
 class Program(Protocol):
-    """A guest program and its parameters; an `input()` is optional."""
+    """A guest program and its parameters; it may also have an `input()` that returns bytes."""
 
     def image(self) -> ElfFile: ...
     def params(self) -> list[int]: ...
 
 
 class BareGuest(Closeable):
-    """One virtual machine with one vCPU that runs one program.
+    """A virtual machine with one vCPU that runs one program.
 
-    memory: bytes of RAM from GPA 0, at least `layout.RAM_SIZE`. name: of its memory file.
-    crossing_gva: where its entry page goes, if an object is attached.
-    contexts: objects may be attached, where this KVM can (that takes CAP_SYS_ADMIN). irqchip:
-    interrupt controllers and a local APIC in the kernel, in which a halted vCPU waits.
-    paging_levels: 5 to run with CR4.LA57, which takes a processor that has it.
+    Attach objects (`ObjectInstance.attach`) and add regions before the first `run`.
 
-    `info` is the page that guest and VMM share, live. `memory` is what the guest sees, `vm` and
-    `vcpu` are the handles. `elisa_call` is the GVA of the entry page's function, 0 before an object
-    is attached. Attach objects (`ObjectInstance.attach`) and add regions before the first `run`.
+    Args:
+        kvm: an open ``/dev/kvm``.
+        program: the program and its parameters.
+        memory: bytes of RAM from GPA 0; at least `layout.RAM_SIZE` are used.
+        name: name of the memory file.
+        contexts: whether objects may be attached, if this KVM can do so. It needs CAP_SYS_ADMIN.
+        irqchip: whether the kernel emulates interrupt controllers and a local APIC. A halted vCPU
+            then waits in the kernel.
+        crossing_gva: GVA of the crossing base, around which the guest maps its own pages of the
+            crossing if an object is attached.
+        paging_levels: 4, or 5 to run with CR4.LA57, which the processor must have.
+
+    Attributes:
+        memory: the guest's memory.
+        vm: the handle on the VM.
+        vcpu: the handle on the vCPU.
+        info: the page that guest and VMM share; its fields are the guest's memory.
+        crossing_gva: see the argument.
+        paging_levels: see the argument.
+        elisa_call: GVA of the entry page's function; 0 before an object is attached.
+
+    Raises:
+        ImageAddressError: a segment of the image lies outside the area for programs.
+        InputTooLargeError: the program has more input or parameters than a guest has room for.
+        PagingLevelsError: `paging_levels` is 5, and the processor or this KVM has no LA57.
+        PykvmError: the memory or the VM cannot be created.
     """
 
     def __init__(
@@ -169,7 +203,7 @@ class BareGuest(Closeable):
             for region in self.memory.regions:
                 self._set_slot(region)
 
-            # What lies in the memory: program, page tables, descriptors, the page of information.
+            # Content of the memory: program, page tables, descriptors, the page of information.
             self._load(image)
             self._tables = PageTables(
                 X86Entry,
@@ -190,26 +224,46 @@ class BareGuest(Closeable):
     # ---- before it runs ---------------------------------------------------------------------
 
     def start_vcpu(self, vcpu: Vcpu, entry: int, stack: int, argument: int) -> None:
-        """Let a vCPU begin at `entry` in 64-bit mode, with RSP and RDI; its own is set already."""
+        """Set up a vCPU to start in 64-bit mode. The guest's own vCPU is set up already.
+
+        Args:
+            vcpu: a vCPU of this VM.
+            entry: initial RIP.
+            stack: initial RSP.
+            argument: initial RDI.
+        """
         cpuid = long_mode.supported_features(
             self._kvm, contexts=self._contexts, irqchip=self._irqchip
         )
         vcpu.set_cpuid2(cpuid)
         long_mode.enter(vcpu, self._tables.root, cpuid, levels=self.paging_levels)
-        # Interrupts on: Bochs keeps the host's own from a guest that has them off.
+        # RFLAGS.IF is set, because Bochs withholds the host's own interrupts while a guest has it
+        # clear.
         vcpu.set_regs(rip=entry, rsp=stack, rdi=argument, rflags=0x202)
-        if self._irqchip:  # all but the first would wait for the first to start them
+        if self._irqchip:  # vCPUs other than the first would wait for INIT and SIPI
             vcpu.set_mp_state(MpState.RUNNABLE)
 
     def add_region(self, region: Region, access: Access = _READ_WRITE) -> None:
-        """Give the guest more memory, at GVA = GPA; the guest closes the region."""
+        """Add memory to the guest, mapped at GVA = GPA.
+
+        Args:
+            region: the memory; the guest closes it.
+            access: accesses that the guest's page tables allow.
+        """
         self.memory.add(region)
         self._set_slot(region)
         self._tables.map(region.gpa, region.gpa, region.size, access, max_page=SIZE_2M)
         self._tables.store(self.memory.write)
 
     def map(self, gva: int, gpa: int, size: int, access: Access) -> None:
-        """Map `size` bytes of the guest's memory at a further GVA; multiples of 4096."""
+        """Map guest memory at another GVA.
+
+        Args:
+            gva: first address; a multiple of 4096, like `gpa` and `size`.
+            gpa: GPA of the memory.
+            size: bytes.
+            access: accesses that the guest's page tables allow.
+        """
         self._tables.map(gva, gpa, size, access)
         self._tables.store(self.memory.write)
 
@@ -223,9 +277,12 @@ class BareGuest(Closeable):
         self.announce(slot, window)
 
     def map_crossing(self, images: CrossingImages, *, user: bool = False) -> None:
-        """Lay the guest's own pages of the crossing around `crossing_gva`.
+        """Map the guest's own pages of the crossing around `crossing_gva`.
 
-        user: as user pages. The guest's runtime touches the others in advance, from kernel mode.
+        Args:
+            images: the pages.
+            user: whether to map them as user pages. The guest's runtime is not told of those,
+                because it touches the pages in advance from kernel mode.
         """
         access = _READ_EXECUTE | (Access.USER if user else Access.NONE)
         for page, gpa, offset in (
@@ -241,10 +298,14 @@ class BareGuest(Closeable):
             self.info.elisa_call = self.elisa_call
 
     def announce(self, slot: int, window: Region | None) -> None:
-        """Tell the guest of one more object: its gate's slot, and its window, if there is one.
+        """Tell the guest about another object.
 
-        A slot of 0 stands for an object that is reached by other ways. Raises
-        AttachmentsFullError, and closes the window's region then.
+        Args:
+            slot: slot of the object's gate; 0 if the object is not reached with VMFUNC.
+            window: the guest's window, or None if the object has none; the guest closes it.
+
+        Raises:
+            AttachmentsFullError: the page of information has no room. The window is closed.
         """
         if self._attachments == boot_info.ATTACHMENTS:
             if window is not None:
@@ -261,15 +322,21 @@ class BareGuest(Closeable):
         self._attachments += 1
 
     def set_direct(self, memory: Region, env: bytes) -> None:
-        """Map an object's whole memory, for calls of a copy of its code in the guest.
+        """Map an object's whole memory, for direct calls of the object's code in the guest.
 
-        env: struct elisa_env with addresses in `memory`.
+        Args:
+            memory: the object's memory; the guest closes it.
+            env: struct elisa_env with addresses in `memory`.
         """
         self.add_region(memory)
         ctypes.memmove(ctypes.addressof(self.info.direct), env, len(env))
 
     def set_input(self, data: bytes) -> None:
-        """What the program works on. Raises InputTooLargeError."""
+        """Set the program's input.
+
+        Raises:
+            InputTooLargeError: it has more than `layout.CAPTURE_SIZE` bytes.
+        """
         if len(data) > layout.CAPTURE_SIZE:
             raise InputTooLargeError(
                 f"{len(data)} bytes of input, a guest takes {layout.CAPTURE_SIZE}: send fewer"
@@ -283,10 +350,15 @@ class BareGuest(Closeable):
     def run(self, on_mark: Callable[[int], object] | None = None) -> int:
         """Run until the program finishes; return its status.
 
-        on_mark is called with the value of each mark, while the guest waits.
+        Args:
+            on_mark: called with the value of each mark, while the guest waits.
 
-        Raises GuestAssertionError, GuestFaultError, UnexpectedExitError; GuestTimeoutError if
-        `stop` was called.
+        Raises:
+            GuestAssertionError: an ASSERT of the program failed.
+            GuestFaultError: the program took an exception.
+            GuestTimeoutError: `stop` was called.
+            UnexpectedExitError: the guest left with any other exit.
+            PykvmError: see `Vcpu.run`.
         """
         while True:
             exit = self.vcpu.run()
@@ -304,7 +376,14 @@ class BareGuest(Closeable):
                     raise self.vcpu.unexpected(exit)
 
     def start(self, on_mark: Callable[[int], object] | None = None) -> None:
-        """`run` in a thread of its own; `wait` has the outcome."""
+        """Call `run` in a thread of its own; `wait` returns its result.
+
+        Args:
+            on_mark: see `run`; called in that thread.
+
+        Raises:
+            RuntimeError: the guest was started and `wait` has not been called.
+        """
         if self._thread is not None:
             raise RuntimeError("the guest runs already: wait() for it first")
 
@@ -319,9 +398,15 @@ class BareGuest(Closeable):
         self._thread.start()
 
     def wait(self, timeout: float | None = None) -> int:
-        """The status of a started guest, after at most `timeout` seconds.
+        """Wait until a started guest finishes; return its status.
 
-        Raises what `run` raises; GuestTimeoutError if it did not finish, and stops it.
+        Args:
+            timeout: seconds to wait at most; None for no limit.
+
+        Raises:
+            GuestTimeoutError: the guest did not finish in time; it is stopped.
+            RuntimeError: the guest was not started.
+            PykvmError: see `run`.
         """
         if self._thread is None:
             raise RuntimeError("the guest has not been started: start() it first")
@@ -330,7 +415,7 @@ class BareGuest(Closeable):
             self.vcpu.stop()
             self._thread.join()
             self._thread = None
-            if isinstance(self._outcome, int):  # it finished at the last moment
+            if isinstance(self._outcome, int):  # it finished just before the stop
                 return self._outcome
             raise GuestTimeoutError(
                 f"the guest did not finish in {timeout} s, {self._where()}: give it more time"
@@ -342,13 +427,13 @@ class BareGuest(Closeable):
         return self._outcome
 
     def stop(self) -> None:
-        """Stop a started guest and wait until it has; harmless if it does not run."""
+        """Stop a started guest and wait for its thread. Harmless if it does not run."""
         if self._thread is not None:
             self.vcpu.stop()
             self._thread.join()
             self._thread = None
 
-    # ---- what it left -----------------------------------------------------------------------
+    # ---- results ----------------------------------------------------------------------------
 
     @property
     def console(self) -> str:
@@ -357,22 +442,22 @@ class BareGuest(Closeable):
         return self._printed.decode("utf-8", "replace")
 
     def log(self, size: int) -> bytes:
-        """The first `size` bytes of the log of received frames."""
+        """Return the first `size` bytes of the log of received frames."""
         return self.memory.read(layout.RX_LOG_GPA, size)
 
     def samples(self, size: int = layout.SAMPLES_SIZE) -> bytes:
-        """The first `size` bytes of the measurements."""
+        """Return the first `size` bytes of the measurements."""
         return self.memory.read(self.info.samples, size)
 
     def results(self) -> list[int]:
-        """`result` of the page of information: what the numbers mean is the program's choice."""
+        """Return the numbers in `BootInfo.result`, whose meaning the program defines."""
         return list(self.info.result)
 
     # ---- end --------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Stop the guest and give everything back. Harmless twice."""
-        if not self.inherited:  # else it runs in the process that started it
+        """Stop the guest, then close its VM and memory. Harmless twice."""
+        if not self.inherited:  # otherwise it runs in the parent process
             self.stop()
         self.vm.close()
         self.memory.close()
@@ -396,7 +481,10 @@ class BareGuest(Closeable):
             self.memory.write(segment.address, segment.data)
 
     def _map_ram(self, image: ElfFile) -> None:
-        """GVA = GPA, page 0 absent; program pages with their own rights, the rest writable."""
+        """Map all RAM except page 0 at GVA = GPA.
+
+        Pages of the program have the access of their segment; all others are writable.
+        """
         first = layout.NULL_PAGE_GPA + PAGE_SIZE
         self._tables.map(first, first, layout.IMAGE_GPA - first, _READ_WRITE)
         for segment in image.segments:
@@ -410,7 +498,7 @@ class BareGuest(Closeable):
         self._tables.store(self.memory.write)
 
     def _write_info(self, program: Program) -> None:
-        # Live: fields of the structure are the guest's memory.
+        # The fields of the structure are the guest's memory itself.
         view: Any = self.memory.view(layout.BOOT_INFO_GPA, ctypes.sizeof(BootInfo))
         self.info = BootInfo.from_buffer(view)
         self.info.magic = boot_info.MAGIC
@@ -431,7 +519,7 @@ class BareGuest(Closeable):
 
     def _failure(self) -> PykvmError:
         failure = self.info.failure
-        if not failure.file:  # an exception, wherever it was
+        if not failure.file:  # an exception, not an assertion
             return GuestFaultError(failure.left, failure.right, failure.rip, failure.cr2)
         expression = self._string(failure.expression)
         values = ""
@@ -446,7 +534,7 @@ class BareGuest(Closeable):
         return data.split(b"\0")[0].decode("utf-8", "replace")
 
     def _where(self) -> str:
-        """For a stopped guest: where it was, and what it printed last."""
+        """Return the place at which the guest was stopped, and the last line that it printed."""
         text = self.console.strip().splitlines()
         printed = f' after printing "{text[-1]}"' if text else ""
         return f"at rip {self.vcpu.get_regs().rip:#x}{printed}"

@@ -1,7 +1,7 @@
 """RAM and devices of a bare-metal guest: constants, one line each.
 
-`*_GPA` are guest physical addresses, `*_GVA` guest virtual ones. Sizes are bytes. All of it is
-mapped at GVA = GPA, with four levels.
+`*_GPA` are guest physical addresses, sizes are bytes. Everything except page 0 is mapped at
+GVA = GPA.
 """
 
 from typing import Final
@@ -14,7 +14,7 @@ PAGE_TABLES_SIZE: Final = 0x3F000  # 63 table pages
 GDT_GPA: Final = 0x40000  # global descriptor table, one page
 IDT_GPA: Final = 0x41000  # interrupt descriptor table, one page
 TSS_GPA: Final = 0x42000  # task state segment, one page
-BOOT_INFO_GPA: Final = 0x43000  # what the VMM tells the guest, one page
+BOOT_INFO_GPA: Final = 0x43000  # information for the guest (boot_info.py), one page
 ENTRY_PAGE_GPA: Final = 0x48000  # the guest's entry page, mapped at CROSSING_GVA
 RETURN_PAGE_GPA: Final = 0x49000  # the guest's return page, mapped at CROSSING_GVA + 0x3000
 STACK_GPA: Final = 0x50000  # lowest byte of the boot stack

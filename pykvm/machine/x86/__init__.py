@@ -1,1 +1,1 @@
-"""What x86 machines have in common: the processor's first mode, KVM's own pages."""
+"""Common parts of x86 machines: the processor's initial state, and KVM's own pages."""

@@ -1,4 +1,4 @@
-"""Guest physical pages that KVM wants for itself (Linux Documentation/virt/kvm/api.rst)."""
+"""Guest physical pages that KVM reserves (Linux Documentation/virt/kvm/api.rst)."""
 
 from typing import Final
 

@@ -1,4 +1,4 @@
-"""The processor of a 64-bit guest: its features, its descriptors, its first mode.
+"""The processor of a 64-bit guest: its features, its descriptors and its initial state.
 
 Source: SDM vol. 3A, 2.5 (control registers), 3.4.5 (descriptors), 10.8.5 (entering long mode).
 """
@@ -40,7 +40,7 @@ _SMEP: Final = 1 << 7
 _SMAP: Final = 1 << 20
 _LA57: Final = 1 << 16
 
-# Flat 64-bit code and data for ring 0, an available TSS.
+# Flat 64-bit code and data segments for ring 0, and an available TSS.
 _CODE: Final = 0x00AF_9B00_0000_FFFF
 _DATA: Final = 0x00CF_9300_0000_FFFF
 CODE_SELECTOR: Final = 0x08
@@ -54,35 +54,45 @@ class PagingLevelsError(PykvmError):
 
 
 def supported_features(kvm: Kvm, *, contexts: bool, irqchip: bool) -> list[CpuidEntry]:
-    """The CPUID leaves of a guest: all that KVM has to offer, less what does not fit.
+    """Return the CPUID leaves of a guest: those that KVM supports, without unsuitable features.
 
-    contexts: the VM has them enabled, so the features that nobody has checked with them go.
-    irqchip: the local APIC is KVM's, so its timer's TSC-deadline mode can be had.
+    Args:
+        kvm: an open ``/dev/kvm``.
+        contexts: whether the VM has contexts enabled. Features that have not been checked together
+            with contexts are then left out (`without_hidden_features`).
+        irqchip: whether KVM emulates the local APIC. Its timer then has the TSC-deadline mode.
     """
     entries = kvm.get_supported_cpuid()
     if contexts:
         entries = without_hidden_features(entries)
     leaf = find_leaf(entries, 1)
-    # KVM_GET_SUPPORTED_CPUID leaves this bit out: it depends on who is the local APIC.
+    # KVM_GET_SUPPORTED_CPUID omits this bit, because it depends on the local APIC's emulation
+    # (api.rst 4.46).
     if irqchip and leaf and kvm.check_extension("KVM_CAP_TSC_DEADLINE_TIMER"):
         leaf.ecx |= _TSC_DEADLINE
     return entries
 
 
 def descriptors() -> bytes:
-    """The global descriptor table, for `layout.GDT_GPA`: null, code, data, TSS."""
+    """Return the global descriptor table for `layout.GDT_GPA`: null, code, data, TSS."""
     base = layout.TSS_GPA
     tss = _TSS_LIMIT | (base & 0xFFFFFF) << 16 | 0x89 << 40 | (base >> 24 & 0xFF) << 56
     return struct.pack("<5Q", 0, _CODE, _DATA, tss, base >> 32)
 
 
 def enter(vcpu: Vcpu, page_tables: int, cpuid: Sequence[CpuidEntry], *, levels: int = 4) -> None:
-    """Set 64-bit mode with paging, as if the guest had just arrived there.
+    """Put a vCPU into 64-bit mode with paging.
 
-    page_tables: GPA of the root. cpuid: what the vCPU has; SMEP and SMAP go on where it has them,
-    as supervisor attachments need. levels: of the page tables, 4 or 5.
+    SMEP and SMAP are switched on if the vCPU has them; attachments for kernel mode need them.
 
-    Raises PagingLevelsError: 5 on a processor without LA57.
+    Args:
+        vcpu: the vCPU.
+        page_tables: GPA of the root of the page tables.
+        cpuid: the vCPU's CPUID leaves.
+        levels: levels of the page tables, 4 or 5.
+
+    Raises:
+        PagingLevelsError: `levels` is 5, and the vCPU has no LA57.
     """
     leaf = find_leaf(cpuid, 7)
     features = leaf.ebx if leaf else 0
