@@ -1,8 +1,8 @@
-"""Base class of everything that has to be closed, also in a process that was forked since.
+"""Base classes of objects that have to be closed, also in a forked process.
 
-A child of fork() has a copy of every descriptor and mapping, and none of the threads. What it
-inherits it can only give back: the virtual machine, its locks and its shared memory stay the
-parent's.
+A child of fork() has a copy of every descriptor and mapping, but none of the threads. It can only
+release its copies of inherited objects: the virtual machine, its locks and its shared memory still
+belong to the parent.
 """
 
 import os
@@ -14,8 +14,10 @@ from pykvm.errors import PykvmError
 __all__ = ["Closeable", "ForkAware", "ForkedProcessError"]
 
 _generation = 0
-"""Forks between this process and the first one. Not the process id: in a namespace of process ids
-a child can have its parent's."""
+"""Number of forks between the first process and this one.
+
+A PID would not do: in a PID namespace of its own a child can have the same PID as its parent.
+"""
 
 
 def _count_fork() -> None:
@@ -27,7 +29,7 @@ os.register_at_fork(after_in_child=_count_fork)
 
 
 class ForkedProcessError(PykvmError):
-    """Use of something in a process that was forked after it was made."""
+    """Use of an object in a process that was forked after the object was made."""
 
     def __init__(self, what: str) -> None:
         super().__init__(
@@ -37,7 +39,7 @@ class ForkedProcessError(PykvmError):
 
 
 class ForkAware:
-    """Base class of what knows whether it came into this process by fork()."""
+    """Base class for objects that know whether this process inherited them by fork()."""
 
     _made_in: int
 
@@ -48,14 +50,14 @@ class ForkAware:
 
     @property
     def inherited(self) -> bool:
-        """Whether this process was forked after the object was made."""
+        """True if this process was forked after the object was made."""
         return self._made_in != _generation
 
     def require_own(self, what: str) -> None:
-        """Refuse to go on in a process that has inherited the object.
+        """Check that this process has not inherited the object.
 
         Args:
-            what: what cannot be done, for the message.
+            what: the refused operation, for the message.
 
         Raises:
             ForkedProcessError: this process was forked after the object was made.
@@ -68,9 +70,9 @@ class Closeable(ForkAware):
     """Base class for context managers with an idempotent close()."""
 
     def close(self) -> None:
-        """Give back what this owns.
+        """Release everything that the object owns. Harmless twice.
 
-        Where it is `inherited`: this process's descriptors and mappings, and nothing else.
+        If the object is `inherited`, release only this process's descriptors and mappings.
         """
         raise NotImplementedError
 

@@ -1,7 +1,7 @@
-"""The checks of `pykvm doctor`: one for each need of this host, with a next step that works here.
+"""Checks of `pykvm doctor`: one for each requirement, with a next step that works on this machine.
 
-A check looks and never changes anything. The checks of the group "host" decide whether ELISA runs
-on this machine itself; those of "emulated host" decide whether it can emulate one that does.
+A check never changes anything. The checks of the group "host" decide whether ELISA runs on this
+machine itself. Those of the group "emulated host" decide whether it can run the emulated host.
 """
 
 import grp
@@ -41,7 +41,7 @@ _KVM = Path("/dev/kvm")
 _SYSCTL = Path("/proc/sys")
 _LIMITS = Path("/etc/security/limits.conf")  # of PAM
 
-# What can keep an ordinary user from making namespaces: the value that does, and one that does not.
+# Settings that can forbid namespaces to ordinary users: a value that forbids, and one that allows.
 _NAMESPACE_SETTINGS = {
     "kernel.unprivileged_userns_clone": ("0", "1"),
     "kernel.apparmor_restrict_unprivileged_userns": ("1", "0"),
@@ -53,7 +53,7 @@ _NAMESPACE_SETTINGS = {
 _MIB = 1 << 20
 _GIB = 1 << 30
 
-# One object with its contexts pins a few MiB; what the demo shares stays below this.
+# An object with its contexts pins a few MiB; the objects of the demo stay below this.
 _LOCKABLE = 64 * _MIB
 _MEMORY = 1 * _GIB
 _DISK = 2 * _GIB
@@ -62,21 +62,21 @@ _DISK = 2 * _GIB
 _CAP_IPC_LOCK = 14
 _CAP_SYS_ADMIN = 21
 
-# What a context of ours relies on; the rest of EPT's features is reported only.
+# Features that ELISA's contexts need; the other EPT features are only reported.
 _EPT_NEEDED = ("4 levels", "write-back tables", "execute-only", "INVEPT", "INVEPT of all contexts")
 
 
 @dataclass(frozen=True)
 class Check:
-    """One finding.
+    """Result of one check.
 
     Attributes:
         group: `HOST` or `EMULATED`.
-        name: What was looked at.
-        ok: Whether it is as it should be.
-        found: What was found, in a few words.
-        next_step: What to type or do if it is not ok.
-        needed: Whether the group is unusable without it.
+        name: name of the requirement.
+        ok: whether it is met.
+        found: what was found, in a few words.
+        next_step: what to type or do if it is not met.
+        needed: whether the group is unusable without it.
     """
 
     group: str
@@ -88,9 +88,9 @@ class Check:
 
 
 def run_checks() -> list[Check]:
-    """Return every check, in the order in which a reader would repair things.
+    """Run all checks, in the order in which a user would fix their findings.
 
-    Inside the emulated host there is no second one, and its checks are left out.
+    Inside the emulated host, the checks of the group "emulated host" are left out.
     """
     checks = [check() for check in _HOST_CHECKS]
     if not is_emulated():
@@ -99,12 +99,12 @@ def run_checks() -> list[Check]:
 
 
 def host_usable(checks: list[Check]) -> bool:
-    """Return whether ELISA runs on this host itself."""
+    """Return whether ELISA runs on this host itself, according to `checks`."""
     return all(check.ok for check in checks if check.group == HOST and check.needed)
 
 
 def emulated_host_usable(checks: list[Check]) -> bool:
-    """Return whether this host can run the emulated one."""
+    """Return whether this host can run the emulated host, according to `checks`."""
     emulated = [check for check in checks if check.group == EMULATED]
     return bool(emulated) and all(check.ok for check in emulated if check.needed)
 
@@ -191,7 +191,10 @@ def _device_step() -> str:
 
 
 def _permission_step() -> str:
-    """Return how to become a member of the device's group, if that is what it takes."""
+    """Return the next step that gives this user access to the device.
+
+    If the device's group has access, it is to join the group, else to run the command as root.
+    """
     status = os.stat(_KVM)
     try:
         user = pwd.getpwuid(os.getuid()).pw_name
@@ -258,7 +261,7 @@ def _huge_pages() -> Check:
 
 
 def _kernel_packages() -> Check:
-    # Once the patched modules are loaded, nothing has to be built: hence not needed as such.
+    # Not needed once the patched modules are loaded, because nothing has to be built then.
     name = "headers and source of the running kernel"
     release = kernel_packages.running_release()
     try:
@@ -278,7 +281,7 @@ def _kernel_packages() -> Check:
 
 def _memory() -> Check:
     available = psutil.virtual_memory().available
-    # The emulated host has half a GiB altogether, which is known to be enough there.
+    # The emulated host has 512 MiB, which is known to be enough there.
     enough = is_emulated() or available >= _MEMORY
     found = f"{available / _GIB:.1f} GiB available"
     return Check(HOST, "memory", enough, found, "free 1 GiB of memory")
@@ -294,7 +297,7 @@ def _programs() -> Check:
 
 
 def _namespaces() -> Check:
-    # The emulator's display listens without a password: it gets a network of its own.
+    # The emulator's display listens without a password, so it needs a network namespace.
     name = "namespaces for the emulator"
     command = ["unshare", "--net", "--pid", "--fork", "true"]
     if os.geteuid() != 0:
@@ -330,7 +333,7 @@ def _testbed_kernels() -> Check:
         except kernel_series.KernelMissingError:
             missing.append(series)
             continue
-        except PykvmError as error:  # not the kernels' fault
+        except PykvmError as error:  # not specific to a series
             return Check(EMULATED, name, False, error.problem, error.next_step)
         where = "installed" if kernel.installed else "to be fetched"
         found.append(f"{series} ({kernel.release}, {where})")

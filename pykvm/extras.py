@@ -1,4 +1,4 @@
-"""Optional parts of the distribution, and how to get what one of them needs."""
+"""Optional dependencies of the distribution, and the command that installs them."""
 
 import importlib.metadata
 import importlib.util
@@ -16,14 +16,23 @@ __all__ = ["ExtraMissingError", "install_step"]
 
 
 class ExtraMissingError(PykvmError):
-    """A package that an optional part needs is not installed."""
+    """A package of an optional dependency is not installed.
+
+    Args:
+        extra: name of the optional dependency in pyproject.toml.
+        module: module that is missing.
+    """
 
     def __init__(self, extra: str, module: str) -> None:
         super().__init__(f"the Python package {module} is missing", _extra_step(extra))
 
 
 def install_step(requirements: Sequence[str]) -> str:
-    """Return how to install Python packages beside this pykvm."""
+    """Return the next step that installs Python packages for this pykvm.
+
+    Args:
+        requirements: requirement specifiers, such as "matplotlib>=3.7".
+    """
     names = shlex.join(requirements)
     if importlib.util.find_spec("pip") is None:
         return f"install for {shlex.quote(sys.executable)}: {names}"
@@ -33,7 +42,10 @@ def install_step(requirements: Sequence[str]) -> str:
 
 
 def _extra_step(extra: str) -> str:
-    """The packages themselves are named: where an installation came from, nobody knows any more."""
+    """Return the next step that installs the optional dependency `extra`.
+
+    It names the packages themselves, because the source of an installation is not recorded.
+    """
     try:
         requirements = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:  # a checkout that is not set up
@@ -44,6 +56,6 @@ def _extra_step(extra: str) -> str:
 
 
 def _is_left_to_the_system() -> bool:
-    """Whether pip would refuse, as Debian has it (PEP 668)."""
+    """Return whether pip refuses to install here, as on Debian (PEP 668)."""
     mark = Path(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")
     return sys.prefix == sys.base_prefix and mark.exists()

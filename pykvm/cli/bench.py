@@ -96,7 +96,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def run_crossing(options: argparse.Namespace) -> int:
-    """`pykvm bench crossing`."""
+    """Run `pykvm bench crossing`; return the exit status."""
     _require("--calls", [options.calls], 1, 100_000)
 
     def measure() -> dict[str, Any]:
@@ -121,7 +121,7 @@ def run_crossing(options: argparse.Namespace) -> int:
 
 
 def run_protections(options: argparse.Namespace) -> int:
-    """`pykvm bench protections`."""
+    """Run `pykvm bench protections`; return the exit status."""
     _require("--calls", [options.calls], 1, 100_000)
 
     def measure() -> dict[str, Any]:
@@ -148,7 +148,7 @@ def run_protections(options: argparse.Namespace) -> int:
 
 
 def run_attach(options: argparse.Namespace) -> int:
-    """`pykvm bench attach`."""
+    """Run `pykvm bench attach`; return the exit status."""
     _require("--repeats", [options.repeats], 1, 10_000)
 
     def measure() -> dict[str, Any]:
@@ -173,7 +173,7 @@ def run_attach(options: argparse.Namespace) -> int:
 
 
 def run_switch(options: argparse.Namespace) -> int:
-    """`pykvm bench switch`."""
+    """Run `pykvm bench switch`; return the exit status."""
     from pykvm.measure.bursts import BURSTS, SIZES  # noqa: PLC0415
 
     sizes, bursts = options.sizes or SIZES, options.bursts or BURSTS
@@ -219,7 +219,7 @@ def run_switch(options: argparse.Namespace) -> int:
 
 
 def run_interrupts(options: argparse.Namespace) -> int:
-    """`pykvm bench interrupts`."""
+    """Run `pykvm bench interrupts`; return the exit status."""
     from pykvm.measure.interrupts import LEFT  # noqa: PLC0415
 
     left = options.left or LEFT
@@ -258,7 +258,7 @@ def _head() -> dict[str, Any]:
 
 
 def _print_points(record: dict[str, Any]) -> None:
-    """A line for each number of guests, size and burst; a column for each path."""
+    """Print a line for each number of guests, size and burst, with a column for each path."""
     costs = {
         (point["guests"], point["size"], point["burst"], point["path"]): point["cost_per_packet"]
         for point in record["points"]
@@ -271,7 +271,7 @@ def _print_points(record: dict[str, Any]) -> None:
 
 
 def _print_latencies(record: dict[str, Any]) -> None:
-    """A line for each amount of work: the latency by both ways, and what is behind the work."""
+    """Print a line for each amount of work: both latencies, and the delay after the work's end."""
     points = {(point["left"], point["way"]): point for point in record["points"]}
     print(f"{record['unit']} from the deadline to the handler, median")
     print(f"{'left':>10} {'default':>10} {'object':>10} {'behind':>10}  taken at the return")

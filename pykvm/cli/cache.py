@@ -31,7 +31,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do what the command line says."""
+    """Run `pykvm cache`; return the exit status."""
     if options.prune is not None:
         print(f"removed: {cache_pruning.prune(options.prune)}")
     kinds = cache_pruning.kinds()

@@ -21,7 +21,7 @@ __all__ = ["DemoFailedError", "add_parser"]
 RESULTS: Final = Path("build/demo/results.json")
 PATHS: Final = ("vmfunc", "vmcall", "direct")
 
-# Which empty call stands beside the path to the switch.
+# The empty call that is shown beside each path to the switch.
 _CALL_OF_PATH: Final = {"vmfunc": "vmfunc", "vmcall": "vmcall_user", "direct": "direct"}
 
 
@@ -56,18 +56,26 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure here or on the emulated host, then show the table and draw the chart."""
+    """Measure here or on the emulated host, then print the table and draw the chart.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        DemoFailedError: a frame was lost, changed or dropped.
+        PykvmError: an option is out of range, the capture cannot be sent, or a measurement failed.
+    """
     from pykvm.measure.exchange import check_room  # noqa: PLC0415
 
     for name, most in (("calls", 100_000), ("rounds", 1000)):
         if not 1 <= getattr(options, name) <= most:
             raise PykvmError(f"--{name} {getattr(options, name)}: use 1 to {most}")
-    # Whatever cannot be sent is refused before anything is started.
+    # Refuse a capture that cannot be sent before anything is started.
     capture = read_capture(options.capture)
     sides = split_capture(capture)
     sent = [[frame.data for frame in side] for side in sides.sent]
     check_room(sent, options.rounds)
-    if not is_emulated():  # there, the command that started this one has said it
+    if not is_emulated():  # otherwise the command that started this one has printed it
         print(_summary(sides), flush=True)
 
     def measure() -> dict[str, Any]:
@@ -139,7 +147,7 @@ def _measure(options: argparse.Namespace, sides: list[list[bytes]]) -> dict[str,
 
 
 def table(record: dict[str, Any]) -> str:
-    """The results as text."""
+    """Return the results as a table of text."""
     unit = record["unit"]
     heads = [
         "path",

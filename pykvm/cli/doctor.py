@@ -15,14 +15,14 @@ _EPILOG = "Exit status: 0 if this host runs ELISA itself, 1 otherwise."
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add `pykvm doctor`."""
+    """Add `pykvm doctor` to the command line."""
     parser = subparsers.add_parser("doctor", description=__doc__, epilog=_EPILOG)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print every check and the verdict."""
+    """Print every check and the verdict; return the exit status."""
     checks = run_checks()
     here, emulated = host_usable(checks), emulated_host_usable(checks)
     if args.json:

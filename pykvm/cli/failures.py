@@ -1,4 +1,4 @@
-"""Failures of the machine beneath a command, told in one line like pykvm's own errors."""
+"""Failures of the machine, such as a full disk, reported in one line like pykvm's own errors."""
 
 import errno
 import os
@@ -7,8 +7,8 @@ from pykvm.errors import PykvmError
 
 __all__ = ["MachineError", "explained"]
 
-# What a machine may refuse, whatever the program does right; with what to do about it. Any other
-# error number is a mistake of pykvm's and shows where it was made.
+# Errors that no program can avoid, with the next step. Any other error number is a mistake in
+# pykvm, and its traceback is shown.
 _NEXT_STEPS = {
     errno.EACCES: "run this as root, or use another place",
     errno.EDQUOT: "free some of your quota",
@@ -30,7 +30,7 @@ class MachineError(PykvmError):
 
 
 def explained(error: Exception) -> MachineError | None:
-    """Return `error` in one line if the machine is its cause, else None."""
+    """Return an error of one line for `error` if the machine is its cause, else None."""
     if isinstance(error, MemoryError):
         return MachineError("out of memory", _NEXT_STEPS[errno.ENOMEM])
     if isinstance(error, UnicodeError):
@@ -57,7 +57,7 @@ def _system(error: OSError) -> MachineError | None:
         return MachineError(
             "no directory takes temporary files", "free some space, or set TMPDIR to one that does"
         )
-    # A closed standard output is the one bad descriptor that is not ours.
+    # EBADF is a mistake in pykvm, except for a closed standard output.
     closed = error.errno == errno.EBADF and error.filename == "standard output"
     if error.errno is None or not (closed or error.errno in _NEXT_STEPS):
         return None

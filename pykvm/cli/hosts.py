@@ -1,4 +1,4 @@
-"""The host of a measurement: this machine if it can, else the emulated Intel host."""
+"""Host of a measurement: this machine if it can cross with VMFUNC, else the emulated host."""
 
 import shlex
 import sys
@@ -16,11 +16,11 @@ from pykvm.measure.records import read_record, require_writable, write_record
 
 __all__ = ["InsideFailedError", "on_suitable_host", "ticks_scale"]
 
-_RECORD: Final = Path("build") / "record.json"  # what is below build/ comes back
+_RECORD: Final = Path("build") / "record.json"  # files below build/ are copied back
 
 
 class InsideFailedError(PykvmError):
-    """The same command failed on the emulated host; it has said why."""
+    """The command failed on the emulated host, where it printed the reason."""
 
 
 def can_run_here() -> bool:
@@ -35,7 +35,7 @@ def can_run_here() -> bool:
 def ticks_scale(kvm: Kvm) -> float:
     """Return one tick of a guest's time-stamp counter in the record's unit.
 
-    That is 1 instruction on the emulated host, and some nanoseconds elsewhere.
+    That is 1 instruction on the emulated host, and the tick's length in nanoseconds elsewhere.
     """
     if is_emulated():
         return 1.0
@@ -50,12 +50,19 @@ def on_suitable_host(
     files: Mapping[str, bytes],
     out: Path,
 ) -> dict[str, Any]:
-    """Measure, keep the record in `out`, and return it.
+    """Measure on this machine or on the emulated host; write the record and return it.
 
-    arguments: of this `pykvm` command, to repeat it on the emulated host, where --json FILE is
-    added. files: options with the contents of files to take along.
+    Args:
+        measure: function that measures on this machine and returns the record.
+        arguments: arguments of this `pykvm` command, with which it is repeated on the emulated
+            host; --json FILE is added there.
+        files: contents of the files to carry in, by the option that names the file.
+        out: file of the record.
 
-    Raises InsideFailedError, RecordError, and what `measure` raises.
+    Raises:
+        InsideFailedError: the command failed on the emulated host.
+        RecordError: the record cannot be written or read.
+        PykvmError: `measure` failed, or the emulated host cannot be started.
     """
     require_writable(out)
     if is_emulated() or can_run_here():
@@ -74,7 +81,7 @@ def _measure_inside(arguments: list[str], files: Mapping[str, bytes], out: Path)
     from pykvm.measure.prebuild import build_images  # noqa: PLC0415
     from pykvm.testbed import Testbed  # noqa: PLC0415
 
-    build_images()  # here, where a compiler takes no time
+    build_images()  # here, because compiling is slow on the emulated host
     with tempfile.TemporaryDirectory(prefix="pykvm-") as name:
         folder = Path(name)
         command = ["pykvm", *arguments, "--json", str(_RECORD)]

@@ -1,4 +1,4 @@
-"""The last line of a measurement: its record, and the charts that were drawn from it."""
+"""Charts of a measurement, and its last line: the names of the record and of the charts."""
 
 import sys
 from collections.abc import Callable
@@ -10,10 +10,15 @@ __all__ = ["keep_charts"]
 
 
 def keep_charts(record: Path, draw: Callable[[Path], list[Path]]) -> None:
-    """Draw charts beside the file `record`, and print what is kept.
+    """Draw charts beside the record, and print the names of all files.
 
-    draw: gets their path without a suffix, and returns the files that it wrote. Where matplotlib
-    is missing, a line on standard error says how to get it; the record is kept in any case.
+    If matplotlib is missing, a line on standard error says how to install it, and no charts are
+    drawn.
+
+    Args:
+        record: file of the record.
+        draw: function that gets the path of the charts without a suffix, and returns the files
+            that it wrote.
 
     Raises:
         ChartError: see `pykvm.measure.charts`.

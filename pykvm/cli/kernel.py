@@ -15,7 +15,7 @@ __all__ = ["add_parser", "run"]
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add `pykvm kernel` and its actions."""
+    """Add `pykvm kernel` and its actions to the command line."""
     parser = subparsers.add_parser("kernel", description=__doc__)
     actions = parser.add_subparsers(metavar="ACTION", required=True)
 
@@ -58,7 +58,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the chosen action."""
+    """Run the chosen action; return the exit status."""
     args.action(args)
     return 0
 

@@ -1,7 +1,7 @@
-"""The `pykvm` command: finds the subcommand, runs it, and turns errors into one line.
+"""The `pykvm` command: runs the subcommand, and prints its errors in one line.
 
 Exit status: the subcommand's own, 1 for an error that the user can act on, 2 for wrong usage,
-130 after Ctrl-C, 141 if nobody reads the output any more. A mistake of pykvm's is a traceback.
+130 after Ctrl-C, 141 after a broken pipe. Mistakes in pykvm itself end in a traceback.
 """
 
 import argparse
@@ -18,12 +18,16 @@ from pykvm.errors import PykvmError
 
 __all__ = ["main"]
 
-# One module of this package each; the first line of its docstring is what --help says.
+# Each has a module in this package, whose docstring's first line is printed by --help.
 SUBCOMMANDS = ("doctor", "demo", "bench", "kernel", "testbed", "verify-gate", "cache")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one `pykvm` command line, by default the process's own; return the exit status."""
+    """Run a `pykvm` command line; return the exit status.
+
+    Args:
+        arguments: arguments without the program's name; by default the process's own.
+    """
     streams.prepare()
     try:
         status = _run(list(sys.argv[1:] if arguments is None else arguments))
@@ -52,7 +56,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _say(error: PykvmError) -> int:
-    """Tell `error` on standard error, if that takes it; return the exit status."""
+    """Print `error` on standard error, if that can be written; return the exit status."""
     with contextlib.suppress(OSError):
         print(f"pykvm: {error}", file=sys.stderr, flush=True)
     return 1
@@ -61,7 +65,7 @@ def _say(error: PykvmError) -> int:
 def _parser(chosen: str) -> argparse.ArgumentParser:
     """Return the parser, with the options of the `chosen` subcommand only.
 
-    The others are not imported: on the emulated host that would take seconds.
+    The other subcommands are not imported, because that takes seconds on the emulated host.
     """
     parser = argparse.ArgumentParser(
         prog="pykvm",
@@ -83,7 +87,10 @@ def _parser(chosen: str) -> argparse.ArgumentParser:
 
 
 class _Version(argparse.Action):
-    """Prints the version; argparse's own action would have it read for every command."""
+    """Action that prints the version.
+
+    argparse's own action would need the version, and thus read it, for every command.
+    """
 
     def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
         super().__init__(option_strings, dest, nargs=0, **options)

@@ -60,7 +60,7 @@ def add_action(actions: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do what the command line says; return the exit status."""
+    """Run `pykvm kernel selftests`; return the exit status."""
     exit_on_signals()
     start = time.monotonic()
     suite = selftest_comparison.Selftests(options.series)
@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
         f"{len(open_)} ended early on both sides, {len(left_out)} left out, "
         f"{len(different)} DIFFERENT; {time.monotonic() - start:.0f} s"
     )
-    # Nothing compared is no comparison.
+    # It is a failure if no selftest could be compared.
     return 1 if different or len(open_) == len(done) else 0
 
 

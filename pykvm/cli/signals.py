@@ -7,7 +7,7 @@ __all__ = ["exit_on_signals"]
 
 
 def exit_on_signals() -> None:
-    """Let SIGTERM and SIGHUP end this process as an exception does: what is open gets closed."""
+    """Let SIGTERM and SIGHUP raise SystemExit, so that context managers are closed."""
 
     def leave(number: int, _: FrameType | None) -> None:
         raise SystemExit(128 + number)

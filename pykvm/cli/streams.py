@@ -1,4 +1,4 @@
-"""The standard streams of a command, which may be closed, full, or unable to hold a name."""
+"""Standard streams of a command, which may be closed, full, or unable to encode a file name."""
 
 import contextlib
 import io
@@ -10,7 +10,7 @@ __all__ = ["prepare", "settle"]
 
 
 class _Output(io.FileIO):
-    """Standard output whose errors name it, as those of other files do."""
+    """Standard output whose OSErrors have a file name, like those of other files."""
 
     def write(self, data: Any) -> int:
         try:
@@ -20,10 +20,10 @@ class _Output(io.FileIO):
 
 
 def prepare() -> None:
-    """Open the standard streams that are closed, and let the output take every file name.
+    """Open the standard streams that are closed, and let the output encode every file name.
 
-    The output that is put in the place of a closed one refuses every write, as that would.
-    Streams that somebody else has put there, such as a test, stay.
+    The replacement of a closed standard output refuses every write, as the closed one would. A
+    stream that was replaced, for example by a test, is not changed.
     """
     for descriptor, flags in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:
@@ -39,15 +39,15 @@ def prepare() -> None:
 
 
 def settle() -> None:
-    """Write out what the output streams still hold, or drop it if it cannot be written.
+    """Flush the output streams; drop data that cannot be written.
 
-    The interpreter would try again at its end, and complain.
+    The interpreter would otherwise try again at its end, and print an error.
     """
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:
-            with contextlib.suppress(OSError):  # no file
+            with contextlib.suppress(OSError):  # not a file
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -59,7 +59,7 @@ def _output(like: Any) -> io.TextIOWrapper:
     return io.TextIOWrapper(
         raw if unbuffered else io.BufferedWriter(raw),
         encoding=encoding,
-        # A name that is no text in UTF-8 is written as the bytes that it is.
+        # A name that is not valid UTF-8 is written as its bytes.
         errors="surrogateescape" if unicode else "backslashreplace",
         line_buffering=like is not None and like.line_buffering,
         write_through=unbuffered,

@@ -99,7 +99,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def add_also(parser: argparse.ArgumentParser) -> None:
-    """Add `--also PATCH`, a list of paths in `options.also`."""
+    """Add the option `--also PATCH`; its paths are in `options.also`."""
     parser.add_argument(
         "--also",
         action="append",
@@ -112,7 +112,11 @@ def add_also(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do what the command line says; return the command's exit status."""
+    """Run `pykvm testbed`; return the exit status of the command inside, or 124 after a timeout.
+
+    Raises:
+        PykvmError: options exclude each other, or the command cannot be run.
+    """
     exit_on_signals()
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     kvm = "stock" if options.stock else "none" if options.no_kvm else "payload"

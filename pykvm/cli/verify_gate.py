@@ -12,7 +12,7 @@ _EPILOG = "What is claimed, and under which assumptions: docs/gate-proof.md. Exi
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add `pykvm verify-gate`."""
+    """Add `pykvm verify-gate` to the command line."""
     parser = subparsers.add_parser("verify-gate", description=__doc__, epilog=_EPILOG)
     parser.add_argument("--seed", type=int, help="of the random states; another one each time")
     parser.add_argument(
@@ -22,7 +22,11 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Verify, and print what was covered."""
+    """Verify, and print the report; return the exit status.
+
+    Raises:
+        ExtraMissingError: a package of the optional dependency ``verify`` is missing.
+    """
     try:
         from pykvm.verify.report import verify  # noqa: PLC0415 (needs packages of its own)
     except ModuleNotFoundError as error:
