@@ -1,10 +1,10 @@
-"""`make attacks`: every attack and every control, here and on emulated hosts, row by row.
+"""`make attacks`: every attack and every control, on this host and on emulated hosts, row by row.
 
-The controls that need a kernel without a defence run on a host of their own, whose modules are
-built with weaken.patch. What needs features that few processors have runs on a newer processor,
-with and without a defence. Where several series are named, a row must hold on each; on the newer
-processor the first of them runs. Exit status 0 only if each attack held, each control succeeded,
-nothing was skipped, and no row has an open part.
+Controls that need a kernel without a defence run on an emulated host of their own, whose modules
+are built with weaken.patch. Tests that need rare processor features run on a newer emulated
+processor, with and without a defence. If several series are given, a row must hold on each; the
+newer processor runs the first of them. The exit status is 0 only if each defence held, each control
+succeeded, nothing was skipped, and no row has an open part.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from tools import side_by_side, test_all
 from tools.side_by_side import Job
 
 NEWER_CPU: Final = "sapphire_rapids"  # of pykvm testbed --cpu
-RESULTS: Final = Path("build") / "attacks"  # below build/, so that it comes back from inside
+RESULTS: Final = Path("build") / "attacks"  # the testbed copies files below build/ back
 _MARKED: Final = "(attack or control)"
 _TIERS: Final = re.compile(r"mark\.(elisa|kvm)\b")
 _WEAKENED: Final = re.compile(r"mark\.weakened\b")
@@ -39,7 +39,12 @@ class Verdict:
 
 
 def judge(threat: Threat, outcomes: Mapping[str, set[str]]) -> Verdict:
-    """outcomes: by test, as path::function, what its cases ended with."""
+    """Return the verdict on one row.
+
+    Args:
+        threat: the row.
+        outcomes: outcomes of each test's cases, by test (path::function).
+    """
     tests = [*threat.attacks, *threat.controls]
     wrong = [test for test in tests if outcomes.get(test, {"not run"}) != {"passed"}]
     if wrong:
@@ -54,7 +59,7 @@ def judge(threat: Threat, outcomes: Mapping[str, set[str]]) -> Verdict:
 
 
 def outcomes_of(report: Path) -> dict[str, set[str]]:
-    """What pytest's JUnit report says, by test."""
+    """Return the outcomes in a JUnit report of pytest, by test."""
     found: dict[str, set[str]] = {}
     for case in ElementTree.parse(report).iter("testcase"):
         path = case.attrib["classname"].replace(".", "/") + ".py"
@@ -67,7 +72,14 @@ def outcomes_of(report: Path) -> dict[str, set[str]]:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of pytest. where: what it is run with, up to the interpreter."""
+    """A run of pytest.
+
+    Attributes:
+        name: name of the run and of its report.
+        where: start of the command line, up to the interpreter.
+        expression: marks that select the tests.
+        files: test files.
+    """
 
     name: str
     where: tuple[str, ...]
@@ -84,9 +96,9 @@ class Run:
 
 
 def plan(series: str) -> tuple[Run, Run, Run]:
-    """What runs here, on the emulated host, and on the one with weakened modules."""
+    """Return the runs here, on the emulated host, and on the one with weakened modules."""
     files = _files()
-    builds = "tests/attacks/test_builds.py"  # what the emulated host cannot compile itself
+    builds = "tests/attacks/test_builds.py"  # the emulated host cannot compile these itself
     testbed = _testbed("--series", series)
     return (
         Run(
@@ -111,7 +123,7 @@ def plan(series: str) -> tuple[Run, Run, Run]:
 
 
 def plan_newer(series: str) -> tuple[Run, Run]:
-    """What runs on the emulated host with a newer processor: nothing there may be skipped."""
+    """Return the runs on the emulated host with a newer processor, which may skip nothing."""
     files = _with(_PROCESSOR, _files())
     testbed = _testbed("--series", series, "--cpu", NEWER_CPU, "--env", "PYKVM_REQUIRE=elisa")
     return (
@@ -140,7 +152,7 @@ def _testbed(*options: str) -> tuple[str, ...]:
 
 
 def _job(run: Run, after: str) -> Job:
-    # What the emulated hosts cannot compile themselves is built here first.
+    # Some runs wait for the one on this host, which builds what emulated hosts cannot compile.
     return Job(f"attacks: {run.name}", run.command(), {"PYKVM_REQUIRE": None}, after)
 
 
@@ -149,7 +161,10 @@ def _with(mark: re.Pattern[str], files: Iterable[str]) -> tuple[str, ...]:
 
 
 def all_outcomes(reports: Iterable[Path]) -> dict[str, set[str]]:
-    """By test, over all `reports`; a skip counts only where no other report has the test."""
+    """Return the outcomes in all `reports`, by test.
+
+    A skip counts only if no other report has another outcome of the test.
+    """
     found: dict[str, set[str]] = {}
     for report in reports:
         for test, ends in outcomes_of(report).items():

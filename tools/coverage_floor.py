@@ -1,11 +1,11 @@
-"""How much of the package and the tools `make test` has reached, and the floor under it.
+"""Coverage of the package and the tools by `make test`, and its floor.
 
     python -m tools.coverage_floor
 
-Measured are the tests on this host that need no KVM, so that the figure is the same on every host,
-and the commands and children that they start. Tests inside the emulated host are not measured:
-tracing would double the time of the longest part of `make test`. The floor is `fail_under` in
-pyproject.toml; the exit status is 1 below it.
+Only the tests on this host that need no KVM are measured, so that the figure is the same on every
+host, together with the commands and child processes that they start. Tests on the emulated host are
+not measured, because tracing would double the time of the longest part of `make test`. The floor is
+`fail_under` in pyproject.toml. The exit status is 1 if the coverage is lower.
 """
 
 import argparse
@@ -21,12 +21,17 @@ from coverage.exceptions import NoDataError
 from tools.test_all import COVERAGE, ROOT
 
 _REPORT: Final = COVERAGE.with_name("report.txt")
-_MARGIN: Final = 2  # percent that the floor may stay behind
+_MARGIN: Final = 2  # percent by which the coverage may exceed the floor without advice
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """total, floor: percent of lines and branches."""
+    """Coverage compared with its floor.
+
+    Attributes:
+        total: percent of lines and branches that were reached.
+        floor: least percent that is accepted.
+    """
 
     total: float
     floor: float
@@ -48,7 +53,7 @@ class Verdict:
 
 
 def judge(root: Path) -> Verdict:
-    """Combine what every process of a checkout has measured, and write the report.
+    """Combine the measurements of all processes of a checkout, and write the report.
 
     Raises:
         coverage.exceptions.NoDataError: nothing was measured.

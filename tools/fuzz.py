@@ -1,6 +1,6 @@
-"""``python -m tools.fuzz``: fuzz the switch for some time and say how far it came.
+"""``python -m tools.fuzz``: fuzz the switch for some time and print the coverage it reached.
 
-Exits non-zero with the input and what it broke as soon as anything is found.
+At the first finding, it prints the input and the failure, and exits with status 1.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python -m tools.side_by_side [--processors N] "COMMAND" ...
 
-The first command's output is shown as it comes, and each other's from its start once those before
-it have ended. Ctrl-C reaches all of them, and all have ended before this one does. The exit
-status is 1 if any of them failed.
+The first command's output is shown as it arrives. Each other's output is shown, from its start,
+once the commands before it have ended. Ctrl-C interrupts all commands, and this process waits until
+they have ended. The exit status is 1 if any of them failed.
 """
 
 import argparse
@@ -22,16 +22,19 @@ from typing import IO, Final
 
 from pykvm.cli.signals import exit_on_signals
 
-_PATIENCE: Final = 20.0  # seconds, for what was interrupted to end by itself
+_PATIENCE: Final = 20.0  # seconds between SIGINT, SIGTERM and SIGKILL
 _PR_SET_PDEATHSIG: Final = 1
 
 
 @dataclass(frozen=True)
 class Job:
-    """A command and what to call it.
+    """A command and its name.
 
-    environment: variables to set, or (None) to unset. after: the name of an earlier job that must
-    have ended before this one starts, well or not.
+    Attributes:
+        name: name of the job, for its heading.
+        command: program and arguments.
+        environment: variables to set, or to unset if the value is None.
+        after: name of an earlier job that must have ended, well or not, before this one starts.
     """
 
     name: str
@@ -41,7 +44,7 @@ class Job:
 
 
 class _Running:
-    """A job that was started; its output goes to a file that nobody else sees."""
+    """A job that was started; its output goes to an unnamed temporary file."""
 
     def __init__(self, job: Job) -> None:
         changed = {name: value for name, value in job.environment.items() if value is not None}
@@ -65,7 +68,7 @@ class _Running:
             stdin=subprocess.DEVNULL,
             stdout=self.log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # a terminal's Ctrl-C is for us, who pass it on
+            start_new_session=True,  # a terminal's Ctrl-C is for this process, which passes it on
             preexec_fn=end_with_parent,  # noqa: PLW1509  (two system calls, no lock)
         )
 
@@ -76,19 +79,19 @@ class _Running:
         return True
 
     def show(self) -> None:
-        """Pass on what it has written since the last time."""
+        """Print the output that it has written since the last call."""
         while data := os.pread(self.log.fileno(), 1 << 16, self.shown):
             self.shown += len(data)
             sys.stdout.buffer.write(data)
         sys.stdout.flush()
 
     def signal(self, number: int) -> None:
-        # Its children too: they are in its group unless they chose not to be.
+        # The children are in its process group too, unless they have left it.
         if self.process.poll() is None:
             os.killpg(self.process.pid, number)
 
     def end(self) -> None:
-        """Wait until it has ended by SIGINT, which it got; be firmer if it has not."""
+        """Wait until it has ended after SIGINT; send SIGTERM and SIGKILL if it does not end."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             try:
                 self.process.wait(_PATIENCE)
@@ -99,12 +102,17 @@ class _Running:
 
 
 def run(jobs: Sequence[Job], processors: int = 1, interval: float = 0.2) -> list[int]:
-    """Run `jobs`, each on as many `processors`, and return their exit statuses.
+    """Run jobs, which start in their order, and return their exit statuses.
 
-    They start in their order. However this function is left, none of them runs any more.
+    When the function returns or raises, no job runs any more.
+
+    Args:
+        jobs: the jobs.
+        processors: number of processors that each job keeps busy.
+        interval: seconds between two checks for output.
 
     Raises:
-        KeyboardInterrupt: they were interrupted.
+        KeyboardInterrupt: the jobs were interrupted.
     """
     at_once = max(1, len(os.sched_getaffinity(0)) // processors)
     running: list[_Running] = []
@@ -136,7 +144,7 @@ def run(jobs: Sequence[Job], processors: int = 1, interval: float = 0.2) -> list
 
 
 def summary(jobs: Sequence[Job], statuses: Sequence[int]) -> int:
-    """Name the jobs that failed; return the exit status for them all."""
+    """Print the names of the jobs that failed; return the exit status for all jobs."""
     failed = [job.name for job, status in zip(jobs, statuses, strict=True) if status]
     if failed:
         print(f"==== FAILED: {', '.join(failed)}", flush=True)
@@ -144,9 +152,9 @@ def summary(jobs: Sequence[Job], statuses: Sequence[int]) -> int:
 
 
 def end_on_signals() -> None:
-    """Let what ends this process do so as an exception, so that no job is left."""
+    """Let the signals that end this process raise an exception, so that all jobs are ended."""
     exit_on_signals()
-    # A shell without job control starts what it runs in the background with Ctrl-C ignored.
+    # A shell without job control starts background commands with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

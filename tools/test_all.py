@@ -1,7 +1,7 @@
 """`make test`: every test, on this host and on the emulated Intel host with each kernel series.
 
-Each part leaves a report in pytest's JUnit format in `build/tests`, and what the parts on this host
-reach of the sources in `build/coverage` (tools/coverage_floor.py).
+Each part writes a report in pytest's JUnit format to `build/tests`. The parts on this host also
+write their coverage to `build/coverage` (tools/coverage_floor.py).
 """
 
 import argparse
@@ -20,33 +20,39 @@ from tools import side_by_side
 from tools.side_by_side import Job
 
 ROOT: Final = Path(__file__).resolve().parents[1]
-REPORTS: Final = Path("build") / "tests"  # below build/, so that they come back from inside
+REPORTS: Final = Path("build") / "tests"  # the testbed copies files below build/ back
 
-COVERAGE: Final = Path("build") / "coverage" / "data"  # and a suffix for each process
+COVERAGE: Final = Path("build") / "coverage" / "data"  # each process adds a suffix
 
 _WITH_KVM: Final = "kvm or elisa"
 _STATE: Final = "checkout"
 _MADE: Final = re.compile(r"\.(so|pyc)$")
 
-# On this host, while the emulated ones run: the longest.
+# The longest tests of this host, which run at the same time as those on the emulated hosts.
 _LATER: Final = ("tests/switch", "tests/verify")
 
 
 def files_with(tiers: Sequence[str]) -> list[str]:
-    """Test files that use a mark of `tiers`; on the emulated host, importing all takes a minute."""
+    """Return the test files that use a mark of `tiers`.
+
+    Importing all test files would take a minute on the emulated host.
+    """
     marks = re.compile(rf"mark\.({'|'.join(tiers)})\b")
     return [file for file in all_files() if marks.search((ROOT / file).read_text())]
 
 
 def checkout_key() -> str:
-    """A hash of the checkout's sources, by which reports can be told to be of another state."""
+    """Return a hash of the checkout's sources, which tells reports of other sources apart."""
     names = carried_files(ROOT)
     sources = (n for n in names if not n.startswith("build/") and not _MADE.search(n))
     return cache.key(*(item for name in sources for item in (name, ROOT / name)))
 
 
 def reports() -> list[Path]:
-    """What `make test` left: a report of each part; none unless all are of this very checkout."""
+    """Return the reports of the last `make test`.
+
+    The list is empty if a report is missing or the sources have changed since.
+    """
     found = [ROOT / REPORTS / f"{name}.xml" for name in _report_names()]
     state = ROOT / REPORTS / _STATE
     if not state.is_file() or state.read_text() != checkout_key():
@@ -60,14 +66,14 @@ def _report_names() -> list[str]:
 
 
 def all_files() -> list[str]:
-    """Every test file, relative to the checkout."""
+    """Return all test files, relative to the checkout."""
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py"))
 
 
 def _inside() -> list[tuple[str, str]]:
-    """By series that Debian offers here, what its emulated host runs.
+    """Return pairs of a series that Debian offers here and the marks that its emulated host runs.
 
-    The default one has two parts, so that all end together.
+    The default series has two parts, so that all parts end at about the same time.
     """
     default = default_series()
     others = [(series, "elisa or kvm") for series in offered_series() if series != default]
@@ -75,7 +81,7 @@ def _inside() -> list[tuple[str, str]]:
 
 
 def jobs() -> list[Job]:
-    """What there is to run, in the order in which it starts."""
+    """Return the jobs in the order in which they start."""
     later = {*files_with(["testbed"]), *(f for f in all_files() if f.startswith(_LATER))}
     first = "on this host"
     found = [
@@ -95,7 +101,7 @@ def jobs() -> list[Job]:
                     *("--env", f"PYKVM_REQUIRE={','.join(tiers)}"),
                     *("--", *pytest, *files_with(tiers)),
                 ],
-                # Guests and objects that were built here need not be built slowly there.
+                # The job on this host builds guests and objects, which takes longer inside.
                 after=first,
             )
         )
@@ -104,7 +110,7 @@ def jobs() -> list[Job]:
 
 def _on_this_host(name: str, report: str, files: Sequence[str]) -> Job:
     pytest = ["pytest", "-m", f"not ({_WITH_KVM})", f"--junitxml={REPORTS / report}.xml"]
-    # What pytest compiles is taken along, too.
+    # The emulated hosts get the bytecode that pytest writes here.
     environment = {
         "PYTHONDONTWRITEBYTECODE": None,
         "PYKVM_REQUIRE": "unit,testbed",
@@ -115,7 +121,7 @@ def _on_this_host(name: str, report: str, files: Sequence[str]) -> Job:
 
 
 def _with_this_kvm() -> Job:
-    # Where there is one. Not in the coverage, which would vary by host.
+    # Without KVM these tests are skipped. They are not in the coverage, which would vary by host.
     pytest = ["pytest", "-m", _WITH_KVM, f"--junitxml={REPORTS / 'host-kvm'}.xml"]
     command = [sys.executable, "-m", *pytest, *files_with(["kvm", "elisa"])]
     return Job("on this host, with its KVM", command, {"PYKVM_REQUIRE": None})
@@ -139,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = side_by_side.summary(todo, side_by_side.run(todo))
     except KeyboardInterrupt:
         return 130
-    # By a process of its own: this module is imported where there is no package `coverage`.
+    # In a process of its own, because this module must not need the package `coverage`.
     reached = subprocess.run([sys.executable, "-m", "tools.coverage_floor"], check=False)
     return status or reached.returncode
 

@@ -1,4 +1,4 @@
-"""docs/threats.md, written from the table: ``python -m tools.threats_document``."""
+"""``python -m tools.threats_document``: write docs/threats.md from the table of threats."""
 
 from pathlib import Path
 from typing import Final
@@ -48,7 +48,7 @@ def _row(threat: Threat) -> str:
 
 
 def document() -> str:
-    """The whole file."""
+    """Return the content of docs/threats.md."""
     return _HEAD + "\n".join(_row(threat) for threat in THREATS)
 
 

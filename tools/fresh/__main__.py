@@ -1,4 +1,4 @@
-"""The command line of `make fresh`."""
+"""Command line of `make fresh`."""
 
 import argparse
 import os
@@ -25,7 +25,13 @@ _CLONE: Final = "/root/pykvm"
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one command. status: its exit status, or None if it was not run."""
+    """Result of one command.
+
+    Attributes:
+        command: the command.
+        status: exit status; None if the command was not run.
+        seconds: seconds that it took.
+    """
 
     command: str
     status: int | None
@@ -33,7 +39,7 @@ class Outcome:
 
 
 class _Narrator:
-    """Says what is done, with the seconds so far."""
+    """Progress messages on standard output, with the seconds so far."""
 
     def __init__(self, debian: str) -> None:
         self._debian = debian
@@ -47,7 +53,14 @@ class _Narrator:
 def check(
     root: Path, commands: Sequence[str], tell: Callable[[str], None], directory: str = _CLONE
 ) -> list[Outcome]:
-    """Run `commands` in turn in the system at `root`, up to the first that fails."""
+    """Run commands in turn, up to the first that fails.
+
+    Args:
+        root: root file system in which to run them.
+        commands: shell commands.
+        tell: called with each command before it runs.
+        directory: working directory, in `root`.
+    """
     outcomes: list[Outcome] = []
     for command in commands:
         if outcomes and outcomes[-1].status != 0:

@@ -1,9 +1,10 @@
-"""First process of a fresh machine: mounts what a system has, runs one command, and reaps.
+"""First process of a fresh machine: mounts file systems, runs one command, and reaps processes.
 
     init.py ROOT DIRECTORY COMMAND
 
-It starts in mount and process namespaces of its own, so its mounts are seen by nobody else, and
-its end takes all processes and mounts along. DIRECTORY is one in ROOT; COMMAND is for its shell.
+It starts in mount and PID namespaces of its own. Therefore its mounts are not visible outside, and
+its end ends all processes and mounts. DIRECTORY is the working directory in ROOT; COMMAND is run by
+the shell there.
 """
 
 import os
@@ -50,12 +51,18 @@ def _execute(root: Path, directory: str, command: str) -> NoReturn:
 
 
 def main(root: Path, directory: str, command: str) -> int:
-    """Run `command`; return its exit status, or 128 plus the number of the signal that ended it."""
+    """Run a command; return its exit status, or 128 plus the number of the signal that ended it.
+
+    Args:
+        root: root file system.
+        directory: working directory, in `root`.
+        command: shell command.
+    """
     _populate(root)
     child = os.fork()
     if child == 0:
         _execute(root, directory, command)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a shell is the shell's
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the shell that runs here
     while True:  # orphans of the whole namespace are this process's children
         ended, status = os.wait()
         if ended == child:

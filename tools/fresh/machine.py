@@ -1,4 +1,4 @@
-"""A root file system, and commands that run in it as on a machine of its own."""
+"""Commands in a root file system, run as on a machine of their own."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ ENVIRONMENT: Final = {
     "LANG": "C.UTF-8",
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
 }
-"""What a login of root has."""
+"""Environment of root after a login."""
 
 _INIT: Final = Path(__file__).with_name("init.py")
 
@@ -30,14 +30,19 @@ def run(
     directory: str = "/root",
     environment: Mapping[str, str] | None = None,
 ) -> int:
-    """Run `command` in the system at `root`; return its exit status.
+    """Run a command in a root file system; return its exit status.
 
-    However this function is left, nothing of the command runs any more, and nothing is mounted.
+    When the function returns or raises, no process of the command runs any more, and nothing is
+    mounted.
 
-    directory: where to run it, in `root`. environment: variables besides `ENVIRONMENT`.
+    Args:
+        root: root file system.
+        command: shell command.
+        directory: working directory, in `root`.
+        environment: environment variables in addition to `ENVIRONMENT`.
     """
     process = subprocess.Popen(
-        # The first ends the second if this process is killed.
+        # setpriv lets unshare be killed if this process is killed.
         ["setpriv", "--pdeathsig", "KILL", "--", *_in_namespaces(root, directory, command)],
         env=_complete(environment),
         stdin=subprocess.DEVNULL,
@@ -52,7 +57,7 @@ def run(
 def enter(
     root: Path, *, directory: str = "/root", environment: Mapping[str, str] | None = None
 ) -> NoReturn:
-    """Become a shell in the system at `root`; see `run`."""
+    """Replace this process by a shell in the root file system `root`; see `run`."""
     command = _in_namespaces(root, directory, "exec bash -i")
     os.execvpe(command[0], command, _complete(environment))
 
@@ -68,8 +73,8 @@ def _complete(environment: Mapping[str, str] | None) -> dict[str, str]:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
-        # Once unshare has seen its child end, every process in the namespace has ended. If it
-        # were killed itself, they could still be writing.
+        # When unshare has reaped its child, every process in the namespace has ended. If unshare
+        # itself were killed, they might still be writing.
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         with contextlib.suppress(OSError):
             for child in children.read_text().split():

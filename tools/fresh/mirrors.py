@@ -1,8 +1,9 @@
-"""What this machine needs to reach the archives of packages, carried into a fresh system.
+"""This machine's configuration for reaching package archives, copied into a fresh system.
 
-That is apt's mirror and proxies, certificates of a local authority, pip's index, the resolver's
-configuration, and the environment variables that name proxies and certificates. What only makes
-a machine faster or different (a cache, a local directory of wheels, a constraint) stays behind.
+It consists of apt's mirror and proxies, certificates of a local authority, pip's index, the
+resolver's configuration, and the environment variables that name proxies and certificates. Settings
+that only make a machine faster or different (a cache, a local directory of wheels, a constraint)
+are not copied.
 """
 
 import configparser
@@ -39,11 +40,14 @@ _RESOLVER: Final = ("etc/resolv.conf", "etc/hosts")
 
 
 class MirrorError(PykvmError):
-    """This machine's apt does not say where Debian's packages are."""
+    """This machine's apt has no archive of Debian."""
 
 
 def sources(code_name: str) -> list[str]:
     """Return the lines of sources.list for a release of Debian, from this machine's mirrors.
+
+    Args:
+        code_name: code name of the release, such as "bookworm".
 
     Raises:
         MirrorError: apt knows no archive of Debian on this machine.
@@ -79,9 +83,11 @@ def apt_options() -> list[str]:
 def pip_settings(
     variables: Mapping[str, str], files: Iterable[Path] | None = None
 ) -> dict[str, str]:
-    """Return this machine's options of pip that concern the network.
+    """Return this machine's pip options that concern the network, by name.
 
-    variables: the environment, which comes before the configuration `files`.
+    Args:
+        variables: environment variables, which override the configuration files.
+        files: pip's configuration files; by default those of this machine.
     """
     found: dict[str, str] = {}
     for file in files or _pip_files(variables):
@@ -98,15 +104,19 @@ def pip_settings(
 
 
 def environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return those of `variables` that name proxies and certificates."""
+    """Return the variables among `variables` that name proxies and certificates."""
     names = {*_PROXIES, *(name.upper() for name in _PROXIES), *_CERTIFICATES}
     return {name: value for name, value in variables.items() if name in names and value}
 
 
 def carry_in(root: Path, variables: Mapping[str, str] = os.environ) -> None:
-    """Write into the system at `root` what this machine needs to reach the archives.
+    """Copy this machine's configuration for reaching package archives into a system.
 
-    Certificates of local authorities are only copied: update-ca-certificates has to run there.
+    Certificates of local authorities are only copied; update-ca-certificates has to run there.
+
+    Args:
+        root: root file system of the system.
+        variables: environment variables of this machine.
     """
     for name in _RESOLVER:
         if Path("/", name).exists():
@@ -124,7 +134,7 @@ def carry_in(root: Path, variables: Mapping[str, str] = os.environ) -> None:
 
 
 def _copy_missing(path: Path, root: Path) -> None:
-    """Copy a file of certificates that a system does not have by itself."""
+    """Copy a file of certificates into the system at `root`, unless it has one there."""
     target = root / path.relative_to("/")
     if path.is_file() and not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +142,7 @@ def _copy_missing(path: Path, root: Path) -> None:
 
 
 def _remote(option: str, value: str) -> list[str]:
-    """The words of `value`, without indexes that are directories of this machine."""
+    """Return the words of an option's value, without indexes that are local directories."""
     words = value.split()
     return [word for word in words if "index-url" not in option or re.match("https?://", word)]
 

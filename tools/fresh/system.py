@@ -1,4 +1,4 @@
-"""The file system of a fresh machine: a minimal Debian, and a clone of this checkout in it."""
+"""File system of a fresh machine: a minimal Debian with a clone of this checkout."""
 
 import os
 import shutil
@@ -29,7 +29,11 @@ class FreshError(PykvmError):
 
 
 def base(debian: str, tell: Callable[[str], None]) -> Path:
-    """Return the archive of a minimal system of a release of Debian, of today.
+    """Return the archive of a minimal Debian system; make it if the cache lacks today's.
+
+    Args:
+        debian: version of Debian, a key of `DEBIAN_RELEASES`.
+        tell: called with a message at each step.
 
     Raises:
         FreshError: mmdebstrap cannot be installed, or fails.
@@ -64,7 +68,7 @@ def _install_mmdebstrap(tell: Callable[[str], None]) -> None:
 
 
 def unpack(archive: Path, root: Path) -> None:
-    """Unpack a system into the new directory `root`.
+    """Unpack the archive of a system into the new directory `root`.
 
     Raises:
         FreshError: tar fails.
@@ -76,13 +80,18 @@ def unpack(archive: Path, root: Path) -> None:
 
 
 def clone(target: Path, tell: Callable[[str], None]) -> None:
-    """Clone this checkout's HEAD into `target`; warn of what is not part of it.
+    """Clone this checkout's HEAD, and warn about files that are not committed.
+
+    Args:
+        target: directory of the clone.
+        tell: called with a message at each step.
 
     Raises:
-        FreshError: this is no git checkout.
+        FreshError: a git command fails, for example because this is not a git checkout.
     """
     with tempfile.NamedTemporaryFile("w", suffix=".gitconfig") as config:
-        # The checkout may be another user's; the servant of a clone reads its configuration only.
+        # The checkout may belong to another user. git's server side of a clone takes
+        # safe.directory from configuration files only.
         config.write("[safe]\n\tdirectory = *\n")
         config.flush()
         environment = {**git.environment(), "GIT_CONFIG_GLOBAL": config.name}
