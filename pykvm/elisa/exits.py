@@ -88,7 +88,7 @@ class ElisaExit(Exit):
 
     @property
     def access(self) -> str:
-        """What an EPT violation tried: "read", "write", "fetch" or a combination.
+        """Access that caused an EPT violation: "read", "write", "fetch" or a combination.
 
         SDM vol. 3C, table 28-7: bits 0 to 2 of the qualification.
         """
@@ -97,7 +97,7 @@ class ElisaExit(Exit):
 
     @property
     def gva_valid(self) -> bool:
-        """Whether `gva` means something: bit 7 of a violation's qualification."""
+        """True if `gva` is valid: bit 7 of a violation's qualification."""
         return self.cause == lib.KVM_ELISA_EXIT_VIOLATION and bool(self.qualification >> 7 & 1)
 
     def __str__(self) -> str:

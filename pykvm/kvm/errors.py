@@ -1,4 +1,4 @@
-"""What can go wrong with KVM: one class per cause.
+"""Errors of KVM: one class per cause.
 
 Every class derives from `pykvm.errors.PykvmError` by way of `KvmError`; ``errno`` is the errno
 that the kernel gave, or None where the kernel was not asked.

@@ -33,7 +33,7 @@ NULL_HYPERCALL: Any = lib.pykvm_null_hypercall
 
 
 class Space(IntEnum):
-    """What the numbers of a handler's range are."""
+    """Kinds of numbers in a handler's range."""
 
     PORTS = lib.PYKVM_PORTS
     MMIO = lib.PYKVM_MMIO

@@ -27,7 +27,7 @@ class Capability(NamedTuple):
 
 
 class Scope(Enum):
-    """Which kind of file descriptor an ioctl is made on."""
+    """Kinds of file descriptors that ioctls are made on."""
 
     SYSTEM = "system"
     VM = "vm"

@@ -144,7 +144,7 @@ class MemorySlots(Handle):
         self.ioctl("KVM_SET_USER_MEMORY_REGION", region)
 
     def _why_refused(self, number: int, wanted: _Slot) -> str:
-        """What to change after EINVAL, which the kernel says of all these."""
+        """Return what to change after EINVAL, which the kernel returns for several causes."""
         limit = self.check_extension("KVM_CAP_NR_MEMSLOTS")
         if number >= limit:
             return f"use slots below {limit}"

@@ -183,7 +183,7 @@ class Vcpu(X86Vcpu):
 
     @property
     def running(self) -> bool:
-        """Whether some thread of this process is inside run()'s C loop."""
+        """True while some thread of this process is inside run()'s C loop."""
         return not self.inherited and bool(lib.pykvm_is_running(self._vcpu))
 
     def complete(self) -> None:
@@ -271,7 +271,7 @@ class Vcpu(X86Vcpu):
 
     @property
     def ready_for_interrupt(self) -> bool:
-        """Whether `interrupt()` would be taken now."""
+        """True if the guest would take an `interrupt()` now."""
         return bool(self.kvm_run.ready_for_interrupt_injection)
 
     def coalesced_writes(self) -> list[CoalescedWrite]:

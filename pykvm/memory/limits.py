@@ -1,4 +1,4 @@
-"""What the host lets a process have: memory, huge pages, and memory that is pinned.
+"""Limits of the host for a process: memory, huge pages and pinned memory.
 
 Sources: proc(5), getrlimit(2), Linux Documentation/admin-guide/mm/hugetlbpage.rst.
 """

@@ -43,7 +43,7 @@ class Frame:
 
     @property
     def tags(self) -> int:
-        """How many VLAN tags follow the addresses."""
+        """Number of VLAN tags that follow the addresses."""
         tags = 0
         while self.data[12 + TAG_BYTES * tags :][:2] in _TAG_TYPES:
             tags += 1
