@@ -1,4 +1,4 @@
-"""An apt whose packages a test chooses: programs of these names that answer from files."""
+"""Stand-in for apt: programs of its names that answer from files."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,14 +19,19 @@ exit 0
 
 
 def line(package: str, version: str = "1", kind: str = "Packages") -> str:
-    """Return what `apt-cache madison` says of one version of a package."""
+    """Return the line that `apt-cache madison` prints for one version of a package."""
     return f"{package} | {version} | http://mirror.example bookworm/main amd64 {kind}\n"
 
 
 def offer(directory: Path, monkeypatch: pytest.MonkeyPatch, madison: str) -> Path:
-    """Let apt offer what `madison` lists; return the file that notes what it is asked.
+    """Make apt offer what `madison` lists.
 
-    `directory` holds its programs and, in the file "madison", its answers.
+    Args:
+        directory: receives the programs and the file "madison" with their answers.
+        madison: the output of `apt-cache madison`.
+
+    Returns:
+        The file in which the programs log their arguments.
     """
     programs, lists = directory / "bin", directory / "lists"
     for each in (programs, lists):
@@ -44,7 +49,7 @@ def offer(directory: Path, monkeypatch: pytest.MonkeyPatch, madison: str) -> Pat
 def offer_packages(
     directory: Path, monkeypatch: pytest.MonkeyPatch, packages: Iterable[str]
 ) -> None:
-    """Let apt offer one version of each of `packages`."""
+    """Make apt offer one version of each of `packages`."""
     offer(directory, monkeypatch, "".join(map(line, packages)))
 
 

@@ -10,7 +10,12 @@ CAP_IPC_LOCK, CAP_SYS_ADMIN = 14, 21
 
 
 def in_child(body: Callable[[], int], *, without: int | None = None, memlock: int = 0) -> int:
-    """What body() returns in a child process without a capability; no exception gets out of it."""
+    """Return the result of body() in a child process; no exception escapes from the child.
+
+    Args:
+        without: number of a capability that the child drops.
+        memlock: RLIMIT_MEMLOCK of the child in bytes; 0 keeps this process's.
+    """
     reader, writer = os.pipe()
     child = os.fork()
     if not child:

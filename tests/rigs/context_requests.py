@@ -1,4 +1,4 @@
-"""The patch's calls made by hand, with everything that can be wrong in them."""
+"""The patch's calls made by hand, so that each argument can be wrong."""
 
 import ctypes
 import mmap
@@ -20,7 +20,7 @@ USER, LIST, EPTP = (
     uapi.lib.KVM_ELISA_PAGE_LIST,
     uapi.lib.KVM_ELISA_PAGE_EPTP,
 )
-R, W, X = 1, 2, 4  # SDM vol. 3C, table 29-1 and 29-6: bits 0 to 2 of every EPT entry
+R, W, X = 1, 2, 4  # SDM vol. 3C, tables 29-1 and 29-6: bits 0 to 2 of every EPT entry
 WB = 6 << 3  # memory type of a leaf
 LARGE = 1 << 7
 # struct kvm_elisa_create: nr_tables, nr_pages, tables, pages, flags, pad, gva, size,
@@ -38,7 +38,7 @@ class Machine:
 
 
 class Memory:
-    """Anonymous memory of this process; entered, its address."""
+    """Anonymous memory of this process; `with` yields its address."""
 
     def __init__(self, pages: int) -> None:
         self._map = mmap.mmap(-1, pages * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -55,14 +55,19 @@ class Memory:
 
 @contextmanager
 def new_machine(kvm: Kvm, *, contexts: int = 0, pages: int = 0) -> Iterator[Machine]:
-    """contexts, pages: the limits of its VM."""
+    """Create a VM with contexts.
+
+    Args:
+        contexts: limit on its contexts; 0 for the kernel's default.
+        pages: limit on its pages; 0 for the kernel's default.
+    """
     with Memory(3) as address, kvm.create_vm() as vm:
         calls.enable_contexts(vm, contexts=contexts, pages=pages)
         yield Machine(vm, vm.create_vcpu(0), address)
 
 
 def table(**entries: int) -> bytes:
-    """One table: ``table(e0=..., e511=...)``."""
+    """Return one table: ``table(e0=..., e511=...)``."""
     words = [0] * 512
     for name, value in entries.items():
         words[int(name[1:])] = value
@@ -78,16 +83,19 @@ def leaf(index: int = 0, access: int = R | W, kind: int = WB) -> int:
 
 
 def chain(*leaves: int) -> list[bytes]:
-    """Four tables, one behind the other; the last one with these entries."""
+    """Return four tables, each pointing to the next; the last one holds `leaves`."""
     last = table(**{f"e{number}": entry for number, entry in enumerate(leaves)})
     return [table(e0=branch(1)), table(e0=branch(2)), table(e0=branch(3)), last]
 
 
 @dataclass(frozen=True)
 class Request:
-    """KVM_ELISA_CREATE_CONTEXT, with everything that can be wrong in it.
+    """KVM_ELISA_CREATE_CONTEXT; each of its arguments can be wrong.
 
-    pages: (addr, kind, ref). fields: of struct kvm_elisa_create, in place of the right ones.
+    Attributes:
+        tables: contents of the tables, 4 KiB each.
+        pages: (addr, kind, ref) of each page.
+        fields: members of struct kvm_elisa_create that replace the right ones.
     """
 
     tables: list[bytes]
@@ -95,14 +103,14 @@ class Request:
     fields: dict[str, int] = field(default_factory=dict)
 
     def send(self, vm: Vm) -> int:
-        """The descriptor, or -errno."""
+        """Make the call; return the descriptor or -errno."""
         request, keep = self.packed()
         result = call(vm, "KVM_ELISA_CREATE_CONTEXT", request)
         del keep
         return result
 
     def packed(self) -> tuple[Any, tuple[Any, ...]]:
-        """struct kvm_elisa_create, and what has to live while it is used."""
+        """Return struct kvm_elisa_create, and the buffers that must outlive it."""
         tables = ffi.from_buffer(b"".join(self.tables))
         pages = uapi.ffi.new("struct kvm_elisa_page[]", len(self.pages))
         for slot, (addr, kind, ref) in enumerate(self.pages):
@@ -119,7 +127,7 @@ class Request:
 
 
 def raw(fd: int, name: str, argument: Any = 0) -> int:
-    """An ioctl, without looking at anything before: its result, or -errno."""
+    """Make an ioctl without any check; return its result or -errno."""
     word = argument if isinstance(argument, int) else int(ffi.cast("uintptr_t", argument))
     number = calls.CALLS[name].number if name in calls.CALLS else getattr(lib, name)
     return int(lib.pykvm_ioctl(fd, number, word))
@@ -136,7 +144,7 @@ def set_slot(vcpu: Vcpu, slot: int, fd: int) -> int:
 
 
 def good(machine: Machine, *leaves: int) -> Request:
-    """A context of three user pages, the list page and the tables' entries."""
+    """Return a request for a context of three user pages, the list page and the tables' entries."""
     pages = [(machine.address + n * PAGE, USER, 0) for n in range(3)]
     return Request(chain(*(leaves or (leaf(0), leaf(1, R | X), leaf(3)))), [*pages, (0, LIST, 0)])
 
@@ -147,7 +155,7 @@ def revoke(vm: Vm, vcpu_id: int, slot: int) -> int:
 
 
 GOOD_PAGES = 7
-"""What a VM is charged for a context of `good`: four tables and three user pages."""
+"""Pages that a VM is charged for a context of `good`: four tables and three user pages."""
 
 
 def sends(machine: Machine, count: int) -> list[int]:

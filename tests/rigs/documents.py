@@ -1,4 +1,4 @@
-"""What the documents show: commands to type, and blocks of code."""
+"""Commands and code blocks that the documents show."""
 
 import re
 import subprocess
@@ -15,18 +15,18 @@ _UNQUOTED_AND = re.compile(r' && (?=(?:[^"]*"[^"]*")*[^"]*$)')
 _FENCED: Final = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _SPAN: Final = re.compile(r"`([^`\n]+)`")
 
-# What a line of a block begins with that is meant to be typed, and a span of text.
+# Beginnings of lines and text spans that are commands for the reader to type.
 _PROGRAMS: Final = r"(?:pykvm|make|python3?|pip|pipx)"
 _TYPED: Final = re.compile(rf"(?:{_PROGRAMS}|apt-get|cd|curl|git|tar|tools/\S+|benchmarks/\S+)\b.*")
 _MENTIONED: Final = re.compile(rf"{_PROGRAMS} .*")
 
-# They are typed as they are in an installation; in a checkout the programs are in .venv/bin.
+# An installation needs no directory; in a checkout the programs are in .venv/bin.
 _BEFORE: Final = re.compile(r"^(?:\$ )?(?:sudo )?(?:\.venv/bin/)?")
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of a document: its language, as it says, and what is in it."""
+    """A fenced block of a document, with its language and its text."""
 
     document: str
     language: str
@@ -40,7 +40,7 @@ def documents() -> list[Path]:
 
 
 def blocks() -> Iterator[Block]:
-    """Every fenced block of every document."""
+    """Yield every fenced block of every document."""
     for path in documents():
         for language, text in _FENCED.findall(path.read_text()):
             yield Block(str(path.relative_to(ROOT)), language, text)
@@ -49,7 +49,7 @@ def blocks() -> Iterator[Block]:
 def typed_commands() -> dict[str, str]:
     """Return every command that a document or a `--help` shows on a line of its own.
 
-    Each is told with the place that shows it first.
+    Each command comes with the place that shows it first.
     """
     found: dict[str, str] = {}
     for path in documents():
@@ -78,7 +78,7 @@ def typed_commands() -> dict[str, str]:
 
 
 def mentioned_commands() -> dict[str, str]:
-    """Return the commands in the text of documents, each with the first document that has it."""
+    """Return the commands within text, each with the first document that mentions it."""
     found: dict[str, str] = {}
     for path in documents():
         for span in _SPAN.findall(_FENCED.sub("", path.read_text())):
@@ -88,6 +88,6 @@ def mentioned_commands() -> dict[str, str]:
 
 
 def _command(text: str, form: re.Pattern[str]) -> str:
-    """The command in `text`, without its comment and what is typed before it; or nothing."""
+    """Return the command in `text` without its comment and its prefix; empty if there is none."""
     text = _BEFORE.sub("", text.partition(" #")[0].strip())
     return text if form.fullmatch(text) else ""

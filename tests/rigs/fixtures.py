@@ -1,4 +1,4 @@
-"""The fixtures of all tests, a plugin of pytest's; folders have their own in conftest.py."""
+"""Fixtures for all tests, as a pytest plugin; folders add their own in conftest.py."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,14 +11,14 @@ from pykvm.kvm import Kvm
 from pykvm.resources import GUEST_SOURCES
 from tests.rigs.host_state import quiet_kernel
 
-# hypothesis gives each example 200 ms otherwise, which a busy host may exceed.
+# hypothesis otherwise allows 200 ms for each example, which a busy host may exceed.
 settings.register_profile("pykvm", deadline=None)
 settings.load_profile("pykvm")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quiet(request: pytest.FixtureRequest) -> Iterator[None]:
-    """No test of a whole file on the patched KVM leaves trouble in the kernel's log."""
+    """Check that the tests of a file on the patched KVM leave no trouble in the kernel's log."""
     if request.node.get_closest_marker("elisa") is None:
         yield
         return
@@ -41,7 +41,7 @@ def counter() -> Iterator[ObjectInstance]:
 
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache instead of the user's; its directory does not exist yet."""
+    """Use an empty cache instead of the user's; its directory does not exist yet."""
     directory = tmp_path / "cache"
     monkeypatch.setenv("PYKVM_CACHE", str(directory))
     return directory

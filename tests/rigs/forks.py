@@ -1,4 +1,7 @@
-"""A forked process with a deadline: what it raises is raised here, and it never outlives a test."""
+"""Calls in a forked process with a deadline.
+
+An exception of the child is raised in the parent, and the child never outlives the test.
+"""
 
 import os
 import pickle
@@ -12,7 +15,7 @@ _SECONDS = 30
 
 
 def in_fork(body: Callable[[], object]) -> None:
-    """Call body() in a child of os.fork(); raise AssertionError where it fails or hangs."""
+    """Call body() in a child of os.fork(); raise AssertionError if it fails or hangs."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:

@@ -1,4 +1,4 @@
-"""Bits and registers of features that a guest with contexts may not have."""
+"""CPUID bits and MSRs of features that a guest with contexts may not have."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ HIDDEN_CR4 = {
     "LAM_SUP": 28,
     "FRED": 32,
 }
-# SDM vol. 4. Values that mean something there.
+# SDM vol. 4. The values mean something to these MSRs.
 HIDDEN_MSRS = {
     "IA32_DEBUGCTL.LBR": (0x1D9, 1 << 0),
     "IA32_DEBUGCTL.BTF": (0x1D9, 1 << 1),
@@ -37,7 +37,7 @@ VMX_ENABLED = 5  # locked, VMXON outside SMX
 
 
 def leaves_with(kvm: Kvm, feature: HiddenFeature) -> list[CpuidEntry]:
-    """What KVM offers without the hidden features, but with this one."""
+    """Return the CPUID leaves of KVM without the hidden features, except `feature`."""
     entries = without_hidden_features(kvm.get_supported_cpuid())
     leaf = find_leaf(entries, feature.function, feature.index)
     if leaf is None or (leaf.function, leaf.index) != (feature.function, feature.index):
@@ -45,7 +45,7 @@ def leaves_with(kvm: Kvm, feature: HiddenFeature) -> list[CpuidEntry]:
         entries.append(leaf)
         first = find_leaf(entries, feature.function)
         assert first is not None
-        first.eax = max(first.eax, feature.index)  # the last subleaf
+        first.eax = max(first.eax, feature.index)  # raise the last subleaf
     value = getattr(leaf, feature.register) | 1 << feature.bit
     entries[entries.index(leaf)] = replace(leaf, **{feature.register: value})
     assert feature.is_in(entries)

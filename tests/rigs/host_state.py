@@ -1,4 +1,4 @@
-"""What the host holds for KVM and its contexts: nothing of it may stay behind."""
+"""Resources that the host holds for KVM and its contexts, none of which may leak."""
 
 import gc
 import os
@@ -20,8 +20,14 @@ _TROUBLE = re.compile(
 
 @dataclass(frozen=True)
 class HostState:
-    """locked: KiB charged to this process. pinned: pages pinned in the whole machine.
-    module_users: references to the module, one for each VM. files: open in this process."""
+    """Resources held at one moment.
+
+    Attributes:
+        locked: KiB charged to this process.
+        pinned: pages pinned in the whole machine.
+        module_users: references to the module, one for each VM.
+        files: open files of this process.
+    """
 
     locked: int
     pinned: int
@@ -30,15 +36,15 @@ class HostState:
 
 
 def locked_kib() -> int:
-    """VmLck of this process, which the patch charges."""
+    """Return VmLck of this process in KiB; the patch charges its pages there."""
     match = re.search(r"VmLck:\s*(\d+) kB", Path("/proc/self/status").read_text())
     assert match
     return int(match[1])
 
 
 def pinned_pages() -> int:
-    """Pages pinned in the whole machine (Documentation/core-api/pin_user_pages.rst)."""
-    Path("/proc/sys/vm/stat_refresh").write_text("1")  # counts of each CPU into the sum
+    """Return the pages pinned in the whole machine (Documentation/core-api/pin_user_pages.rst)."""
+    Path("/proc/sys/vm/stat_refresh").write_text("1")  # sum up the counters of all CPUs
     counts = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
     return int(counts["nr_foll_pin_acquired"]) - int(counts["nr_foll_pin_released"])
 
@@ -54,8 +60,8 @@ def host_state() -> HostState:
 
 @contextmanager
 def nothing_stays() -> Iterator[HostState]:
-    """The state before; at the end it is the same again."""
-    gc.collect()  # what earlier tests left would otherwise go in between
+    """Yield the state before the test; fail if it differs afterwards."""
+    gc.collect()  # collect garbage of earlier tests now, not during this one
     before = host_state()
     yield before
     after = host_state()
@@ -64,7 +70,7 @@ def nothing_stays() -> Iterator[HostState]:
 
 @contextmanager
 def quiet_kernel() -> Iterator[None]:
-    """At the end the kernel's log holds no new trouble."""
+    """Fail if the kernel's log holds new trouble at the end."""
     log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
     try:
         os.lseek(log, 0, os.SEEK_END)
@@ -83,7 +89,7 @@ def quiet_kernel() -> Iterator[None]:
 
 
 class VmStatistics:
-    """elisa_contexts and elisa_pages of any VM, without reading the descriptions each time."""
+    """Reader of elisa_contexts and elisa_pages of any VM; it parses the descriptions once."""
 
     def __init__(self, kvm: Kvm) -> None:
         with kvm.create_vm() as vm, vm.stats() as stats:

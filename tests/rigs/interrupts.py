@@ -1,4 +1,4 @@
-"""Ways in which an interrupt, an NMI or INIT comes to a guest's first vCPU."""
+"""Ways in which an interrupt, an NMI or INIT reaches a guest's first vCPU."""
 
 from collections.abc import Callable, Mapping
 from typing import Final
@@ -10,23 +10,28 @@ from tests.rigs.probe import Probe
 
 VECTOR: Final = 0x55
 NMI: Final = 2
-# SDM vol. 3A, 11.6.1 and 11.11: in the interrupt command register, and in a message's data.
+# SDM vol. 3A, 11.6.1 and 11.11: bits of the interrupt command register and of a message's data.
 NMI_DELIVERY: Final = 4 << 8
 INIT_DELIVERY: Final = 5 << 8
 ASSERT_LEVEL: Final = 1 << 14
 SELF_IPI: Final = 0x83F  # MSR
-_MSI_ADDRESS: Final = 0xFEE0_0000  # to the local APIC with id 0
+_MSI_ADDRESS: Final = 0xFEE0_0000  # addresses the local APIC with id 0
 
 
 def signal(guest: BareGuest, data: int = VECTOR) -> None:
-    """As a device in the host raises it (KVM_SIGNAL_MSI). data: a vector, or NMI_DELIVERY."""
+    """Signal an MSI as a device of the host does (KVM_SIGNAL_MSI).
+
+    Args:
+        data: a vector, or NMI_DELIVERY.
+    """
     guest.vm.signal_msi(_MSI_ADDRESS, data)
 
 
 def send_ipi(guest: BareGuest, command: int) -> Vcpu:
-    """Let a second vCPU of the guest send one interrupt; returns that vCPU.
+    """Let a second vCPU of the guest send one interrupt; return that vCPU.
 
-    command: the interrupt command register in x2APIC mode (SDM vol. 3A, figure 11-28).
+    Args:
+        command: interrupt command register in x2APIC mode (SDM vol. 3A, figure 11-28).
     """
     image = Probe().image()
     vcpu = guest.vm.create_vcpu(1)
@@ -43,4 +48,4 @@ EVENTS: Final[Mapping[str, tuple[int, Callable[[BareGuest], object]]]] = {
     "interrupt of another vCPU": (VECTOR, lambda guest: send_ipi(guest, VECTOR | ASSERT_LEVEL)),
     "NMI of another vCPU": (NMI, lambda guest: send_ipi(guest, NMI_DELIVERY | ASSERT_LEVEL)),
 }
-"""What the handler's vector is, and how the event is raised."""
+"""Vector that the handler sees, and the function that raises the event."""

@@ -1,8 +1,11 @@
-"""The form of an error's message."""
+"""Form of an error's message."""
 
 
 def one_line(error: BaseException) -> str:
-    """The message: one line, not capitalised (macros aside), with what to do behind a colon."""
+    """Return the message, which is one line in lower case with the next step after a colon.
+
+    Macros may begin it in capitals.
+    """
     message = str(error)
     first = message.split(maxsplit=1)[0]
     assert "\n" not in message

@@ -1,4 +1,4 @@
-"""What a test needs of this host's KVM: it is skipped, by name, where that is missing."""
+"""Requirements of tests on this host's KVM; a skip names what is missing."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ from pykvm.kvm.handle import Handle
 
 
 def need(handle: Handle, capability: str) -> int:
-    """The capability's value; skips the test, by name, where it is 0."""
+    """Return the capability's value; skip the test, naming the capability, if it is 0."""
     value = handle.check_extension(capability)
     if not value:
         pytest.skip(f"this kvm has no {capability}")
@@ -18,7 +18,7 @@ def need(handle: Handle, capability: str) -> int:
 
 
 def refused_without(handle: Handle, capability: str, call: Callable[[], object]) -> bool:
-    """Where the capability is 0, checks that the call says so; True then."""
+    """Check that the call reports the missing capability; return whether it is missing."""
     if handle.check_extension(capability):
         return False
     with pytest.raises(CapabilityMissingError, match=capability):
@@ -27,6 +27,6 @@ def refused_without(handle: Handle, capability: str, call: Callable[[], object])
 
 
 def need_hardware(what: str) -> None:
-    """Skips, by name, where KVM interprets guests in software and leaves `what` out."""
+    """Skip the test, naming `what`, if KVM interprets guests in software and lacks it."""
     if not any(Path("/sys/module", name).exists() for name in ("kvm_intel", "kvm_amd")):
         pytest.skip(f"neither kvm_intel nor kvm_amd is loaded: no {what}")

@@ -1,4 +1,4 @@
-"""Names that a file system takes and that some tool below pykvm does not."""
+"""File names that a file system accepts and that some tool below pykvm does not."""
 
 from typing import Final
 
@@ -16,7 +16,7 @@ ODD_NAMES: Final = (
     "\u00e4",
     "a\udcffb",
 )
-"""One for each character that means something to somebody; the last is not UTF-8."""
+"""One name for each character that is special to some tool; the last is not UTF-8."""
 
 ODD_NAME: Final = "a b'\"c:d,e=f\n$(g)#%h\u00e4\udcff"
-"""All of them in one."""
+"""All those characters in one name."""

@@ -1,4 +1,4 @@
-"""The guest program probe.c: its steps, and a run that goes on behind what KVM refuses."""
+"""The guest program probe.c: its steps, and a run that continues after refused VMFUNCs."""
 
 import struct
 import threading
@@ -66,12 +66,16 @@ class Wild(IntEnum):
 
 
 _ATTEMPT = 0x100
-"""Of a step's `what`, and of `done` after a fault."""
+"""Flag in a step's `what`, and in `done` after a fault."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of probe.c. attempt: it may take an exception, and the next step follows."""
+    """One step of probe.c.
+
+    Attributes:
+        attempt: whether the step may take an exception; the next step follows either way.
+    """
 
     what: What
     a: int = 0
@@ -88,7 +92,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Probe:
-    """probe.c. The steps may be given later, with `give`. events: take interrupts, record them."""
+    """Guest program probe.c.
+
+    Attributes:
+        steps: may also be set later, with `give`.
+        events: whether it takes and records interrupts.
+    """
 
     steps: Sequence[Step] = field(default=())
     events: bool = False
@@ -110,14 +119,18 @@ def prepare(guest: BareGuest) -> None:
 
 @contextmanager
 def probe_guest(kvm: Kvm, *, levels: int = 4) -> Iterator[BareGuest]:
-    """A guest that does what `give` says, prepared. levels: of its paging."""
+    """Create a prepared guest that executes the steps passed to `give`.
+
+    Args:
+        levels: levels of its paging.
+    """
     with BareGuest(kvm, Probe(), paging_levels=levels) as guest:
         prepare(guest)
         yield guest
 
 
 def give(guest: BareGuest, *steps: Step) -> None:
-    """What to do, before the first run."""
+    """Set the steps before the first run."""
     guest.set_input(Probe(steps).input())
 
 
@@ -127,12 +140,12 @@ def calls(slot: int, *arguments: int) -> Step:
 
 
 def results(guest: BareGuest) -> list[int | None]:
-    """The result of each step, None if it has not come back."""
+    """Return the result of each step; None for one that has not come back."""
     return [result if done == 1 else None for result, done in _ends(guest)]
 
 
 def faults(guest: BareGuest) -> list[int | None]:
-    """The vector of the exception that each step took, None if it took none."""
+    """Return the vector of the exception that each step took; None for one that took none."""
     return [done - _ATTEMPT if done >= _ATTEMPT else None for _, done in _ends(guest)]
 
 
@@ -143,7 +156,7 @@ def _ends(guest: BareGuest) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Event:
-    """struct event of events.h: an interrupt or NMI, and where the handler found that it came."""
+    """An interrupt or NMI, and the place where it arrived: struct event of events.h."""
 
     vector: int
     time: int
@@ -153,12 +166,12 @@ class Event:
 
 
 def events_taken(guest: BareGuest) -> int:
-    """How many events the guest has taken; also while it runs."""
+    """Return the number of events that the guest has taken; also works while it runs."""
     return int(guest.info.result[1])
 
 
 def events(guest: BareGuest) -> list[Event]:
-    """All events in the order in which they were taken."""
+    """Return all events in the order in which the guest took them."""
     data = guest.samples(events_taken(guest) * _EVENT.size)
     return [Event(*words[:5]) for words in _EVENT.iter_unpack(data)]
 
@@ -166,8 +179,9 @@ def events(guest: BareGuest) -> list[Event]:
 def run(guest: BareGuest, on_mark: Callable[[int], object] | None = None) -> list[Exit]:
     """Run to the end, skipping each VMFUNC that fails in the default context.
 
-    Returns the exits of these, and as the last one whatever else stopped the guest, if anything:
-    `Stopped` after a minute.
+    Returns:
+        The exits of these VMFUNCs. If any other exit stopped the guest, it comes last; it is
+        `Stopped` if a minute has passed.
     """
     deadline = threading.Timer(60, guest.vcpu.stop)
     deadline.daemon = True

@@ -1,4 +1,4 @@
-"""Features of the host's processor that only some tests need: `pytest.mark.processor("LA57")`."""
+"""Processor features that only some tests need: `pytest.mark.processor("LA57")`."""
 
 import functools
 import subprocess
@@ -12,14 +12,14 @@ _CR4_FIXED1: Final = 0x489  # IA32_VMX_CR4_FIXED1, SDM vol. 3D A.8: the bits tha
 _APICV: Final = Path("/sys/module/kvm_intel/parameters/enable_apicv")
 
 CR4_BITS: Final = {"LA57": 12, "PKE": 22, "CET": 23, "PKS": 24, "UINTR": 25}
-"""Bits of CR4 that not every processor with VMFUNC has, by their names."""
+"""Bits of CR4 that only some processors with VMFUNC have, by name."""
 
 APICV: Final = "APICv"
 """Virtual interrupt delivery and posted interrupts, which KVM uses together."""
 
 
 def missing(features: Iterable[str]) -> str:
-    """Why tests that need all of `features` cannot run here; empty if they can."""
+    """Return why tests that need all of `features` cannot run here; empty if they can."""
     for feature in features:
         if feature == APICV:
             there = _APICV.exists() and _APICV.read_text().strip() == "Y"
@@ -34,8 +34,11 @@ def missing(features: Iterable[str]) -> str:
 
 
 def host_levels() -> int:
-    """How many levels of paging the host uses. Bochs 3.0 enters no guest that has another number:
-    it takes the change of CR4.LA57 for one that the guest makes in 64-bit mode, and gives up."""
+    """Return the number of paging levels that the host uses.
+
+    Bochs 3.0 enters no guest with another number: it mistakes the change of CR4.LA57 for one that
+    the guest makes in 64-bit mode, and panics.
+    """
     return 5 if "la57" in read_processor().flags else 4
 
 

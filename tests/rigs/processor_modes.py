@@ -1,4 +1,4 @@
-"""The modes of a processor, and VMFUNC in each of them."""
+"""Modes of a processor, and VMFUNC in each of them."""
 
 import struct
 from collections.abc import Callable
@@ -13,11 +13,11 @@ PE, ET, NE, WP, PG = 1 << 0, 1 << 4, 1 << 5, 1 << 16, 1 << 31
 PSE, PAE, PGE, SMEP, SMAP = 1 << 4, 1 << 5, 1 << 7, 1 << 20, 1 << 21
 LME, LMA, NXE = 1 << 8, 1 << 10, 1 << 11
 CR0 = PE | ET | NE | WP | PG
-CR4 = PAE | SMEP | SMAP  # of these guests
+CR4 = PAE | SMEP | SMAP  # CR4 of these guests
 
 
 def try_vmfunc(index: int = 0) -> Step:
-    """Slot 0 is where the guest is already: where VMFUNC works, nothing happens."""
+    """Return a VMFUNC step; slot 0 is the current context, so a working VMFUNC changes nothing."""
     return Step(What.VMFUNC, 0, index, attempt=True)
 
 
@@ -25,7 +25,7 @@ def try_call(slot: int) -> Step:
     return Step(What.CALL, 1, slot=slot, attempt=True)
 
 
-CODE = 0x9_5000  # free memory behind the stack, in reach of real mode: VMFUNC(0, index), then HLT
+CODE = 0x9_5000  # free memory after the stack that real mode reaches: VMFUNC(0, index), then HLT
 LONG_MODE_CODE = 0x6000_0000  # the same page, executable in the guest's own tables
 TABLES = layout.CAPTURE_GPA + 0x20_0000
 
@@ -49,19 +49,19 @@ def _set_mode(guest: BareGuest, cr0: int, cr4: int, efer: int, cr3: int, *, long
     if real:
         sregs.cs.base, sregs.cs.selector = CODE, CODE >> 4
     sregs.cr0, sregs.cr4, sregs.efer, sregs.cr3 = cr0, cr4, efer, cr3
-    sregs.idt.limit = 0  # an exception becomes a triple fault
+    sregs.idt.limit = 0  # turns an exception into a triple fault
     guest.vcpu.set_sregs(sregs)
 
 
 def _two_level(guest: BareGuest) -> int:
-    """32-bit paging: 4 MiB pages, GVA = GPA."""
+    """Set up 32-bit paging: 4 MiB pages, GVA = GPA."""
     entries = [number << 22 | 0x83 for number in range(1024)]
     guest.memory.write(TABLES, struct.pack("<1024I", *entries))
     return TABLES
 
 
 def _pae(guest: BareGuest) -> int:
-    """Four page directories with 2 MiB pages, GVA = GPA (SDM vol. 3A, 4.4)."""
+    """Set up four page directories with 2 MiB pages, GVA = GPA (SDM vol. 3A, 4.4)."""
     pointers = [TABLES + (1 + number) * 0x1000 | 1 for number in range(4)]
     guest.memory.write(TABLES, struct.pack("<4Q", *pointers))
     entries = [number << 21 | 0x83 for number in range(2048)]
@@ -88,7 +88,7 @@ ON: dict[str, Mode] = {
     "64-bit mode": lambda g: _set_mode(
         g, CR0, CR4, LME | LMA | NXE, g.vcpu.get_sregs().cr3, long=True
     ),
-    # I5 leaves it on: trusted GVAs lie where 32-bit addresses do not reach.
+    # I5 leaves it enabled: 32-bit addresses do not reach trusted GVAs.
     "compatibility mode": lambda g: _set_mode(
         g, CR0, CR4, LME | LMA | NXE, g.vcpu.get_sregs().cr3, long=False
     ),
@@ -96,9 +96,9 @@ ON: dict[str, Mode] = {
 
 
 def vmfunc_in(guest: BareGuest, mode: Mode, index: int) -> Exit:
-    """How VMFUNC(0, index) ends there: with HLT if it worked, with a shutdown if it was invalid.
+    """Return the exit of VMFUNC(0, index) in that mode: HLT if it worked, else shutdown.
 
-    Afterwards the vCPU is as it was.
+    Afterwards the vCPU is in its former state.
     """
     vcpu = guest.vcpu
     vcpu.complete()

@@ -13,12 +13,12 @@ MEMORY = 0x10000
 
 
 class RealModeGuest:
-    """64 KiB of memory at GPA 0, one vCPU in real mode at CODE."""
+    """64 KiB of memory at GPA 0 and one vCPU in real mode at CODE."""
 
     def __init__(self, vm: Vm, *, log_dirty: bool = False) -> None:
         self.vm = vm
         self.memory = mmap.mmap(-1, MEMORY)
-        # Not from_buffer: an exported buffer could never be closed.
+        # Not from_buffer(): an exported buffer could never be closed.
         array = ctypes.c_char.from_buffer(self.memory)
         self.host_address = ctypes.addressof(array)
         del array
@@ -27,7 +27,12 @@ class RealModeGuest:
         self.restart()
 
     def load(self, code: str, at: int = CODE) -> None:
-        """code: hexadecimal, one instruction a line; what follows a ; is for the reader."""
+        """Load machine code.
+
+        Args:
+            code: hexadecimal, one instruction a line; text after a ; is a comment.
+            at: GPA of the first byte.
+        """
         text = "".join(line.split(";")[0] for line in code.splitlines())
         data = bytes.fromhex(text)
         self.memory[at : at + len(data)] = data
@@ -38,14 +43,14 @@ class RealModeGuest:
             segment = getattr(sregs, name)
             segment.base = segment.selector = 0
         self.vcpu.set_sregs(sregs)
-        # Interrupts on: none comes without an irqchip, but Bochs does not take its own timer's
-        # while a guest has them off, so that nothing could stop a guest that spins.
+        # Enable interrupts. None arrives without an irqchip, but Bochs ignores its own timer while
+        # a guest has them disabled, and then nothing could stop a spinning guest.
         self.vcpu.set_regs(rip=at, rsp=0x8000, rflags=0x202)
 
 
 @contextmanager
 def deadline(vcpu: Vcpu, seconds: float = 30) -> Iterator[None]:
-    """Stops the vCPU after some time, so that a broken test fails instead of hanging."""
+    """Stop the vCPU after `seconds`, so that a broken test fails instead of hanging."""
     timer = threading.Timer(seconds, vcpu.stop)
     timer.daemon = True
     timer.start()
@@ -56,6 +61,6 @@ def deadline(vcpu: Vcpu, seconds: float = 30) -> Iterator[None]:
 
 
 def run(vcpu: Vcpu, seconds: float = 30) -> Exit:
-    """run() with a deadline: `Stopped` if the guest does not leave by itself."""
+    """Run with a deadline; return `Stopped` if the guest does not exit by itself."""
     with deadline(vcpu, seconds):
         return vcpu.run()

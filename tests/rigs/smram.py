@@ -1,4 +1,4 @@
-"""System-management memory with a handler that tells the host that it runs."""
+"""System-management memory with a handler that reports each of its runs to the host."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +11,8 @@ from pykvm.memory.regions import MemoryFile, Region
 SMRAM_GPA: Final = 0x3_0000  # SMBASE after a reset (SDM vol. 3C, 32.11)
 SMRAM_SIZE: Final = 0x1_0000
 _ENTRY: Final = 0x8000
-_SAVED_RIP: Final = 0xFF78  # in the 64-bit layout that KVM uses, arch/x86/kvm/smm.c
-_SLOT: Final = 1 << 16  # of address space 1, which a vCPU uses in system-management mode only
+_SAVED_RIP: Final = 0xFF78  # offset in the 64-bit layout that KVM uses, arch/x86/kvm/smm.c
+_SLOT: Final = 1 << 16  # in address space 1, which a vCPU uses in system-management mode only
 
 IN_HANDLER: Final = 0x2A
 # mov al, IN_HANDLER; out MARK_PORT, al; rsm
@@ -20,7 +20,7 @@ _HANDLER: Final = bytes([0xB0, IN_HANDLER, 0xE6, boot_info.MARK_PORT, 0x0F, 0xAA
 
 
 class Smram:
-    """What lies there."""
+    """Contents of system-management memory."""
 
     def __init__(self, memory: memoryview) -> None:
         self._memory = memory
@@ -28,14 +28,16 @@ class Smram:
 
     @property
     def saved_rip(self) -> int:
-        """Where the last interrupt came; 0 if none has come."""
+        """RIP at the last interrupt; 0 if there has been none."""
         return int.from_bytes(self._memory[_SAVED_RIP : _SAVED_RIP + 8], "little")
 
 
 @contextmanager
 def smram(guest: BareGuest) -> Iterator[Smram]:
-    """Give the guest system-management memory, for as long as the guest lives; marks with
-    IN_HANDLER come from the handler."""
+    """Give the guest system-management memory for the duration of the context.
+
+    Marks with IN_HANDLER come from the handler.
+    """
     with (
         MemoryFile("smram", SMRAM_SIZE) as file,
         Region(file, SMRAM_GPA, prefault=True) as region,

@@ -1,4 +1,4 @@
-"""A guest that stays inside an object for as long as a test wants (objects/spin.c)."""
+"""A guest that stays inside an object until the test releases it (objects/spin.c)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,14 +16,14 @@ from tests.rigs.waiting import wait_for
 SPIN = OBJECTS / "spin.c"
 
 LONG = 1 << 40
-"""Turns that nobody waits for."""
+"""A number of turns that no test waits for."""
 
 C = crossing.CROSSING_GVA
-# The guest's own, in its default context: where the VMFUNC stands that leads to the gate.
+# The guest's own page in its default context, with the VMFUNC that leads to the gate.
 ENTRY_PAGE = range(C + crossing.ENTRY_OFFSET, C + crossing.ENTRY_OFFSET + 0x1000)
 RETURN_PAGE = C + crossing.RETURN_OFFSET
 CROSSING_AREA = range(C + crossing.GATE_DATA_OFFSET, C + (1 << 30))
-"""All that the gate and the sub contexts of these tests map, and more."""
+"""Addresses that the gate and the sub contexts of these tests map, and more."""
 
 
 def spin_object(guests: int = 3) -> SharedObject:
@@ -32,7 +32,11 @@ def spin_object(guests: int = 3) -> SharedObject:
 
 @contextmanager
 def event_guest(kvm: Kvm, *, name: str = "guest", levels: int = 4) -> Iterator[BareGuest]:
-    """A guest with a local APIC, which records what interrupts it. levels: of its paging."""
+    """Create a guest with a local APIC that records what interrupts it.
+
+    Args:
+        levels: levels of its paging.
+    """
     program = Probe(events=True)
     with BareGuest(kvm, program, irqchip=True, name=name, paging_levels=levels) as guest:
         prepare(guest)
@@ -40,7 +44,7 @@ def event_guest(kvm: Kvm, *, name: str = "guest", levels: int = 4) -> Iterator[B
 
 
 class Spin:
-    """What the host sees of the object, and the word that lets it go."""
+    """The object's progress as the host sees it, and the word that releases it."""
 
     def __init__(self, instance: ObjectInstance) -> None:
         self._words = instance.shared.cast("Q")
@@ -71,15 +75,17 @@ class Spin:
         wait_for(lambda: self.begun == calls and self.turns > 0)
 
     def work_on(self, turns: int = 20_000) -> None:
-        """Let the object make some more turns: the vCPU has been entered again, and runs."""
+        """Wait until the object makes more turns: the vCPU has been entered again, and runs."""
         now = self.turns
         wait_for(lambda: self.turns >= now + turns)
         assert self.inside
 
 
 def crossing_with_sti() -> CrossingImages:
-    """The guest's pages of the crossing, with STI right before the VMFUNC of the entry page: the
-    interrupts that it lets in wait for one more instruction (SDM vol. 3A, 6.8.1)."""
+    """Return the guest's pages of the crossing with STI right before the VMFUNC of the entry page.
+
+    The interrupts that STI enables wait for one more instruction (SDM vol. 3A, 6.8.1).
+    """
     images = crossing_images()
     entry = images.entry_page[:-6] + bytes.fromhex("31C0 FB 0F01D4")
     return replace(images, entry_page=entry, call_offset=len(entry) - 6)

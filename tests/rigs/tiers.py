@@ -1,8 +1,8 @@
-"""Test tiers: what each test needs, skips that name what was missing, and their count.
+"""Test tiers: the needs of each test, skips that name what is missing, and their count.
 
-Every test carries at least one mark of a tier. A tier whose needs this host does not meet is
-skipped with the reason; `PYKVM_REQUIRE=elisa,kvm` turns a skip in the tiers that it names into a
-failure, which is how the emulated host runs them.
+Every test has at least one tier's mark. A test is skipped with the reason if this host does not
+meet the needs of its tier. `PYKVM_REQUIRE=elisa,kvm` turns a skip in the named tiers into a
+failure; the emulated host runs them that way.
 """
 
 import fcntl
@@ -17,7 +17,7 @@ import pytest
 
 from tests.rigs import processor_features
 
-# linux/kvm.h; the tiers must be decided even where the extension module does not load.
+# linux/kvm.h; the tiers must be known even if the extension module does not load.
 _KVM_GET_API_VERSION = 0xAE00
 _KVM_CREATE_VM = 0xAE01
 _KVM_CHECK_EXTENSION = 0xAE03
@@ -27,7 +27,7 @@ _KVM_CAP_ELISA = 0x45C1  # kvm_elisa.h
 
 @functools.cache
 def _kvm_missing() -> str:
-    """Why no test of the tier `kvm` can run here; empty if they can."""
+    """Return why no test of the tier `kvm` can run here; empty if they can."""
     try:
         kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
@@ -103,9 +103,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # Some tests need modules without a defence, others a processor with more features than most
-    # have. No ordinary run has these, so nothing is missing there; a run that names the mark is
-    # about them.
+    # Some tests need modules without a defence, others a processor with rare features. Ordinary
+    # runs have neither, so nothing is missing there. A run that selects the mark requires them.
     named = config.getoption("markexpr")
     left_out = []
     for item in items:
@@ -127,8 +126,8 @@ def _lacking(item: pytest.Item) -> str:
 
 
 def _require_spelled_out(item: pytest.Item, tiers: list[str]) -> None:
-    # tools/test_all.py finds the files for the emulated host by these words in their text; a mark
-    # that came from elsewhere would leave a test out there without a trace.
+    # tools/test_all.py finds the files for the emulated host by these words in their text. It would
+    # silently miss a test whose mark came from elsewhere.
     text = _text(item.path)
     for tier in {"kvm", "elisa"}.intersection(tiers):
         if f"mark.{tier}" not in text:
@@ -156,14 +155,14 @@ def pytest_runtest_makereport(
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
     report = yield
-    if report.skipped and _required():  # a whole file; its tiers are not known
+    if report.skipped and _required():  # a whole file, whose tiers are unknown
         report.outcome = "failed"
         report.longrepr = f"file skipped, but PYKVM_REQUIRE is set: {_reason(report)}"
     return report
 
 
 def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
-    # (file, line, "Skipped: reason") is what pytest makes of a skip.
+    # pytest represents a skip as (file, line, "Skipped: reason").
     text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
     return text.removeprefix("Skipped: ")
 

@@ -1,12 +1,12 @@
-"""A guest of four pages and contexts of four, for tests that make and lose many of them.
+"""A guest of four pages and contexts of four, for tests that create and destroy many of them.
 
-All code stands in one page, at the same guest address everywhere: in the guest's own page, in an
-object's, in a gate's, in a sub context's. Where a page has nothing to do it holds HLT, so that a
-vCPU that comes out anywhere else than it should stops there. There is no stack and no handler: an
-exception ends in KVM_EXIT_SHUTDOWN.
+All code is in one page at the same guest address everywhere: in the guest's own page, in an
+object's, in a gate's, and in a sub context's. The rest of each page is HLT, so that a vCPU that
+arrives anywhere else stops there. There is no stack and no handler: an exception ends in
+KVM_EXIT_SHUTDOWN.
 
-The contexts here are no protection: they share page tables with the guest. They are about the
-kernel's part alone.
+These contexts protect nothing: they share page tables with the guest. They exercise the kernel's
+part alone.
 """
 
 import ctypes
@@ -58,7 +58,7 @@ _TO_SUB: Final = (
 _CLEAR: Final = bytes.fromhex("48C70425 08600000 00000000")  # mov qword [list + 8],0
 
 INNER: Final = len(_TO_SLOT)
-"""Offset of the first instruction behind the guest's VMFUNC."""
+"""Offset of the first instruction after the guest's VMFUNC."""
 BEHIND_OBJECT: Final = INNER + len(_WHILE_RSI + _HOME)
 _SUB: Final = INNER + len(_TO_SUB)
 BEHIND_SUB: Final = _SUB + len(_CLEAR + _WHILE_RSI + _HOME)
@@ -91,9 +91,12 @@ CONTENTS: Final = b"".join(
 
 
 class Kind(Enum):
-    """What a context is made for. OBJECT: returns by itself. GATE: leads to another context. SUB:
-    returns, if entered through a gate; its first instruction otherwise is HLT. BARE: maps one page
-    of data, so that the next fetch of an instruction is an EPT violation."""
+    """Kind of a context.
+
+    OBJECT returns by itself. GATE leads to another context. SUB returns if entered through a gate;
+    its first instruction otherwise is HLT. BARE maps one page of data, so that the next instruction
+    fetch is an EPT violation.
+    """
 
     OBJECT = "object"
     GATE = "gate"
@@ -105,7 +108,7 @@ TABLES: Final = 4
 """Table pages of each context."""
 
 USER_PAGES: Final = {Kind.OBJECT: 4, Kind.GATE: 4, Kind.SUB: 4, Kind.BARE: 1}
-"""Pages that each pins."""
+"""Pages that each kind pins."""
 
 _COMMON = ((0, leaf(0, R)), (1, leaf(1, R)), (2, leaf(2, R)), (3, leaf(3, R | X)))
 _LEAVES: Final = {
@@ -125,7 +128,13 @@ def _tables(kind: Kind) -> tuple[bytes, ...]:
 
 
 def context_request(kind: Kind, arena: int, *, vcpu_id: int = 0, target: int = -1) -> Request:
-    """arena: its address. vcpu_id: whose list a GATE and a SUB write to. target: a GATE's."""
+    """Return the request for a context.
+
+    Args:
+        arena: address of the arena.
+        vcpu_id: vCPU whose list a GATE and a SUB write to.
+        target: descriptor of the context to which a GATE leads.
+    """
     user = [(arena + page * PAGE, USER, 0) for page in (ROOT, _LEVEL3, _LEVEL2)]
     list_page, eptp = (0, LIST, vcpu_id), (0, EPTP, target)
     pages = {
@@ -149,8 +158,10 @@ _MAP_FIXED: Final = 0x10
 
 
 class Arena:
-    """Eight pages of this process with the guest's memory and the contexts' pages, which can be
-    taken away, and put back at the same address."""
+    """Eight pages of this process: the guest's memory and the contexts' pages.
+
+    They can be unmapped, and mapped again at the same address.
+    """
 
     def __init__(self) -> None:
         self.address = self._map(0, _READ_WRITE)
@@ -164,16 +175,16 @@ class Arena:
         return int(mapped)
 
     def put_back(self) -> None:
-        """Fresh pages with the right contents, in place of whatever is there."""
+        """Map fresh pages with the right contents over the current ones."""
         self._map(self.address, _READ_WRITE)
         ctypes.memmove(self.address, CONTENTS, len(CONTENTS))
 
     def take_away(self) -> None:
-        """Nothing is there any more; the addresses stay reserved, lest others get them."""
+        """Unmap the pages; the addresses stay reserved so that nothing else takes them."""
         self._map(self.address, 0)
 
     def protect(self) -> None:
-        """Read-only from now on."""
+        """Make the pages read-only."""
         assert _libc.mprotect(self.address, ARENA_PAGES * PAGE, mmap.PROT_READ) == 0
 
     def close(self) -> None:
@@ -205,7 +216,11 @@ def enable(vm: int, flags: int, *limits: int) -> int:
 
 
 def set_memory(vm: int, arena: int, pages: int = GUEST_PAGES, *, slot: int = 0) -> int:
-    """pages: 0 takes the slot away."""
+    """Set a memory slot of the VM.
+
+    Args:
+        pages: size of the slot; 0 deletes it.
+    """
     region = ffi.new("struct kvm_userspace_memory_region *", {"slot": slot})
     region.memory_size, region.userspace_addr = pages * PAGE, arena
     return raw(vm, "KVM_SET_USER_MEMORY_REGION", region)
@@ -224,7 +239,7 @@ def _cpuid(kvm: Kvm) -> Any:
 
 
 def prepare(kvm: Kvm, vcpu: int) -> None:
-    """64-bit mode with SMAP; descriptor tables at address 0, with nothing in them."""
+    """Set up 64-bit mode with SMAP, and empty descriptor tables at address 0."""
     assert raw(vcpu, "KVM_SET_CPUID2", _cpuid(kvm)) == 0
     sregs = ffi.new("struct kvm_sregs *")
     assert raw(vcpu, "KVM_GET_SREGS", sregs) == 0
@@ -245,13 +260,19 @@ def prepare(kvm: Kvm, vcpu: int) -> None:
 
 
 TABLES_LAST: Final = 0x67
-"""Last guest address at which the processor of `prepare` has a descriptor table; the first is 0."""
+"""Last guest address of a descriptor table after `prepare`; the first is 0."""
 
 
 @dataclass(frozen=True)
 class End:
-    """How KVM_RUN ended: its result, the exit if that is 0, and RIP. elisa: cause, place, slot,
-    VMX exit reason."""
+    """End of a KVM_RUN.
+
+    Attributes:
+        result: its result.
+        exit_reason: the exit, if the result is 0.
+        rip: RIP afterwards.
+        elisa: cause, place, slot and VMX exit reason.
+    """
 
     result: int
     exit_reason: int
@@ -260,7 +281,7 @@ class End:
 
 
 class RunArea:
-    """struct kvm_run of a vCPU, mapped; that alone keeps the vCPU's file open."""
+    """Mapped struct kvm_run of a vCPU; the mapping alone keeps the vCPU's file open."""
 
     def __init__(self, vcpu: int, size: int) -> None:
         self._map = mmap.mmap(vcpu, size)
@@ -279,20 +300,24 @@ class RunArea:
 
 
 def set_registers(vcpu: int, *, slot: int | None = None, loop: bool = False) -> None:
-    """slot: begin anew, with VMFUNC(0, slot); None: go on. loop: what a context with a loop does
-    from now on."""
+    """Set the registers for the next run.
+
+    Args:
+        slot: begin anew with VMFUNC(0, slot); None continues.
+        loop: whether a context with a loop stays in it from now on.
+    """
     regs = ffi.new("struct kvm_regs *")
     if slot is None:
         assert raw(vcpu, "KVM_GET_REGS", regs) == 0
     else:
         regs.rip, regs.rdi = CODE_GVA, slot
-    # Interrupts on: the emulated processor has to be able to stop it.
+    # Enable interrupts: the emulated processor must be able to stop the guest.
     regs.rflags, regs.rsi = 0x202, int(loop)
     assert raw(vcpu, "KVM_SET_REGS", regs) == 0
 
 
 def run_into_loop(vcpu: int, area: RunArea) -> End:
-    """KVM_RUN until it is in the loop of a context; a signal ends it, later each time."""
+    """Run until the vCPU is in the loop of a context; a signal ends each try, later each time."""
     old = signal.signal(signal.SIGALRM, lambda *_: None)
     patience = 0.002
     try:
@@ -310,7 +335,7 @@ def run_into_loop(vcpu: int, area: RunArea) -> End:
 
 
 def crossings_work(kvm: Kvm) -> None:
-    """Through a gate into a sub context and back, and into an object and back, in a new VM."""
+    """Check round trips through a gate into a sub context, and into an object, in a new VM."""
     arena = Arena()
     fds = []
 

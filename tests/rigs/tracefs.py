@@ -10,11 +10,11 @@ from typing import Final
 import pytest
 
 TRACING: Final = Path("/sys/kernel/tracing")
-_NOSUID_NODEV_NOEXEC: Final = 2 | 4 | 8  # of mount(2)
+_NOSUID_NODEV_NOEXEC: Final = 2 | 4 | 8  # flags of mount(2)
 
 
 def mount_tracefs() -> None:
-    """Where the host has not done it. Skips the test on a kernel that has none."""
+    """Mount tracefs if the host has not done so; skip the test on a kernel without it."""
     if (TRACING / "trace").exists():
         return
     libc = ctypes.CDLL(None, use_errno=True)
@@ -26,9 +26,11 @@ def mount_tracefs() -> None:
 
 @contextmanager
 def kprobes(*probes: str) -> Iterator[list[str]]:
-    """The lines that these dynamic tracepoints wrote, filled at the end.
+    """Yield a list that holds the lines of dynamic tracepoints after the end of the context.
 
-    probes: Documentation/trace/kprobetrace.rst, all of the group `pykvm`: "p:pykvm/NAME FUNCTION".
+    Args:
+        probes: as in Documentation/trace/kprobetrace.rst, all of the group `pykvm`: "p:pykvm/NAME
+            FUNCTION".
     """
     lines: list[str] = []
     enable = TRACING / "events" / "pykvm" / "enable"
@@ -47,7 +49,7 @@ def kprobes(*probes: str) -> Iterator[list[str]]:
 
 
 def _change_probes(*lines: str) -> None:
-    file = os.open(TRACING / "kprobe_events", os.O_WRONLY | os.O_APPEND)  # or all others go
+    file = os.open(TRACING / "kprobe_events", os.O_WRONLY | os.O_APPEND)  # opening truncates otherwise
     try:
         for line in lines:
             os.write(file, line.encode() + b"\n")

@@ -11,12 +11,12 @@ from pykvm.sizes import PAGE_SIZE
 from tests.rigs.attacks.leap import FLAGS, Leap, Leaper, Register
 from tests.rigs.attacks.victim import SHARED, WINDOW, WINDOW_PAGES, C
 
-# In the window, which the guest maps where the sub context has it:
+# Offsets in the window, which guest and sub context map at the same address.
 IDT_AT, GDT_AT, STACK_AT = PAGE_SIZE, 2 * PAGE_SIZE, 7 * PAGE_SIZE
 DEBUG, INVALID_OPCODE = 1, 6
 PAGE_FAULT, GENERAL_PROTECTION = 14, 13
 CODE_SELECTOR = 0x08
-INTERRUPT_GATE, TRAP_GATE = 0x8E, 0x8F  # a trap gate leaves interrupts on
+INTERRUPT_GATE, TRAP_GATE = 0x8E, 0x8F  # a trap gate leaves interrupts enabled
 
 BAD_POINTERS = {
     "null": 0,
@@ -28,7 +28,7 @@ BAD_POINTERS = {
 
 
 def handler(address: int, kind: int = INTERRUPT_GATE) -> bytes:
-    """An entry of an IDT (SDM vol. 3A 6.14.1)."""
+    """Return an entry of an IDT (SDM vol. 3A 6.14.1)."""
     low, middle, high = address & 0xFFFF, address >> 16 & 0xFFFF, address >> 32
     return struct.pack("<HHBBHII", low, CODE_SELECTOR, 0, kind, middle, high, 0)
 
@@ -36,7 +36,7 @@ def handler(address: int, kind: int = INTERRUPT_GATE) -> bytes:
 def descriptors_in_window(
     guest: BareGuest, instance: ObjectInstance, handlers: dict[int, int]
 ) -> None:
-    """IDT and GDT in the window, at the addresses at which the sub context has it too.
+    """Write an IDT and a GDT into the window and map it where the sub context has it.
 
     In the default context an invalid opcode, which VMFUNC may be, leads back to the guest.
     """
@@ -51,8 +51,11 @@ def descriptors_in_window(
 
 
 def hijack(guest: BareGuest, instance: ObjectInstance, slot: int, **how: int) -> Leap:
-    """A call that meets a debug exception whose handler is internal code of the object, with
-    arguments of the guest's and a stack in the window."""
+    """Return a call that takes a debug exception inside the object.
+
+    The handler is an internal function of the object. Its arguments are the guest's, and its stack
+    is in the window.
+    """
     descriptors_in_window(guest, instance, {DEBUG: C + instance.symbols["vault_copy"]})
     return Leap(
         slot=slot,
@@ -69,7 +72,7 @@ def hijack(guest: BareGuest, instance: ObjectInstance, slot: int, **how: int) ->
 
 
 def breakpoints(instance: ObjectInstance) -> dict[str, int]:
-    """Instructions of the sub context to stop at."""
+    """Return addresses in the sub context at which to set breakpoints."""
     return {
         "sub entry": C + crossing.SUB_ENTRY_OFFSET,
         "object": C + instance.symbols["elisa_serve"],

@@ -1,4 +1,7 @@
-"""Host physical addresses, which no guest is told. The controls tell one, as a leak would."""
+"""Host physical addresses.
+
+No guest is told any. The controls pass one to the guest, as an information leak would.
+"""
 
 import os
 import struct
@@ -11,9 +14,9 @@ from pykvm.sizes import PAGE_SIZE
 
 
 def host_address(address: int) -> int:
-    """The HPA behind a page that this process maps and has written to.
+    """Return the HPA behind a page that this process maps and has written to.
 
-    /proc/self/pagemap: Documentation/admin-guide/mm/pagemap.rst.
+    Source: /proc/self/pagemap, Documentation/admin-guide/mm/pagemap.rst.
     """
     file = os.open("/proc/self/pagemap", os.O_RDONLY)
     try:
@@ -27,15 +30,20 @@ def host_address(address: int) -> int:
 
 
 def guest_page(memory: GuestMemory, gpa: int) -> int:
-    """The HPA of a page of a guest's memory."""
-    memory.write(gpa, memory.read(gpa, 1))  # or it may not be there yet
+    """Return the HPA of a page of a guest's memory."""
+    memory.write(gpa, memory.read(gpa, 1))  # fault the page in
     return host_address(memory.region_at(gpa).host_address + gpa - memory.region_at(gpa).gpa)
 
 
 def forge_ept(guest: BareGuest, at: int, pages: dict[int, int]) -> int:
-    """Write an EPT into the guest's own memory from GPA `at` on; return its EPTP.
+    """Write an EPT into the guest's own memory.
 
-    pages: GPA to HPA, each page readable, writable and executable.
+    Args:
+        at: GPA of the first table.
+        pages: GPA to HPA; each page is readable, writable and executable.
+
+    Returns:
+        The EPTP.
     """
     tables: PageTables[EptEntry] = PageTables(EptEntry, TableAddresses(0, 16 * PAGE_SIZE))
     for gpa, hpa in pages.items():
@@ -43,7 +51,7 @@ def forge_ept(guest: BareGuest, at: int, pages: dict[int, int]) -> int:
     frames = [guest_page(guest.memory, at + n * PAGE_SIZE) for n in range(len(tables))]
     for number in range(len(tables)):
         words = list(tables.table(number))
-        if tables.level(number) > 1:  # addresses of tables: from numbers to where they lie
+        if tables.level(number) > 1:  # entries that point to tables: replace page numbers by HPAs
             words = [w and (w & 0xFFF) | frames[w >> 12] for w in words]
         guest.memory.write(at + number * PAGE_SIZE, struct.pack("<512Q", *words))
     return int(EPTP.of(frames[0]))

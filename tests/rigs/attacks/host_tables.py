@@ -1,7 +1,7 @@
-"""The tables that the kernel made for a context, read from the host's memory.
+"""Page tables that the kernel built for a context, read from the host's memory.
 
-Nobody is told where they lie: a reckless object (wild.c) reads the EPTP of its gate from the list
-of the vCPU that calls it, and /proc/kcore shows the host's memory to root.
+Their addresses are not public. A reckless object (wild.c) reads the EPTP of its gate from the EPTP
+list of the calling vCPU, and /proc/kcore shows the host's memory to root.
 """
 
 import os
@@ -24,16 +24,16 @@ from tests.rigs.probe import WILD, Wild
 RECKLESS: Final = SharedObject(
     "wild", WILD, shared=16 * PAGE_SIZE, guests=2, without={Protection.CODE_CHECK}
 )
-"""What reads the list."""
+"""The object that reads the list."""
 
 _PT_LOAD: Final = 1
 _PROGRAM_HEADER: Final = struct.Struct("<IIQQQQQQ")
-# Segments without a physical address, such as vmalloc's, have this one (fs/proc/kcore.c).
+# p_paddr of segments without a physical address, such as vmalloc's (fs/proc/kcore.c).
 _NOWHERE: Final = (1 << 64) - 1
 
 
 class HostMemory(Closeable):
-    """Host physical memory as /proc/kcore has it: an ELF core whose segments are the kernel's."""
+    """Host physical memory from /proc/kcore, an ELF core file of the kernel's segments."""
 
     def __init__(self) -> None:
         self._fd = os.open("/proc/kcore", os.O_RDONLY | os.O_CLOEXEC)
@@ -59,7 +59,7 @@ class HostMemory(Closeable):
         raise AssertionError(f"{hpa:#x} is no memory of this host")
 
     def table(self, hpa: int) -> Sequence[int]:
-        """The 512 words of a page."""
+        """Return the 512 words of a page."""
         return struct.unpack("<512Q", self.read(hpa & ADDRESS_MASK, PAGE_SIZE))
 
     @property
@@ -74,7 +74,7 @@ class HostMemory(Closeable):
 
 @dataclass(frozen=True)
 class HostTables:
-    """An EPT of four levels: every table in it, by its HPA, with its level."""
+    """An EPT of four levels: every table by its HPA, with its level."""
 
     memory: HostMemory
     eptp: EPTP
@@ -98,25 +98,28 @@ class HostTables:
 
     @cached_property
     def leaves(self) -> list[EptEntry]:
-        """Every one that is present, of all tables."""
+        """All present leaves of all tables."""
         last = [table for table, level in self.levels.items() if level == 1]
         words = (word for table in last for word in self.memory.table(table))
         return [EptEntry(word) for word in words if EptEntry(word).present]
 
     def page(self, gpa: int) -> int:
-        """The HPA that a GPA leads to."""
+        """Return the HPA that a GPA maps to."""
         found = walk(self.eptp.address, gpa, EptEntry, self.memory.table)
         assert found.target is not None, found
         return found.target
 
 
 def read_list(slot: int) -> tuple[int, int]:
-    """Arguments with which wild.c returns what its caller's EPTP list holds for a slot."""
+    """Return the arguments with which wild.c reads a slot of its caller's EPTP list."""
     return Wild.READ, C + crossing.LIST_OFFSET + 8 * slot
 
 
 def both_contexts(memory: HostMemory, gate_eptp: int) -> tuple[HostTables, HostTables]:
-    """Gate and sub context, from the gate's EPTP: its data page has the other one."""
+    """Return the gate and the sub context of a gate's EPTP.
+
+    The gate's data page holds the sub context's EPTP.
+    """
     gate = HostTables.read(memory, gate_eptp)
     data = gate.page(crossing.GATE_PRIVATE_GPA + crossing.GATE_DATA_OFFSET)
     return gate, HostTables.read(memory, memory.table(data)[0])

@@ -19,7 +19,7 @@ OWN_PAGES: Final = Access.READ | Access.WRITE | Access.EXECUTE
 
 
 class Register(IntEnum):
-    """In the order in which the processor numbers them; then RFLAGS."""
+    """Registers in the order in which the processor numbers them, then RFLAGS."""
 
     RAX = 0
     RCX = 1
@@ -43,13 +43,20 @@ class Register(IntEnum):
 # behind, cr3, idt, gdt, dr0, registers in, registers out, done
 _LEAP: Final = struct.Struct(f"<5Q{len(Register)}Q{len(Register)}QQ")
 _OUT: Final = 5 + len(Register)
-FLAGS: Final = 0x4_0202  # interrupts on; AC: no SMAP in what runs next
+FLAGS: Final = 0x4_0202  # interrupts enabled; AC suspends SMAP in the code that runs next
 
 
 @dataclass(frozen=True)
 class Leap:
-    """One VMFUNC. behind: the address after it, 0 for an ordinary call. fill: what the registers
-    that `registers` does not name hold. Other fields as in leap.c; 0 is the guest's own."""
+    """One VMFUNC.
+
+    Attributes:
+        behind: address after the VMFUNC; 0 for an ordinary call.
+        registers: values of registers before the VMFUNC.
+        fill: value of the registers that `registers` does not name.
+
+    The other fields are as in leap.c; 0 keeps the guest's own value.
+    """
 
     behind: int = 0
     slot: int = 0
@@ -62,7 +69,7 @@ class Leap:
 
     def pack(self) -> bytes:
         values = [self.fill] * len(Register)
-        values[Register.RAX] = self.fill >> 32 << 32  # EAX is the function
+        values[Register.RAX] = self.fill >> 32 << 32  # EAX selects the VM function
         values[Register.RSP] = 0
         values[Register.RCX] = self.slot
         values[Register.RFLAGS] = FLAGS
@@ -76,7 +83,7 @@ class Leap:
 
 @dataclass(frozen=True)
 class Leaper:
-    """leap.c"""
+    """Guest program leap.c."""
 
     leaps: Sequence[Leap] = ()
 
@@ -91,7 +98,7 @@ class Leaper:
 
 
 def give_leaps(guest: BareGuest, *leaps: Leap) -> None:
-    """What to do, before the first run; maps pages of the guest's own where the leaps start."""
+    """Set the leaps before the first run, and map pages of the guest's own where they start."""
     guest.set_input(Leaper(leaps).input())
     pages = set()
     for leap in leaps:
@@ -106,7 +113,7 @@ def give_leaps(guest: BareGuest, *leaps: Leap) -> None:
 
 
 def left(guest: BareGuest) -> list[dict[Register, int] | None]:
-    """The registers after each leap, None if it has not come back."""
+    """Return the registers after each leap; None for one that has not come back."""
     data = guest.memory.read(guest.info.input, guest.info.input_size)
     found: list[dict[Register, int] | None] = []
     for values in _LEAP.iter_unpack(data):

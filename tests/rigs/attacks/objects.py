@@ -1,4 +1,4 @@
-"""Shared objects that the attacks run, beside the vault."""
+"""Shared objects that the attacks run, besides the vault."""
 
 from dataclasses import replace
 from typing import Final
@@ -23,7 +23,7 @@ LEAKING_NOP: Final = SharedObject(
     window=WINDOW_PAGES * PAGE_SIZE,
     without={Protection.REGISTER_CLEARING},
 )
-"""Leaves in registers what the gate loaded."""
+"""An object that leaves in registers what the gate loaded."""
 
 WILD_DECLARATION: Final = SharedObject(
     "wild",

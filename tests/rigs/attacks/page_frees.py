@@ -1,6 +1,6 @@
-"""What the kernel does before it gives the pages of a context back, by dynamic tracepoints.
+"""Order of INVEPT and page frees in the kernel, seen through dynamic tracepoints.
 
-Documentation/trace/kprobetrace.rst. A function's first argument is in RDI.
+Source: Documentation/trace/kprobetrace.rst. A function's first argument is in RDI.
 """
 
 import re
@@ -25,7 +25,11 @@ _EVENT: Final = re.compile(r"\[(\d+)\] .*: (flush|free|unpin): .*value=(0x[0-9a-
 
 @dataclass(frozen=True)
 class Event:
-    """In the order in which they came. value: an EPTP, or the address of a struct page."""
+    """A hit of one of the tracepoints.
+
+    Attributes:
+        value: an EPTP, or the address of a struct page.
+    """
 
     cpu: int
     what: str
@@ -34,7 +38,7 @@ class Event:
 
 @contextmanager
 def traced_frees() -> Iterator[list[Event]]:
-    """Filled at the end."""
+    """Yield a list that holds the events, in order, after the end of the context."""
     events: list[Event] = []
     with kprobes(*_PROBES) as lines:
         yield events
@@ -50,8 +54,10 @@ def _page(base: int, hpa: int) -> int:
 
 
 def base_of_pages(events: list[Event], contexts: list[HostTables]) -> int:
-    """Where the kernel's array of struct page begins: where every table of the contexts, whose
-    addresses are known, has been freed."""
+    """Return the address of the kernel's array of struct page.
+
+    It is the only one with which every table of the contexts, whose HPAs are known, has been freed.
+    """
     freed = {event.value for event in events if event.what == "free"}
     tables = [table for context in contexts for table in context.levels]
     bases = [
@@ -66,8 +72,11 @@ def base_of_pages(events: list[Event], contexts: list[HostTables]) -> int:
 def flushed_before(
     events: list[Event], base: int, context: HostTables, pages: list[int]
 ) -> set[int]:
-    """The processors that flushed the context's translations before the first of its tables, and
-    of `pages` (HPAs, each of which has to be there), went back."""
+    """Return the processors that flushed the context's translations in time.
+
+    In time means before the first of the context's tables, and of `pages` (HPAs), was given back.
+    Every one of them must occur in `events`.
+    """
     tables = {_page(base, table) for table in context.levels}
     pinned = {_page(base, page & ADDRESS_MASK) for page in pages}
     assert tables <= {event.value for event in events if event.what == "free"}

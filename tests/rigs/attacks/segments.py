@@ -1,4 +1,4 @@
-"""The guest program segments.c: VMFUNC in compatibility mode, and at CPL 3."""
+"""The guest program segments.c: VMFUNC in compatibility mode and at CPL 3."""
 
 import struct
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from tests.rigs.sources import GUESTS
 
 VMFUNC: Final = b"\x0f\x01\xd4"
 INT_0X80: Final = b"\xcd\x80"
-LOW: Final = 1 << 32  # where addresses of 32-bit code end
+LOW: Final = 1 << 32  # end of the addresses that 32-bit code reaches
 
 # target, slot, code, data, rsp, result, done
 _JUMP: Final = struct.Struct("<7Q")
@@ -42,8 +42,12 @@ class Segments(Enum):
 
 @dataclass(frozen=True)
 class Jump:
-    """To code that runs VMFUNC(0, slot) and then INT $0x80. behind: where VMFUNC ends; with narrow
-    segments below 4 GiB, and 0 for the end of that."""
+    """A jump to code that runs VMFUNC(0, slot) and then INT $0x80.
+
+    Attributes:
+        behind: address after the VMFUNC. With narrow segments it is below 4 GiB, and 0 means the
+            end of that range.
+    """
 
     segments: Segments
     behind: int
@@ -59,7 +63,7 @@ class Jump:
 
 @dataclass(frozen=True)
 class Jumper:
-    """segments.c"""
+    """Guest program segments.c."""
 
     jumps: Sequence[Jump] = ()
 
@@ -74,10 +78,12 @@ class Jumper:
 
 
 def give_jumps(guest: BareGuest, *jumps: Jump, landing: int | None = None) -> None:
-    """What to do, before the first run; maps the guest's own pages for it, each for the privilege
-    level of the first jump that needs it.
+    """Set the jumps before the first run, and map the guest's own pages for them.
 
-    landing: where calls come back, if not behind their VMFUNC.
+    Each page gets the privilege level of the first jump that needs it.
+
+    Args:
+        landing: address to which calls return, if it is not the one after their VMFUNC.
     """
     guest.set_input(Jumper(jumps).input())
     pages: dict[int, tuple[bytearray, bool]] = {}
@@ -103,6 +109,6 @@ def give_jumps(guest: BareGuest, *jumps: Jump, landing: int | None = None) -> No
 
 
 def landed(guest: BareGuest) -> list[int | None]:
-    """RAX after each jump, None if it has not come back."""
+    """Return RAX after each jump; None for one that has not come back."""
     data = guest.memory.read(guest.info.input, guest.info.input_size)
     return [result if done else None for *_, result, done in _JUMP.iter_unpack(data)]

@@ -1,4 +1,4 @@
-"""Leaps into the vault, honest and not, and how they end."""
+"""Honest and dishonest leaps into the vault, and their results."""
 
 from pykvm.elisa.exits import ElisaExit
 from pykvm.elisa.objects import ObjectInstance
@@ -32,9 +32,11 @@ def note(slot: int, index: int, value: int) -> Leap:
 
 
 def copy_secret(instance: ObjectInstance, slot: int) -> Leap:
-    """To the vault's internal function, with arguments that make it copy the secret into the
-    window, and a stack there that leads home through the sub entry page's own last instructions."""
-    home = C + instance.symbols["serve"] + 5  # behind the call: pop %rsp and on
+    """Return a leap to the vault's internal function that copies the secret into the window.
+
+    The stack is in the window too. It returns through the last instructions of the sub entry page.
+    """
+    home = C + instance.symbols["serve"] + 5  # after the call instruction, at pop %rsp
     put(instance.window(0), 0x1000, home)
     put(instance.window(0), 0x1008, layout.STACK_GPA + 0x800)
     return Leap(
@@ -45,13 +47,13 @@ def copy_secret(instance: ObjectInstance, slot: int) -> Leap:
 
 
 def home_stack(guest: BareGuest) -> None:
-    """Where `copy_secret` ends: a return address on the guest's own stack."""
+    """Put a return address on the guest's own stack, where `copy_secret` ends."""
     back = Leaper().image().address_of("leap_back")
     guest.memory.write(layout.STACK_GPA + 0x800, back.to_bytes(8, "little"))
 
 
 def failed(exits: list[Exit]) -> list[tuple[int, int]]:
-    """Function and index of each VMFUNC that the VMM was told of; there was nothing else."""
+    """Return function and index of each VMFUNC reported to the VMM; fail on any other exit."""
     told = []
     for exit in exits:
         assert isinstance(exit, ElisaExit), exit

@@ -1,4 +1,4 @@
-"""The vault: a shared object with a secret, and what tells whether an attack has got at it."""
+"""The vault: a shared object with a secret, and checks whether an attack has reached it."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,15 +24,15 @@ VAULT: Final = OBJECTS / "vault.c"
 SECRET: Final = 0x5EC7_E75E_C7E7_0001
 WORD: Final = 0x09E4_5E5A_3E00_0002  # opens the vault; no guest knows it
 KNOCK, OPEN, NOTE, POST = range(4)
-# In struct vault:
+# Offsets in struct vault.
 KNOCKS_AT: Final = 8
 WORD_AT: Final = 48
 
 SHARED_PAGES: Final = 16
 WINDOW_PAGES: Final = 8
 C: Final = crossing.CROSSING_GVA
-SHARED: Final = C + crossing.SHARED_OFFSET  # where the sub context maps the shared memory,
-WINDOW: Final = SHARED + SHARED_PAGES * PAGE_SIZE  # and window 0
+SHARED: Final = C + crossing.SHARED_OFFSET  # shared memory in the sub context
+WINDOW: Final = SHARED + SHARED_PAGES * PAGE_SIZE  # window 0
 
 DECLARATION: Final = SharedObject(
     "vault",
@@ -47,9 +47,11 @@ DECLARATION: Final = SharedObject(
 def vault(
     image: SubImage | None = None, *, without: Iterable[Protection] = ()
 ) -> Iterator[ObjectInstance]:
-    """An open vault with its secret in place.
+    """Open a vault with its secret in place.
 
-    image: of another build of it. without: protections that its crossing lacks.
+    Args:
+        image: another build of the vault.
+        without: protections that its crossing lacks.
     """
     declaration = replace(DECLARATION, without=frozenset(without))
     with ObjectInstance(declaration, image) if image else declaration.open() as instance:
@@ -67,13 +69,15 @@ def word(memory: memoryview, at: int = 0) -> int:
 
 
 def stolen(instance: ObjectInstance) -> bool:
-    """Whether the secret stands in guest 0's window."""
+    """Return whether the secret is in guest 0's window."""
     return SECRET.to_bytes(8, "little") in bytes(instance.window(0))
 
 
 def untouched(instance: ObjectInstance) -> bool:
-    """Whether the shared memory is as trusted code leaves it, but for the count of calls, and the
-    secret is in no window."""
+    """Return whether the vault is as trusted code leaves it.
+
+    Only the count of calls may have changed, and the secret is in no window.
+    """
     expected = bytearray(len(instance.shared))
     put(memoryview(expected), 0, SECRET)
     put(memoryview(expected), WORD_AT, WORD)
@@ -87,7 +91,7 @@ def knocks(instance: ObjectInstance) -> int:
 
 
 def still_serves(kvm: Kvm, instance: ObjectInstance) -> bool:
-    """Whether a second guest, in a VM of its own, is served as ever."""
+    """Return whether the vault serves a second guest, in a VM of its own."""
     before = knocks(instance)
     with BareGuest(kvm, Probe(), paging_levels=host_levels()) as other:
         prepare(other)
@@ -99,13 +103,13 @@ def still_serves(kvm: Kvm, instance: ObjectInstance) -> bool:
 
 
 def join(guest: BareGuest, instance: ObjectInstance, crossing_gva: int = C) -> Attachment:
-    """Attach as guest 0, its own pages of the crossing and its window in place."""
+    """Attach as guest 0, with the guest's own pages of the crossing and its window in place."""
     guest.crossing_gva = crossing_gva
     return instance.attach(guest, 0)
 
 
 def stop_at(exits: list[Exit], at: int) -> ElisaExit:
-    """The last exit: the one that stopped the guest, in the context `at`."""
+    """Return the last exit, which stopped the guest in the context `at`."""
     exit = exits[-1]
     assert isinstance(exit, ElisaExit), exit
     assert exit.at == at, exit

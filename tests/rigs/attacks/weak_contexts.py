@@ -1,4 +1,4 @@
-"""Contexts and trusted pages built without one of the rules: what the controls attack."""
+"""Contexts and trusted pages that lack one rule, for the controls to attack."""
 
 import functools
 import re
@@ -28,7 +28,7 @@ from pykvm.toolchain.elf import ElfFile
 CROSSING: Final = GUEST_SOURCES / "crossing"
 
 Edit = tuple[str, str]
-"""A regular expression and what stands in its place; it has to match exactly once."""
+"""A regular expression, which must match exactly once, and its replacement."""
 
 
 def edited(source: str, *edits: Edit) -> str:
@@ -40,7 +40,7 @@ def edited(source: str, *edits: Edit) -> str:
 
 @contextmanager
 def _crossing_sources(name: str, edits: Sequence[Edit]) -> Iterator[Path]:
-    """A directory as guest/crossing, with one source edited. Its path is in no cache key."""
+    """Yield a copy of guest/crossing with one source edited; no cache key contains its path."""
     with tempfile.TemporaryDirectory(prefix="pykvm-weak-") as directory:
         for source in CROSSING.iterdir():
             text = source.read_text()
@@ -51,7 +51,7 @@ def _crossing_sources(name: str, edits: Sequence[Edit]) -> Iterator[Path]:
 
 @functools.cache
 def weak_gate(*edits: Edit) -> bytes:
-    """The gate page with its source edited."""
+    """Return the gate page built from an edited source."""
     with _crossing_sources("gate.S", edits) as directory:
         image = compiler.build(
             "crossing",
@@ -66,7 +66,7 @@ def weak_gate(*edits: Edit) -> bytes:
 
 @functools.cache
 def weak_sub_entry(source: Path, *edits: Edit) -> SubImage:
-    """An object whose sub entry page has its source edited."""
+    """Build an object whose sub entry page comes from an edited source."""
     with (
         _crossing_sources("sub.S", edits) as directory,
         mock.patch.object(toolchain, "_CROSSING", directory),
@@ -76,7 +76,7 @@ def weak_sub_entry(source: Path, *edits: Edit) -> SubImage:
 
 @functools.cache
 def edited_object(source: Path, *edits: Edit, without: Without = ALL) -> SubImage:
-    """An object with its own source edited."""
+    """Build an object from its own source, edited."""
     with tempfile.TemporaryDirectory(prefix="pykvm-weak-") as directory:
         target = Path(directory) / source.name
         target.write_text(edited(source.read_text(), *edits))
@@ -84,13 +84,21 @@ def edited_object(source: Path, *edits: Edit, without: Without = ALL) -> SubImag
 
 
 class WeakAttachment:
-    """An attachment of guest number 0 whose parts may be replaced.
+    """Attachment of guest number 0 with replaceable parts.
 
-    gate_page: in place of the gate's code. change_gate, change_sub: called with the plan before the
-    Anywhere Page Table fills its empty entries. extra: further parts of the sub context's image.
-    tables: what the sub context allows with its own guest page table. own_pages: lay the guest's
-    own pages of the crossing, too. vcpu: whose list the contexts map, if not the guest's first.
-    `gate` and `sub` are the contexts; no slot holds either yet.
+    Args:
+        gate_page: replaces the gate's code.
+        change_gate: called with the gate's plan before the Anywhere Page Table fills its empty
+            entries.
+        change_sub: the same for the sub context's plan.
+        extra: further parts of the sub context's image.
+        tables: access that the sub context grants to its own guest page table.
+        own_pages: whether to lay the guest's own pages of the crossing too.
+        vcpu: vCPU whose list the contexts map; by default the guest's first.
+
+    Attributes:
+        gate: the gate context; no slot holds it yet.
+        sub: the sub context; no slot holds it yet.
     """
 
     def __init__(
@@ -149,7 +157,7 @@ class WeakAttachment:
     def _place(self, plan: ContextPlan, access: Access) -> None:
         size = plan.guest_table_bytes
         address = self._take(size)
-        with mock.patch.object(contexts, "READ", access):  # what it maps the tables with
+        with mock.patch.object(contexts, "READ", access):  # access used to map the tables
             plan.place_guest_tables(self._view(address, size), address)
 
     def enter_through_gate(self, slot: int = 2) -> int:
@@ -158,24 +166,27 @@ class WeakAttachment:
         return slot
 
     def enter_without_gate(self, slot: int = 2) -> int:
-        """Put the sub context itself there."""
+        """Put the sub context itself into the vCPU's list."""
         calls.set_slot(self._guest.vcpu, slot, self.sub)
         return slot
 
     def close(self) -> None:
-        """After the guest's: nothing can be inside then. Harmless twice."""
+        """Free the memory; call it after closing the guest, when no vCPU can be inside.
+
+        Closing twice is harmless.
+        """
         self._memory.close()
 
 
 @contextmanager
 def crossing_anywhere() -> Iterator[None]:
-    """The crossing area may lie where it must not: below 4 GiB, for one."""
+    """Allow crossing areas at forbidden addresses, such as those below 4 GiB."""
     with mock.patch.object(contexts, "check_crossing_base"):
         yield
 
 
 def also_map(plan: ContextPlan, gpa: int, pages: UserPages, access: Access) -> None:
-    """Map pages at a further GPA of a context, wherever that lies."""
+    """Map pages at a further GPA of a context, without any check of the address."""
     plan.ept.map_pages(gpa, plan._number, pages.count, access)
     plan.pages.append(pages)
     plan._number += pages.count

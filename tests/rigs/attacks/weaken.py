@@ -1,4 +1,4 @@
-"""Defences of the kernel taken away while a control runs: modules built with weaken.patch.
+"""Switch off single defences of the kernel while a control runs (modules with weaken.patch).
 
 Only a test build has the parameter: ``pykvm testbed --also tests/attacks/weaken.patch``.
 """
@@ -14,30 +14,34 @@ PARAMETER: Final = Path("/sys/module/kvm_intel/parameters/elisa_weaken")
 
 
 class Weaken(IntFlag):
-    """What weaken.patch can take away, bit by bit as it has them."""
+    """Defences that weaken.patch can switch off; the bits are the patch's."""
 
-    MODE = 0x001  # I5: VM functions stay on in any mode
-    TABLES = 0x002  # I8: descriptor tables are not looked at
-    EVENTS = 0x004  # I6: interrupts, NMIs and exceptions are injected wherever the vCPU is
+    MODE = 0x001  # I5: VM functions stay enabled in any mode
+    TABLES = 0x002  # I8: descriptor tables are not checked
+    EVENTS = 0x004  # I6: interrupts, NMIs and exceptions are injected in any context
     EXITS = 0x008  # I7: exits from outside are handled as if from the default context
     INIT = 0x010  # I6: INIT, SIPI and SMI do not wait
     FEATURES = 0x020  # T17, T18, T27: CPUID, CR4 and MSRs are not filtered
-    LIMITS = 0x040  # T21: neither the VM's limits nor RLIMIT_MEMLOCK
-    INVEPT = 0x080  # I9: no INVEPT when a slot is emptied or a context goes
+    LIMITS = 0x040  # T21: neither the VM's limits nor RLIMIT_MEMLOCK hold
+    INVEPT = 0x080  # I9: no INVEPT when a slot is emptied or a context is freed
     IPAT = 0x100  # T26: leaves take the memory type that the VMM wrote
     LIST = 0x200  # T28: a gate made for another vCPU is accepted
     OWNER = 0x400  # T25: a context of another VM is accepted
     APICV = 0x800  # I6: the processor delivers interrupts by itself
-    CR4 = 0x1000  # T18: CET, PKS and UINTR, which KVM knows nothing of, are the guest's to turn on
+    CR4 = 0x1000  # T18: the guest may enable CET, PKS and UINTR, unknown to KVM
 
 
 class NotWeakenedError(Exception):
-    """The loaded modules keep all their defences."""
+    """The loaded modules have no switch for their defences."""
 
 
 @contextmanager
 def weakened(bits: Weaken) -> Iterator[None]:
-    """Take `bits` away for as long as this lasts. Raises NotWeakenedError on ordinary modules."""
+    """Switch off the defences `bits` for the duration of the context.
+
+    Raises:
+        NotWeakenedError: the modules are no test build.
+    """
     if not PARAMETER.exists():
         raise NotWeakenedError(
             f"kvm_intel has no parameter {PARAMETER.name}; "

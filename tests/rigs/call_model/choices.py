@@ -1,4 +1,4 @@
-"""What test_call_sequences.py chooses from, good and bad."""
+"""Strategies for test_call_sequences.py, with good and bad arguments."""
 
 from dataclasses import replace
 from typing import Any
@@ -13,7 +13,7 @@ NOWHERE = 9999
 """A descriptor that is not open."""
 
 indices = st.integers(0, 5)
-"""Which one of those that there are, counted from the last."""
+"""Index of one of the existing items, counted from the last."""
 
 setups = st.sampled_from(["ready", "ready", "ready", "small", "enabled", "plain"])
 slots = st.sampled_from([2, 3, 511, 2, 3, 0, 1, 512])
@@ -77,7 +77,7 @@ entry_mutations = st.tuples(st.integers(0, 3), st.integers(0, 7), st.integers(0,
 
 
 def mutated(request: Request, mutation: tuple[Any, ...]) -> Request:
-    """With one field of the request, of a page or of a table changed."""
+    """Return the request with one field of it, of a page or of a table changed."""
     if isinstance(mutation[0], str):
         return replace(request, fields={**request.fields, mutation[0]: mutation[1]})
     if len(mutation) == 2:

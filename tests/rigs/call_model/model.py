@@ -1,7 +1,7 @@
-"""What the patch's calls must do, from kernel-patches/README.md alone: for test_call_sequences.py.
+"""Model of the patch's calls, from kernel-patches/README.md alone, for test_call_sequences.py.
 
-The model keeps no counts of references: what is alive follows anew each time from the files that
-are open, from what stands in slots, and from what names what.
+The model keeps no reference counts. It computes anew each time what is alive: from the open files,
+from the contents of slots, and from the references between contexts.
 """
 
 import errno
@@ -20,12 +20,16 @@ HIGHEST_VCPU_ID = 2**31 - 1
 
 @dataclass(eq=False)
 class OpenFile:
-    """A file of the kernel's, and what keeps it open. name: for messages."""
+    """A file of the kernel, and what keeps it open.
+
+    Attributes:
+        name: for messages.
+    """
 
     name: str
     fds: list[int] = field(default_factory=list)
     sent: int = 0
-    """Times that it lies in a socket, on its way."""
+    """Number of times that it is in flight in a socket."""
     area: RunArea | None = None
 
     @property
@@ -35,8 +39,13 @@ class OpenFile:
 
 @dataclass(eq=False)
 class ContextModel:
-    """kind: None for one whose code nobody knows. list_of: the vCPU whose list it maps.
-    tables_free: its range of addresses touches no descriptor table of a prepared vCPU."""
+    """A context.
+
+    Attributes:
+        kind: None if its code is unknown.
+        list_of: the vCPUs whose list it maps.
+        tables_free: True if its address range contains no descriptor table of a prepared vCPU.
+    """
 
     file: OpenFile
     vm: "VmModel"
@@ -53,7 +62,7 @@ class ContextModel:
         return self.list_of | (self.target.list_of if self.target else set())
 
     def leads_to(self, place: "ContextModel") -> int | None:
-        """KVM_ELISA_AT_* of a vCPU that is in `place` through this one."""
+        """Return the KVM_ELISA_AT_* value of a vCPU that reached `place` through this context."""
         if self is place:
             return int(uapi.lib.KVM_ELISA_AT_GATE)
         return int(uapi.lib.KVM_ELISA_AT_SUB) if self.target is place else None
@@ -61,9 +70,12 @@ class ContextModel:
 
 @dataclass
 class Inside:
-    """Where a vCPU stopped outside its default context. stuck: cause and VMX exit reason of the
-    exit that it takes whenever it runs; None in a loop. home: offset of the HLT that it comes home
-    to from there."""
+    """Where a vCPU stopped outside its default context.
+
+    Attributes:
+        stuck: cause and VMX exit reason of the exit that it takes whenever it runs; None in a loop.
+        home: offset of the HLT at which it arrives after leaving the context.
+    """
 
     place: ContextModel
     stuck: tuple[int, int] | None = None
@@ -79,10 +91,10 @@ class VcpuModel:
     has_list: bool = False
     inside: Inside | None = None
     report: tuple[int, int] | None = None
-    """Place and slot that the next KVM_RUN tells of, because they were revoked."""
+    """Place and slot that the next KVM_RUN reports because they were revoked."""
 
     def find(self, place: ContextModel, slots: dict[int, ContextModel]) -> tuple[int, int] | None:
-        """Place (KVM_ELISA_AT_*) and slot of the first of `slots` that leads there."""
+        """Return place (KVM_ELISA_AT_*) and slot of the first of `slots` that leads to `place`."""
         for slot in sorted(slots):
             at = slots[slot].leads_to(place)
             if at is not None:
@@ -91,13 +103,16 @@ class VcpuModel:
 
     @property
     def vmfunc_works(self) -> bool:
-        """Of a prepared vCPU, which has no LA57 (I5, I8)."""
+        """True if VMFUNC works on a prepared vCPU, which has no LA57 (I5, I8)."""
         reached = [c for gate in self.slots.values() for c in (gate, gate.target) if c]
         return self.has_list and all(c.tables_free and not c.la57 for c in reached)
 
     def set_slot_errors(self, slot: int, context: ContextModel | None, fd_error: int) -> set[int]:
-        """Those of which KVM_ELISA_SET_SLOT may return one; it must succeed if there is none.
-        fd_error: what is wrong with the descriptor, 0 if nothing."""
+        """Return the errors of which KVM_ELISA_SET_SLOT may return one; if empty, it must succeed.
+
+        Args:
+            fd_error: errno for a bad descriptor, 0 for a good one.
+        """
         errors = {fd_error} - {0}
         if not self.vm.enabled or not 2 <= slot < 512:
             errors.add(errno.EINVAL)
@@ -121,7 +136,7 @@ class VcpuModel:
             self.slots[slot] = context
 
     def revoke(self, slot: int) -> bool:
-        """Slot 0: all. False where nothing is to revoke."""
+        """Revoke a slot, or all of them for 0; return whether there was anything to revoke."""
         gone = {n: c for n, c in self.slots.items() if slot in (0, n)}
         for number in gone:
             del self.slots[number]
@@ -140,7 +155,7 @@ class VmModel:
     most_pages: int = 0
     has_memory: bool = False
     memory: str = "there"
-    """The arena: "there", "read-only", or "gone"."""
+    """State of the arena: "there", "read-only", or "gone"."""
     vcpus: dict[int, VcpuModel] = field(default_factory=dict)
     contexts: list[ContextModel] = field(default_factory=list)
 
@@ -152,14 +167,17 @@ class VmModel:
 
     @property
     def guest_runs(self) -> bool:
-        """Whether the guest has its program. A vCPU's walks of its page tables count as writes
-        (SDM vol. 3C, 29.3.5), so that pages which may only be read do not help."""
+        """True if the guest can execute its program.
+
+        Page walks of a vCPU count as writes (SDM vol. 3C, 29.3.5), so read-only pages are not
+        enough.
+        """
         return self.has_memory and self.memory == "there"
 
     def live_contexts(self) -> list[ContextModel]:
-        """Those that the kernel may not have given back, and no others."""
+        """Return the contexts that the kernel must still hold, and no others."""
         if not self.files:
-            return []  # vCPUs go with their VM
+            return []  # vCPUs are freed with their VM
         held = {c for c in self.contexts if c.file.open}
         for vcpu in self.vcpus.values():
             held.update(vcpu.slots.values())
@@ -167,7 +185,7 @@ class VmModel:
         return [c for c in self.contexts if c in held]
 
     def pages(self) -> int:
-        """Tables and pinned pages."""
+        """Return the number of tables and pinned pages."""
         return sum(c.tables + c.user_pages for c in self.live_contexts())
 
     def enable_errors(self, flags: int, limits: tuple[int, ...]) -> set[int]:
@@ -196,8 +214,13 @@ class VmModel:
 
 @dataclass(frozen=True)
 class Checked:
-    """A request as the kernel should see it. errors: of which the call may return one; it must
-    succeed if there is none. tables, user_pages: what it would cost."""
+    """A request as the kernel should see it.
+
+    Attributes:
+        errors: errors of which the call may return one; if empty, it must succeed.
+        tables: tables that it would cost.
+        user_pages: user pages that it would cost.
+    """
 
     errors: set[int]
     tables: int
@@ -205,7 +228,11 @@ class Checked:
 
 
 def check_request(vm: VmModel, request: Request, files: dict[int, object]) -> Checked:
-    """files: what is open in this process, by descriptor: a ContextModel, or something else."""
+    """Predict the result of KVM_ELISA_CREATE_CONTEXT.
+
+    Args:
+        files: open files of this process by descriptor; a context is a ContextModel.
+    """
     fields = request.fields
     if not vm.enabled:
         return Checked({errno.EINVAL}, 0, 0)
@@ -242,7 +269,7 @@ def _field_errors(fields: dict[str, int], nr_tables: int, nr_pages: int) -> set[
         errors.add(errno.EINVAL)
     if nr_tables > uapi.lib.KVM_ELISA_MAX_TABLES or nr_pages > uapi.lib.KVM_ELISA_MAX_PAGES:
         errors.add(errno.E2BIG)
-    if "tables" in fields or "pages" in fields:  # these tests put bad ones there only
+    if "tables" in fields or "pages" in fields:  # only these tests put bad pointers there
         errors.add(errno.EFAULT)
     return errors
 
@@ -276,7 +303,7 @@ def _target_errors(vm: VmModel, target: object) -> set[int]:
 
 @functools.lru_cache(maxsize=64)
 def _entries(table: bytes) -> tuple[int, ...]:
-    """Those that are not zero."""
+    """Return the entries that are not zero."""
     return tuple(word for word in struct.unpack("<512Q", table) if word)
 
 
@@ -316,18 +343,18 @@ def _entry_is_good(
 
 
 def free_of_tables(gva: int, size: int) -> bool:
-    """Whether a range of addresses touches no descriptor table of a prepared vCPU."""
+    """Return whether the address range contains no descriptor table of a prepared vCPU."""
     return gva > TABLES_LAST and gva + size <= 1 << 64
 
 
 # ---- the score -----------------------------------------------------------------------------------
 
 counted: Counter[str] = Counter()
-"""Calls and how they ended, over all sequences of this process."""
+"""Number of calls by name and result, over all sequences of this process."""
 
 
 def judge(name: str, result: int, errors: set[int]) -> bool:
-    """Whether the call succeeded, which it must if and only if there are no `errors`."""
+    """Return whether the call succeeded; fail unless it did exactly when `errors` is empty."""
     counted[f"{name}: {os.strerror(-result) if result < 0 else 'done'}"] += 1
     if errors:
         assert -result in errors, f"{name} returned {result}, not one of {errors}"

@@ -1,4 +1,4 @@
-"""Runs of vCPUs with tiny_guest.py: how each has to end, by the model."""
+"""Runs of vCPUs with tiny_guest.py, and the end of each that the model predicts."""
 
 import errno
 
@@ -21,11 +21,15 @@ VMX_HLT, VMX_VIOLATION, VMX_VMFUNC = 12, 48, 59  # SDM vol. 3D, appendix C
 
 
 def run_vcpu(vcpu: VcpuModel, slot: int, loop: bool) -> None:
-    """Let the guest try VMFUNC(0, slot), or go on if it is in a context. loop: stay in there."""
+    """Let the guest try VMFUNC(0, slot), or continue if it is in a context.
+
+    Args:
+        loop: whether the guest stays in the context.
+    """
     if not vcpu.file.area:
         return
     fd = vcpu.file.fds[0]
-    if slot == 512:  # with "immediate exit", which comes before everything else
+    if slot == 512:  # first with "immediate exit", which precedes everything else
         assert vcpu.file.area.run(fd, immediate=True).result == -errno.EINTR
     if vcpu.report:
         counted["run: revoked"] += 1
@@ -45,7 +49,7 @@ def run_vcpu(vcpu: VcpuModel, slot: int, loop: bool) -> None:
 
 
 def stays_home(vcpu: VcpuModel, end: End, slot: int) -> None:
-    """The guest does not get anywhere with its VMFUNC."""
+    """Check that the VMFUNC leaves the guest in its default context."""
     if not vcpu.vm.guest_runs:
         counted["run: without memory"] += 1
         return
@@ -81,7 +85,7 @@ def go_on(vcpu: VcpuModel, inside: Inside, loop: bool) -> None:
 
 
 def keep_running(vcpu: VcpuModel, inside: Inside, loop: bool) -> None:
-    """Run a vCPU that is in a context, or comes there."""
+    """Run a vCPU that is in a context or enters one."""
     fd, area = vcpu.file.fds[0], vcpu.file.area
     assert area
     if inside.stuck:

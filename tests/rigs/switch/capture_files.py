@@ -18,14 +18,14 @@ def pcap(
     link: int = 1,
     version: tuple[int, int] = (2, 4),
 ) -> bytes:
-    """A whole file."""
+    """Return a whole file."""
     return struct.pack(order + "IHHiIII", magic, *version, 0, 0, 65535, link) + packets
 
 
 def packet(
     data: bytes, *, order: str = "<", original: int | None = None, captured: int | None = None
 ) -> bytes:
-    """One record, 7 units after 1700000000; its lengths may be other than those of `data`."""
+    """Return one record, 7 units after 1700000000; its lengths may differ from that of `data`."""
     sizes = (
         len(data) if captured is None else captured,
         len(data) if original is None else original,
@@ -34,23 +34,23 @@ def packet(
 
 
 def block(kind: int, body: bytes, order: str = "<") -> bytes:
-    """One block of pcapng."""
+    """Return one block of pcapng."""
     size = struct.pack(order + "I", 12 + len(body) + -len(body) % 4)
     return struct.pack(order + "I", kind) + size + body + bytes(-len(body) % 4) + size
 
 
 def option(code: int, value: bytes, order: str = "<") -> bytes:
-    """One option of a block."""
+    """Return one option of a block."""
     return struct.pack(order + "HH", code, len(value)) + value + bytes(-len(value) % 4)
 
 
 def section(order: str = "<", version: int = 1) -> bytes:
-    """A section header."""
+    """Return a section header."""
     return block(0x0A0D0D0A, struct.pack(order + "IHHq", 0x1A2B3C4D, version, 0, -1), order)
 
 
 def interface(link: int = 1, options: bytes = b"", *, snapshot: int = 0, order: str = "<") -> bytes:
-    """An interface description."""
+    """Return an interface description."""
     return block(1, struct.pack(order + "HHI", link, 0, snapshot) + options, order)
 
 
@@ -64,7 +64,7 @@ def enhanced(
     original: int | None = None,
     captured: int | None = None,
 ) -> bytes:
-    """An enhanced packet block."""
+    """Return an enhanced packet block."""
     sizes = (
         len(data) if captured is None else captured,
         len(data) if original is None else original,

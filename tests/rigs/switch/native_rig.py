@@ -13,12 +13,12 @@ BROADCAST = b"\xff" * 6
 
 
 def mac(number: int) -> bytes:
-    """The address of station `number`."""
+    """Return the address of station `number`."""
     return b"\x02" + number.to_bytes(5, "big")
 
 
 def frame(destination: bytes | int, source: bytes | int, size: int = 64, mark: int = 0) -> bytes:
-    """`size` bytes that depend on `mark`, behind the two addresses."""
+    """Return a frame of `size` bytes; those after the two addresses depend on `mark`."""
     addresses = b"".join(
         mac(address) if isinstance(address, int) else address for address in (destination, source)
     )
@@ -28,7 +28,7 @@ def frame(destination: bytes | int, source: bytes | int, size: int = 64, mark: i
 
 
 def tagged(untagged: bytes, *vlans: int, tpid: int = 0x8100, priority: int = 0) -> bytes:
-    """The frame with a tag for each of `vlans`, the outermost first, 4 bytes longer for each."""
+    """Return the frame with a tag for each of `vlans`, the outermost first; each adds 4 bytes."""
     tags = b"".join(
         tpid.to_bytes(2, "big") + (priority << 13 | vlan).to_bytes(2, "big") for vlan in vlans
     )
@@ -37,7 +37,7 @@ def tagged(untagged: bytes, *vlans: int, tpid: int = 0x8100, priority: int = 0) 
 
 @dataclass
 class Rig:
-    """One switch with every port enabled and used from here."""
+    """One switch with every port enabled and used by this process."""
 
     switch: Switch
     ports: list[NativePort]
@@ -52,7 +52,7 @@ class Rig:
 
 
 def make_rig(config: SwitchConfig | None = None, *, enabled: bool = True) -> Rig:
-    """A new switch; the memory is shared with forked children and freed with the rig."""
+    """Create a switch; forked children share its memory, which is freed with the rig."""
     config = config or SwitchConfig(lane_slots=32, tx_slots=32)
     memory = mmap.mmap(-1, config.total_size)
     switch = Switch(config, memory, hash_seed=0x9E3779B97F4A7C15)

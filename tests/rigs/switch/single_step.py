@@ -1,7 +1,7 @@
-"""Native functions executed one instruction at a time, with no emulator.
+"""Native functions executed one instruction at a time, without an emulator.
 
-A forked child makes the call under ptrace. Counts are exact and repeat; as on the emulated host,
-every iteration of a repeated string move counts.
+A forked child makes the call under ptrace. Counts are exact and repeatable. As on the emulated
+host, every iteration of a repeated string move counts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _peek(request: int, pid: int, address: int) -> int:
 
 
 def _step(pid: int) -> int:
-    """One instruction on; where the child is then."""
+    """Execute one instruction; return the child's RIP afterwards."""
     if _libc.ptrace(_SINGLESTEP, pid, None, None) != 0:
         raise OSError(ctypes.get_errno(), "PTRACE_SINGLESTEP")
     _, status = os.waitpid(pid, 0)
@@ -40,8 +40,11 @@ def _step(pid: int) -> int:
 
 @contextlib.contextmanager
 def _traced(call: Callable[[], object]) -> Generator[int, None, None]:
-    """The PID of a forked child that stopped before it makes `call`; killed at the end, wherever
-    it stands. Only what it wrote to shared mappings is kept."""
+    """Yield the PID of a forked child that stopped before `call`.
+
+    The child is killed at the end, at any point of its execution. Only its writes to shared
+    mappings remain.
+    """
     pid = os.fork()
     if pid == 0:
         try:
@@ -54,7 +57,7 @@ def _traced(call: Callable[[], object]) -> Generator[int, None, None]:
         os.waitpid(pid, 0)
         yield pid
     finally:
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):  # ended, waited for
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):  # already waited for
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
 
@@ -62,8 +65,8 @@ def _traced(call: Callable[[], object]) -> Generator[int, None, None]:
 def single_steps(address: int, call: Callable[[], object]) -> Generator[int, None, None]:
     """Stop before every instruction of the first execution of the function at `address`.
 
-    `call` runs in a forked child: only what it writes to shared mappings is kept. The child is
-    killed where it stands when the generator ends or is closed.
+    `call` runs in a forked child, of which only the writes to shared mappings remain. The child is
+    killed at its current instruction when the generator ends or is closed.
     """
     with _traced(call) as pid:
         for _ in range(_SEARCH_LIMIT):
@@ -80,12 +83,12 @@ def single_steps(address: int, call: Callable[[], object]) -> Generator[int, Non
 
 
 def count_instructions(address: int, call: Callable[[], object]) -> int:
-    """Instructions of the first execution of the function at `address` while `call` runs."""
+    """Count the instructions of the first execution of the function at `address` in `call`."""
     return sum(1 for _ in single_steps(address, call))
 
 
 def _run_to(pid: int, address: int) -> None:
-    """Let the child come to `address`, with a breakpoint there, which is taken out again."""
+    """Run the child up to `address`, with a breakpoint that is removed afterwards."""
     word = _peek(_PEEKDATA, pid, address)
     _libc.ptrace(_POKEDATA, pid, address, word & ~0xFF | _BREAKPOINT)
     _libc.ptrace(_CONT, pid, None, None)
@@ -97,10 +100,12 @@ def _run_to(pid: int, address: int) -> None:
 
 
 def killed_after(steps: int, address: int, call: Callable[[], object]) -> bool:
-    """Kill a child that makes `call` when it has executed `steps` instructions of the function at
-    `address`; whether the function had returned by then.
+    """Kill a child after `steps` instructions of the function at `address`.
 
-    As with `single_steps`, only what the child wrote to shared mappings is kept.
+    As with `single_steps`, only the child's writes to shared mappings remain.
+
+    Returns:
+        Whether the function had returned by then.
     """
     with _traced(call) as pid:
         _run_to(pid, address)

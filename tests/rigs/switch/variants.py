@@ -1,4 +1,4 @@
-"""The switch as built, and builds with one defence taken out: they show that attacks are real."""
+"""The switch as built, and builds that lack one defence, to show that the attacks are real."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ class Build:
 
 
 def load_build(library: str) -> Build:
-    """A shared library with an elisa_serve in it."""
+    """Load a shared library that has an elisa_serve."""
     serve = ctypes.CDLL(library).elisa_serve
     serve.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_void_p]
     serve.restype = ctypes.c_uint64
     return Build(serve, ctypes.cast(serve, ctypes.c_void_p).value or 0)
 
 
-# Past cffi, whose own pointer to the function names a wrapper.
+# Not through cffi, whose own pointer to the function is that of a wrapper.
 AS_BUILT = load_build(str(_native.__file__))
 
 
 def build_variant(directory: Path, old: str, new: str) -> Build:
-    """switch.c with `old`, which occurs once, replaced."""
+    """Build switch.c with `old`, which occurs once, replaced by `new`."""
     source = (GUEST_SOURCES / "switch/switch.c").read_text()
     assert source.count(old) == 1, f"switch.c no longer contains {old!r} once"
     changed, library = directory / "variant.c", directory / "variant.so"

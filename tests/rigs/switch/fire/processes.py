@@ -1,8 +1,8 @@
 """Eight guests, each a process that runs the native build of the switch, under fire.
 
-`Fire.run` stops and kills them at random moments, gives each dead guest's port back to the
-switch, starts a successor there, and checks after every blow that everybody else goes on.
-guest.c checks every frame that arrives; `Fire.finish` checks that the counters add up.
+`Fire.run` stops and kills them at random moments. It gives each dead guest's port back to the
+switch, starts a successor there, and checks after every blow that all others make progress. guest.c
+checks every frame that arrives; `Fire.finish` checks that the counters add up.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _PORTS: Final = CONFIG.ports
 _MAX_PORTS: Final[int] = lib.SWITCH_MAX_PORTS
 
 WITNESSES: Final = (0, 1)
-"""Ports whose guests are stopped, but never killed: of these every frame can be accounted for."""
+"""Ports whose guests are stopped but never killed, so that every frame can be accounted for."""
 
 
 class StuckError(AssertionError):
-    """A guest that nobody stopped does not go on."""
+    """A guest that nobody stopped makes no progress."""
 
 
 class Record(ctypes.Structure):
@@ -50,7 +50,7 @@ class Record(ctypes.Structure):
 
 
 def build_guest(directory: Path, switch: Path = GUEST_SOURCES / "switch/switch.c") -> Path:
-    """The guest with this source of the switch."""
+    """Build the guest with this source of the switch."""
     program = directory / "guest"
     command = ["cc", "-O2", "-Wall", f"-I{GUEST_SOURCES / 'include'}", "-o", str(program)]
     sources = [str(Path(__file__).with_name("guest.c")), str(switch)]
@@ -59,9 +59,10 @@ def build_guest(directory: Path, switch: Path = GUEST_SOURCES / "switch/switch.c
 
 
 class Fire:
-    """A switch with a guest in a process of its own behind each port.
+    """A switch with a guest process behind each port.
 
-    patience: seconds that a guest may take for its next call before it counts as stuck.
+    Args:
+        patience: seconds without a call after which a guest counts as stuck.
     """
 
     def __init__(self, program: Path, seed: int, patience: float = 30.0) -> None:
@@ -82,7 +83,7 @@ class Fire:
         self._stopped: set[int] = set()
         self._waiting: set[int] = set()  # ports that cannot be given to a new guest yet
         self._incarnation = 0
-        self._frames_before = [0] * _PORTS  # of a port, when its guest began
+        self._frames_before = [0] * _PORTS  # frames of each port when its guest began
         self.events: Counter[str] = Counter()
 
     # ---- guests come and go -----------------------------------------------------------------
@@ -90,8 +91,8 @@ class Fire:
     def start(self) -> None:
         for port in range(_PORTS):
             self.switch.pin(f"02:00:00:00:00:{port:02x}", port)
-        # All of them before the first guest: what a witness sends to a port that is not enabled yet
-        # is in no lane's counters.
+        # Enable all ports before the first guest starts: no lane counts what a witness sends to a
+        # port that is still disabled.
         for port in range(_PORTS):
             assert self._enable(port)
         for port in range(_PORTS):
@@ -99,7 +100,7 @@ class Fire:
         self._wait_for_progress({})
 
     def _start(self, port: int) -> bool:
-        """A new guest at `port`; False if a call of a stopped one still has to end before."""
+        """Start a guest at `port`; return False while a call of a stopped guest prevents it."""
         if not self._enable(port):
             return False
         self._spawn(port)
@@ -149,7 +150,7 @@ class Fire:
         self._start(port)
 
     def _check_dead(self, port: int, inside: bool) -> None:
-        """What the dead guest did before its last call stands; of that call a beginning may."""
+        """Check that the dead guest's calls took effect, its last one possibly in part."""
         counters, record = self.switch.counters(), self.records[port]
         wrong = [line for line in counters.check() if line.startswith(f"port {port}:")]
         assert not wrong
@@ -160,7 +161,11 @@ class Fire:
     # ---- the fire ---------------------------------------------------------------------------
 
     def run(self, kills: int) -> None:
-        """Until so many guests have been killed. Raises StuckError."""
+        """Stop and kill guests until `kills` of them have been killed.
+
+        Raises:
+            StuckError: a running guest makes no progress.
+        """
         while self.events["killed"] < kills:
             before = {port: self._progress(port) for port in self._running()}
             self._one_blow()
@@ -174,7 +179,7 @@ class Fire:
         mortal = [port for port in (*running, *stopped) if port not in WITNESSES]
         actions: list[Callable[[], None]] = []
         if self._waiting:
-            # A guest that was stopped inside keeps dead ports from their next guest: let it go on.
+            # A guest stopped inside a call keeps dead ports from their next guest: continue it.
             mortal = [port for port in mortal if port in stopped]
         if mortal:
             actions += [lambda: self._kill(self._choice.choice(mortal))] * 4
@@ -206,7 +211,7 @@ class Fire:
         return record.incarnation, record.rounds, record.received
 
     def _wait_for_progress(self, before: dict[int, tuple[int, int, int]]) -> None:
-        """Until each running guest has made a call, and received something if others run."""
+        """Wait until each running guest has made a call, and received something if others run."""
         others = len(self._running()) > 1
         deadline = time.monotonic() + self._patience
         for port in self._running():
@@ -231,7 +236,7 @@ class Fire:
     # ---- the end ----------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """Let all guests end, and add everything up."""
+        """Let all guests end, and check the sums of all counters."""
         for port in sorted(self._stopped):
             self._continue(port)
         for port in sorted(self._waiting):
@@ -256,8 +261,11 @@ class Fire:
         )
 
     def _account_for_lane(self, source: int, to: int) -> None:
-        """What the last guest at `to` received is what the lane has held since it began, and what
-        a witness sent to a witness is what the lane delivered or refused."""
+        """Check the counters of one lane.
+
+        The last guest at `to` received what the lane has held since that guest began. What a
+        witness sent to a witness is what the lane delivered or refused.
+        """
         counters = self.switch.counters().lanes[source][to]
         lane = self._shared.lane[source][to]
         window = ffi.cast("struct switch_window *", self.switch.window(to))

@@ -1,7 +1,7 @@
-"""Builds the switch with clang's libFuzzer and sanitizers, and runs it on inputs.
+"""The switch built with clang's libFuzzer and sanitizers, and runs of it on inputs.
 
-window_fuzzer.c says what one input is, and invariants.c what must hold. Everything that is built
-goes into a directory of the caller's; the seed corpus is text, one input a line (`read_corpus`).
+window_fuzzer.c documents the form of an input, and invariants.c the invariants. All build results
+go into a directory of the caller's. The seed corpus is text, one input a line (`read_corpus`).
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ _COMPILE: Final = [
     "-g",
     "-fno-omit-frame-pointer",
     "-Wall",
-    "-Wno-unknown-pragmas",  # GCC's choice of registers; the sanitizers use others anyway
+    "-Wno-unknown-pragmas",  # for GCC's choice of registers; the sanitizers use others anyway
     f"-I{GUEST_SOURCES / 'include'}",
     f"-I{PACKAGE / 'switch'}",
 ]
 _SANITIZE: Final = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-# The switch alone guides the search and announces each of its loads and stores.
+# Only the switch guides the search, and it announces each of its loads and stores.
 _GUIDE: Final = ["-fsanitize=fuzzer-no-link", "-fsanitize-coverage=trace-loads,trace-stores"]
 
 
 class NoClangError(PykvmError):
-    """A tool of clang's that is not installed."""
+    """A missing tool of clang's."""
 
 
 class PlantError(PykvmError):
-    """A fault that does not fit the source any more."""
+    """A planted fault that no longer fits the source."""
 
 
 def _tool(name: str) -> str:
@@ -67,7 +67,7 @@ def _tool(name: str) -> str:
 
 
 def missing_tools() -> str:
-    """Why nothing can be fuzzed here; empty if everything is there."""
+    """Return why fuzzing is impossible here; empty if all tools are there."""
     try:
         for name in ("clang", "llvm-profdata", "llvm-cov"):
             _tool(name)
@@ -77,22 +77,26 @@ def missing_tools() -> str:
 
 
 def read_corpus(path: Path = CORPUS) -> list[bytes]:
-    """Inputs in hexadecimal, one a line; what follows a # is a remark."""
+    """Read inputs in hexadecimal, one a line; text after a # is a comment."""
     lines = (line.split("#")[0].strip() for line in path.read_text().splitlines())
     return [bytes.fromhex(line) for line in lines if line]
 
 
 def write_corpus(path: Path, inputs: Iterable[bytes], remark: str) -> None:
-    """Shortest input first, behind a remark of one line."""
+    """Write a line with a remark and then the inputs, shortest first."""
     ordered = sorted(set(inputs), key=lambda data: (len(data), data))
     path.write_text("\n".join([f"# {remark}", *(data.hex() for data in ordered)]) + "\n")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one run. finding: what the fuzzer reported, empty if nothing; input: that found it.
+    """Result of one run.
 
-    executions: inputs that were run. edges: counters of the switch that were hit.
+    Attributes:
+        finding: the fuzzer's report; empty if it found nothing.
+        input: the input that produced the finding.
+        executions: number of inputs that were run.
+        edges: number of the switch's counters that were hit.
     """
 
     executions: int
@@ -104,7 +108,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Of switch.c, in percent."""
+    """Coverage of switch.c, in percent."""
 
     regions: float
     lines: float
@@ -114,10 +118,13 @@ class Coverage:
 class Fuzzer:
     """The fuzzer in `directory`, built when needed.
 
-    plant: (old, new), a change of the switch's source, whose old text occurs once in it: a fault
-    that the fuzzer has to find.
+    Args:
+        plant: (old, new), a fault for the fuzzer to find. `old` occurs once in the switch's source
+            and is replaced by `new`.
 
-    Raises NoClangError, PlantError.
+    Raises:
+        NoClangError: a tool is missing.
+        PlantError: `old` does not occur exactly once.
     """
 
     def __init__(self, directory: Path, plant: tuple[str, str] | None = None) -> None:
@@ -154,8 +161,10 @@ class Fuzzer:
     def run(
         self, seconds: int, *, corpus: Path | None = None, inputs: Iterable[bytes] = ()
     ) -> Outcome:
-        """Search for `seconds`, from `inputs` and what is in the folder `corpus`, where new
-        inputs go. With seconds=0, only run what is there."""
+        """Search for `seconds`, starting from `inputs` and the inputs in the folder `corpus`.
+
+        New inputs go into that folder. With seconds=0, only the given inputs run.
+        """
         corpus = self._fill(corpus or self.directory / "corpus", inputs)
         limit = [f"-max_total_time={seconds}"] if seconds else ["-runs=0"]
         found = self.directory / "finding"
@@ -186,7 +195,7 @@ class Fuzzer:
         )
 
     def minimised(self, corpus: Path) -> list[bytes]:
-        """As few inputs of the folder as reach everything that all of them reach."""
+        """Return a minimal set of the folder's inputs with the same coverage."""
         target = self.directory / "minimised"
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir()
@@ -194,7 +203,7 @@ class Fuzzer:
         return [path.read_bytes() for path in target.iterdir()]
 
     def coverage(self, inputs: Iterable[bytes]) -> Coverage:
-        """What of switch.c the inputs execute, by clang's source-based coverage."""
+        """Return the coverage of switch.c by the inputs (clang's source-based coverage)."""
         corpus = self._fill(self.directory / "covered", inputs)
         profile = ["-fprofile-instr-generate", "-fcoverage-mapping"]
         objects = [
@@ -234,7 +243,7 @@ def _run(command: list[str], **environment: str) -> str:
 
 
 def _finding(output: str) -> str:
-    """The line that says what was wrong."""
+    """Return the line that describes the fault."""
     for pattern in (r".*invariant broken: .*", r".*runtime error: .*", r".*ERROR: .*"):
         if match := re.search(pattern, output):
             return match[0]
