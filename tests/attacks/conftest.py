@@ -1,4 +1,4 @@
-"""A guest whose program leaps."""
+"""Fixture for a guest that runs leap.c."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Which tests carry which rows, read from the sources: nothing is imported."""
+"""Threats that the marks of each test name, read from the sources without importing them."""
 
 import ast
 from pathlib import Path
@@ -8,7 +8,11 @@ ROOT: Final = Path(__file__).parents[2]
 
 
 def marked(kind: str) -> dict[str, set[str]]:
-    """kind: "attack" or "control". Test as path::function to the rows that its marks name."""
+    """Return the rows that the marks of each test name, by path::function.
+
+    Args:
+        kind: "attack" or "control".
+    """
     found: dict[str, set[str]] = {}
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         for node in ast.parse(path.read_text()).body:

@@ -1,5 +1,7 @@
-"""Everything that the attacks run is built on this host: the emulated one has no compiler, and
-takes what it needs from the cache."""
+"""Builds of everything that the attacks run.
+
+The emulated host has no compiler and takes these results from the cache.
+"""
 
 import pytest
 

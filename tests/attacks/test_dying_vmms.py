@@ -1,5 +1,8 @@
-"""T20: a VMM that dies between any two steps, or in the middle of one; files of its own that others
-have by fork, by exec, and by a message. What is pinned stays as long as somebody can use it."""
+"""T20: a VMM that dies after any step of an attachment's life, or in the middle of one.
+
+Other processes hold its files by fork, by exec, and by a message. Pages stay pinned as long as any
+process can use them.
+"""
 
 import os
 import random
@@ -30,11 +33,11 @@ from tests.rigs.host_state import host_state, nothing_stays, pinned_pages
 
 pytestmark = pytest.mark.elisa
 
-PINNED = 3  # pages of `good`
+PINNED = 3  # pages that `good` pins
 
 
 def steps(kvm: Kvm, address: int) -> Iterator[str]:
-    """The life of an attachment: each step is done when its name comes."""
+    """Perform the steps of an attachment's life, yielding the name of each one after it."""
     with kvm.create_vm() as vm:
         calls.enable_contexts(vm)
         yield "a vm"
@@ -74,13 +77,15 @@ STEPS = [
     "detached",
 ]
 HOLDS = {*STEPS[2:6], "attached again"}
-"""Steps behind which there are pinned pages."""
+"""Steps after which pages are pinned."""
 
 
 @contextmanager
 def child(body: Callable[[int], object]) -> Iterator[tuple[int, int]]:
-    """A process that runs body(pipe) and then waits; its id, and the other end of the pipe. It is
-    killed in the end."""
+    """Run body(pipe) in a child process that then waits.
+
+    Yields the child's PID and the other end of the pipe. The child is killed at the end.
+    """
     reader, writer = os.pipe()
     pid = os.fork()
     if not pid:
@@ -100,7 +105,7 @@ def child(body: Callable[[int], object]) -> Iterator[tuple[int, int]]:
 
 
 def told(reader: int) -> str:
-    """What a child says next; it has ended otherwise."""
+    """Return the next message of a child; fail if the child has ended."""
     text = os.read(reader, 64)
     assert text, "the child has ended"
     return text.decode()
@@ -123,7 +128,7 @@ def test_killed_behind_a_step(kvm: Kvm, last: str) -> None:
 
 @pytest.mark.attack("T20")
 def test_killed_at_any_moment(kvm: Kvm) -> None:
-    """In the middle of calls, too."""
+    """The VMM is killed at random moments, also in the middle of calls."""
 
     def body(writer: int) -> None:
         with Memory(3) as address:
@@ -141,7 +146,7 @@ def test_killed_at_any_moment(kvm: Kvm) -> None:
 
 
 def context_of_a_vm(kvm: Kvm, address: int) -> int:
-    """A context file; nobody holds another file of its VM."""
+    """Return the descriptor of a context; no other file of its VM is open."""
     with kvm.create_vm() as vm:
         calls.enable_contexts(vm)
         return good(Machine(vm, vm.create_vcpu(0), address)).send(vm)
@@ -150,8 +155,11 @@ def context_of_a_vm(kvm: Kvm, address: int) -> int:
 @pytest.mark.attack("T20")
 @pytest.mark.parametrize("kept", [False, True], ids=["as it is", "made inheritable"])
 def test_exec(kvm: Kvm, kept: bool) -> None:
-    """The memory is gone with the old program. A context's file goes with it, unless the VMM has
-    made it outlive that; then its pages stay pinned until the new program ends."""
+    """The memory is gone with the old program.
+
+    A context's file is closed with it, unless the VMM has cleared close-on-exec. Then its pages
+    stay pinned until the new program ends.
+    """
 
     def body(writer: int) -> None:
         with Memory(3) as address:
@@ -169,7 +177,7 @@ def test_exec(kvm: Kvm, kept: bool) -> None:
 
 @pytest.mark.attack("T20")
 def test_a_context_passed_to_another_process(kvm: Kvm) -> None:
-    """The VMM dies; who has got the file keeps pages and VM, until it is closed there."""
+    """After the VMM's death the receiver of the file keeps pages and VM until it closes it."""
     ours, theirs = socket.socketpair()
 
     def body(writer: int) -> None:
@@ -181,7 +189,7 @@ def test_a_context_passed_to_another_process(kvm: Kvm) -> None:
     with ours, theirs, nothing_stays() as before:
         with child(body) as (_, reader):
             assert told(reader) == "sent"
-        # Nobody has received it: it is held by the message.
+        # Nobody has received it yet: the message holds it.
         assert pinned_pages() == before.pinned + PINNED
         _, (fd,), _, _ = socket.recv_fds(ours, 1, 1)
         assert pinned_pages() == before.pinned + PINNED

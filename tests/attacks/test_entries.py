@@ -38,8 +38,11 @@ TRANSIENT = uapi.lib.KVM_ELISA_SLOT_TRANSIENT
 
 @pytest.mark.attack("T1")
 def test_the_transient_slot_from_anywhere(kvm: Kvm, guest: BareGuest) -> None:
-    """Before the first call and after each: to internal code, to each instruction of the sub entry
-    page, and to the gate's last instruction."""
+    """The transient slot is empty before the first call and after each.
+
+    The guest tries it with internal code, each instruction of the sub entry page, and the gate's
+    last instruction.
+    """
     with vault() as instance:
         slot = join(guest, instance).slot
         home_stack(guest)
@@ -60,7 +63,7 @@ def test_the_transient_slot_from_anywhere(kvm: Kvm, guest: BareGuest) -> None:
 
 @pytest.mark.control("T1")
 def test_a_slot_that_stays_filled_lets_the_guest_in(guest: BareGuest) -> None:
-    """A sub entry that does not empty the slot: after one honest call, internal code is open."""
+    """If the sub entry does not empty the slot, one honest call opens the way to internal code."""
     with vault(without={Protection.SLOT_CLEARING}) as instance:
         slot = join(guest, instance).slot
         home_stack(guest)
@@ -89,14 +92,14 @@ def test_a_sub_context_without_a_gate_is_entered_anywhere(guest: BareGuest) -> N
 
 # ---- T3: an EPTP of the guest's own -----------------------------------------------------------
 
-LOW = 512  # pages from GPA 0: all that the guest needs in the context that it makes up
+LOW = 512  # pages from GPA 0 that the guest needs in the context that it makes up
 FOUND, CODE, OBJECT = ((LOW - n) * PAGE_SIZE for n in (3, 2, 1))
 
 
 def forged_context(guest: BareGuest, instance: ObjectInstance) -> int:
-    """The EPTP of an EPT in the guest's memory: its own low memory, and the vault's.
+    """Return the EPTP of an EPT in the guest's memory that maps its low memory and the vault's.
 
-    Where the sub entry would be, the guest has code that fetches the secret.
+    In place of the sub entry the guest has code that fetches the secret.
     """
     back = Leaper().image().address_of("leap_back")
     fetch = b"\x48\xa1" + OBJECT.to_bytes(8, "little")  # mov OBJECT, %rax
@@ -113,7 +116,7 @@ def forged_context(guest: BareGuest, instance: ObjectInstance) -> int:
 
 
 def store_in(gate: bytes) -> int:
-    """Address of the gate's store into the list: `mov %r8, transient(%rip)`."""
+    """Return the address of the gate's store into the list: `mov %r8, transient(%rip)`."""
     assert gate.count(b"\x4c\x89\x05") == 1
     return C + crossing.GATE_OFFSET + gate.index(b"\x4c\x89\x05")
 
@@ -121,7 +124,7 @@ def store_in(gate: bytes) -> int:
 @pytest.mark.attack("T3")
 @pytest.mark.parametrize("skip", [0, 1], ids=["store", "store without its prefix"])
 def test_a_forged_eptp(kvm: Kvm, guest: BareGuest, skip: int) -> None:
-    """The guest knows a host address, has made an EPT, and enters at the gate's store."""
+    """The guest knows a host address, has built an EPT, and enters at the gate's store."""
     with vault() as instance:
         slot = join(guest, instance).slot
         eptp = forged_context(guest, instance)
@@ -129,7 +132,7 @@ def test_a_forged_eptp(kvm: Kvm, guest: BareGuest, skip: int) -> None:
         give_leaps(guest, Leap(slot=slot), Leap(behind, slot, fill=eptp))
         exit = stop_at(run(guest), AT_GATE)
         assert exit.cause == uapi.lib.KVM_ELISA_EXIT_REFUSED
-        assert exit.vmx_exit_reason == 2  # triple fault: the int3 behind `mismatch`
+        assert exit.vmx_exit_reason == 2  # triple fault: the int3 after `mismatch`
         assert not any(guest.memory.read(FOUND, 8))
         assert untouched(instance)
         assert still_serves(kvm, instance)
@@ -158,7 +161,7 @@ def all_indices(instance: ObjectInstance) -> list[Leap]:
 
 @pytest.mark.attack("T4")
 def test_every_index_and_other_functions(kvm: Kvm, guest: BareGuest) -> None:
-    """All but the default context's and the gate's are reported. Slot 0 is where the guest is."""
+    """All slots but the default context's, where the guest is, and the gate's are reported."""
     with vault() as instance:
         slot = join(guest, instance).slot
         home_stack(guest)
@@ -177,7 +180,7 @@ def test_every_index_and_other_functions(kvm: Kvm, guest: BareGuest) -> None:
 
 @pytest.mark.control("T4")
 def test_every_index_finds_a_context_that_is_no_gate(guest: BareGuest) -> None:
-    """The same search, with a sub context left in a slot far behind the gate's."""
+    """The same search finds a sub context left in a slot far above the gate's."""
     with vault() as instance:
         weak = WeakAttachment(guest, instance)
         weak.enter_through_gate()

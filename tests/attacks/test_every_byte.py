@@ -1,8 +1,8 @@
-"""T2 at all 4096 bytes of the gate page, one VMFUNC each, with registers chosen at random.
+"""T2 at all 4096 bytes of the gate page: one VMFUNC each, with random registers.
 
 The VMM plays the guest's kernel: it writes VMFUNC into the guest's own page in front of the byte,
-sets all registers, and runs the vCPU. What may follow is what I2 allows. `make verify-gate` shows
-the same for all registers, on paper; here the built page runs.
+sets all registers, and runs the vCPU. The outcome must be one that I2 allows. `make verify-gate`
+shows the same for all registers by proof; here the built page runs.
 """
 
 import random
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.elisa
 
 VMFUNC: Final = b"\x0f\x01\xd4"
 HOME_PORT: Final = 0x77
-OUT: Final = bytes([0xE6, HOME_PORT])  # in place of what the return page does
+OUT: Final = bytes([0xE6, HOME_PORT])  # replaces the code of the return page
 GATE: Final = C + crossing.GATE_OFFSET
 SUB_ENTRY: Final = C + crossing.SUB_ENTRY_OFFSET
 TRANSIENT: Final = uapi.lib.KVM_ELISA_SLOT_TRANSIENT
@@ -49,7 +49,7 @@ GENERAL: Final = (
     *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp"),
     *(f"r{n}" for n in range(8, 16)),
 )
-# CF, PF, AF, ZF, SF, DF, OF, NT, AC, ID; interrupts stay on.
+# CF, PF, AF, ZF, SF, DF, OF, NT, AC, ID; interrupts stay enabled.
 FLAGS: Final = 0x24_4CD5
 FLAGS_ALWAYS: Final = 0x202
 # Addresses that this context maps or that an attacker would try, and odd numbers.
@@ -61,7 +61,10 @@ TEMPTING: Final = (
 
 
 def tempting_registers(choice: random.Random, slot: int) -> dict[str, int]:
-    """All but what VMFUNC itself reads, EAX and ECX. RDI is no operation that keeps anything."""
+    """Return values for all registers but EAX and ECX, the operands of VMFUNC.
+
+    RDI names no operation that stores anything.
+    """
     values = {
         name: choice.choice(TEMPTING) if choice.random() < 0.5 else choice.getrandbits(64)
         for name in GENERAL
@@ -72,7 +75,7 @@ def tempting_registers(choice: random.Random, slot: int) -> dict[str, int]:
 
 
 class Intruder:
-    """A guest whose next VMFUNC may stand anywhere in front of the gate page's bytes."""
+    """A guest whose next VMFUNC may be in front of any byte of the gate page."""
 
     def __init__(self, guest: BareGuest) -> None:
         self._guest = guest
@@ -82,7 +85,7 @@ class Intruder:
         self._progress = 0
 
     def enter(self, offset: int, registers: Mapping[str, int], flags: int = 0) -> Exit:
-        """VMFUNC such that the next instruction is the one at byte `offset` of the gate page."""
+        """Execute a VMFUNC followed by the instruction at byte `offset` of the gate page."""
         memory = self._guest.memory
         places = [self._place(offset - len(VMFUNC) + n) for n in range(len(VMFUNC))]
         before = [memory.read(place, 1) for place in places]
@@ -95,7 +98,7 @@ class Intruder:
 
     @staticmethod
     def _place(offset: int) -> int:
-        """The guest's own memory there: of the page behind its entry page, or the entry page."""
+        """Return the GPA of the guest's own memory there: its entry page or the page after that."""
         if offset >= 0:
             return layout.RX_LOG_GPA + offset
         return layout.ENTRY_PAGE_GPA + PAGE_SIZE + offset
@@ -109,7 +112,7 @@ class Intruder:
 
     @contextmanager
     def not_for_ever(self, patience: float = 5.0) -> Iterator[None]:
-        """Code that loops in a context is stopped: run() then returns Stopped."""
+        """Stop code that loops in a context: run() then returns Stopped."""
         over = threading.Event()
 
         def watch() -> None:
@@ -139,7 +142,7 @@ OWN: Final = "back in the guest's own pages"
 
 
 def end_of(exit: Exit) -> str | None:
-    """What I2 allows, by name; None is anything else."""
+    """Return the name of an outcome that I2 allows; None for any other."""
     match exit:
         case ElisaExit(at=at, cause=cause) if at == AT_GATE:
             return IN_GATE.get(cause)
@@ -154,8 +157,10 @@ def end_of(exit: Exit) -> str | None:
 
 @pytest.mark.attack("T2")
 def test_every_byte_of_the_gate(kvm: Kvm, guest: BareGuest) -> None:
-    """After each attempt the same vCPU can call as ever, with the slot empty: one that stopped in
-    the gate goes on at the gate's beginning."""
+    """After each attempt the vCPU can call, and the transient slot is empty.
+
+    A vCPU that stopped in the gate continues at the gate's beginning.
+    """
     choice = random.Random(2)
     ends: Counter[str] = Counter()
     with vault() as instance:

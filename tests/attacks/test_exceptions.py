@@ -52,8 +52,10 @@ TRAP_FLAG = 1 << 8
 @pytest.mark.attack("T9")
 @pytest.mark.parametrize("where", ["sub entry", "object", "return"])
 def test_a_breakpoint_in_trusted_code(kvm: Kvm, guest: BareGuest, where: str) -> None:
-    """IDT, GDT and stack in the window, the handler internal code: it never runs. Either VMFUNC
-    does not work meanwhile, or the exception leaves the context and ends the guest's run."""
+    """With IDT, GDT and stack in the window, the handler, which is internal code, never runs.
+
+    Either VMFUNC does not work meanwhile, or the exception exits and ends the guest's run.
+    """
     with vault() as instance:
         slot = join(guest, instance).slot
         leap = hijack(guest, instance, slot, dr0=breakpoints(instance)[where])
@@ -68,7 +70,7 @@ def test_a_breakpoint_in_trusted_code(kvm: Kvm, guest: BareGuest, where: str) ->
 @pytest.mark.attack("T9")
 @pytest.mark.parametrize("where", ["sub entry", "object", "return"])
 def test_a_breakpoint_with_tables_elsewhere(kvm: Kvm, guest: BareGuest, where: str) -> None:
-    """The exception itself leaves the context, as KVM intercepts it, and ends the guest's run."""
+    """KVM intercepts the exception, which ends the guest's run."""
     with vault() as instance:
         slot = join(guest, instance).slot
         give_leaps(guest, Leap(slot=slot, dr0=breakpoints(instance)[where]))
@@ -81,18 +83,20 @@ def test_a_breakpoint_with_tables_elsewhere(kvm: Kvm, guest: BareGuest, where: s
 
 @pytest.mark.attack("T9")
 def test_single_steps(kvm: Kvm, guest: BareGuest) -> None:
-    """RFLAGS.TF set right before the call: the first traps are in the guest's own code, and the
-    one behind VMFUNC comes in the gate, which no handler can be reached from."""
+    """RFLAGS.TF, set right before the call, reaches no handler in the gate.
+
+    The first traps are in the guest's own code. The one after VMFUNC is in the gate.
+    """
     with vault() as instance:
         slot = join(guest, instance).slot
         leap = hijack(guest, instance, slot, flags=TRAP_FLAG)
-        # In the default context the guest has a page of its own where the vault's code lies.
+        # In the default context the guest has its own page at the address of the vault's code.
         page = (C + instance.symbols["vault_copy"]) // PAGE_SIZE * PAGE_SIZE
         guest.map(page, layout.RX_LOG_GPA, PAGE_SIZE, OWN_PAGES)
         guest.memory.write(layout.RX_LOG_GPA, b"\x48\xcf" * (PAGE_SIZE // 2))  # iretq
         give_leaps(guest, leap)
         exits = run(guest)
-        if exits:  # VMFUNC worked, so the gate's first instruction was reached
+        if exits:  # VMFUNC worked, so the guest reached the gate's first instruction
             stop_at(exits, AT_GATE)
         assert knocks(instance) == 0
         assert untouched(instance)
@@ -105,8 +109,10 @@ def test_single_steps(kvm: Kvm, guest: BareGuest) -> None:
 @pytest.mark.attack("T10")
 @pytest.mark.parametrize("name", BAD_POINTERS)
 def test_a_fault_with_tables_in_the_window(guest: BareGuest, name: str) -> None:
-    """The handler would be internal code with arguments of the guest's. VMFUNC does not work while
-    the tables lie there, and does again afterwards."""
+    """VMFUNC does not work while the tables are in the window; afterwards it works again.
+
+    The handler would be internal code with arguments of the guest's.
+    """
     with FAULTY_DECLARATION.open() as instance:
         put(instance.shared, 0, SECRET)
         slot = join(guest, instance).slot
@@ -128,7 +134,7 @@ def test_a_fault_with_tables_in_the_window(guest: BareGuest, name: str) -> None:
 @pytest.mark.attack("T10")
 @pytest.mark.parametrize("name", BAD_POINTERS)
 def test_a_fault_with_tables_elsewhere(guest: BareGuest, name: str) -> None:
-    """No handler can be reached: the vCPU stops where it is, and the VMM is told."""
+    """No handler can be reached: the vCPU stops at the fault, and the VMM is told."""
     with FAULTY_DECLARATION.open() as instance:
         put(instance.shared, 0, SECRET)
         slot = join(guest, instance).slot
@@ -141,7 +147,7 @@ def test_a_fault_with_tables_elsewhere(guest: BareGuest, name: str) -> None:
 
 @pytest.mark.attack("T10")
 def test_indices_out_of_range(guest: BareGuest) -> None:
-    """At the end, behind it, wrapping, far away, not canonical: refused, nothing is written."""
+    """Indices at the end, past it, wrapping, far away, not canonical: refused, nothing written."""
     with vault() as instance:
         slot = join(guest, instance).slot
         word = word_index(instance)
@@ -158,7 +164,7 @@ def test_indices_out_of_range(guest: BareGuest) -> None:
 @pytest.mark.control("T13")
 @pytest.mark.control("T10")
 def test_an_object_without_its_check_is_written_through(guest: BareGuest) -> None:
-    """An index of the guest's reaches the word that opens the vault."""
+    """An index of the guest's choice reaches the word that opens the vault."""
     with vault(edited_object(VAULT, NO_BOUND)) as instance:
         slot = join(guest, instance).slot
         mine = 0x1111
@@ -169,5 +175,5 @@ def test_an_object_without_its_check_is_written_through(guest: BareGuest) -> Non
 
 
 def word_index(instance: ObjectInstance) -> int:
-    """Which of the notes the vault's word would be."""
+    """Return the index at which the vault's word would be among the notes."""
     return (SHARED + WORD_AT - C - instance.symbols["vault_notes"]) // 8

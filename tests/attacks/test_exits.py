@@ -1,7 +1,7 @@
 """T30: an exit of trusted code that KVM would serve with the guest's own memory.
 
-KVM emulates what it cannot map: it takes the instruction from the guest's memory, by the guest's
-own page tables, and the stack as well. A guest has put there what it likes.
+KVM emulates accesses that it cannot map. It fetches the instruction and uses the stack through the
+guest's own page tables, from the guest's memory, where the guest has written what it likes.
 """
 
 import pytest
@@ -32,7 +32,7 @@ from tests.rigs.probe import run
 
 pytestmark = pytest.mark.elisa
 
-# Mapped, but not writable: an EPT violation, not a page fault.
+# Mapped read-only: an EPT violation, not a page fault.
 READ_ONLY = {
     "environment": C + crossing.ENV_OFFSET,
     "its own code": C + crossing.IMAGE_OFFSET,
@@ -41,8 +41,11 @@ RET = b"\xc3"
 
 
 def emulated_return(guest: BareGuest, instance: ObjectInstance, slot: int, pointer: int) -> Leap:
-    """A call that makes the object write to `pointer`. In the guest's own memory, a RET lies at
-    each address of the object's code, and internal code's address everywhere on the stack."""
+    """Return a call that makes the object write to `pointer`.
+
+    The guest's own memory holds a RET at each address of the object's code, and the address of
+    internal code everywhere on the stack.
+    """
     code = (C + instance.symbols["elisa_serve"]) & -PAGE_SIZE
     stack = C + crossing.STACK_OFFSET + crossing.STACK_SIZE - PAGE_SIZE
     internal = C + instance.symbols["vault_copy"]

@@ -24,9 +24,9 @@ from tests.rigs.probe import Step, What, Wild, calls, give, probe_guest, results
 pytestmark = pytest.mark.elisa
 
 PAT = 0x277  # IA32_PAT
-UNCACHED = 0  # every type that PAT, PCD and PWT can select: UC
+UNCACHED = 0  # UC for every type that PAT, PCD and PWT can select
 RESET = 0x0007_0406_0007_0406
-WRITE_THROUGH, CACHE_DISABLE = 1 << 3, 1 << 4  # of CR3
+WRITE_THROUGH, CACHE_DISABLE = 1 << 3, 1 << 4  # bits of CR3
 WORD = 0x1234_5678_9ABC_DEF0
 
 
@@ -43,7 +43,7 @@ def memory() -> Iterator[HostMemory]:
 
 
 def tables(guest: BareGuest, instance: ObjectInstance, memory: HostMemory) -> list[HostTables]:
-    """Of both contexts, after calls with every memory type of the guest's turned to uncached."""
+    """Return the tables of both contexts after calls with PAT and CR3 at uncached."""
     attachment = instance.attach(guest)
     slot = attachment.slot
     instance.shared[:8] = WORD.to_bytes(8, "little")
@@ -62,10 +62,10 @@ def tables(guest: BareGuest, instance: ObjectInstance, memory: HostMemory) -> li
     assert (pat, read_back) == (UNCACHED, WORD)
     assert gate_eptp
     secret = host_address(instance.memory.host_address)
-    assert memory.read(secret, 8) == WORD.to_bytes(8, "little")  # this is the host's memory
+    assert memory.read(secret, 8) == WORD.to_bytes(8, "little")  # memory is that of the host
     found = both_contexts(memory, gate_eptp)
     assert found[1].page(crossing.SUB_PRIVATE_GPA + crossing.SHARED_OFFSET) == secret
-    costs = (attachment.cost.gate, attachment.cost.sub)  # all tables have been found:
+    costs = (attachment.cost.gate, attachment.cost.sub)  # every table was found
     assert [len(each.levels) for each in found] == [cost.ept_tables for cost in costs]
     assert all(each.leaves for each in found)
     return list(found)
@@ -75,7 +75,7 @@ def tables(guest: BareGuest, instance: ObjectInstance, memory: HostMemory) -> li
 def test_every_leaf_is_write_back_whatever_the_guest_says(
     prober: BareGuest, memory: HostMemory
 ) -> None:
-    """PAT and CR3 say uncached; the EPT has the last word."""
+    """The guest's PAT and CR3 say uncached, but the EPT decides."""
     with RECKLESS.open() as instance:
         for context in tables(prober, instance, memory):
             assert context.eptp.memory_type == MemoryType.WB
@@ -88,7 +88,7 @@ def test_every_leaf_is_write_back_whatever_the_guest_says(
 @pytest.mark.control("T26")
 @pytest.mark.weakened
 def test_leaves_that_leave_it_to_the_guest(prober: BareGuest, memory: HostMemory) -> None:
-    """Without "ignore PAT" the guest's PAT is combined with write-back: what it says, is."""
+    """Without "ignore PAT" the guest's PAT is combined with write-back and decides."""
     with weakened(Weaken.IPAT), RECKLESS.open() as instance:
         for context in tables(prober, instance, memory):
             assert not any(leaf.ignore_pat for leaf in context.leaves)

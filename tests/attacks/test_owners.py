@@ -1,4 +1,4 @@
-"""T25, T28: a VMM that puts a context into a list that it was not made for."""
+"""T25, T28: a VMM that puts a context into a list for which it was not made."""
 
 import errno
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ SLOT = 2
 
 
 def refused(vcpu: Vcpu, slot: int, context: Context) -> bool:
-    """Whether the kernel takes the context for one that does not fit into the vCPU's list."""
+    """Return whether the kernel refuses the context for the vCPU's list."""
     with pytest.raises(IoctlError) as caught:
         calls.set_slot(vcpu, slot, context)
     return caught.value.errno == errno.EINVAL
@@ -53,7 +53,7 @@ def refused(vcpu: Vcpu, slot: int, context: Context) -> bool:
 
 
 def second_vcpu(guest: BareGuest) -> Vcpu:
-    """At the program's start, with half of the stack."""
+    """Create a vCPU at the program's start, with half of the stack."""
     vcpu = guest.vm.create_vcpu(1)
     stack = (layout.STACK_GPA + layout.STACK_TOP_GPA) // 2
     guest.start_vcpu(vcpu, Leaper().image().entry, stack, layout.BOOT_INFO_GPA)
@@ -61,7 +61,7 @@ def second_vcpu(guest: BareGuest) -> Vcpu:
 
 
 def run_on(guest: BareGuest, vcpu: Vcpu, *leaps: Leap) -> list[Exit]:
-    """Other leaps than those before, on another of the guest's vCPUs."""
+    """Replace the leaps and run another of the guest's vCPUs."""
     guest.set_input(Leaper(leaps).input())
     first, guest.vcpu = guest.vcpu, vcpu
     try:
@@ -72,8 +72,10 @@ def run_on(guest: BareGuest, vcpu: Vcpu, *leaps: Leap) -> list[Exit]:
 
 @pytest.mark.attack("T28")
 def test_a_gate_for_another_vcpu(guest: BareGuest) -> None:
-    """The kernel refuses gate and sub context, and the vCPU that they are for takes them: neither
-    vCPU comes into the object but through its own gate."""
+    """Only the vCPU for which gate and sub context were made can install them.
+
+    Neither vCPU reaches the object except through its own gate.
+    """
     with vault() as instance:
         other = second_vcpu(guest)
         weak = WeakAttachment(guest, instance, vcpu=other)
@@ -98,8 +100,10 @@ def test_a_gate_for_another_vcpu(guest: BareGuest) -> None:
 @pytest.mark.control("T28")
 @pytest.mark.weakened
 def test_a_gate_that_opens_another_vcpus_slot(guest: BareGuest) -> None:
-    """vCPU 0 passes the gate, and stops at its end, for its own slot is empty. That of vCPU 1 is
-    filled now, so that vCPU 1 enters internal code from its default context."""
+    """vCPU 0 fills the transient slot of vCPU 1 and stops at the gate's end; its own is empty.
+
+    vCPU 1 then enters internal code from its default context.
+    """
     with weakened(Weaken.LIST), vault() as instance:
         other = second_vcpu(guest)
         weak = WeakAttachment(guest, instance, vcpu=other)
@@ -107,7 +111,7 @@ def test_a_gate_that_opens_another_vcpus_slot(guest: BareGuest) -> None:
         calls.set_slot(other, SLOT, weak.gate)
         calls.set_slot(guest.vcpu, SLOT, weak.gate)
         transient = copy_secret(instance, TRANSIENT)
-        give_leaps(guest, transient)  # for the page that it starts on
+        give_leaps(guest, transient)  # maps the page on which it starts
         assert stop_at(run_on(guest, guest.vcpu, Leap(slot=SLOT)), AT_GATE).index == TRANSIENT
         assert run_on(guest, other, transient) == []
         assert None not in left(guest)
@@ -118,16 +122,16 @@ def test_a_gate_that_opens_another_vcpus_slot(guest: BareGuest) -> None:
 
 # ---- T25: a context of another VM ----------------------------------------------------------------
 
-OTHERS_PAGE = crossing.IMAGE_OFFSET + 0xD_0000  # of the crossing area: free in the vault
+OTHERS_PAGE = crossing.IMAGE_OFFSET + 0xD_0000  # in the crossing area; free in the vault
 OTHERS_SECRET = 0x07E4_5EC4_E700_0003
-OWN_WINDOW = WINDOW + WINDOW_PAGES * PAGE_SIZE  # of guest 1 in the sub context
+OWN_WINDOW = WINDOW + WINDOW_PAGES * PAGE_SIZE  # window of guest 1 in the sub context
 
 
 class Neighbour:
-    """Another VM, guest 0 of the object, with a context that maps a page of its memory besides.
+    """Another VM, guest 0 of the object, with a context that also maps a page of its memory.
 
-    For the list, the context has a page that is none, as it is to lie in the list of `guest`, which
-    is guest 1.
+    The context has an ordinary page in place of the list, because it is meant for the list of
+    `guest`, which is guest 1.
     """
 
     def __init__(self, kvm: Kvm, guest: BareGuest, instance: ObjectInstance) -> None:
@@ -171,7 +175,7 @@ def neighbour(kvm: Kvm, guest: BareGuest, instance: ObjectInstance) -> Iterator[
 
 
 def copy_from_neighbour(guest: BareGuest, instance: ObjectInstance, slot: int) -> Leap:
-    """As `copy_secret`, from the other VM's page to the window of guest 1."""
+    """Return a leap like `copy_secret`, from the other VM's page to the window of guest 1."""
     home_stack(guest)
     put(instance.window(1), 0x1000, C + instance.symbols["serve"] + 5)
     put(instance.window(1), 0x1008, layout.STACK_GPA + 0x800)
@@ -190,8 +194,8 @@ def copy_from_neighbour(guest: BareGuest, instance: ObjectInstance, slot: int) -
 def test_a_context_of_another_vm(
     guest: BareGuest, instance: ObjectInstance, neighbour: Neighbour
 ) -> None:
-    """Refused: the slot stays empty, and the guest is where it was."""
-    calls.set_slot(guest.vcpu, SLOT, None)  # a list, so that VMFUNC works
+    """The kernel refuses: the slot stays empty, and the guest stays in its context."""
+    calls.set_slot(guest.vcpu, SLOT, None)  # creates a list, so that VMFUNC works
     assert refused(guest.vcpu, SLOT, neighbour.weak.sub)
     assert refused(guest.vcpu, SLOT, neighbour.weak.gate)
     give_leaps(guest, copy_from_neighbour(guest, instance, SLOT))
@@ -205,11 +209,11 @@ def test_a_context_of_another_vm(
 def test_a_context_of_another_vm_gives_its_memory_away(
     guest: BareGuest, instance: ObjectInstance, neighbour: Neighbour
 ) -> None:
-    """A page of the other VM's memory comes into this guest's window."""
+    """A page of the other VM's memory reaches this guest's window."""
     with weakened(Weaken.OWNER):
         calls.set_slot(guest.vcpu, SLOT, neighbour.weak.sub)
         give_leaps(guest, copy_from_neighbour(guest, instance, SLOT))
         assert run(guest) == []
         assert None not in left(guest)
         assert word(instance.window(1)) == OTHERS_SECRET
-        guest.close()  # the weakened kernel wants the other VM to live on until then
+        guest.close()  # the weakened kernel needs the other VM until then

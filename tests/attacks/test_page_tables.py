@@ -39,16 +39,17 @@ from tests.rigs.probe import Probe, Wild, calls, give, results, run
 pytestmark = pytest.mark.elisa
 
 READ_WRITE = Access.READ | Access.WRITE
-# Present, writable, accessed, dirty: nothing is left to set. Not user, for SMEP and SMAP are on.
+# Present, writable, accessed, dirty: the processor sets no more bits. Not user, because SMEP and
+# SMAP are enabled.
 ENTRY = 0x63
 SUB = crossing.SUB_PRIVATE_GPA
-TABLES_AT = PAGE_SIZE  # of the window: crafted tables, the root first
-STACK_AT = 7 * PAGE_SIZE  # of the window: a stack that leads home
+TABLES_AT = PAGE_SIZE  # offset in the window of crafted tables, the root first
+STACK_AT = 7 * PAGE_SIZE  # offset in the window of a stack that leads home
 
 
 @pytest.fixture(params=[4, pytest.param(5, marks=pytest.mark.processor("LA57"))])
 def guest(kvm: Kvm, request: pytest.FixtureRequest) -> Iterator[BareGuest]:
-    """With as many levels of paging."""
+    """Guest with each number of paging levels."""
     with BareGuest(kvm, Leaper(), paging_levels=request.param) as guest:
         yield guest
 
@@ -65,13 +66,16 @@ def table(entries: dict[int, int], like: bytes | bytearray = bytes(PAGE_SIZE)) -
 
 
 def home(instance: ObjectInstance, at: int) -> int:
-    """Behind the call in the sub entry page, were that page mapped at `at`."""
+    """Return the address after the call in the sub entry page, if that page were mapped at `at`."""
     return at + instance.symbols["serve"] - crossing.SUB_ENTRY_OFFSET + 5
 
 
 def internal_code(instance: ObjectInstance, base: int) -> dict[int, int]:
-    """The crossing area as a guest would have it, by page of the area: internal code of the object
-    in the place of the sub entry, and the sub entry further on, to leave through its end."""
+    """Return a crossing area as a guest would build it: page of the area to GPA.
+
+    Internal code of the object replaces the sub entry. The sub entry is mapped further on too, so
+    that its end leads out.
+    """
     assert instance.symbols["vault_copy"] % PAGE_SIZE == 0
     return {
         0: layout.ENTRY_PAGE_GPA,
@@ -83,7 +87,7 @@ def internal_code(instance: ObjectInstance, base: int) -> dict[int, int]:
 
 
 def back_stack(guest: BareGuest) -> int:
-    """A stack of the guest's own that leads back."""
+    """Write a stack into the guest's own memory that leads back; return its address."""
     back = Leaper().image().address_of("leap_back")
     guest.memory.write(layout.STACK_GPA + 0x800, back.to_bytes(8, "little"))
     return layout.STACK_GPA + 0x800
@@ -93,8 +97,12 @@ def back_stack(guest: BareGuest) -> int:
 
 
 def craft(guest: BareGuest, instance: ObjectInstance, window_gpa: int) -> tuple[int, Leap]:
-    """Tables in the window as they must look where it lies at window_gpa; the leap that uses them
-    to run the vault's internal code on arguments of the guest's, and CR3 for it."""
+    """Write tables into the window that are right if the window is at window_gpa.
+
+    Returns:
+        CR3 for them, and the leap that runs the vault's internal code through them with arguments
+        of the guest's.
+    """
     gpa = window_gpa + TABLES_AT
     own = guest.memory.read(layout.PAGE_TABLES_GPA, PAGE_SIZE)
     data = {index(SHARED, 1) + n: SUB + crossing.SHARED_OFFSET + n * PAGE_SIZE for n in range(32)}
@@ -124,11 +132,11 @@ def craft(guest: BareGuest, instance: ObjectInstance, window_gpa: int) -> tuple[
 
 @pytest.mark.attack("T5")
 def test_cr3_names_the_window(kvm: Kvm, guest: BareGuest) -> None:
-    """The official code runs, as with any CR3: it refuses what it does not know, and counts."""
+    """The official code runs, as with any CR3; it refuses the unknown operation, and counts it."""
     with vault() as instance:
         assert join(guest, instance).slot == 2
         cr3, leap = craft(guest, instance, layout.WINDOW_GPA)
-        # On a stack of the guest's own: the crafted one leads nowhere once the call comes back.
+        # On a stack of the guest's own: the crafted one leads nowhere when the call returns.
         registers = {Register.RDI: leap.registers[Register.RDI], Register.RSI: SHARED}
         knock = Leap(slot=2, cr3=cr3)
         give_leaps(guest, Leap(slot=2, registers=registers, cr3=cr3), knock)
@@ -139,14 +147,14 @@ def test_cr3_names_the_window(kvm: Kvm, guest: BareGuest) -> None:
         assert refused[Register.RAX] == 2**64 - 22  # EINVAL: no such operation
         assert counted[Register.RAX] == knocks(instance) == 1
         used = instance.window(0)[TABLES_AT + 8 * index(C, guest.paging_levels)]
-        assert used & 0x20  # walked through they were, in the default context
+        assert used & 0x20  # the processor used them in the default context
         assert untouched(instance)
         assert still_serves(kvm, instance)
 
 
 @pytest.mark.attack("T5")
 def test_cr3_names_the_window_where_the_sub_context_has_it(kvm: Kvm, guest: BareGuest) -> None:
-    """There a walk would find the tables; the gate has nothing there, and the guest stops in it."""
+    """A walk would find the tables there, but the gate maps nothing: the guest stops in it."""
     with vault() as instance:
         join(guest, instance)
         gpa = SUB + crossing.SHARED_OFFSET + SHARED_PAGES * PAGE_SIZE
@@ -156,14 +164,14 @@ def test_cr3_names_the_window_where_the_sub_context_has_it(kvm: Kvm, guest: Bare
         exit = stop_at(run(guest), AT_GATE)
         assert exit.cause == uapi.lib.KVM_ELISA_EXIT_VIOLATION
         assert exit.gpa >> 12 == cr3 >> 12
-        assert exit.rip == C + crossing.GATE_OFFSET  # not one instruction of the gate
+        assert exit.rip == C + crossing.GATE_OFFSET  # no instruction of the gate has run
         assert untouched(instance)
         assert still_serves(kvm, instance)
 
 
 @pytest.mark.control("T5")
 def test_a_window_at_its_own_gpa_holds_page_tables(guest: BareGuest) -> None:
-    """A sub context as one would first write it: the window lies where the guest has it."""
+    """A naive sub context maps the window at the guest's own GPA."""
     with vault() as instance:
         pages = window_pages(instance)
 
@@ -185,8 +193,10 @@ def test_a_window_at_its_own_gpa_holds_page_tables(guest: BareGuest) -> None:
 
 
 def even_base(guest: BareGuest, instance: ObjectInstance) -> int:
-    """A crossing base whose indexes are all the page number of the vault's notes, so that a table
-    read one level too high or too low leads on."""
+    """Return a crossing base whose indexes are all the page number of the vault's notes.
+
+    A table read one level too high or too low then leads on.
+    """
     k = instance.symbols["vault_notes"] // PAGE_SIZE
     return sum(k << 12 + 9 * level for level in range(1, guest.paging_levels))
 
@@ -204,7 +214,7 @@ def private_pages() -> dict[str, int]:
         "object code": sub + crossing.IMAGE_OFFSET,
         "shared memory": sub + crossing.SHARED_OFFSET,
     }
-    for number in range(6):  # with five levels as many, with four one fewer
+    for number in range(6):  # as many with five levels, one fewer with four
         gpa = crossing.PRIVATE_TABLES_OFFSET + number * PAGE_SIZE
         if number:
             pages[f"gate table {number}"] = gate + gpa
@@ -213,8 +223,10 @@ def private_pages() -> dict[str, int]:
 
 
 def own_tables_at(guest: BareGuest, gpa: int) -> int:
-    """Let the guest have memory at gpa, with a copy of its root table: the VMM gives it none there,
-    but its caches could keep it going for an instruction or two with such a CR3."""
+    """Give the guest memory at `gpa` with a copy of its root table; return `gpa`.
+
+    Without it the guest could run an instruction or two with such a CR3, and only from its caches.
+    """
     with MemoryFile("root", PAGE_SIZE) as file:
         region = Region(file, gpa)
     guest.add_region(region)
@@ -231,7 +243,7 @@ def test_cr3_names_a_page_of_a_context(guest: BareGuest, name: str) -> None:
         cr3 = own_tables_at(guest, private_pages()[name])
         give_leaps(guest, Leap(slot=slot), Leap(slot=slot, cr3=cr3))
         exit = stop_at(run(guest), AT_GATE)
-        assert exit.rip == base + crossing.GATE_OFFSET  # not one instruction of the gate
+        assert exit.rip == base + crossing.GATE_OFFSET  # no instruction of the gate has run
         assert left(guest)[1] is None
         assert knocks(instance) == 1
         assert untouched(instance)
@@ -239,7 +251,7 @@ def test_cr3_names_a_page_of_a_context(guest: BareGuest, name: str) -> None:
 
 @pytest.mark.attack("T6")
 def test_cr3_names_the_gates_root(kvm: Kvm, guest: BareGuest) -> None:
-    """The one page that may be named: to the sub context it is a GPA like any other."""
+    """CR3 may name this page alone: to the sub context it is a GPA like any other."""
     with vault() as instance:
         slot = join(guest, instance, even_base(guest, instance)).slot
         cr3 = own_tables_at(guest, crossing.GATE_PRIVATE_GPA + crossing.PRIVATE_TABLES_OFFSET)
@@ -252,8 +264,10 @@ def test_cr3_names_the_gates_root(kvm: Kvm, guest: BareGuest) -> None:
 
 @pytest.mark.control("T6")
 def test_a_gate_that_maps_every_gpa_lets_levels_shift(guest: BareGuest) -> None:
-    """With the private range not left out of the gate, CR3 may name the second of the sub context's
-    tables. The walk then ends in a page of the object's data, which the guest has filled."""
+    """If the gate maps the private range, CR3 may name the sub context's second table.
+
+    The walk then ends in a page of the object's data, which the guest has filled.
+    """
     with vault() as instance:
         base = even_base(guest, instance)
 
@@ -292,14 +306,17 @@ def test_a_gate_that_maps_every_gpa_lets_levels_shift(guest: BareGuest) -> None:
 
 # ---- T16: writes to tables, code and list --------------------------------------------------------
 
-ALIAS = 0x80000  # an offset in the crossing area at which a sub context has nothing
+ALIAS = 0x80000  # an offset in the crossing area that a sub context does not use
 SPOILED = b"\xb8\x37\x13\x00\x00\xc3"  # mov $0x1337, %eax; ret
 
 
 @pytest.mark.control("T16")
 def test_writable_code_is_rewritten(kvm: Kvm) -> None:
-    """The kernel refuses pages that are writable and executable; here the same page is both, at two
-    addresses. An object that writes where its caller says is no longer the same."""
+    """An object that writes where its caller says can be rewritten.
+
+    The kernel refuses pages that are writable and executable; here the same page is both, at two
+    addresses.
+    """
     with WILD_DECLARATION.open() as instance, BareGuest(kvm, Probe()) as guest:
         (code,) = [
             pages for offset, pages, _ in instance._image.common if offset == crossing.IMAGE_OFFSET
@@ -322,7 +339,7 @@ def test_writable_code_is_rewritten(kvm: Kvm) -> None:
 
 @pytest.mark.control("T16")
 def test_writable_tables_are_rewritten(kvm: Kvm) -> None:
-    """The guest puts its window in the place of the object's environment, and is somebody else."""
+    """The guest replaces the object's environment by its window and passes for another guest."""
     with WILD_DECLARATION.open() as instance, BareGuest(kvm, Probe()) as guest:
         tables_gpa = SUB + crossing.PRIVATE_TABLES_OFFSET
 
@@ -331,7 +348,7 @@ def test_writable_tables_are_rewritten(kvm: Kvm) -> None:
 
         weak = WeakAttachment(guest, instance, change_sub=reach_tables, tables=READ_WRITE)
         slot = weak.enter_through_gate()
-        last = 3  # root, then one table of each level: the last one has the crossing area
+        last = 3  # root, then one table of each level: the last one maps the crossing area
         env = C + ALIAS + last * PAGE_SIZE + 8 * index(C + crossing.ENV_OFFSET, 1)
         forged = instance.declaration.env(C + crossing.SHARED_OFFSET, 1)
         instance.window(0)[: len(forged)] = forged

@@ -1,4 +1,4 @@
-"""T14: what a guest carries into trusted code in segment bases, MXCSR, x87 and CR0."""
+"""T14: segment bases, MXCSR, x87 and CR0, which a guest carries into trusted code."""
 
 import struct
 from collections.abc import Callable
@@ -25,34 +25,34 @@ from tests.rigs.probe import run
 
 pytestmark = pytest.mark.elisa
 
-TASK_SWITCHED, EMULATION = 1 << 3, 1 << 2  # of CR0
-OSFXSR, OSXMMEXCPT = 1 << 9, 1 << 10  # of CR4
-ROUND_UP = 2 << 13  # of MXCSR
-MXCSR_AT, XSTATE_AT = 24, 512  # of the XSAVE area (SDM vol. 1, 13.4)
+TASK_SWITCHED, EMULATION = 1 << 3, 1 << 2  # bits of CR0
+OSFXSR, OSXMMEXCPT = 1 << 9, 1 << 10  # bits of CR4
+ROUND_UP = 2 << 13  # rounding control of MXCSR
+MXCSR_AT, XSTATE_AT = 24, 512  # offsets in the XSAVE area (SDM vol. 1, 13.4)
 ODD_MXCSR = 0xE040  # all exceptions unmasked, towards zero, denormals are zero, flush to zero
 
 
 def segment_bases(guest: BareGuest) -> None:
-    """GS leads to the shared memory of the sub context, FS to nothing."""
+    """Point GS at the sub context's shared memory and FS at nothing."""
     sregs = guest.vcpu.get_sregs()
     sregs.gs.base, sregs.fs.base = SHARED, 0x7F00_DEAD_B000
     guest.vcpu.set_sregs(sregs)
 
 
 def vectors(guest: BareGuest, mxcsr: int = ODD_MXCSR) -> None:
-    """MXCSR as given; x87 with a full stack, all exceptions unmasked, one pending."""
+    """Set MXCSR, and fill the x87 stack, with all exceptions unmasked and one pending."""
     sregs = guest.vcpu.get_sregs()
     sregs.cr4 |= OSFXSR | OSXMMEXCPT
     guest.vcpu.set_sregs(sregs)
     area = bytearray(guest.vcpu.get_xsave())
     struct.pack_into("<HHB", area, 0, 0x40, 0x8081, 0xFF)
     struct.pack_into("<I", area, MXCSR_AT, mxcsr)
-    area[XSTATE_AT] |= 3  # both are in the area
+    area[XSTATE_AT] |= 3  # XSTATE_BV: x87 and SSE state are valid
     guest.vcpu.set_xsave(bytes(area))
 
 
 def control_words(guest: BareGuest) -> tuple[int, ...]:
-    """FCW, FSW, FTW and MXCSR. KVM_GET_FPU does not tell MXCSR."""
+    """Return FCW, FSW, FTW and MXCSR, which KVM_GET_FPU leaves out."""
     area = guest.vcpu.get_xsave()
     return *struct.unpack_from("<HHB", area), *struct.unpack_from("<I", area, MXCSR_AT)
 
@@ -73,7 +73,7 @@ STATES: dict[str, Callable[[BareGuest], None]] = {
 @pytest.mark.attack("T14")
 @pytest.mark.parametrize("name", STATES)
 def test_state_that_trusted_code_has_no_use_for(kvm: Kvm, guest: BareGuest, name: str) -> None:
-    """It works as ever, and the guest finds its own on the return."""
+    """Trusted code works in any such state, and the guest finds its own state on the return."""
     with vault() as instance:
         slot = join(guest, instance).slot
         STATES[name](guest)
@@ -95,7 +95,7 @@ def test_state_that_trusted_code_has_no_use_for(kvm: Kvm, guest: BareGuest, name
 
 
 def knock(guest: BareGuest, edit: Edit, state: Callable[[BareGuest], None]) -> int | None:
-    """What a knock returns in that state, from an object that the toolchain would refuse."""
+    """Return a knock's result in that state, from an object that the toolchain would refuse."""
     with vault(edited_object(VAULT, edit, without=UNCHECKED)) as instance:
         slot = join(guest, instance).slot
         state(guest)

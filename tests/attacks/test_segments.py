@@ -29,8 +29,8 @@ pytestmark = pytest.mark.elisa
 TRANSIENT = uapi.lib.KVM_ELISA_SLOT_TRANSIENT
 TRIPLE_FAULT = 2  # SDM vol. 3D, appendix C
 GATE = C + crossing.GATE_OFFSET
-OFFICIAL = 0xFD8  # in the gate page: its second entry, behind the jump
-LAST = 0xFFD  # and its last VMFUNC
+OFFICIAL = 0xFD8  # offset in the gate page of its second entry, after the jump
+LAST = 0xFFD  # offset of its last VMFUNC
 
 
 @pytest.fixture
@@ -40,14 +40,14 @@ def jumper(kvm: Kvm) -> Iterator[BareGuest]:
 
 
 def join(guest: BareGuest, instance: ObjectInstance, *, user: bool = False) -> int:
-    """Attach as guest 0; the slot of its gate. The guest's own pages are for `give_jumps`."""
+    """Attach as guest 0 and return the gate's slot; `give_jumps` maps the guest's own pages."""
     slot = instance.attach_vcpu(guest.vcpu, 0, user=user).slot
     guest.announce(slot, instance.window_region(0, guest.next_window_gpa()))
     return slot
 
 
 def stopped_in_gate(guest: BareGuest) -> ElisaExit:
-    """The guest's last exit: a fault that found no handler, at the gate's first instruction."""
+    """Return the guest's last exit: a fault without a handler at the gate's first instruction."""
     exits = run(guest)
     exit = stop_at(exits, AT_GATE)
     assert (exit.cause, exit.vmx_exit_reason) == (uapi.lib.KVM_ELISA_EXIT_REFUSED, TRIPLE_FAULT)
@@ -55,7 +55,7 @@ def stopped_in_gate(guest: BareGuest) -> ElisaExit:
 
 
 def told(guest: BareGuest) -> list[tuple[int, int]]:
-    """Function and index of each VMFUNC that failed; nothing else stopped the guest."""
+    """Return function and index of each failed VMFUNC; fail if anything else stopped the guest."""
     exits = run(guest)
     for exit in exits:
         assert isinstance(exit, ElisaExit), exit
@@ -80,15 +80,18 @@ PLACES = {
 @pytest.mark.parametrize("segments", NARROW, ids=lambda segments: segments.name.lower())
 @pytest.mark.parametrize("place", PLACES)
 def test_compatibility_mode(kvm: Kvm, jumper: BareGuest, segments: Segments, place: str) -> None:
-    """The gate context has nothing below 4 GiB: the next instruction faults. That VMFUNC works in
-    this mode at all shows with slot 0, behind which the guest goes on."""
+    """The gate context maps nothing below 4 GiB, so the next instruction faults.
+
+    Slot 0, after which the guest goes on, shows that VMFUNC works in this mode at all.
+    """
     with vault() as instance:
         slot = join(jumper, instance)
         home = Jump(segments, PLACES["anywhere"], 0)
         give_jumps(jumper, home, Jump(segments, PLACES[place], slot))
         exit = stopped_in_gate(jumper)
         assert landed(jumper) == [0, None]
-        # Behind the last byte below 4 GiB come address 0 or 4 GiB; nothing is mapped at either.
+        # The byte after the last one below 4 GiB has address 0 or 4 GiB; nothing is mapped at
+        # either.
         assert exit.rip <= LOW
         assert exit.rip % LOW == PLACES[place]
         assert knocks(instance) == 0
@@ -101,8 +104,10 @@ LOW_CROSSING = 0x8000_0000
 
 @pytest.mark.control("T8")
 def test_a_gate_below_4_gib_is_other_instructions(jumper: BareGuest) -> None:
-    """In 32-bit code the gate's first byte, a REX prefix, decrements ESP, and what follows is a
-    branch to before the page: one that the gate does not have in 64-bit mode."""
+    """As 32-bit code the gate's first byte, a REX prefix, decrements ESP.
+
+    The next bytes are a branch to before the page, which the gate does not have in 64-bit mode.
+    """
     with vault() as instance, crossing_anywhere():
         weak = WeakAttachment(jumper, instance, crossing_gva=LOW_CROSSING, own_pages=False)
         slot = weak.enter_through_gate()
@@ -131,8 +136,10 @@ RETURN = C + crossing.RETURN_OFFSET
 @pytest.mark.attack("T29")
 @pytest.mark.parametrize("place", GATE_PLACES)
 def test_a_process_runs_vmfunc(kvm: Kvm, jumper: BareGuest, place: str) -> None:
-    """The gate of an attachment for kernel mode is a supervisor page: fetching from it faults, and
-    that is the end of the vCPU's run."""
+    """The gate of an attachment for kernel mode is a supervisor page: fetching from it faults.
+
+    This ends the vCPU's run.
+    """
     with vault() as instance:
         slot = join(jumper, instance)
         behind = GATE + GATE_PLACES[place]
@@ -147,7 +154,7 @@ def test_a_process_runs_vmfunc(kvm: Kvm, jumper: BareGuest, place: str) -> None:
 @pytest.mark.attack("T29")
 @pytest.mark.parametrize("segments", USER, ids=lambda segments: segments.name.lower())
 def test_a_process_tries_other_slots(kvm: Kvm, jumper: BareGuest, segments: Segments) -> None:
-    """Slot 0 is where it is; every other one is empty, and the VMM is told."""
+    """Slot 0 is the guest's own context; every other slot is empty, and the VMM is told."""
     with vault() as instance:
         slot = join(jumper, instance)
         empty = [TRANSIENT, slot + 1, 511, 512, (1 << 32) - 1]
@@ -162,7 +169,7 @@ def test_a_process_tries_other_slots(kvm: Kvm, jumper: BareGuest, segments: Segm
 
 @pytest.mark.control("T29")
 def test_a_process_calls_what_is_attached_for_user_mode(jumper: BareGuest) -> None:
-    """The same jump with pages that are the user's: the object counts the call."""
+    """With user pages the object counts the call after the same jump."""
     with vault() as instance:
         slot = join(jumper, instance, user=True)
         give_jumps(jumper, Jump(Segments.USER, GATE, slot), landing=RETURN)

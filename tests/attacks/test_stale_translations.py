@@ -1,4 +1,4 @@
-"""T22: pages of a context that belong to somebody else by now."""
+"""T22: pages of a context that by now belong to another owner."""
 
 import gc
 import os
@@ -35,9 +35,9 @@ from tests.rigs.tracefs import mount_tracefs
 pytestmark = pytest.mark.elisa
 
 PAGES = RECKLESS.shared // PAGE_SIZE
-WORD = 0x0B1E_C700_0000_0000  # of an object's pages, and a number
+WORD = 0x0B1E_C700_0000_0000  # a word of an object's page: this plus its number
 NEW_WORD = 0x4E30_0000_0000_0000
-PATTERN = 0x5EC0_4D40_5EC0_4D40  # of the pages' next owner
+PATTERN = 0x5EC0_4D40_5EC0_4D40  # content of the pages after their next owner has written them
 HEIR_SIZE = 128 << 20
 ATTEMPTS = 8
 
@@ -54,18 +54,18 @@ def read_page(slot: int, page: int, behind: int = 0) -> Leap:
 
 
 def again(guest: BareGuest, *leaps: Leap) -> None:
-    """Start the guest's program anew, on the same vCPU and so with whatever that has cached."""
+    """Start the guest's program anew on the same vCPU, with all that it has cached."""
     guest.set_input(Leaper(leaps).input())
     guest.start_vcpu(guest.vcpu, Leaper().image().entry, layout.STACK_TOP_GPA, layout.BOOT_INFO_GPA)
 
 
 def words(guest: BareGuest) -> list[int | None]:
-    """What each leap has returned."""
+    """Return the result of each leap."""
     return [out[Register.RAX] if out else None for out in left(guest)]
 
 
 def filled(first: int) -> ObjectInstance:
-    """A reckless object whose pages begin with `first` and the next numbers."""
+    """Open a reckless object whose pages begin with `first` and the next numbers."""
     instance = RECKLESS.open()
     for page in range(PAGES):
         put(instance.shared, page * PAGE_SIZE, first + page)
@@ -73,7 +73,7 @@ def filled(first: int) -> ObjectInstance:
 
 
 class Used:
-    """An object that the guest uses: it has read each page of it from inside."""
+    """An object each of whose pages the guest has read from inside."""
 
     def __init__(self, guest: BareGuest, memory: HostMemory) -> None:
         guest.map_crossing(crossing_images())
@@ -83,7 +83,7 @@ class Used:
             C + crossing.SUB_ENTRY_OFFSET + 8,
             C + crossing.GATE_OFFSET + 0xFD8,
         ]
-        give_leaps(guest, *(Leap(place) for place in self.places))  # for the pages of its own
+        give_leaps(guest, *(Leap(place) for place in self.places))  # map the guest's own pages
         self._guest, self._memory = guest, memory
         self.attachment: Attachment = self.instance.attach_vcpu(guest.vcpu, 0)
         what, at = read_list(self.attachment.slot)
@@ -109,23 +109,23 @@ class Used:
         assert words(self._guest) == [WORD + page for page in range(PAGES)]
 
     def slots(self) -> Sequence[int]:
-        """The vCPU's list, from the host's memory."""
+        """The vCPU's EPTP list, read from the host's memory."""
         return self._memory.table(self.list_page)
 
     def contexts_in(self, slot: int) -> tuple[HostTables, HostTables]:
         return both_contexts(self._memory, self.slots()[slot])
 
     def give_back(self) -> None:
-        """Detached, closed: nothing holds the pages any more."""
+        """Detach and close, so that nothing holds the pages any more."""
         self.attachment.detach()
         self.instance.close()
 
 
 class Heir(Closeable):
-    """Much memory of another owner: some of it is what the object had."""
+    """A large block of memory of another owner, which includes former pages of the object."""
 
     def __init__(self) -> None:
-        gc.collect()  # whatever still refers to the object's memory
+        gc.collect()  # drop remaining references to the object's memory
         with MemoryFile("heir", HEIR_SIZE) as file:
             self._region = Region(file, 0, prefault=True)
         count = HEIR_SIZE // PAGE_SIZE
@@ -138,7 +138,7 @@ class Heir(Closeable):
         self._region.close()
 
     def pages_of(self, used: Used, memory: HostMemory) -> list[int]:
-        """Which pages of the object it has by now; they hold the pattern."""
+        """Return the former pages of the object in this block; they hold the pattern."""
         pages = [n for n, frame in enumerate(used.frames) if frame in self._pages]
         for page in pages:
             at = self._pages[used.frames[page]] * PAGE_SIZE
@@ -148,8 +148,11 @@ class Heir(Closeable):
 
 
 def pages_of_another_owner(guest: BareGuest, memory: HostMemory) -> None:
-    """After the pages have become somebody else's: VMFUNC with each slot to places where the guest
-    was inside before, all with registers that would read them."""
+    """Try stale translations after the pages have got another owner.
+
+    The guest executes VMFUNC with each slot at places where it was inside before, with registers
+    that would read the pages.
+    """
     used = Used(guest, memory)
     used.give_back()
     with Heir() as heir:
@@ -168,8 +171,11 @@ def pages_of_another_owner(guest: BareGuest, memory: HostMemory) -> None:
 
 
 def pages_under_an_old_eptp(guest: BareGuest, memory: HostMemory) -> None:
-    """A sub context that got the root, and with it the EPTP, of one that is gone. Translations are
-    cached by EPTP (SDM vol. 3C 29.4.1): those of the old one would be the new one's."""
+    """Give a sub context the root, and with it the EPTP, of one that is gone.
+
+    Translations are cached by EPTP (SDM vol. 3C 29.4.1): those of the old context would be valid
+    for the new one.
+    """
     used = Used(guest, memory)
     with used.instance as old, filled(NEW_WORD) as new:
         used.attachment.detach()
@@ -194,7 +200,7 @@ def pages_under_an_old_eptp(guest: BareGuest, memory: HostMemory) -> None:
 
 
 def seen(guest: BareGuest) -> bool:
-    """Whether the pattern is in a register, now or after any leap."""
+    """Return whether the pattern is in a register, now or after any leap."""
     registers = guest.vcpu.get_regs()
     values = [getattr(registers, name.name.lower()) for name in Register if name.name != "RFLAGS"]
     return PATTERN in values or any(PATTERN in out.values() for out in left(guest) if out)
@@ -215,8 +221,11 @@ def test_a_new_context_with_the_root_of_an_old_one(guest: BareGuest, memory: Hos
 def test_the_emulator_keeps_no_translations_to_be_stale(
     guest: BareGuest, memory: HostMemory
 ) -> None:
-    """Without INVEPT the attack fails here all the same. Where this test fails, the processor keeps
-    translations as real ones do, and the attack test shows more than it does here."""
+    """Without INVEPT the attack fails here all the same.
+
+    If this test fails, the processor keeps translations as real ones do, and then the attack test
+    shows more than it does here.
+    """
     with weakened(Weaken.INVEPT):
         pages_under_an_old_eptp(guest, memory)
 
@@ -230,8 +239,10 @@ def tracing() -> None:
 
 
 def flushed(guest: BareGuest, memory: HostMemory) -> list[set[int]]:
-    """The processors that flushed the translations of gate and sub context before anything that
-    these translate to, or their tables, went back."""
+    """Return the processors that flushed gate and sub context in time, one set for each.
+
+    In time means before the pages that they map, or their tables, were given back.
+    """
     used = Used(guest, memory)
     gate, sub = used.contexts_in(used.attachment.slot)
     with traced_frees() as events:

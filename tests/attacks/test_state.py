@@ -1,5 +1,4 @@
-"""T14, T15: what a guest carries into trusted code in flags and registers, and what it finds there
-on the return."""
+"""T14, T15: flags and registers, on entry to trusted code and after the return."""
 
 import pytest
 
@@ -47,7 +46,7 @@ ODD_FLAGS = {
 @pytest.mark.attack("T14")
 @pytest.mark.parametrize("name", ODD_FLAGS)
 def test_odd_flags(kvm: Kvm, guest: BareGuest, name: str) -> None:
-    """A letter is kept where it belongs, whatever the flags."""
+    """A letter is stored in its place, whatever the flags."""
     with vault() as instance:
         slot = join(guest, instance).slot
         flags = ODD_FLAGS[name] | FLAGS if ODD_FLAGS[name] else 0x202
@@ -64,8 +63,10 @@ def test_odd_flags(kvm: Kvm, guest: BareGuest, name: str) -> None:
 
 @pytest.mark.control("T14")
 def test_without_cld_a_copy_runs_backwards(guest: BareGuest) -> None:
-    """A gate that leaves the direction flag alone: the letter lands on the vault's word, bytes of
-    zero from before the window, and that is the word from then on."""
+    """A gate that leaves the direction flag alone lets the letter overwrite the vault's word.
+
+    The word then holds zero bytes from before the window.
+    """
     with vault() as instance:
         weak = WeakAttachment(guest, instance, gate_page=weak_gate(NO_CLD))
         slot = weak.enter_through_gate()
@@ -90,7 +91,7 @@ STACK_POINTERS = {
 @pytest.mark.attack("T14")
 @pytest.mark.parametrize("name", STACK_POINTERS)
 def test_odd_stack_pointers(kvm: Kvm, guest: BareGuest, name: str) -> None:
-    """Trusted code does not use it; what the guest makes of it on the return is its own affair."""
+    """Trusted code does not use the guest's stack pointer, which the guest gets back."""
     with vault() as instance:
         slot = join(guest, instance).slot
         back = Leaper().image().address_of("leap_back")
@@ -109,11 +110,11 @@ def test_odd_stack_pointers(kvm: Kvm, guest: BareGuest, name: str) -> None:
 
 @pytest.mark.control("T14")
 def test_without_a_stack_of_its_own_the_guests_is_written_to(guest: BareGuest) -> None:
-    """A sub entry that keeps rsp: its call writes the return address over the vault's word."""
+    """A sub entry that keeps rsp writes its call's return address over the vault's word."""
     with vault(weak_sub_entry(VAULT, NO_STACK)) as instance:
         slot = join(guest, instance).slot
         back = Leaper().image().address_of("leap_back")
-        guest.map(0, layout.RX_LOG_GPA, PAGE_SIZE, OWN_PAGES)  # where `pop %rsp` leads then
+        guest.map(0, layout.RX_LOG_GPA, PAGE_SIZE, OWN_PAGES)  # `pop %rsp` leads there
         guest.memory.write(layout.RX_LOG_GPA, back.to_bytes(8, "little"))
         registers = {Register.RDI: KNOCK, Register.RSP: SHARED + WORD_AT + 8}
         address = C + instance.symbols["serve"] + 5
@@ -137,7 +138,7 @@ MINE = 0x5A5A_A5A5_1234_8765
 
 
 def registers_after(guest: BareGuest, instance: ObjectInstance) -> dict[Register, int]:
-    """After a call with all registers filled."""
+    """Return the registers after a call with all registers filled."""
     slot = join(guest, instance).slot
     give_leaps(guest, Leap(slot=slot, fill=MINE))
     assert run(guest) == []
@@ -152,13 +153,15 @@ def test_nothing_is_left_in_registers(guest: BareGuest) -> None:
         out = registers_after(guest, instance)
         assert {out[register] for register in CLEARED} == {0}
         assert {out[register] for register in KEPT} == {MINE}
-        assert out[Register.RAX] == out[Register.RDX] == 2**64 - 22  # EINVAL, all there is
+        assert out[Register.RAX] == out[Register.RDX] == 2**64 - 22  # EINVAL and nothing else
 
 
 @pytest.mark.control("T15")
 def test_without_clearing_an_eptp_is_left(guest: BareGuest) -> None:
-    """What the gate loaded, and an object that does nothing leaves alone: the host physical
-    address of the sub context's EPT."""
+    """The HPA of the sub context's EPT, loaded by the gate, stays in a register.
+
+    The object does nothing and leaves it alone.
+    """
     with LEAKING_NOP.open() as instance:
         out = registers_after(guest, instance)
         # Write-back, four levels, no accessed and dirty flags (SDM vol. 3C, table 25-9).

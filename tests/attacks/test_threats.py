@@ -1,4 +1,4 @@
-"""The table against the tests that it names, and the document against the table."""
+"""The table of threats against its tests, and the document against the table."""
 
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def test_an_open_row_falls_short() -> None:
 
 
 def test_reports_of_several_runs(tmp_path: Path) -> None:
-    """What one run skips another may have run; what fails anywhere has failed."""
+    """A test skipped in one run may have passed in another; a failure in any run counts."""
     case = '<testcase classname="tests.a" name="test_{}">{}</testcase>'
     for name, ends in {
         "host": {"one[x]": "<skipped/>", "two": "<skipped/>", "three": ""},
@@ -84,7 +84,7 @@ def test_reports_of_several_runs(tmp_path: Path) -> None:
 
 
 def test_what_the_newer_processor_runs() -> None:
-    """Nothing twice: elsewhere a file's tests for it are left out."""
+    """The run on the newer processor has no test twice: other runs leave its tests out."""
     plain, weakened = suite.plan_newer("6.1")
     assert set(weakened.files) <= set(plain.files)
     for run in (plain, weakened):

@@ -1,4 +1,4 @@
-"""Taking defences away: for as long as it lasts, and on modules of test builds alone."""
+"""Removal of defences: temporary, and only with modules of test builds."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def test_weakened_controls_run_on_a_host_of_their_own() -> None:
 
 @pytest.mark.elisa
 def test_the_loaded_modules_have_no_such_parameter() -> None:
-    """What is run here otherwise is the product."""
+    """Modules other than test builds are the product, which has no such parameter."""
     if weaken.PARAMETER.exists():
         pytest.skip("these modules are a test build")
     with pytest.raises(NotWeakenedError), weakened(Weaken(0)):

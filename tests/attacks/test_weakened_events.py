@@ -1,4 +1,4 @@
-"""T11, the controls: events that KVM delivers in the middle of trusted code."""
+"""T11, controls: events that KVM delivers in the middle of trusted code."""
 
 from collections.abc import Callable, Iterator
 
@@ -46,7 +46,7 @@ from tests.rigs.waiting import wait_for
 
 pytestmark = [pytest.mark.elisa, pytest.mark.weakened]
 
-# In struct slow:
+# Offsets in struct slow.
 BEGUN_AT, ENDED_AT, RELEASE_AT, TURNS_AT = 8, 16, 24, 32
 IDT_SIZE, GDT_SIZE = 0x1000, 64
 TRIPLE_FAULT = 2
@@ -60,8 +60,11 @@ def guest(kvm: Kvm) -> Iterator[BareGuest]:
 
 
 def unblock_nmis(kvm: Kvm) -> None:
-    """After a guest that has ended with NMIs blocked, Bochs keeps them from all guests until one
-    runs IRET. This one does, behind an interrupt of its own."""
+    """Run IRET in a guest, after an interrupt of its own.
+
+    After a guest that ended with NMIs blocked, Bochs blocks them for all guests until one runs
+    IRET.
+    """
     with event_guest(kvm) as guest:
         give(guest, Step(What.WRITE_MSR, SELF_IPI, VECTOR), Step(What.WAIT, 1, 1 << 26))
         assert guest.run() == 0
@@ -76,7 +79,7 @@ def instance() -> Iterator[ObjectInstance]:
 
 
 def call_it(attachment: Attachment) -> Step:
-    """With arguments that stay in registers, as `vault_copy` takes them."""
+    """Return a call whose arguments stay in registers, as `vault_copy` takes them."""
     return calls(attachment.slot, WINDOW, SHARED)
 
 
@@ -87,7 +90,7 @@ def let_in(guest: BareGuest, instance: ObjectInstance) -> None:
 
 
 def tables_into_window(guest: BareGuest, instance: ObjectInstance) -> None:
-    """The guest's own IDT, but for the handlers of these events, and its GDT."""
+    """Put the guest's own IDT, with handlers for these events, and its GDT into the window."""
     window = instance.window(0)
     at = Probe().image().address_of("interrupt_table")
     window[IDT_AT : IDT_AT + IDT_SIZE] = guest.memory.read(at, IDT_SIZE)
@@ -98,7 +101,7 @@ def tables_into_window(guest: BareGuest, instance: ObjectInstance) -> None:
 
 
 def stopped(guest: BareGuest) -> ElisaExit:
-    """How the guest ended."""
+    """Return the exit that ended the guest's run."""
     with pytest.raises(UnexpectedExitError) as caught:
         guest.wait(60)
     exit = caught.value.exit
@@ -109,8 +112,10 @@ def stopped(guest: BareGuest) -> ElisaExit:
 @pytest.mark.control("T11")
 @pytest.mark.parametrize("name", EVENTS)
 def test_an_event_runs_internal_code(guest: BareGuest, instance: ObjectInstance, name: str) -> None:
-    """The guest's descriptor tables are in its window (I8 taken away as well), and the event's
-    handler is what no entry leads to, with arguments of the guest's."""
+    """The event's handler is internal code with arguments of the guest's.
+
+    The guest's descriptor tables are in its window; I8 is taken away as well.
+    """
     _, inject = EVENTS[name]
     with weakened(Weaken.EVENTS | Weaken.TABLES):
         steal(guest, instance, inject)
@@ -119,8 +124,7 @@ def test_an_event_runs_internal_code(guest: BareGuest, instance: ObjectInstance,
 @pytest.mark.control("T11")
 @pytest.mark.processor(APICV)
 def test_the_processor_delivers_an_interrupt_by_itself(kvm: Kvm, instance: ObjectInstance) -> None:
-    """With APICv KVM need inject nothing: that it holds events back while the vCPU is outside, as
-    it does here, is of no use."""
+    """With APICv the processor itself delivers an interrupt that KVM holds back."""
     with (
         weakened(Weaken.APICV | Weaken.TABLES),
         event_guest(kvm, levels=host_levels()) as guest,
@@ -131,7 +135,7 @@ def test_the_processor_delivers_an_interrupt_by_itself(kvm: Kvm, instance: Objec
 def steal(
     guest: BareGuest, instance: ObjectInstance, inject: Callable[[BareGuest], object]
 ) -> None:
-    """Let an event come while the object works, and see its handler copy the secret."""
+    """Inject an event while the object works, and check that its handler copies the secret."""
     attachment = instance.attach(guest)
     guest.map(WINDOW, layout.WINDOW_GPA, WINDOW_PAGES * PAGE_SIZE, Access.READ | Access.WRITE)
     give(
@@ -151,7 +155,7 @@ def steal(
 @pytest.mark.control("T11")
 @pytest.mark.parametrize("name", EVENTS)
 def test_an_event_ends_trusted_code(guest: BareGuest, instance: ObjectInstance, name: str) -> None:
-    """With its tables elsewhere the guest loses the event, and the object its caller, half done."""
+    """With its tables elsewhere the guest loses the event, and the object its half-done call."""
     _, inject = EVENTS[name]
     with weakened(Weaken.EVENTS):
         give(guest, call_it(instance.attach(guest)))
@@ -184,7 +188,7 @@ def test_init_ends_trusted_code(guest: BareGuest, instance: ObjectInstance) -> N
 def test_a_system_management_interrupt_saves_the_objects_state(
     guest: BareGuest, instance: ObjectInstance
 ) -> None:
-    """Where the guest's handler can read it: the interrupt comes in the object's code."""
+    """The interrupt arrives in the object's code; the guest's handler can read the saved state."""
     with weakened(Weaken.INIT), smram(guest) as ram:
         give(guest, call_it(instance.attach(guest)))
         let_in(guest, instance)

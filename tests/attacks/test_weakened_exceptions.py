@@ -1,5 +1,7 @@
-"""T9, T10, the controls: with the kernel's defences taken away, an exception in trusted code
-leads a guest to internal code that no entry leads to."""
+"""T9, T10, controls: exceptions in trusted code without the kernel's defences.
+
+They lead a guest to internal code that no entry reaches.
+"""
 
 import pytest
 
@@ -28,12 +30,14 @@ pytestmark = pytest.mark.elisa
 @pytest.mark.control("T9")
 @pytest.mark.parametrize("where", ["sub entry", "object"])
 def test_a_breakpoint_runs_internal_code(guest: BareGuest, where: str) -> None:
-    """The debug exception is given to the guest, which has its handler in the sub context. At these
-    places the registers still hold what the guest has chosen."""
+    """The guest, which has its handler in the sub context, receives the debug exception.
+
+    At these places the registers still hold the guest's values.
+    """
     with weakened(Weaken.TABLES | Weaken.EXITS | Weaken.EVENTS), vault() as instance:
         slot = join(guest, instance).slot
         give_leaps(guest, hijack(guest, instance, slot, dr0=breakpoints(instance)[where]))
-        run(guest)  # the handler returns to the breakpoint until there is no stack left
+        run(guest)  # the handler returns to the breakpoint until the stack is used up
         assert stolen(instance)
 
 
@@ -41,7 +45,7 @@ def test_a_breakpoint_runs_internal_code(guest: BareGuest, where: str) -> None:
 @pytest.mark.control("T10")
 @pytest.mark.parametrize("name", BAD_POINTERS)
 def test_a_fault_runs_internal_code(guest: BareGuest, name: str) -> None:
-    """No exit is needed: the processor delivers it by itself."""
+    """The processor delivers the fault by itself, without an exit."""
     with weakened(Weaken.TABLES), FAULTY_DECLARATION.open() as instance:
         put(instance.shared, 0, SECRET)
         slot = join(guest, instance).slot
@@ -51,7 +55,7 @@ def test_a_fault_runs_internal_code(guest: BareGuest, name: str) -> None:
 
 
 def fault(guest: BareGuest, instance: ObjectInstance, slot: int, pointer: int) -> Leap:
-    """A call with a bad pointer. The handlers are internal code, with arguments of the guest's."""
+    """Return a call with a bad pointer; its handlers are internal code of the object."""
     vectors = dict.fromkeys((PAGE_FAULT, GENERAL_PROTECTION), C + instance.symbols["vault_copy"])
     descriptors_in_window(guest, instance, vectors)
     registers = {Register.RDI: WINDOW, Register.RSI: SHARED, Register.RDX: pointer}

@@ -1,5 +1,8 @@
-"""T17, T18, T27, the controls: without the kernel's filters a guest with contexts sees the features
-that nobody has checked, and turns on those that the emulated processor has."""
+"""T17, T18, T27, controls: a guest with contexts without the kernel's filters.
+
+The guest sees the features that nobody has checked, and enables those that the emulated processor
+has.
+"""
 
 from collections.abc import Iterator
 
@@ -30,7 +33,7 @@ DEBUG_CONTROL = 0x1D9
 
 @pytest.fixture
 def guest(kvm: Kvm) -> Iterator[BareGuest]:
-    """A guest with contexts, which may have everything that this KVM offers."""
+    """Guest with contexts that may have every feature of this KVM."""
     with weakened(Weaken.FEATURES), BareGuest(kvm, Probe()) as guest:
         guest.vcpu.set_cpuid2(kvm.get_supported_cpuid())
         yield guest
@@ -51,7 +54,7 @@ def test_the_guest_sees_it(kvm: Kvm, guest: BareGuest, feature: HiddenFeature) -
 
 
 def turn_on(guest: BareGuest, *names: str) -> list[int]:
-    """Which bits of CR4 the guest has afterwards, besides those that it had."""
+    """Return the bits of CR4 that the guest has afterwards, besides its former ones."""
     tries = [Step(What.WRITE_CONTROL, 4, CR4 | 1 << HIDDEN_CR4[name]) for name in names]
     give(guest, *(step for each in tries for step in (each, Step(What.READ_CONTROL, 4))))
     assert run(guest) == []
@@ -60,7 +63,7 @@ def turn_on(guest: BareGuest, *names: str) -> list[int]:
 
 @pytest.mark.control("T27")
 def test_pcid_is_turned_on(guest: BareGuest) -> None:
-    """So that changes of CR3 need not flush."""
+    """With PCID, changes of CR3 need not flush."""
     assert turn_on(guest, "PCIDE") == [1 << HIDDEN_CR4["PCIDE"]]
 
 
@@ -82,8 +85,10 @@ def test_the_guest_turns_on_what_the_processor_has(kvm: Kvm, guest: BareGuest) -
 def test_the_processor_takes_what_kvm_does_not_know(
     kvm: Kvm, counter: ObjectInstance, name: str
 ) -> None:
-    """Of these KVM offers protection keys for user pages alone. A guest that may write the bits of
-    the others without an exit has them on, and crosses with them."""
+    """A guest that may write these bits without an exit has them enabled, and crosses with them.
+
+    Of these features KVM offers only protection keys for user pages.
+    """
     bit = 1 << HIDDEN_CR4[name]
     with (
         weakened(Weaken.FEATURES | Weaken.CR4),
@@ -118,7 +123,10 @@ def test_the_guest_may_be_a_hypervisor(guest: BareGuest) -> None:
 
 @pytest.mark.control("T17")
 def test_debug_control_is_written(guest: BareGuest) -> None:
-    """Records and single steps by branches: what KVM takes from a guest without contexts."""
+    """The guest enables branch records and single steps by branches.
+
+    KVM accepts these bits from a guest without contexts.
+    """
     values = [HIDDEN_MSRS[name][1] for name in ("IA32_DEBUGCTL.LBR", "IA32_DEBUGCTL.BTF")]
     give(guest, *(Step(What.WRITE_MSR, DEBUG_CONTROL, value, attempt=True) for value in values))
     assert run(guest) == []

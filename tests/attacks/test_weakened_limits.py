@@ -1,4 +1,4 @@
-"""T21, the controls: without limits, one VMM takes what memory it likes."""
+"""T21, controls: without limits, one VMM takes as much memory as it likes."""
 
 import os
 import resource
@@ -47,7 +47,7 @@ def test_more_pages_than_the_vm_may_have(kvm: Kvm) -> None:
 
 @pytest.mark.control("T21")
 def test_a_storm_of_contexts(kvm: Kvm) -> None:
-    """Past the default limit, at which test_defaults stops."""
+    """Contexts past the default limit, at which test_defaults stops, are accepted."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with weakened(Weaken.LIMITS), new_machine(kvm) as machine, nothing_stays():
@@ -64,7 +64,7 @@ def test_a_storm_of_contexts(kvm: Kvm) -> None:
 
 @pytest.mark.control("T21")
 def test_memory_that_may_not_be_locked() -> None:
-    """A caller without CAP_IPC_LOCK, which may lock one page, pins many."""
+    """A caller without CAP_IPC_LOCK, with a limit of one page, pins many."""
 
     def body() -> int:
         with Kvm() as kvm, new_machine(kvm) as machine:
@@ -80,7 +80,7 @@ def test_memory_that_may_not_be_locked() -> None:
 
 
 def test_the_same_with_limits() -> None:
-    """On these modules too: it is the bit that lets them through."""
+    """On these modules too, the bit alone lets them through."""
 
     def body() -> int:
         with Kvm() as kvm, new_machine(kvm) as machine:

@@ -1,4 +1,4 @@
-"""T7, the controls: a kernel that does not look at the mode lets VMFUNC through in any."""
+"""T7, controls: a kernel that ignores the mode lets VMFUNC through in any."""
 
 from collections.abc import Iterator
 
@@ -43,7 +43,7 @@ def test_any_mode_reaches_a_context(guest: BareGuest, counter: ObjectInstance, n
     def on_mark(slot: int) -> None:
         seen.append(vmfunc_in(guest, OFF[name], slot))
         if slot:
-            guest.vcpu.stop()  # it cannot come back from there
+            guest.vcpu.stop()  # it cannot return from there
 
     with weakened(Weaken.MODE):
         slot = counter.attach(guest).slot
@@ -60,7 +60,7 @@ def test_any_mode_reaches_a_context(guest: BareGuest, counter: ObjectInstance, n
 @pytest.mark.control("T7")
 @pytest.mark.processor("LA57")
 def test_contexts_for_four_levels_in_five(kvm: Kvm, counter: ObjectInstance) -> None:
-    """VMFUNC works, and leads a guest with five levels to a gate whose tables have four."""
+    """VMFUNC works, and takes a guest with five levels to a gate whose tables have four."""
     with weakened(Weaken.MODE), probe_guest(kvm, levels=5) as guest:
         slot = counter.attach_vcpu(guest.vcpu, 0, levels=4).slot
         give(guest, try_vmfunc(), try_call(slot))
@@ -72,7 +72,7 @@ def test_contexts_for_four_levels_in_five(kvm: Kvm, counter: ObjectInstance) -> 
 
 @pytest.mark.control("T7")
 def test_without_smap_the_object_serves(guest: BareGuest, counter: ObjectInstance) -> None:
-    """The whole crossing, in a mode that the sub context's pages were not laid out for."""
+    """The whole crossing works in a mode for which the sub context's pages were not laid out."""
     with weakened(Weaken.MODE):
         slot = counter.attach(guest).slot
         give(

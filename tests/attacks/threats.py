@@ -1,7 +1,7 @@
-"""The table of threats: what a guest tries, what stops it, and the tests that show both.
+"""Table of threats: attempts of a guest, the defences, and the tests that show both.
 
-`python -m tools.threats_document` writes docs/threats.md from it; test_threats.py holds the table
-against the tests.
+`python -m tools.threats_document` writes docs/threats.md from it; test_threats.py checks it against
+the tests.
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,12 @@ from typing import Final
 class Threat:
     """One row.
 
-    attacks, controls: tests, as path::function. no_control: why none can be had, in place of
-    controls. open: what has not been shown yet; a row with it falls short. residual: what remains.
+    Attributes:
+        attacks: tests, as path::function.
+        controls: tests, as path::function.
+        no_control: reason why there can be none, in place of controls.
+        open: what has not been shown yet; a row with it falls short.
+        residual: remaining risk.
     """
 
     row: str

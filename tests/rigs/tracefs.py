@@ -49,7 +49,7 @@ def kprobes(*probes: str) -> Iterator[list[str]]:
 
 
 def _change_probes(*lines: str) -> None:
-    file = os.open(TRACING / "kprobe_events", os.O_WRONLY | os.O_APPEND)  # opening truncates otherwise
+    file = os.open(TRACING / "kprobe_events", os.O_WRONLY | os.O_APPEND)  # keeps the other probes
     try:
         for line in lines:
             os.write(file, line.encode() + b"\n")
