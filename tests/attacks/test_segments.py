@@ -104,7 +104,7 @@ LOW_CROSSING = 0x8000_0000
 
 @pytest.mark.control("T8")
 def test_a_gate_below_4_gib_is_other_instructions(jumper: BareGuest) -> None:
-    """As 32-bit code the gate's first byte, a REX prefix, decrements ESP.
+    """The gate's first byte, a REX prefix, decrements ESP in 32-bit code.
 
     The next bytes are a branch to before the page, which the gate does not have in 64-bit mode.
     """

@@ -230,7 +230,7 @@ def test_the_emulator_keeps_no_translations_to_be_stale(
         pages_under_an_old_eptp(guest, memory)
 
 
-# ---- what the flush does -------------------------------------------------------------------------
+# ---- effect of the flush -------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """T17, T18, T27, controls: a guest with contexts without the kernel's filters.
 
-The guest sees the features that nobody has checked, and enables those that the emulated processor
-has.
+The guest sees the unchecked features, and enables those that the emulated processor has.
 """
 
 from collections.abc import Iterator

@@ -347,7 +347,7 @@ def free_of_tables(gva: int, size: int) -> bool:
     return gva > TABLES_LAST and gva + size <= 1 << 64
 
 
-# ---- the score -----------------------------------------------------------------------------------
+# ---- comparison and counts -----------------------------------------------------------------------
 
 counted: Counter[str] = Counter()
 """Number of calls by name and result, over all sequences of this process."""

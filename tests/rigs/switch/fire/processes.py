@@ -86,7 +86,7 @@ class Fire:
         self._frames_before = [0] * _PORTS  # frames of each port when its guest began
         self.events: Counter[str] = Counter()
 
-    # ---- guests come and go -----------------------------------------------------------------
+    # ---- start and death of guests ----------------------------------------------------------
 
     def start(self) -> None:
         for port in range(_PORTS):
@@ -158,7 +158,7 @@ class Fire:
         assert record.dealt <= frames <= record.submitted
         self.events["frames of cut calls dealt with"] += frames - record.dealt if inside else 0
 
-    # ---- the fire ---------------------------------------------------------------------------
+    # ---- stops and kills --------------------------------------------------------------------
 
     def run(self, kills: int) -> None:
         """Stop and kill guests until `kills` of them have been killed.
@@ -201,7 +201,7 @@ class Fire:
         self._stopped.discard(port)
         self._guests[port].send_signal(signal.SIGCONT)
 
-    # ---- everybody else ---------------------------------------------------------------------
+    # ---- progress of the other guests -------------------------------------------------------
 
     def _running(self) -> set[int]:
         return set(self._guests) - self._stopped
