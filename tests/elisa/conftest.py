@@ -1,4 +1,4 @@
-"""A guest that does steps, and a VM for raw calls."""
+"""Fixtures: a guest that executes steps, and a VM for raw calls."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Objects attached to guests that call them, misuse them and are taken away from them."""
+"""Objects attached to guests that call them, misuse them, and lose them."""
 
 import struct
 from collections.abc import Iterator
@@ -51,7 +51,7 @@ def wild() -> Iterator[ObjectInstance]:
 
 
 def elisa_exit(exits: list[Exit]) -> ElisaExit:
-    """The only exit there was."""
+    """Return the only exit."""
     (exit,) = exits
     assert isinstance(exit, ElisaExit), exit
     return exit
@@ -61,11 +61,11 @@ def number(memory: memoryview) -> int:
     return int.from_bytes(memory[:8], "little")
 
 
-# ---- who may call what ---------------------------------------------------------------------------
+# ---- attachments and calls -----------------------------------------------------------------------
 
 
 def test_several_guests_of_one_object(kvm: Kvm, counter: ObjectInstance) -> None:
-    """Two VMs at once, in turns: one memory, a window each."""
+    """Two VMs alternate: they share one memory and have a window each."""
     with ExitStack() as stack:
         guests = [stack.enter_context(BareGuest(kvm, Probe())) for _ in range(2)]
         for index, guest in enumerate(guests):
@@ -101,7 +101,7 @@ def test_several_objects_of_one_guest(guest: BareGuest, counter: ObjectInstance)
 
 
 def test_detach_and_attach_again(guest: BareGuest, counter: ObjectInstance) -> None:
-    """The guest waits in its marks meanwhile. The slot is the first free one, so the same again."""
+    """The guest waits at its marks meanwhile, and gets the same slot again, the first free one."""
     first = counter.attach(guest)
     slot = first.slot
 
@@ -131,7 +131,7 @@ def test_a_call_of_a_detached_object(guest: BareGuest, counter: ObjectInstance) 
     attachment = counter.attach(guest)
     give(guest, calls(attachment.slot, 1))
     attachment.detach()
-    # run() skips the VMFUNC; behind it the guest has no page, and then nothing that runs.
+    # run() skips the VMFUNC; after it the guest has no page, and then no code.
     exit = run(guest)[0]
     assert isinstance(exit, ElisaExit)
     assert (exit.cause, exit.at) == (uapi.lib.KVM_ELISA_EXIT_VMFUNC, uapi.lib.KVM_ELISA_AT_DEFAULT)
@@ -159,8 +159,11 @@ REFUSED = [(0, 3), (0, 4), (0, 511), (0, 512), (0, 2**32 - 1), (1, 0), (1, 2), (
 
 
 def test_vmfunc_numbers(guest: BareGuest, counter: ObjectInstance) -> None:
-    """Slot 0 is where the guest is already. The transient slot is empty, before calls and after
-    them (I1); so are slots that nobody attached, and there are 512 slots and one function."""
+    """Slot 0 is the guest's own context; all slots without an attachment are empty.
+
+    The transient slot is empty before calls and after them (I1). There are 512 slots and one
+    function.
+    """
     slot = counter.attach(guest).slot
     assert slot == 2
     refused = [(0, 1), *REFUSED]
@@ -183,12 +186,12 @@ def test_vmfunc_numbers(guest: BareGuest, counter: ObjectInstance) -> None:
     ]
     assert None not in results(guest)[:-1]
     assert number(counter.shared) == 2
-    # SDM vol. 3C, 26.5.6.2: there can be no function 64 at all, which is the guest's own matter.
+    # SDM vol. 3C, 26.5.6.2: function 64 cannot exist, and the guest itself takes the exception.
     assert isinstance(last, Io)
     assert (last.port, guest.info.failure.left) == (FAILURE_PORT, 6)  # invalid opcode
 
 
-# ---- where a sub context ends --------------------------------------------------------------------
+# ---- limits of a sub context ---------------------------------------------------------------------
 
 TABLES_GPA = crossing.SUB_PRIVATE_GPA + crossing.PRIVATE_TABLES_OFFSET
 VIOLATIONS = {
@@ -214,7 +217,7 @@ VIOLATIONS = {
 def test_access_that_the_sub_context_refuses(
     guest: BareGuest, wild: ObjectInstance, name: str
 ) -> None:
-    """Mapped, but not so (I4)."""
+    """The address is mapped, but not with this access (I4)."""
     arguments, access, offset = VIOLATIONS[name]
     slot = wild.attach(guest).slot
     give(guest, calls(slot, *arguments, 0x90))
@@ -245,7 +248,7 @@ UNMAPPED = {
     "behind the windows": (Wild.READ, C + crossing.SHARED_OFFSET + 3 * PAGE_SIZE),
     "its own page tables": (Wild.WRITE, C + crossing.PRIVATE_TABLES_OFFSET),
     "page tables by their GPA": (Wild.WRITE, TABLES_GPA),
-    # Mapped, but as user pages: SMEP refuses before the EPT would (it has no X there, either).
+    # Mapped, but as user pages: SMEP refuses first; the EPT would too, without X.
     "code in shared memory": (Wild.RUN, C + crossing.SHARED_OFFSET),
 }
 
@@ -254,8 +257,7 @@ UNMAPPED = {
 def test_memory_that_a_sub_context_does_not_map(
     guest: BareGuest, wild: ObjectInstance, name: str
 ) -> None:
-    """A page fault with no handler that could be reached: the processor gives up, in the sub
-    context still."""
+    """A page fault reaches no handler: the processor gives up while still in the sub context."""
     slot = wild.attach(guest).slot
     give(guest, calls(slot, *UNMAPPED[name]))
     exit = elisa_exit(run(guest))
@@ -273,14 +275,14 @@ def test_memory_that_a_sub_context_does_not_map(
 def test_instructions_that_leave_the_sub_context(
     guest: BareGuest, wild: ObjectInstance, what: Wild, reason: int
 ) -> None:
-    """KVM serves nobody there, and the VMM can still see where it was."""
+    """KVM serves no exit from there, and the VMM sees where it came from."""
     attachment = wild.attach(guest)
     give(guest, calls(attachment.slot, what))
     exit = elisa_exit(run(guest))
     assert (exit.cause, exit.at) == (uapi.lib.KVM_ELISA_EXIT_REFUSED, uapi.lib.KVM_ELISA_AT_SUB)
     assert exit.vmx_exit_reason == reason
     assert C + crossing.IMAGE_OFFSET <= exit.rip < C + crossing.SHARED_OFFSET
-    assert elisa_exit([guest.vcpu.run()]) == exit  # it repeats
+    assert elisa_exit([guest.vcpu.run()]) == exit  # the exit repeats
     with pytest.raises(InsideContextError, match=r"or revoke\(\) the attachment"):
         attachment.detach()
 
@@ -304,12 +306,15 @@ def test_revoked_where_it_stopped(guest: BareGuest, wild: ObjectInstance) -> Non
 def test_revoked_while_it_runs(
     kvm: Kvm, guest: BareGuest, counter: ObjectInstance, how: str
 ) -> None:
-    """From inside an endless loop; the others and their objects go on. Closeable does the same."""
+    """A guest in an endless loop inside is revoked; other guests and objects go on.
+
+    close() does the same.
+    """
     with SharedObject("wild", WILD, guests=2, without={Protection.CODE_CHECK}).open() as wild:
         attachment = wild.attach(guest)
         give(guest, calls(attachment.slot, Wild.LOOP))
         guest.start()
-        wait_for(lambda: number(wild.shared) == 1)  # it is inside
+        wait_for(lambda: number(wild.shared) == 1)  # the guest is inside
         getattr(attachment, how)()
         with pytest.raises(UnexpectedExitError) as caught:
             guest.wait(30)
@@ -338,7 +343,7 @@ def test_revoked_between_calls(guest: BareGuest, counter: ObjectInstance) -> Non
 
 @pytest.mark.control("T24")
 def test_a_vcpu_that_stopped_inside(guest: BareGuest, wild: ObjectInstance) -> None:
-    """It can be stopped at any moment; it comes back only by itself, and then it is free again."""
+    """A vCPU stopped inside returns only by itself, and is then free again."""
     attachment = wild.attach(guest)
     give(guest, calls(attachment.slot, Wild.LOOP), calls(attachment.slot, Wild.HELLO))
     guest.start()
@@ -348,7 +353,7 @@ def test_a_vcpu_that_stopped_inside(guest: BareGuest, wild: ObjectInstance) -> N
     with pytest.raises(InsideContextError, match="run it until it is back"):
         attachment.detach()
     assert attachment.attached
-    wild.shared[0] = 77  # what its loop waits for
+    wild.shared[0] = 77  # the value that its loop waits for
     assert run(guest) == []
     assert results(guest) == [77, 1000]
     attachment.detach()
@@ -361,10 +366,12 @@ PRESENT_WRITABLE = 3
 
 
 def crafted_tables(guest: BareGuest, gpa: int) -> bytes:
-    """Page tables as they have to look at gpa: everything as in the guest's own, but the crossing
-    area, where gate page and sub page are a page of the guest's that kills it.
+    """Return page tables that are right at `gpa`: the guest's own, except for the crossing area.
 
-    Five pages: the tables from the root on, then that page.
+    There, gate page and sub page are a page of the guest's that kills it.
+
+    Returns:
+        Five pages: the tables from the root on, then that page.
     """
     pml4 = bytearray(guest.memory.read(layout.PAGE_TABLES_GPA, PAGE_SIZE))
 
@@ -383,23 +390,27 @@ def crafted_tables(guest: BareGuest, gpa: int) -> bytes:
 
 
 def test_page_tables_in_the_window(guest: BareGuest) -> None:
-    """CR3 names a window full of crafted tables. In gate and sub context, that address holds the
-    context's own root, like any other: the official code runs."""
+    """CR3 names a window full of crafted tables, and still the official code runs.
+
+    In gate and sub context that address holds the context's own root, like any other.
+    """
     declaration = SharedObject("counter", OBJECTS / "counter.c", window=6 * PAGE_SIZE, guests=2)
     with declaration.open() as counter:
         slot = counter.attach(guest).slot
-        cr3 = layout.WINDOW_GPA + PAGE_SIZE  # the counter writes to the first page itself
+        cr3 = layout.WINDOW_GPA + PAGE_SIZE  # the counter itself writes to the first page
         tables = crafted_tables(guest, cr3)
         counter.window(0)[PAGE_SIZE : PAGE_SIZE + len(tables)] = tables
         give(guest, Step(What.CALL_WITH_CR3, 5, slot=slot, cr3=cr3), calls(slot, 5))
         assert run(guest) == []
         assert results(guest) == [5, 10]
-        assert counter.window(0)[PAGE_SIZE + 8 * (C >> 39 & 511)] & 0x20  # accessed: used it was
+        assert counter.window(0)[PAGE_SIZE + 8 * (C >> 39 & 511)] & 0x20  # accessed
 
 
 def test_page_tables_where_the_sub_context_has_the_window(guest: BareGuest) -> None:
-    """The same at the address at which the window lies in the sub context: there a walk would find
-    the crafted tables. The gate context has nothing there, so the guest stops in it."""
+    """CR3 names the address of the window in the sub context, where a walk would find the tables.
+
+    The gate context maps nothing there, so the guest stops in it.
+    """
     declaration = SharedObject("counter", OBJECTS / "counter.c", window=6 * PAGE_SIZE, guests=2)
     with declaration.open() as counter:
         slot = counter.attach(guest).slot
@@ -416,13 +427,13 @@ def test_page_tables_where_the_sub_context_has_the_window(guest: BareGuest) -> N
             slot,
         )
         assert exit.gpa >> 12 == cr3 >> 12
-        assert exit.rip == C + crossing.GATE_OFFSET  # not one instruction of the gate
+        assert exit.rip == C + crossing.GATE_OFFSET  # no instruction of the gate has run
         assert number(counter.shared) == 0
 
 
 @pytest.mark.attack("T16")
 def test_page_tables_of_a_context_from_outside(guest: BareGuest, wild: ObjectInstance) -> None:
-    """The guest's default context has no memory where the contexts have their tables."""
+    """The guest's default context has no memory at the address of the contexts' tables."""
     wild.attach(guest)
     gva = 0x1234_5678_9000
     guest.map(gva, TABLES_GPA, PAGE_SIZE, Access.READ | Access.WRITE)
@@ -435,8 +446,10 @@ def test_page_tables_of_a_context_from_outside(guest: BareGuest, wild: ObjectIns
 
 
 def test_a_switch_call_with_bad_requests(kvm: Kvm) -> None:
-    """Foreign ports, unknown operations, frames too short and too long: refused or dropped, and
-    counted under their reason."""
+    """Bad requests are refused or dropped, and counted by reason.
+
+    They name foreign ports or unknown operations, or frames too short or too long.
+    """
     config = SwitchConfig(ports=2, lane_slots=16, tx_slots=16)
     with HostedSwitch(config) as hosted, BareGuest(kvm, Probe()) as guest:
         connect(guest, hosted, 0, SwitchPath.VMFUNC)

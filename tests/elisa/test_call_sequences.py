@@ -1,11 +1,12 @@
-"""Random sequences of calls to the patched KVM: each answers as documented, and nothing stays.
+"""Random sequences of calls to the patched KVM: each answers as documented, and nothing leaks.
 
-A state machine makes VMs, vCPUs and contexts, good and bad ones, fills slots, runs guests, revokes,
-copies and sends descriptors, takes memory away, and closes everything in any order. call_model.py
-says what each call has to answer and what may be pinned and charged after each step. After each
-sequence nothing may be left, the kernel's log has to be quiet, and a crossing has to work.
+A state machine creates VMs, vCPUs and contexts, good and bad ones. It fills slots, runs guests,
+revokes, copies and sends descriptors, unmaps memory, and closes everything in any order.
+tests/rigs/call_model predicts the result of each call, and what may be pinned and charged after
+each step. After each sequence nothing may be left, the kernel's log has to be quiet, and a crossing
+has to work.
 
-The test is the same every time. PYKVM_SEQUENCE_SECONDS=600 makes new sequences for that long.
+The test repeats the same sequences. PYKVM_SEQUENCE_SECONDS=600 creates new ones for that long.
 """
 
 import contextlib
@@ -85,7 +86,7 @@ CONTEXTS = uapi.lib.KVM_ELISA_CONTEXTS
 
 @dataclass(frozen=True)
 class Host:
-    """What outlives the sequences."""
+    """Objects that outlive the sequences."""
 
     kvm: Kvm
     statistics: VmStatistics
@@ -95,7 +96,7 @@ host: Host
 
 
 class Calls(RuleBasedStateMachine):
-    """One sequence. `counted` keeps the score."""
+    """One sequence; `counted` has the numbers of calls by result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +106,7 @@ class Calls(RuleBasedStateMachine):
         self.log = contextlib.ExitStack()
         self.log.enter_context(quiet_kernel())
         self.before = host_state()
-        # What is sent stays open until it is taken out, or until the socket goes.
+        # A sent descriptor stays open until it is received, or until the socket is closed.
         self.outbox, self.inbox = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.under_way: list[OpenFile] = []
 
@@ -122,7 +123,7 @@ class Calls(RuleBasedStateMachine):
             for slot in (7, 2, 3):
                 run_vcpu(vcpu, slot, loop=False)
 
-    # ---- what there is ---------------------------------------------------------------------------
+    # ---- existing objects ------------------------------------------------------------------------
 
     def open_vms(self) -> list[VmModel]:
         return [vm for vm in self.vms if vm.file.fds]
@@ -137,7 +138,7 @@ class Calls(RuleBasedStateMachine):
         return [file for vm in self.vms for file in vm.files]
 
     def files(self) -> dict[int, object]:
-        """By descriptor."""
+        """Return the owner of each open descriptor."""
         found: dict[int, object] = {0: "standard input"}
         for vm in self.vms:
             owners: list[VmModel | VcpuModel | ContextModel] = [vm]
@@ -145,7 +146,7 @@ class Calls(RuleBasedStateMachine):
                 found.update(dict.fromkeys(owner.file.fds, owner))
         return found
 
-    # ---- making ----------------------------------------------------------------------------------
+    # ---- creation --------------------------------------------------------------------------------
 
     @precondition(lambda self: len(self.open_vms()) < 2)
     @rule(how=setups)
@@ -169,8 +170,7 @@ class Calls(RuleBasedStateMachine):
     @precondition(lambda self: self.open_vms())
     @rule(index=indices, what=st.one_of(vcpu_ids, enables, bad_calls))
     def change_vm(self, index: int, what: Any) -> None:
-        """A vCPU, what the VM may do, or a call on any file with nothing to read its arguments
-        from."""
+        """Create a vCPU, enable a capability, or call any file with a bad pointer."""
         vm = pick(self.open_vms(), index)
         if isinstance(what, int):
             self._make_vcpu(vm, what)
@@ -179,7 +179,7 @@ class Calls(RuleBasedStateMachine):
         else:
             call, address = what
             fd = pick([file for file in self.open_files() if file.fds], index).fds[0]
-            # ENOTTY on the wrong kind of file.
+            # ENOTTY for the wrong kind of file.
             errors = {errno.EFAULT, errno.EINVAL, errno.ENOTTY}
             judge("call of nothing", raw(fd, call, address), errors)
 
@@ -200,7 +200,11 @@ class Calls(RuleBasedStateMachine):
     @precondition(lambda self: self.open_vms())
     @rule(index=indices, kind=kinds, named=indices, variant=st.integers(0, 15), slot=slots)
     def make_context(self, index: int, kind: Kind, named: int, variant: int, slot: int) -> None:
-        """slot: where to put it, below 2 nowhere. A gate gets a sub context if there is nothing."""
+        """Create a context, and for a gate a sub context if there is no context yet.
+
+        Args:
+            slot: slot to put it into; none if below 2.
+        """
         vm, fields = pick(self.open_vms(), index), self._variant(variant)
         if kind is Kind.GATE and not self.open_contexts():
             self._make_context(vm, Kind.SUB, named, fields, None)
@@ -211,7 +215,7 @@ class Calls(RuleBasedStateMachine):
 
     @staticmethod
     def _variant(variant: int) -> dict[str, int]:
-        """Mostly plain ones: others keep the guest from using VMFUNC."""
+        """Return changes to the request: mostly none; some keep the guest from using VMFUNC."""
         return {13: {"flags": 1}, 14: {"gva": 0}, 15: {"size": 2**40}}.get(variant, {})
 
     @precondition(lambda self: self.open_vms())
@@ -305,7 +309,7 @@ class Calls(RuleBasedStateMachine):
     @precondition(lambda self: any(vcpu.inside and vcpu.vm.file.fds for vcpu in self.open_vcpus()))
     @rule(index=indices, everything=st.booleans())
     def take_away_from_inside(self, index: int, everything: bool) -> None:
-        """The context that a vCPU is in."""
+        """Revoke the context in which a vCPU is."""
         vcpus = [vcpu for vcpu in self.open_vcpus() if vcpu.inside and vcpu.vm.file.fds]
         vcpu = pick(vcpus, index)
         found = vcpu.find(vcpu.inside.place, vcpu.slots)
@@ -326,7 +330,7 @@ class Calls(RuleBasedStateMachine):
     @precondition(lambda self: any(vcpu.slots for vcpu in self.open_vcpus()))
     @rule(index=indices, which=indices, loop=st.booleans())
     def enter(self, index: int, which: int, loop: bool) -> None:
-        """Through a slot that is not empty."""
+        """Run a vCPU into one of its filled slots."""
         vcpu = pick([vcpu for vcpu in self.open_vcpus() if vcpu.slots], index)
         run_vcpu(vcpu, pick(sorted(vcpu.slots), which), loop)
 
@@ -340,8 +344,10 @@ class Calls(RuleBasedStateMachine):
         ),
     )
     def change_memory(self, index: int, what: str) -> None:
-        """The guest's slot of memory, or what is below it and below contexts, which keep what they
-        have pinned."""
+        """Change the guest's memory slot, or the memory behind it and behind contexts.
+
+        Contexts keep the pages that they have pinned.
+        """
         vm = pick(self.vms, index)
         counted[f"memory {what}"] += 1
         if what == "put back":
@@ -378,7 +384,11 @@ class Calls(RuleBasedStateMachine):
         what=st.sampled_from(["close", "close", "copy", "send", "send away", "receive", "unmap"]),
     )
     def change_files(self, index: int, what: str) -> None:
-        """send: a descriptor into a socket, where it stays open until somebody receives it."""
+        """Change the descriptors of a file.
+
+        Args:
+            what: "send" puts one into a socket, where it stays open until received.
+        """
         file = pick(self.open_files(), index)
         if what == "receive" and self.under_way:
             _, (fd,), _, _ = socket.recv_fds(self.inbox, 1, 1)
@@ -397,7 +407,7 @@ class Calls(RuleBasedStateMachine):
         if what in ("close", "send away") and file.fds:
             os.close(file.fds.pop(0))
 
-    # ---- what must hold --------------------------------------------------------------------------
+    # ---- invariants ------------------------------------------------------------------------------
 
     @invariant()
     def nothing_else_is_held(self) -> None:
@@ -430,7 +440,7 @@ class Calls(RuleBasedStateMachine):
 
 
 def pick(things: list[Any], index: int) -> Any:
-    """Counted from the last, so that what is new gets used most."""
+    """Return an item, counted from the last, so that the newest are used most."""
     return things[-1 - index % len(things)]
 
 
@@ -449,7 +459,7 @@ def test_random_sequences(kvm: Kvm) -> None:
         stateful_step_count=30,
         max_examples=20,
         derandomize=True,
-        phases=[Phase.generate],  # to shrink a failure takes minutes on the emulated host
+        phases=[Phase.generate],  # shrinking a failure takes minutes on the emulated host
     )
     seconds = float(os.environ.get("PYKVM_SEQUENCE_SECONDS", "0"))
     end = time.monotonic() + seconds
@@ -461,7 +471,7 @@ def test_random_sequences(kvm: Kvm) -> None:
         if time.monotonic() >= end:
             break
     print(figures())
-    # Whether the sequences have got anywhere.
+    # The sequences must have achieved something.
     for name in ("run: home", "run: empty slot"):
         assert counted[name] > 5, counted
     for name in ("create context", "set slot", "revoke"):

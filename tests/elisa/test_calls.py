@@ -1,6 +1,6 @@
 """pykvm.elisa.calls: refusal on stock KVM; hypercalls and bad arguments on the patched one.
 
-Contexts that work are tested where they are built.
+Tests of working contexts are with the code that builds them.
 """
 
 import errno
@@ -68,7 +68,7 @@ def real_mode(kvm: Kvm) -> Iterator[RealModeGuest]:
 
 @pytest.fixture
 def caller(real_mode: RealModeGuest) -> RealModeGuest:
-    """VMCALL in a loop of CX turns, its result into [0x6000]."""
+    """A guest that executes VMCALL CX times and stores the result at [0x6000]."""
     real_mode.load("""
         89 CF        ; mov di, cx
         89 C5        ; mov bp, ax
@@ -150,7 +150,7 @@ def test_hypercall_without_a_handler_comes_to_python(caller: RealModeGuest) -> N
 
 @pytest.mark.elisa
 def test_a_stop_between_hypercalls(caller: RealModeGuest) -> None:
-    """A guest that does nothing but call is stopped, and no call is lost or made twice."""
+    """Stopping a guest that only makes hypercalls loses and repeats none."""
     calls.enable_user_hypercalls(caller.vm)
     caller.vm.handlers.add_hypercall(USER, NULL_HYPERCALL)
     caller.vcpu.set_regs(rax=USER, rcx=3000)
@@ -186,7 +186,7 @@ def test_a_context_closes_with_its_vm(kvm: Kvm) -> None:
     with kvm.create_vm() as vm:
         calls.enable_contexts(vm)
         guest = RealModeGuest(vm)
-        # One page, at GPA 0: entry 0 of every table leads to the next table, the last to page 0.
+        # One page, at GPA 0: entry 0 of every table points to the next table, the last to page 0.
         tables = bytearray(4 * 4096)
         for table in range(4):
             leaf = table == 3

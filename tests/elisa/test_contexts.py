@@ -1,4 +1,4 @@
-"""Plans of gate and sub contexts against the invariants that they must hold by construction."""
+"""Plans of gate and sub contexts against the invariants that they hold by construction."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from pykvm.sizes import PAGE_SIZE
 pytestmark = pytest.mark.unit
 
 BASES = [crossing.CROSSING_GVA, 5 << 30, 0xFFFF_FFFF_8000_0000, 0xFFFF_C900_0020_0000]
-MEMORY_PAGES = 1200  # more than one 2 MiB page, and a rest
+MEMORY_PAGES = 1200  # more than one 2 MiB page, and a remainder
 
 
 def complete(plan: ContextPlan) -> tuple[ContextPlan, memoryview]:
-    """The plan with its guest tables placed in memory of the test's own."""
+    """Place the plan's guest tables in memory of the test's own."""
     memory = memoryview(bytearray(plan.guest_table_bytes))
     plan.place_guest_tables(memory, 0x70_0000_0000)
     return plan, memory
@@ -53,8 +53,10 @@ def sub_plan(base: int, *, user: bool = False) -> ContextPlan:
 
 
 def page_words(plan: ContextPlan, tables: memoryview) -> dict[int, array[int]]:
-    """What each page of a gate context holds, by page number times 4096: guest tables as built,
-    code as assembled, and EPTPs of write-back memory everywhere else."""
+    """Return the content of each page of a gate context by page number times 4096.
+
+    Guest tables are as built, code is as assembled, and all else is EPTPs of write-back memory.
+    """
     eptps = array("Q", [int(EPTP.of(0x1234_5000 + i * PAGE_SIZE)) for i in range(512)])
     words: dict[int, array[int]] = {}
     number = 0
@@ -128,7 +130,7 @@ def test_i3_what_a_sub_context_maps_is_absent_in_the_gate(base: int) -> None:
 
 @pytest.mark.parametrize("base", [*BASES, 1 << 52])
 def test_i3_with_five_levels(base: int) -> None:
-    """The same for guests with CR4.LA57, and GVAs that only they have."""
+    """The invariant also holds for guests with CR4.LA57, and for GVAs that only they have."""
     gate, tables = complete(plan_gate(0x7000_0000, base, levels=5))
     words = page_words(gate, tables)
     root = crossing.GATE_PRIVATE_GPA + crossing.PRIVATE_TABLES_OFFSET
@@ -156,7 +158,7 @@ def test_i4_tables_are_read_only_and_nothing_writable_is_executable(plan: Contex
         first = span.target // PAGE_SIZE
         if tables <= first < tables + len(plan.guest):
             assert span.access == Access.READ
-    # Accessed and dirty bits are set, or the processor's own walk would have to write.
+    # Accessed and dirty bits are set; the processor's own walk would otherwise have to write.
     for number in range(len(plan.guest)):
         for word in plan.guest.table(number):
             assert not word or word & 0x20, hex(word)
@@ -165,7 +167,7 @@ def test_i4_tables_are_read_only_and_nothing_writable_is_executable(plan: Contex
 @pytest.mark.attack("T27")
 @pytest.mark.parametrize("plan", [gate_plan(BASES[0]), sub_plan(BASES[0])], ids=["gate", "sub"])
 def test_no_translation_is_global(plan: ContextPlan) -> None:
-    """One that is would outlive a change of CR3 (SDM vol. 3A, 4.10.2.4)."""
+    """A global translation would outlive a change of CR3 (SDM vol. 3A, 4.10.2.4)."""
     complete(plan)
     words = [word for number in range(len(plan.guest)) for word in plan.guest.table(number)]
     assert any(words)
@@ -177,7 +179,10 @@ def test_no_translation_is_global(plan: ContextPlan) -> None:
 def test_i8_only_what_the_guest_can_write_is_a_user_page_of_a_supervisor(
     base: int, user: bool
 ) -> None:
-    """Windows and shared memory always, the rest of a sub context for callers in user mode."""
+    """Windows and shared memory are always user pages.
+
+    The rest of a sub context is made of user pages only for callers in user mode.
+    """
     plan = sub_plan(base, user=user)
     kinds = {
         (span.start - base, span.size): bool(span.access & Access.USER)
@@ -215,7 +220,7 @@ def test_the_list_is_writable_in_both_contexts_and_the_official_eptp_in_none() -
 
 
 def test_what_an_attachment_costs_is_what_the_documentation_says() -> None:
-    """docs: gate 9 + 5 + 3 pages; sub 7 + 4 pages and one table for each 2 MiB of memory."""
+    """The documented cost: gate 9 + 5 + 3 pages; sub 7 + 4 pages, and a table for each 2 MiB."""
     gate, _ = complete(gate_plan(BASES[0]))
     assert (gate.cost.ept_tables, gate.cost.guest_tables, gate.cost.mapped) == (9, 5, 3)
     sub, _ = complete(sub_plan(BASES[0]))

@@ -1,5 +1,7 @@
-"""I8: while a descriptor table of the guest touches what its contexts map, VMFUNC is off: an event
-in a context would otherwise be delivered through memory that the guest may write."""
+"""I8: VMFUNC is off while a descriptor table of the guest overlaps its contexts' addresses.
+
+Otherwise an event in a context would be delivered through memory that the guest may write.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,14 +31,14 @@ pytestmark = pytest.mark.elisa
 INVALID_OPCODE = 6
 C = crossing.CROSSING_GVA
 GUESTS = 2
-FIRST = C + crossing.GATE_DATA_OFFSET  # what the contexts of these tests map begins here
-END = C + crossing.SHARED_OFFSET + (1 + GUESTS) * PAGE_SIZE  # one page shared, a window each
+FIRST = C + crossing.GATE_DATA_OFFSET  # first address that the contexts of these tests map
+END = C + crossing.SHARED_OFFSET + (1 + GUESTS) * PAGE_SIZE  # one shared page and a window each
 
 IDT_LIMIT = 0xFFF
 GDT_SIZE = 5 * 8  # null, code, data, TSS
 TSS_LIMIT = 0x67
 COPY_GPA = layout.CAPTURE_GPA + 0x10_0000  # two pages with a copy of a table
-OTHER_SELECTOR = 0x28  # of the descriptor behind the guest's own ones
+OTHER_SELECTOR = 0x28  # of the descriptor after the guest's own ones
 READ_WRITE = Access.READ | Access.WRITE
 
 INSIDE = {
@@ -63,7 +65,7 @@ def counter() -> Iterator[ObjectInstance]:
 
 @dataclass(frozen=True)
 class Place:
-    """A table at `base`, which ends with byte `base + limit`."""
+    """A table at `base` whose last byte is at `base + limit`."""
 
     base: int
     limit: int
@@ -74,12 +76,12 @@ class Place:
 
 
 def idt_of(guest: BareGuest) -> bytes:
-    """Once the guest has filled it."""
+    """Return the guest's IDT, once the guest has filled it."""
     return guest.memory.read(Probe().image().address_of("interrupt_table"), IDT_LIMIT + 1)
 
 
 def map_copy(guest: BareGuest, base: int) -> None:
-    """Memory at `base` for a table, in the guest's own page tables; `fill_copy` fills it."""
+    """Map memory at `base` for a table in the guest's own page tables; `fill_copy` fills it."""
     pages = 2 if base % PAGE_SIZE else 1
     guest.map(base & -PAGE_SIZE, COPY_GPA, pages * PAGE_SIZE, READ_WRITE)
 
@@ -99,7 +101,7 @@ def try_call(slot: int) -> Step:
 def with_table(
     guest: BareGuest, counter: ObjectInstance, which: Table, place: Place, own: Place
 ) -> list[int | None]:
-    """Vectors of VMFUNC and of a call before, while and after the register names `place`.
+    """Return the vectors of a VMFUNC and a call before, while and after the register names `place`.
 
     The guest really uses the table there: `place` is mapped and holds a copy of the right one.
     """
@@ -196,7 +198,7 @@ _LDT_TYPE, _TSS_TYPE = 0x82, 0x89
 
 
 def descriptor(base: int, limit: int, kind: int) -> bytes:
-    """A system descriptor of 16 bytes (SDM vol. 3A, figure 8-4)."""
+    """Return a system descriptor of 16 bytes (SDM vol. 3A, figure 8-4)."""
     low = limit & 0xFFFF | (base & 0xFFFFFF) << 16 | kind << 40 | (base >> 24 & 0xFF) << 56
     low |= (limit >> 16 & 0xF) << 48
     return low.to_bytes(8, "little") + (base >> 32).to_bytes(8, "little")
@@ -219,7 +221,7 @@ def test_segments(guest: BareGuest, counter: ObjectInstance, which: Table, name:
     base, limit, expected = SEGMENTS[name]
     slot = counter.attach(guest).slot
     kind = _TSS_TYPE if which is Table.TASK else _LDT_TYPE
-    back = layout.GDT_GPA + OTHER_SELECTOR + 16  # and a descriptor of a harmless place
+    back = layout.GDT_GPA + OTHER_SELECTOR + 16  # then a descriptor of a harmless place
     guest.memory.write(layout.GDT_GPA + OTHER_SELECTOR, descriptor(base, limit, kind))
     guest.memory.write(back, descriptor(layout.TSS_GPA, TSS_LIMIT, kind))
     map_copy(guest, base)
@@ -243,7 +245,7 @@ def test_segments(guest: BareGuest, counter: ObjectInstance, which: Table, name:
 
 
 def test_no_local_descriptor_table(guest: BareGuest, counter: ObjectInstance) -> None:
-    """The null selector: there is no table, wherever the register's old base lies."""
+    """With the null selector there is no table, whatever the register's old base."""
     slot = counter.attach(guest).slot
     gate = INSIDE["gate page"]
     guest.memory.write(layout.GDT_GPA + OTHER_SELECTOR, descriptor(gate, 0xFF, _LDT_TYPE))
@@ -259,11 +261,11 @@ def test_no_local_descriptor_table(guest: BareGuest, counter: ObjectInstance) ->
     assert faults(guest) == [None, None, INVALID_OPCODE, None, None]
 
 
-# ---- who else sets them --------------------------------------------------------------------------
+# ---- other ways to set them ----------------------------------------------------------------------
 
 
 def test_set_by_the_vmm(guest: BareGuest, counter: ObjectInstance) -> None:
-    """KVM_SET_SREGS is checked as the guest's own instructions are."""
+    """KVM_SET_SREGS is checked like the guest's own instructions."""
     slot = counter.attach(guest).slot
     place = INSIDE["own window"]
     map_copy(guest, place)
@@ -289,7 +291,7 @@ def test_set_by_the_vmm(guest: BareGuest, counter: ObjectInstance) -> None:
 
 
 def test_attached_to_tables_in_the_way(guest: BareGuest, counter: ObjectInstance) -> None:
-    """The table was there before the context, which a first attachment elsewhere does not mind."""
+    """The tables were there before the context; a first attachment elsewhere is unaffected."""
     place = INSIDE["own window"]
     map_copy(guest, place)
 
@@ -313,7 +315,7 @@ def test_attached_to_tables_in_the_way(guest: BareGuest, counter: ObjectInstance
 
 
 def test_another_object_somewhere_else(guest: BareGuest, counter: ObjectInstance) -> None:
-    """The tables have to stay out of all objects' way, wherever they lie; detached, it is free."""
+    """The tables must overlap no attached object, wherever it is; detaching frees the place."""
     second_area = 0x3B4C_F4C0_0000
     first = counter.attach(guest)
     second = counter.attach_vcpu(guest.vcpu, 1, crossing_gva=second_area)

@@ -1,4 +1,4 @@
-"""pykvm.elisa.exits: the exit of the patch, as decoded and as a sentence."""
+"""pykvm.elisa.exits: the patch's exit, decoded and as a sentence."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.unit
 
 
 def decoded(**fields: int) -> Exit:
-    """Decode a kvm_run filled here: two pages, as the kernel's."""
+    """Decode a kvm_run with these fields in a buffer of two pages, the size of the kernel's."""
     area = ffi.new("char[]", 8192)
     run = ffi.cast("struct kvm_run *", area)
     run.exit_reason = lib.KVM_EXIT_ELISA
@@ -42,7 +42,7 @@ def test_violation_reads_as_a_sentence() -> None:
         at=lib.KVM_ELISA_AT_SUB,
         slot=2,
         vmx_exit_reason=48,
-        qualification=0b1_1000_1010,  # write; page readable; GVA valid; not a page walk's
+        qualification=0b1_1000_1010,  # write; page readable; GVA valid; not from a page walk
         gpa=0x4000001000,
         gva=0x7000,
         rip=0x100002000,

@@ -1,4 +1,4 @@
-"""Guests with five-level paging (CR4.LA57): they cross as others do; VMFUNC follows the mode."""
+"""Guests with five-level paging (CR4.LA57) cross as others do; VMFUNC depends on the mode."""
 
 import errno
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.elisa, pytest.mark.processor("LA57")]
 
 INVALID_OPCODE, GENERAL_PROTECTION = 6, 13
 LA57 = 1 << 12
-# Canonical with five levels only, in the lower half; and one that both have.
+# One address that is canonical with five levels only, in the lower half, and one for both.
 BASES = {
     "usual": crossing.CROSSING_GVA,
     "above four levels": 1 << 48 | crossing.CROSSING_GVA,
@@ -79,7 +79,7 @@ def test_detached_and_attached_again(guest: BareGuest, counter: ObjectInstance) 
 
 @pytest.mark.attack("T7")
 def test_contexts_for_four_levels(guest: BareGuest, counter: ObjectInstance) -> None:
-    """VMFUNC stays off until they are gone, and a list is for one kind."""
+    """VMFUNC stays off until these contexts are gone, and one list holds only one kind."""
     attachment = counter.attach_vcpu(guest.vcpu, 0, levels=4)
     with pytest.raises(IoctlError) as caught:
         counter.attach_vcpu(guest.vcpu, 1, levels=5)
@@ -107,7 +107,7 @@ def test_contexts_for_four_levels(guest: BareGuest, counter: ObjectInstance) -> 
 def test_the_guest_cannot_change_them_in_64_bit_mode(
     guest: BareGuest, counter: ObjectInstance
 ) -> None:
-    """#GP (SDM vol. 3A, 4.1.2)."""
+    """Changing them raises #GP (SDM vol. 3A, 4.1.2)."""
     slot = counter.attach(guest).slot
     give(
         guest,

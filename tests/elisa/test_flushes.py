@@ -1,8 +1,8 @@
-"""When translations are flushed: counted by a probe on the function that runs INVEPT.
+"""Flushes of translations, counted by a probe on the function that runs INVEPT.
 
-A processor tells translations apart by the page of an EPT's root. KVM frees its own roots without
-a flush and flushes when it loads one; VMFUNC loads a context's without KVM. The emulated processor
-keeps too few translations to show the harm itself.
+A processor tags translations with the page of an EPT's root. KVM frees its own roots without a
+flush and flushes when it loads one. VMFUNC loads a context's root without KVM. The emulated
+processor keeps too few translations to show the harm itself.
 """
 
 import re
@@ -32,7 +32,7 @@ def cpus() -> int:
 
 
 def flushes(body: Callable[[], object]) -> int:
-    """How many CPUs flushed while `body` ran, each one counted each time."""
+    """Return the number of flushes during `body`, over all CPUs."""
     with kprobes("p:pykvm/flush kvm_intel:elisa_invept") as lines:
         body()
     return sum("flush: " in line for line in lines)

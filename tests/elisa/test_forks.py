@@ -1,4 +1,4 @@
-"""A forked process of a VMM with objects: it gives back what it has, and the guests go on."""
+"""A forked child of a VMM with objects gives back what it has, and the guests run on."""
 
 import os
 
@@ -45,7 +45,7 @@ def test_an_object_without_guests(counter: ObjectInstance) -> None:
 
 @pytest.mark.unit
 def test_a_switch_with_its_clock() -> None:
-    """The clock's thread is the parent's: the child has nobody to wait for."""
+    """The clock's thread belongs to the parent: the child waits for nothing."""
     config = SwitchConfig(ports=2, lane_slots=16, tx_slots=16)
     with HostedSwitch(config, epoch=0.001) as hosted:
         in_fork(hosted.close)
@@ -55,7 +55,7 @@ def test_a_switch_with_its_clock() -> None:
 
 @pytest.mark.elisa
 def test_a_guest_inside_the_object(kvm: Kvm) -> None:
-    """While a vCPU of the parent's works in the object, a child closes all that it has of it."""
+    """A child closes its copy of the object while a vCPU of the parent's works in it."""
     with nothing_stays(), spin_object().open() as instance, BareGuest(kvm, Probe()) as guest:
         prepare(guest)
         spin = Spin(instance)

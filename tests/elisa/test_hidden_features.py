@@ -1,5 +1,7 @@
-"""Features that nobody has checked together with contexts: neither the VMM nor the guest can have
-them, where contexts are enabled; elsewhere they are as they were."""
+"""VMs with contexts lack the features that nobody has checked together with contexts.
+
+Neither the VMM nor the guest can enable them there. Other VMs are unaffected.
+"""
 
 import errno
 from collections.abc import Iterator
@@ -43,7 +45,7 @@ def set_cpuid(vm: Vm, entries: list[CpuidEntry]) -> int:
 @pytest.mark.attack("T27")
 @pytest.mark.parametrize("feature", HIDDEN_FEATURES, ids=lambda feature: str(feature.name))
 def test_cpuid(kvm: Kvm, feature: HiddenFeature) -> None:
-    """Refused with contexts; without them KVM takes the same leaves."""
+    """The leaves are refused with contexts; without contexts KVM takes them."""
     entries = leaves_with(kvm, feature)
     for enable, expected in ((True, -errno.EINVAL), (False, 0)):
         with kvm.create_vm() as vm:
@@ -54,8 +56,10 @@ def test_cpuid(kvm: Kvm, feature: HiddenFeature) -> None:
 
 @pytest.mark.parametrize("feature", HIDDEN_FEATURES, ids=lambda feature: str(feature.name))
 def test_cpuid_under_another_index(kvm: Kvm, feature: HiddenFeature) -> None:
-    """Where no flag says that the index is significant, KVM takes the entry for any index; for
-    leaf 1 always."""
+    """KVM applies an entry to any index unless a flag says that the index is significant.
+
+    For leaf 1 it always does.
+    """
     plain = without_hidden_features(kvm.get_supported_cpuid())
     odd = [CpuidEntry(feature.function, 9, flags=0, **{feature.register: 1 << feature.bit})]
     if feature.function == 1:
@@ -64,7 +68,7 @@ def test_cpuid_under_another_index(kvm: Kvm, feature: HiddenFeature) -> None:
         with kvm.create_vm() as vm:
             calls.enable_contexts(vm)
             assert set_cpuid(vm, [entry, *plain]) == -errno.EINVAL, entry
-    with kvm.create_vm() as vm:  # under an index that counts, it is another leaf
+    with kvm.create_vm() as vm:  # under a significant index, it is another leaf
         calls.enable_contexts(vm)
         other = replace(odd[0], function=7, flags=SIGNIFICANT_INDEX)
         assert set_cpuid(vm, [*plain, other]) == 0
@@ -84,7 +88,7 @@ def test_refused_leaves_change_nothing(kvm: Kvm) -> None:
 
 
 def test_what_the_guest_sees(kvm: Kvm) -> None:
-    """By its own CPUID instruction."""
+    """The guest's own CPUID instruction shows no hidden feature."""
     steps = [
         Step(What.CPUID, f.function, f.index, ("eax", "ebx", "ecx", "edx").index(f.register))
         for f in HIDDEN_FEATURES
@@ -109,7 +113,7 @@ def guest(kvm: Kvm) -> Iterator[BareGuest]:
 @pytest.mark.attack("T18")
 @pytest.mark.attack("T27")
 def test_control_register(guest: BareGuest) -> None:
-    """Each bit is reserved: #GP, and CR4 stays as it was."""
+    """Each bit is reserved: #GP, and CR4 stays unchanged."""
     tries = [
         Step(What.WRITE_CONTROL, 4, CR4 | 1 << bit, attempt=True) for bit in HIDDEN_CR4.values()
     ]
@@ -123,7 +127,7 @@ def test_control_register(guest: BareGuest) -> None:
 @pytest.mark.attack("T18")
 @pytest.mark.processor("PKE", "CET", "PKS", "UINTR")
 def test_features_that_this_processor_has(kvm: Kvm, counter: ObjectInstance) -> None:
-    """It would take each of these bits, and refuses the guest all of them; the guest crosses on."""
+    """The processor would take each of these bits. The guest is refused all, and still crosses."""
     with probe_guest(kvm, levels=host_levels()) as guest:
         own = guest.vcpu.get_sregs().cr4
         names = ("PKE", "CET", "PKS", "UINTR")
@@ -149,7 +153,7 @@ def test_control_register_by_the_vmm(guest: BareGuest) -> None:
 
 @pytest.mark.attack("T17")
 def test_msrs(guest: BareGuest) -> None:
-    """Writing anything there that turns something on is #GP."""
+    """Writing a value that enables something raises #GP."""
     tries = [
         Step(What.WRITE_MSR, index, value, attempt=True) for index, value in HIDDEN_MSRS.values()
     ]
@@ -162,7 +166,7 @@ def test_msrs(guest: BareGuest) -> None:
 
 @pytest.mark.attack("T17")
 def test_debug_control_stays_zero(guest: BareGuest) -> None:
-    """Zero may be written, as Linux does at its start."""
+    """Zero may be written, as Linux does during its start."""
     give(
         guest,
         Step(What.WRITE_MSR, 0x1D9, 0, attempt=True),
@@ -178,7 +182,7 @@ def test_debug_control_stays_zero(guest: BareGuest) -> None:
 
 @pytest.mark.attack("T18")
 def test_no_nested_vmx(guest: BareGuest) -> None:
-    """No capability MSRs, no CR4.VMXE (above), so no VMXON; and none by the VMM."""
+    """There are no capability MSRs and no CR4.VMXE (above), so no VMXON; the VMM cannot add any."""
     give(
         guest,
         Step(What.READ_MSR, VMX_BASIC, attempt=True),
@@ -189,8 +193,10 @@ def test_no_nested_vmx(guest: BareGuest) -> None:
 
 
 def test_no_nested_state(kvm: Kvm, guest: BareGuest) -> None:
-    """KVM_SET_NESTED_STATE of a hypervisor that has run VMXON (struct kvm_nested_state: flags,
-    format, size, vmxon_pa, vmcs12_pa; api.rst 4.119)."""
+    """KVM_SET_NESTED_STATE of a hypervisor that has executed VMXON is refused.
+
+    Fields of struct kvm_nested_state: flags, format, size, vmxon_pa, vmcs12_pa (api.rst 4.119).
+    """
     if not guest.vm.check_extension("KVM_CAP_NESTED_STATE"):
         pytest.skip("this kvm has no nested state: kvm_intel.nested=0")
     none = (2**64 - 1).to_bytes(8, "little")
@@ -199,7 +205,7 @@ def test_no_nested_state(kvm: Kvm, guest: BareGuest) -> None:
     with pytest.raises(IoctlError) as caught:
         guest.vcpu.set_nested_state(vmxon)
     assert caught.value.errno == errno.EINVAL
-    # The control: a VM without contexts, whose CPUID has VMX, takes the same state.
+    # Control: a VM without contexts, whose CPUID has VMX, takes the same state.
     with kvm.create_vm() as vm:
         vcpu = vm.create_vcpu(0)
         vcpu.set_cpuid2(kvm.get_supported_cpuid())

@@ -1,4 +1,4 @@
-"""The list of features that VMs with contexts do without, and leaves of CPUID without them."""
+"""List of the features hidden from VMs with contexts, and CPUID leaves without them."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def full(function: int, index: int = 0) -> CpuidEntry:
 def test_each_feature_goes_and_nothing_else() -> None:
     before = [full(1), full(7), full(7, 1), full(0x8000_0001)]
     after = without_hidden_features(before)
-    assert before == [full(1), full(7), full(7, 1), full(0x8000_0001)]  # left as it was
+    assert before == [full(1), full(7), full(7, 1), full(0x8000_0001)]  # unchanged
     for feature in HIDDEN_FEATURES:
         assert feature.is_in(before)
         assert not feature.is_in(after)

@@ -1,4 +1,4 @@
-"""Creating contexts and setting slots on the real kernel: every refusal leaves nothing behind."""
+"""Creating contexts and setting slots on the real kernel: a refusal leaves nothing behind."""
 
 import contextlib
 import ctypes
@@ -49,8 +49,10 @@ pytestmark = pytest.mark.elisa
 
 
 def test_a_good_context(machine: Machine) -> None:
-    """What the refusals below are changes of; it pins three pages, and charges them and its four
-    tables."""
+    """The unchanged request succeeds; it pins and charges three pages, and charges four tables.
+
+    The refusals below change one part of it each.
+    """
     with nothing_stays() as before:
         fd = good(machine).send(machine.vm)
         assert fd > 0
@@ -180,7 +182,7 @@ def test_bad_requests(machine: Machine) -> None:
         ((0, EPTP, vm.fileno()), errno.EINVAL),
         ((0, 3, 0), errno.EINVAL),
     ]
-    # Behind a good page, so that something has been pinned when the bad one is met.
+    # After a good page, so that some pages are already pinned when the call meets the bad one.
     cases += [
         (replace(plain, pages=[user, page, *plain.pages[2:]]), code) for page, code in bad_pages
     ]
@@ -190,7 +192,7 @@ def test_bad_requests(machine: Machine) -> None:
 
 
 def test_memory_that_cannot_be_pinned(machine: Machine) -> None:
-    """Holes in the middle of a run, and pages that this process may not write."""
+    """Holes in the middle of a run, and pages that this process may not write, are refused."""
     libc = ctypes.CDLL(None, use_errno=True)
     with Memory(4) as address:
         pages = [(address + n * PAGE, USER, 0) for n in range(4)]
@@ -250,7 +252,7 @@ def test_bad_slots(machine: Machine) -> None:
             (machine.vcpu.fileno(), errno.EINVAL),
         ):
             assert set_slot(machine.vcpu, 2, bad) == -code
-        assert set_slot(machine.vcpu, 2, -1) == 0  # nothing was there
+        assert set_slot(machine.vcpu, 2, -1) == 0  # the slot was empty
         os.close(fd)
 
 
@@ -273,7 +275,7 @@ def test_lists_of_other_vcpus(machine: Machine) -> None:
             assert revoke(machine.vm, 0, 3) == -errno.ENOENT  # it stayed empty
             assert set_slot(second, 2, fd) == 0
         assert set_slot(second, 3, own) == -errno.EINVAL
-        assert revoke(machine.vm, 0, 2) == 0  # what was there has stayed
+        assert revoke(machine.vm, 0, 2) == 0  # the former context has stayed
         assert revoke(machine.vm, 1, 0) == 0
         for fd in (sub, gate, own):
             os.close(fd)
@@ -285,7 +287,7 @@ def test_lists_of_other_vcpus(machine: Machine) -> None:
 
 def _own_machine(body: Callable[[Machine], int]) -> int:
     with Kvm() as kvm, Memory(3) as address, kvm.create_vm() as vm:
-        with contextlib.suppress(IoctlError):  # one without CAP_SYS_ADMIN may not
+        with contextlib.suppress(IoctlError):  # a caller without CAP_SYS_ADMIN may not
             calls.enable_contexts(vm)
         return body(Machine(vm, vm.create_vcpu(0), address))
 
@@ -315,7 +317,7 @@ def test_lock_limit() -> None:
         for memlock, expected in ((6 * PAGE, -errno.ENOMEM), (7 * PAGE, 1)):
             answer = in_child(lambda: _own_machine(create), without=CAP_IPC_LOCK, memlock=memlock)
             assert answer == expected
-        # With the capability, the limit does not count.
+        # With the capability the limit does not apply.
         assert in_child(lambda: _own_machine(create), memlock=PAGE) == 1
 
 
@@ -334,7 +336,7 @@ def test_lock_limit_of_an_object() -> None:
 
 @pytest.mark.attack("T25")
 def test_a_vm_of_another_process(machine: Machine) -> None:
-    """A child inherits the descriptors; KVM serves them in the process that made them only."""
+    """A child inherits the descriptors; KVM serves them only in the process that made them."""
     with nothing_stays():
         fd = good(machine).send(machine.vm)
         assert in_child(lambda: good(machine).send(machine.vm)) == -errno.EIO

@@ -1,7 +1,7 @@
-"""VMM processes that share one switch by VMFUNC are killed and stopped: the others go on.
+"""VMM processes that share one switch by VMFUNC are killed and stopped; the others go on.
 
-The owner opens the switch and forks a process for each guest, which attaches it and runs it. The
-native test with many more kills, and with every byte looked at, is tests/rigs/switch/fire.
+The owner opens the switch and forks a process for each guest, which attaches it and runs it.
+tests/rigs/switch/fire has the native test with many more kills, which checks every byte.
 """
 
 import os
@@ -31,13 +31,13 @@ STATIONS = [bytes([2, 0, 0, 0, 0, n]) for n in range(PORTS)]
 
 
 def expected_frame(source: int, to: int) -> bytes:
-    """What burst.c sends."""
+    """Return the frame that burst.c sends."""
     head = STATIONS[to] + STATIONS[source] + b"\x88\xb5"
     return head + bytes(n & 0xFF for n in range(len(head), SIZE))
 
 
 class Vmms:
-    """A switch, and for each port a process that runs a guest which never stops sending."""
+    """A switch, and for each port a process that runs a guest sending without end."""
 
     def __init__(self, hosted: HostedSwitch) -> None:
         self.hosted = hosted
@@ -54,7 +54,7 @@ class Vmms:
         self.pids[port] = pid
 
     def _run(self, port: int) -> None:
-        """In the child: until it is killed."""
+        """Run the guest in the child until the child is killed."""
         to = (port + 1) % PORTS
         program = BurstProgram(
             SwitchPath.VMFUNC,
@@ -68,7 +68,7 @@ class Vmms:
             guest.run()
 
     def kill(self, port: int) -> bool:
-        """Whether its vCPU was inside the switch, and had to be settled."""
+        """Kill a VMM; return whether its vCPU was inside the switch and had to be settled."""
         pid = self.pids.pop(port)
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
@@ -80,7 +80,7 @@ class Vmms:
         return counters.ports[port].cut > before
 
     def require_progress(self, stopped: set[int]) -> None:
-        """Each guest that nobody stopped makes calls."""
+        """Wait until each guest that is not stopped makes calls."""
         before = [port.calls for port in self.switch.counters().ports]
         deadline = time.monotonic() + PATIENCE
         waiting = set(self.pids) - stopped
@@ -93,7 +93,7 @@ class Vmms:
             time.sleep(0.01)
 
     def check_lanes(self) -> None:
-        """Whatever lies in a lane now is a frame of its sender's, whole and for this port."""
+        """Check that each frame in a lane is a whole frame of its sender's for this port."""
         config = self.hosted.config
         for to in range(PORTS):
             window = self.hosted.instance.window(to)
@@ -128,14 +128,14 @@ def vmms() -> Iterator[Vmms]:
 
 @pytest.mark.attack("T19")
 def test_vmms_are_killed_and_stopped_at_random() -> None:
-    """And everything that was pinned comes back."""
+    """All VMMs die, and all pinned pages come back."""
     with quiet_kernel(), nothing_stays():
         inside = under_fire()
     print(f"{KILLS + PORTS} VMMs killed, {inside} inside the switch")
 
 
 def under_fire() -> int:
-    """How many of the VMMs were killed while their vCPU was inside the switch."""
+    """Return the number of VMMs killed while their vCPU was inside the switch."""
     choice = random.Random(7)
     inside = 0
     with vmms() as all_vmms:
@@ -149,7 +149,7 @@ def under_fire() -> int:
             inside += all_vmms.kill(victim)
             all_vmms.require_progress({stopped})
             os.kill(all_vmms.pids[stopped], signal.SIGCONT)
-            all_vmms.start(victim)  # waits, if need be, for calls that were stopped inside
+            all_vmms.start(victim)  # waits for calls that were stopped inside, if any
             all_vmms.require_progress(set())
         for port in range(PORTS):
             inside += all_vmms.kill(port)
@@ -157,7 +157,7 @@ def under_fire() -> int:
         assert counters.check() == []
         all_vmms.check_lanes()
         assert all(port.frames > 100 for port in counters.ports)
-        # Each receiver has taken frames of its sender's, and only of this one's.
+        # Each receiver has taken frames of its own sender only.
         for source in range(PORTS):
             for to in range(PORTS):
                 delivered = counters.lanes[source][to].delivered

@@ -1,5 +1,4 @@
-"""I9: whatever is closed in whatever order, everything is given back when nobody can use it any
-more, and not before."""
+"""I9: resources are freed after the last possible use, and not before, in any order of closing."""
 
 import gc
 import itertools
@@ -26,7 +25,7 @@ pytestmark = pytest.mark.elisa
 @pytest.mark.attack("T20")
 @pytest.mark.parametrize("order", list(itertools.permutations(("context", "vcpu", "vm"))))
 def test_any_order_of_closing(kvm: Kvm, order: tuple[str, ...]) -> None:
-    """A context in a slot, and each of the three files, keep the VM; the last one gives it back."""
+    """A context in a slot and each of the three files keep the VM; the last one frees it."""
     with Memory(3) as address, nothing_stays() as before:
         vm = kvm.create_vm()
         enable_contexts(vm)
@@ -37,7 +36,7 @@ def test_any_order_of_closing(kvm: Kvm, order: tuple[str, ...]) -> None:
         for name in order:
             assert pinned_pages() == before.pinned + 3
             if name == "vm":
-                Handle.close(vm)  # Vm.close() would close the other two before
+                Handle.close(vm)  # Vm.close() would close the other two first
             else:
                 handles[name].close()
 
@@ -60,7 +59,7 @@ def test_a_copied_descriptor_keeps_a_context(machine: Machine, installed: bool) 
 
 @pytest.mark.attack("T20")
 def test_a_child_closes_last(kvm: Kvm) -> None:
-    """What is charged to this process is given back to it, whoever drops the last reference."""
+    """Pages charged to this process are uncharged from it, whoever drops the last reference."""
     with nothing_stays() as before, Memory(3) as address:
         with kvm.create_vm() as vm:
             enable_contexts(vm)
@@ -81,7 +80,7 @@ def test_a_child_closes_last(kvm: Kvm) -> None:
 
 @pytest.mark.attack("T21")
 def test_many_contexts(machine: Machine) -> None:
-    """Slots are replaced under the old contexts' feet; only the last ones count."""
+    """Slots are refilled while old contexts exist; only the last ones count."""
     with nothing_stays() as before:
         for _ in range(40):
             fd = good(machine).send(machine.vm)
@@ -100,7 +99,7 @@ def wild(name: str = "wild") -> SharedObject:
 
 
 def looping(guest: BareGuest, slot: int) -> None:
-    """Let the guest stop in the middle of a call that never returns."""
+    """Stop the guest in the middle of a call that never returns."""
     give(guest, calls(slot, Wild.LOOP))
     guest.start()
     with pytest.raises(GuestTimeoutError):
@@ -109,8 +108,10 @@ def looping(guest: BareGuest, slot: int) -> None:
 
 @pytest.fixture
 def nothing_stays_of_guests() -> Iterator[HostState]:
-    """As `nothing_stays`, around a test with guests: a `BareGuest` keeps its memory readable until
-    nobody refers to it."""
+    """Yield as `nothing_stays` does, around a test with guests.
+
+    A `BareGuest` keeps its memory readable until the last reference to it is gone.
+    """
     with nothing_stays() as before:
         yield before
         gc.collect()
@@ -125,7 +126,7 @@ def test_an_object_closed_under_a_vcpu_inside_it(
         with wild().open() as instance:
             looping(guest, instance.attach(guest).slot)
             assert instance.shared[0] == 1
-        # The guest stopped inside the object; closing that took the context away from it.
+        # The guest stopped inside the object; closing it took the context away.
         assert pinned_pages() == before.pinned
         guest.start()
         with pytest.raises(UnexpectedExitError, match="revoked context"):
@@ -137,7 +138,7 @@ def test_an_object_closed_under_a_vcpu_inside_it(
 @pytest.mark.attack("T20")
 @pytest.mark.usefixtures("nothing_stays_of_guests")
 def test_a_vcpu_closed_inside_the_object(kvm: Kvm) -> None:
-    """Another guest of the same object does not notice."""
+    """Another guest of the same object is not disturbed."""
     with wild().open() as instance, BareGuest(kvm, Probe()) as second:
         with BareGuest(kvm, Probe()) as first:
             prepare(first)
@@ -159,7 +160,7 @@ def still_works(kvm: Kvm) -> None:
 
 @pytest.mark.attack("T19")
 def test_killed_inside_the_object(kvm: Kvm) -> None:
-    """SIGKILL while a vCPU runs in a sub context: the kernel cleans up alone."""
+    """After SIGKILL while a vCPU runs in a sub context, the kernel cleans up alone."""
     with nothing_stays() as before:
         reader, writer = os.pipe()
         child = os.fork()

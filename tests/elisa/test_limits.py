@@ -1,4 +1,4 @@
-"""Limits of a VM on its contexts and their pages: reached, the calls change nothing."""
+"""Limits of a VM on its contexts and their pages; a call at the limit changes nothing."""
 
 import errno
 import os
@@ -52,7 +52,7 @@ def test_contexts(kvm: Kvm) -> None:
 
 @pytest.mark.attack("T21")
 def test_pages(kvm: Kvm) -> None:
-    """Table pages count as pinned ones do."""
+    """Table pages count like pinned pages."""
     with new_machine(kvm, pages=2 * GOOD_PAGES) as machine, nothing_stays():
         first, second, third = sends(machine, 3)
         assert min(first, second) > 0
@@ -103,7 +103,7 @@ def test_a_refused_request_counts_for_nothing(kvm: Kvm) -> None:
 
 
 def test_defaults(kvm: Kvm) -> None:
-    """0 stands for what the header says; a storm of attachments ends there."""
+    """0 selects the header's default, at which a storm of attachments ends."""
     assert uapi.lib.KVM_ELISA_DEFAULT_CONTEXTS == 1024
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -124,7 +124,7 @@ def test_defaults(kvm: Kvm) -> None:
 
 
 def enable(kvm: Kvm, flags: int, *arguments: int, vcpu_first: bool = False) -> int:
-    """KVM_ENABLE_CAP(KVM_CAP_ELISA) on a new VM."""
+    """Return the result of KVM_ENABLE_CAP(KVM_CAP_ELISA) on a new VM."""
     with kvm.create_vm() as vm:
         if vcpu_first:
             vm.create_vcpu(0)
@@ -172,7 +172,7 @@ def test_calls_of_a_vm_that_has_not_opted_in(kvm: Kvm) -> None:
     ("allowed", "expected"), [(GOOD_PAGES - 1, -errno.ENOMEM), (GOOD_PAGES, 1)]
 )
 def test_locked_memory(allowed: int, expected: int) -> None:
-    """Pinned pages and table pages are charged, unless the caller has CAP_IPC_LOCK."""
+    """Pinned pages and table pages are charged unless the caller has CAP_IPC_LOCK."""
 
     def body() -> int:
         with Kvm() as kvm, new_machine(kvm) as machine:

@@ -1,5 +1,7 @@
-"""I5: VMFUNC works only in the mode that the contexts were built for; elsewhere it is an invalid
-opcode for the guest, and works again when the mode is back."""
+"""I5: VMFUNC works only in the mode for which the contexts were built.
+
+In other modes it is an invalid opcode for the guest. It works again when the mode is restored.
+"""
 
 import errno
 
@@ -35,7 +37,7 @@ from tests.rigs.processor_modes import (
 pytestmark = pytest.mark.elisa
 
 INVALID_OPCODE = 6
-# ---- what the guest changes itself ---------------------------------------------------------------
+# ---- changes by the guest itself -----------------------------------------------------------------
 
 
 @pytest.mark.attack("T7")
@@ -63,7 +65,7 @@ def test_without_smap(guest: BareGuest, counter: ObjectInstance) -> None:
 
 
 def test_again_and_again(guest: BareGuest, counter: ObjectInstance) -> None:
-    """The switch follows every change, in both directions."""
+    """VMFUNC follows every change, in both directions."""
     slot = counter.attach(guest).slot
     rounds = 10
     steps = []
@@ -84,7 +86,7 @@ def test_again_and_again(guest: BareGuest, counter: ObjectInstance) -> None:
 def test_bits_that_do_not_matter(
     guest: BareGuest, counter: ObjectInstance, register: int, value: int
 ) -> None:
-    """Contexts rely on none of these."""
+    """Contexts depend on none of these bits."""
     slot = counter.attach(guest).slot
     give(guest, Step(What.WRITE_CONTROL, register, value), try_vmfunc(), try_call(slot))
     assert run(guest) == []
@@ -93,8 +95,10 @@ def test_bits_that_do_not_matter(
 
 
 def test_bits_that_nobody_has_in_long_mode(guest: BareGuest, counter: ObjectInstance) -> None:
-    """PAE and paging cannot be turned off by 64-bit code (SDM vol. 3A, 10.8.5.4): the guest has to
-    leave 64-bit mode first, as below."""
+    """64-bit code cannot turn off PAE and paging (SDM vol. 3A, 10.8.5.4).
+
+    The guest has to leave 64-bit mode first, as below.
+    """
     counter.attach(guest)
     give(
         guest,
@@ -107,7 +111,7 @@ def test_bits_that_nobody_has_in_long_mode(guest: BareGuest, counter: ObjectInst
 
 
 def test_attached_in_the_wrong_mode(guest: BareGuest, counter: ObjectInstance) -> None:
-    """The list comes while SMAP is off."""
+    """The list is created while SMAP is off."""
 
     def on_mark(_: int) -> None:
         counter.attach(guest)
@@ -132,12 +136,14 @@ def test_a_guest_without_a_list(guest: BareGuest) -> None:
     assert faults(guest) == [INVALID_OPCODE] * 2
 
 
-# ---- modes that the vCPU is put into -------------------------------------------------------------
+# ---- modes set by the VMM ------------------------------------------------------------------------
 
 
 def _in_mode(guest: BareGuest, counter: ObjectInstance, mode: Mode) -> list[Exit]:
-    """VMFUNC to the default context, to the gate and to an empty slot, in the middle of a run that
-    calls the object before and behind it."""
+    """Return the exits of VMFUNC(0, 0) and VMFUNC(0, 1) in that mode.
+
+    Slot 0 is the default context, and slot 1 is empty. The guest calls the object before and after.
+    """
     slot = counter.attach(guest).slot
     guest.map(LONG_MODE_CODE, CODE, PAGE_SIZE, Access.READ | Access.EXECUTE)
     give(guest, try_call(slot), Step(What.MARK), try_call(slot))
@@ -155,7 +161,7 @@ def test_modes_without_vmfunc(guest: BareGuest, counter: ObjectInstance, name: s
 
 @pytest.mark.parametrize("name", ON)
 def test_modes_with_vmfunc(guest: BareGuest, counter: ObjectInstance, name: str) -> None:
-    """What the test above tells from: it works, or the VMM is told of the empty slot."""
+    """VMFUNC works, or the VMM is told of the empty slot."""
     works, empty = _in_mode(guest, counter, ON[name])
     assert works == Hlt()
     assert isinstance(empty, ElisaExit)
@@ -167,7 +173,7 @@ def test_modes_with_vmfunc(guest: BareGuest, counter: ObjectInstance, name: str)
 
 @pytest.mark.attack("T7")
 def test_a_list_for_five_levels(guest: BareGuest, counter: ObjectInstance) -> None:
-    """In a guest with four, VMFUNC stays off; and a list is for one kind."""
+    """In a guest with four levels VMFUNC stays off, and one list holds only one kind."""
     attachment = counter.attach_vcpu(guest.vcpu, 0, levels=5)
     with pytest.raises(IoctlError) as caught:
         counter.attach_vcpu(guest.vcpu, 1)

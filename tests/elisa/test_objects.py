@@ -1,4 +1,4 @@
-"""Shared objects as a user declares them: what is refused, and one that the repository lacks."""
+"""Shared objects as users declare them: refusals, and an object that the repository lacks."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ from tests.rigs.probe import WILD, Probe, Step, What, calls, give, results, run
 UNCHECKED = frozenset({Protection.CODE_CHECK})
 COUNTER = GUEST_SOURCES / "objects" / "counter.c"
 
-# A mailbox: a guest leaves a word for another guest, who finds it in its window.
+# A mailbox: a guest leaves a word for another guest, which finds it in its window.
 MAILBOX = """
 #include "elisa_object.h"
 #include "elisa_memory.h"
@@ -52,7 +52,7 @@ uint64_t elisa_serve(uint64_t to, uint64_t letter, uint64_t unused, const struct
 
 @pytest.mark.elisa
 def test_an_object_of_a_users_own(tmp_path: Path) -> None:
-    """In about ten lines: declare, open, attach, call."""
+    """An object takes about ten lines: declare, open, attach, call."""
     source = tmp_path / "mailbox.c"
     source.write_text(MAILBOX)
     mailbox = SharedObject("mailbox", source, shared=4096, window=4096, guests=3)
@@ -79,7 +79,7 @@ def test_an_object_of_a_users_own(tmp_path: Path) -> None:
 
 @pytest.mark.unit
 def test_objects_of_these_tests_are_built() -> None:
-    """Into the cache, from which the emulated host takes what it would have to compile slowly."""
+    """Building fills the cache for the emulated host, which would take long to compile."""
     assert Probe().image().entry == layout.IMAGE_GPA
     assert "elisa_serve" in build_object([WILD], without=UNCHECKED).symbols
 
@@ -126,7 +126,11 @@ def test_sizes_that_cannot_be(declare: Callable[[], SharedObject], says: str) ->
     ],
 )
 def test_geometry(shared: int, window: int, guests: int, pages: tuple[int, int]) -> None:
-    """pages: of the shared memory, where the windows begin; and of everything."""
+    """The memory has the expected size.
+
+    Args:
+        pages: pages of the shared memory, where the windows begin, and of everything.
+    """
     offset, size = (PAGE_SIZE * count for count in pages)
     declared = SharedObject("x", COUNTER, shared=shared, window=window, guests=guests)
     assert (declared.windows_offset, declared.memory_size) == (offset, size)
@@ -183,7 +187,7 @@ def test_several_sources(tmp_path: Path) -> None:
 
 @pytest.mark.unit
 def test_an_open_object_without_guests() -> None:
-    """Its memory is the host's to use; windows that it lacks are refused by name."""
+    """The host may use the memory; access to missing windows is refused by name."""
     with SharedObject("x", COUNTER, shared=10, window=10, guests=2).open() as instance:
         assert len(instance.shared) == len(instance.window(1)) == PAGE_SIZE
         instance.window(1)[0] = 3

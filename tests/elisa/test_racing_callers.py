@@ -1,8 +1,8 @@
 """T25: many threads make the patch's calls on the same VM at once, and close it meanwhile.
 
-Each call may lose a race, with one of a few errors; nothing may stay behind, the kernel's log has
-to be quiet, and a crossing has to work afterwards. The kernel is made fully preemptible where that
-can be done at run time, so that even one processor switches between two callers anywhere.
+A call may lose a race and fail with one of a few errors. Nothing may leak, the kernel's log has to
+be quiet, and a crossing has to work afterwards. The kernel is made fully preemptible if it can be
+at run time, so that even one processor switches between two callers at any point.
 """
 
 import ctypes
@@ -43,14 +43,14 @@ pytestmark = pytest.mark.elisa
 
 ROUNDS = 12
 ACTIONS = 14
-"""Of each thread in each round."""
+"""Actions of each thread in each round."""
 
 PREEMPTION = Path("/sys/kernel/debug/sched/preempt")
 
-# A descriptor may be closed, and its number be another file's already.
+# A descriptor may be closed, and its number already belong to another file.
 CLOSED = {errno.EBADF, errno.ENOTTY, errno.EINVAL}
 ALLOWED = {
-    # The memory is gone; the limit is reached; what an EPTP page should name has become a gate.
+    # The memory is gone, the limit is reached, or the target of an EPTP page has become a gate.
     "create": CLOSED | {errno.EFAULT, errno.ENOSPC, errno.ELOOP},
     "set slot": CLOSED | {errno.EBUSY},
     "revoke": CLOSED | {errno.ENOENT},
@@ -73,7 +73,7 @@ SLOTS = (2, 3, 511)
 
 @pytest.fixture
 def _preemptible() -> Iterator[None]:
-    """The kernel's preemption model, and Python's own interval between threads."""
+    """Make the kernel preemptible and shorten Python's switch interval; restore both afterwards."""
     interval = sys.getswitchinterval()
     before = ""
     if PREEMPTION.exists():
@@ -103,14 +103,14 @@ class Round:
             prepare(kvm, vcpu)
             set_registers(vcpu, slot=2)
         self.contexts: list[int] = []
-        """Descriptors; whoever takes one out closes it."""
+        """Descriptors; the thread that removes one closes it."""
         self.owned = [self.vm, *self.vcpus]
-        """The same of the VM and its vCPUs."""
+        """Descriptors of the VM and its vCPUs, under the same rule."""
         for vcpu_id, vcpu in enumerate(self.vcpus):
             self._attach(vcpu_id, vcpu)
 
     def _attach(self, vcpu_id: int, vcpu: int) -> None:
-        """An object in slot 2, a gate in slot 3."""
+        """Put an object into slot 2 and a gate into slot 3."""
         address = self.arena.address
         thing = create_context(self.vm, context_request(Kind.OBJECT, address))
         sub = create_context(self.vm, context_request(Kind.SUB, address, vcpu_id=vcpu_id))
@@ -126,7 +126,7 @@ class Round:
             self.failures.append(f"{name} returned {result} ({os.strerror(-result)})")
         return result
 
-    # ---- what a thread may do --------------------------------------------------------------------
+    # ---- actions of a thread ---------------------------------------------------------------------
 
     def create(self, choice: random.Random) -> None:
         kind = choice.choice(list(Kind))
@@ -147,7 +147,7 @@ class Round:
         self.judge("set slot", set_slot(vcpu, slot, fd))
 
     def fill_one(self, choice: random.Random) -> None:
-        """All threads the same slot."""
+        """Set the one slot that all threads compete for."""
         self.judge("set slot", set_slot(self.vcpus[0], 2, choice.choice([*self.contexts, -1])))
 
     def revoke(self, choice: random.Random) -> None:
@@ -161,7 +161,7 @@ class Round:
         except AssertionError:
             self.outcomes["registers: refused"] += 1  # closed meanwhile
         if self.judge("run", raw(vcpu, "KVM_RUN")) >= 0:
-            # Of this run or, if another thread runs the vCPU already, of an earlier one.
+            # The exit is of this run, or of an earlier one if another thread already runs the vCPU.
             (reason,) = struct.unpack_from("<I", self.areas[number], 8)
             (cause,) = struct.unpack_from("<I", self.areas[number], 32)
             self.outcomes[f"exit {reason}" + f" cause {cause}" * (reason == 0x45)] += 1
@@ -181,7 +181,7 @@ class Round:
             os.close(fd)
 
     def close_machine(self, choice: random.Random) -> None:
-        """Rarely: the VM or a vCPU under everybody's feet."""
+        """Close, rarely, the VM or a vCPU while other threads use it."""
         if choice.random() < 0.1:
             try:
                 fd = self.owned.pop(choice.randrange(3))
@@ -198,7 +198,7 @@ class Round:
 
     def _act(self, number: int) -> None:
         choice = random.Random(self.seed * 100 + number)
-        # Most threads do everything; the last one alone may move the memory itself.
+        # All threads do everything; the first one alone also remaps the memory itself.
         things: list[Callable[[random.Random], None]] = [
             *(self.create, self.create, self.fill, self.fill_one, self.revoke, self.revoke),
             *(self.run, self.run, self.run, self.run, self.enable),
@@ -216,7 +216,7 @@ class Round:
     def race(self) -> None:
         child = 0
         if self.seed % 4 == 0:
-            # It drops its references, the last ones perhaps, at some moment.
+            # The child drops its references, perhaps the last ones, at some moment.
             child = os.fork()
             if not child:
                 time.sleep(0.01)
@@ -229,7 +229,7 @@ class Round:
             assert os.waitpid(child, 0)[1] == 0
 
     def _kick(self, threads: list[threading.Thread]) -> None:
-        """Let nobody stay in KVM_RUN, which others wait for."""
+        """Interrupt KVM_RUN in all threads, because other threads wait for it."""
         libc = ctypes.CDLL(None)
         deadline = time.monotonic() + 120
         while any(thread.is_alive() for thread in threads):
@@ -268,7 +268,7 @@ def test_racing_callers(kvm: Kvm) -> None:
     finally:
         signal.signal(signal.SIGUSR1, old)
     print("\n".join(f"{name}: {count}" for name, count in sorted(outcomes.items())))
-    # Whether anything has come of it.
+    # The calls must have achieved something.
     for name in ("create", "set slot", "revoke", "run"):
         assert outcomes[f"{name}: done"] > 5, outcomes
     assert outcomes["run: Interrupted system call"], outcomes

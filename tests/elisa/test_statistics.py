@@ -1,4 +1,4 @@
-"""The patch's statistics (KVM_GET_STATS_FD): each moves with what it counts, and not otherwise."""
+"""The patch's statistics (KVM_GET_STATS_FD): each counts its own events and no others."""
 
 import os
 
@@ -62,7 +62,7 @@ def test_what_they_are(machine: Machine) -> None:
 
 
 def test_contexts_and_pages(machine: Machine) -> None:
-    """Tables and pinned pages of every context that anybody refers to."""
+    """They count tables and pinned pages of every context that is still referenced."""
     stats = machine.vm.stats()
 
     def now() -> tuple[int, int]:
@@ -83,7 +83,7 @@ def test_contexts_and_pages(machine: Machine) -> None:
     assert contexts == 3
     assert pages >= 2 * (4 + 3) + 4
     os.close(first)
-    assert now() == (contexts, pages)  # the gate names it
+    assert now() == (contexts, pages)  # the gate refers to it
     os.close(gate)
     assert now()[0] == 1
     assert set_slot(machine.vcpu, 2, -1) == 0
@@ -91,7 +91,7 @@ def test_contexts_and_pages(machine: Machine) -> None:
 
 
 def test_calls_count_nothing(guest: BareGuest) -> None:
-    """A crossing is not seen by the host."""
+    """The host does not see a crossing."""
     with SharedObject("counter", GUEST_SOURCES / "objects" / "counter.c").open() as counter:
         slot = counter.attach(guest).slot
         give(guest, *(calls(slot, 1) for _ in range(20)))
@@ -112,7 +112,7 @@ def test_failed_vmfunc(guest: BareGuest) -> None:
 
 @pytest.mark.parametrize("what", [Wild.CPUID, Wild.VMCALL, Wild.READ])
 def test_exits_of_a_context(guest: BareGuest, what: Wild) -> None:
-    """Reported ones; the host's own interrupts, which leave a context as well, are none of them."""
+    """Reported exits count; the host's own interrupts, which also leave a context, do not."""
     with wild_object().open() as wild:
         slot = wild.attach(guest).slot
         give(guest, calls(slot, what, layout.IMAGE_GPA))
@@ -134,7 +134,7 @@ def test_host_interrupts_are_not_reported(kvm: Kvm) -> None:
 
 
 def started(guest: BareGuest, instance: ObjectInstance) -> tuple[Spin, int]:
-    """Inside the object; and the interrupts of the host before."""
+    """Start a call; return once it is inside, with the count of the host's interrupts so far."""
     give(guest, calls(instance.attach(guest).slot, LONG))
     before = guest.vcpu.stats().value("irq_exits")
     spin = Spin(instance)

@@ -28,7 +28,7 @@ def _tracefs() -> None:
 
 @contextmanager
 def traced() -> Iterator[list[str]]:
-    """Filled at the end: one line for each event, "name: fields"."""
+    """Yield a list that holds a line "name: fields" for each event after the end of the context."""
     lines: list[str] = []
     switches = [TRACING / "events" / "kvm" / name / "enable" for name in EVENTS]
     (TRACING / "trace").write_text("")

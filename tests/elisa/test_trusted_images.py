@@ -1,4 +1,4 @@
-"""What the toolchain makes of an object's sources, and what it refuses."""
+"""Images that the toolchain builds from an object's sources, and sources that it refuses."""
 
 import os
 import re
@@ -48,7 +48,7 @@ def test_own_objects(name: str) -> None:
 
 
 def instructions(code: bytes, file: Path) -> list[str]:
-    """Mnemonics of straight-line code and the int3 around it, without the int3."""
+    """Return the mnemonics of straight-line code, without the int3 around it."""
     if not shutil.which("objdump"):
         pytest.skip("no objdump: apt-get install binutils")
     file.write_bytes(code)
@@ -63,7 +63,7 @@ def instructions(code: bytes, file: Path) -> list[str]:
 
 
 def test_a_crossing_to_nop_is_38_instructions(tmp_path: Path) -> None:
-    """From the call to the ret, both included; 12 of them are the gate's (tests/guest)."""
+    """The count goes from the call to the ret, both included; 12 are the gate's (tests/guest)."""
     pages = toolchain.crossing_images()
     image = build_object([GUEST_SOURCES / "objects" / "nop.c"])
     serve = image.symbols["elisa_serve"] - crossing.IMAGE_OFFSET
@@ -73,7 +73,7 @@ def test_a_crossing_to_nop_is_38_instructions(tmp_path: Path) -> None:
     nop = instructions(image.parts[1].data, tmp_path / "nop")
     back = instructions(pages.return_page, tmp_path / "return")
     assert (entry, nop, back) == (["xor", "vmfunc"], ["xor", "ret"], ["mov", "ret"])
-    assert sub[0] == "movq"  # the transient slot, first of all
+    assert sub[0] == "movq"  # first the transient slot
     assert sub.count("call") == 1
     assert sub.count("vmfunc") == 1
     assert 1 + len(entry) + 12 + len(sub) + len(nop) + len(back) == 38
@@ -132,7 +132,10 @@ def test_only_the_sub_entry_differs_for_callers_in_user_mode(name: str) -> None:
 
 
 def test_what_the_two_sub_entries_do(tmp_path: Path) -> None:
-    """STAC and CLAC around the call, or AC cleared with POPFQ before it; nothing more."""
+    """One has STAC and CLAC around the call, the other clears AC with POPFQ before it.
+
+    There is no other difference.
+    """
     nop = GUEST_SOURCES / "objects" / "nop.c"
     kernel, user = (
         instructions(build_object([nop], user=user).parts[0].data, tmp_path / "sub")
@@ -145,10 +148,10 @@ def test_what_the_two_sub_entries_do(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("protection", Protection)
 def test_builds_without_a_protection(tmp_path: Path, protection: Protection) -> None:
-    """Each leaves out some instructions and nothing else; the pages keep their form."""
+    """Each build lacks some instructions and nothing else; the pages keep their form."""
     cost = {
         Protection.GATE_BARRIER: (1, 0, 0),
-        Protection.GATE_CHECK: (5, 0, 0),  # three of them on the way, clearing and int3 aside
+        Protection.GATE_CHECK: (5, 0, 0),  # three of them on the path, besides clearing and int3
         Protection.SLOT_CLEARING: (0, 1, 1),
         Protection.WINDOW_ACCESS: (0, 2, 0),
         Protection.FLAG_CLEARING: (0, 0, 3),
@@ -163,7 +166,7 @@ def test_builds_without_a_protection(tmp_path: Path, protection: Protection) -> 
         assert all(page.endswith(VMFUNC) and page.count(VMFUNC) == 1 for page in pages)
         counts.append([len(instructions(page, tmp_path / "page")) for page in pages])
     whole, less = counts
-    # The compare, its branch and the reload go with the clearing behind the branch.
+    # The compare, its branch and the reload go with the clearing after the branch.
     assert [a - b for a, b in zip(whole, less, strict=True)] == [
         cost[0] - (protection is Protection.GATE_CHECK),
         *cost[1:],
@@ -194,7 +197,7 @@ def test_instructions_that_have_no_business_in_an_object(tmp_path: Path, text: s
     ):
         build(tmp_path, code)
     source = tmp_path / "object.c"
-    assert build_object([source], without=frozenset({Protection.CODE_CHECK}))  # the control
+    assert build_object([source], without=frozenset({Protection.CODE_CHECK}))  # control
 
 
 @pytest.mark.attack("T23")
@@ -215,7 +218,7 @@ def test_branches_that_lead_elsewhere(tmp_path: Path, text: str, error: type[Exc
 
 
 def test_what_c_compiles_to_is_not_refused(tmp_path: Path) -> None:
-    """A large switch has no table of jumps; atomics, divisions and string moves are plain code."""
+    """Large switches compile to no jump table; atomics, divisions, string moves are plain code."""
     cases = "\n".join(f"case {n}: return a1 * {n * n + 1} + a2 % {n + 3};" for n in range(40))
     text = (
         HEAD
@@ -240,8 +243,8 @@ def test_what_c_compiles_to_is_not_refused(tmp_path: Path) -> None:
 def test_vmfunc_bytes_are_found_across_every_boundary() -> None:
     a, b = b"\xcc" * (PAGE_SIZE - 1) + b"\x0f", b"\x01\xd4" + b"\xcc" * (PAGE_SIZE - 2)
     assert find_vmfunc([(0, a + b)]) == [PAGE_SIZE - 1]  # pages of one part
-    assert find_vmfunc([(PAGE_SIZE, b), (0, a)]) == [PAGE_SIZE - 1]  # parts that follow each other
-    assert find_vmfunc([(0, a), (2 * PAGE_SIZE, b)]) == []  # and parts that do not
+    assert find_vmfunc([(PAGE_SIZE, b), (0, a)]) == [PAGE_SIZE - 1]  # adjacent parts
+    assert find_vmfunc([(0, a), (2 * PAGE_SIZE, b)]) == []  # parts that are not adjacent
     assert find_vmfunc([(0, VMFUNC * 2), (0x5000, b"\x0f" + VMFUNC)]) == [0, 3, 0x5001]
 
 
@@ -284,7 +287,7 @@ def test_a_vmfunc_split_by_a_page_boundary(tmp_path: Path) -> None:
             "vmfunc",
         ),
         (
-            # The bytes inside an immediate: nothing that looks like a vmfunc in the source
+            # The bytes are inside an immediate: nothing looks like a vmfunc in the source.
             SERVE % "return a0 ^ 0x11d4010f22ull;",
             toolchain.ForeignVmfuncError,
             "vmfunc",
@@ -305,7 +308,7 @@ def test_a_vmfunc_split_by_a_page_boundary(tmp_path: Path) -> None:
 def test_refused(tmp_path: Path, text: str, error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         build(tmp_path, HEAD + text)
-    with pytest.raises(error):  # and nothing of it was cached
+    with pytest.raises(error):  # nothing of it was cached
         build(tmp_path, HEAD + text)
 
 
@@ -315,7 +318,7 @@ def test_missing_source(tmp_path: Path) -> None:
 
 
 def test_cached_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second build runs no compiler, wherever the sources lie by then; an edit needs one."""
+    """The second build runs no compiler, even if the sources have moved; an edit needs one."""
     first, second = tmp_path / "first", tmp_path / "second"
     for directory in (first, second):
         directory.mkdir()

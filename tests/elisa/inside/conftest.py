@@ -1,4 +1,4 @@
-"""A guest that records what interrupts it, and an object in which it stays until it may go."""
+"""Fixtures: a guest that records its interrupts, and an object that holds it until released."""
 
 from collections.abc import Iterator
 

@@ -1,5 +1,7 @@
-"""I6: interrupts, NMIs and INIT that come while a vCPU is outside its default context wait until it
-is back, are taken right at the return page, once each, and disturb nothing."""
+"""I6: interrupts, NMIs and INIT wait while a vCPU is outside its default context.
+
+They are taken at the return page, once each, and disturb nothing.
+"""
 
 from collections.abc import Callable
 
@@ -49,7 +51,7 @@ SHORT = 1000  # turns: with interrupts off, the emulated host has to wait
 
 
 class Counted:
-    """The vCPU's statistics, as differences since this was made."""
+    """The vCPU's statistics, as differences from the time of construction."""
 
     def __init__(self, guest: BareGuest) -> None:
         self._stats: Stats = guest.vcpu.stats()
@@ -67,7 +69,10 @@ class Counted:
 
 
 def check_at_return(event: Event, vector: int) -> None:
-    """Taken in the default context, before the return page's first instruction."""
+    """Check that the event was taken at the return page's first instruction.
+
+    There the vCPU is in its default context.
+    """
     assert event.vector == vector
     assert event.rip == RETURN_PAGE, hex(event.rip)
     assert layout.STACK_GPA <= event.rsp < layout.STACK_TOP_GPA, hex(event.rsp)
@@ -76,9 +81,10 @@ def check_at_return(event: Event, vector: int) -> None:
 def held_while_inside(
     guest: BareGuest, instance: ObjectInstance, inject: Callable[[], object]
 ) -> list[Event]:
-    """Call the object, inject something while it works, let it go on for a while, let it end.
+    """Call the object, inject something while it works, and let it finish a while later.
 
-    Returns the events that the guest took; until the end it took none.
+    Returns:
+        The events that the guest took; it took none before the end.
     """
     slot = instance.attach(guest).slot
     give(guest, calls(slot, LONG), calls(slot, 7))
@@ -97,7 +103,7 @@ def held_while_inside(
     first, second = results(guest)
     assert first is not None
     assert first >= turns
-    assert second == 0  # released: the second call has nothing to do
+    assert second == 0  # released: the second call finds no work
     assert (spin.begun, spin.ended) == (2, 2)
     since = counted.since()
     assert since["elisa_held"] >= 1
@@ -127,8 +133,11 @@ def test_an_interrupt_that_could_be_posted(kvm: Kvm, instance: ObjectInstance) -
 
 
 def test_several_at_once(guest: BareGuest, instance: ObjectInstance) -> None:
-    """One return is trapped; then each is taken, highest priority first: the NMI, then the
-    interrupts by vector (SDM vol. 3A, table 6-2). The same vector twice is one interrupt."""
+    """One return is trapped, and then each event is taken in the order of priority.
+
+    The NMI comes first, then the interrupts by vector (SDM vol. 3A, table 6-2). The same vector
+    twice is one interrupt.
+    """
 
     def inject() -> None:
         for data in (0x41, 0x71, NMI_DELIVERY, 0x61, 0x71):
@@ -142,7 +151,7 @@ def test_several_at_once(guest: BareGuest, instance: ObjectInstance) -> None:
 
 @pytest.mark.attack("T11")
 def test_the_timer(guest: BareGuest, instance: ObjectInstance) -> None:
-    """The guest's own local APIC timer, armed before the call: nobody in the host acts."""
+    """The guest's own local APIC timer, armed before the call, needs no action of the host."""
     slot = instance.attach(guest).slot
     give(
         guest,
@@ -166,7 +175,7 @@ def test_the_timer(guest: BareGuest, instance: ObjectInstance) -> None:
 
 @pytest.mark.attack("T11")
 def test_init(guest: BareGuest, instance: ObjectInstance) -> None:
-    """INIT resets a vCPU: not in the middle of an object's work, but right behind it."""
+    """INIT resets the vCPU after the object's work, not in the middle of it."""
     slot = instance.attach(guest).slot
     give(guest, calls(slot, LONG))
     counted = Counted(guest)
@@ -176,7 +185,7 @@ def test_init(guest: BareGuest, instance: ObjectInstance) -> None:
     send_ipi(guest, INIT_DELIVERY | ASSERT_LEVEL)
     spin.work_on()
     spin.release()
-    # The first vCPU starts at its reset vector (SDM vol. 3A 9.1.4), where this guest has nothing.
+    # The first vCPU starts at its reset vector (SDM vol. 3A 9.1.4), where this guest has no code.
     with pytest.raises(Exception, match="the guest") as caught:
         guest.wait(60)
     assert not isinstance(caught.value, AssertionError)
@@ -187,11 +196,11 @@ def test_init(guest: BareGuest, instance: ObjectInstance) -> None:
     assert counted.since()["elisa_returns"] == 1
 
 
-# ---- events that wait already --------------------------------------------------------------------
+# ---- events pending before the call --------------------------------------------------------------
 
 
 def test_pending_with_interrupts_off(guest: BareGuest, instance: ObjectInstance) -> None:
-    """The call neither takes it nor loses it; the guest's own STI does."""
+    """The call neither takes nor loses the event; the guest's own STI takes it."""
     slot = instance.attach(guest).slot
     give(
         guest,
@@ -216,7 +225,7 @@ def test_pending_with_interrupts_off(guest: BareGuest, instance: ObjectInstance)
 
 @pytest.mark.attack("T11")
 def test_interrupts_on_with_the_last_instruction(kvm: Kvm, instance: ObjectInstance) -> None:
-    """STI lets an interrupt in behind the next instruction, which is the VMFUNC: in the gate."""
+    """After STI the interrupt would be taken after the next instruction: VMFUNC, so in the gate."""
     with BareGuest(kvm, Probe(events=True), irqchip=True) as guest:
         slot = instance.attach(guest).slot
         guest.map_crossing(crossing_with_sti())
@@ -237,7 +246,7 @@ def test_interrupts_on_with_the_last_instruction(kvm: Kvm, instance: ObjectInsta
 
 
 def test_an_nmi_before_the_vcpu_goes_on_inside(guest: BareGuest, instance: ObjectInstance) -> None:
-    """The vCPU stops inside, is given an NMI (KVM_NMI) and an interrupt, and runs on."""
+    """The vCPU stops inside, gets an NMI (KVM_NMI) and an interrupt, and runs on."""
     slot = instance.attach(guest).slot
     give(guest, calls(slot, LONG))
     spin = Spin(instance)
@@ -259,7 +268,7 @@ def test_an_nmi_before_the_vcpu_goes_on_inside(guest: BareGuest, instance: Objec
 
 
 def test_events_outside_a_call_are_not_held(guest: BareGuest, instance: ObjectInstance) -> None:
-    """In its default context a vCPU with a list takes them as any other does."""
+    """In its default context a vCPU with a list takes events as any other vCPU does."""
     slot = instance.attach(guest).slot
     give(
         guest,
@@ -282,9 +291,11 @@ def test_events_outside_a_call_are_not_held(guest: BareGuest, instance: ObjectIn
 
 @pytest.mark.attack("T11")
 def test_many_events_and_calls(guest: BareGuest, instance: ObjectInstance) -> None:
-    """A timer interrupt for each of many calls, at all places of a crossing: each is taken once,
-    and none in the crossing area but on the entry page, which is the guest's own, or before the
-    return page's first instruction."""
+    """A timer interrupt arrives at some point of each of many crossings and is taken once.
+
+    In the crossing area it is taken only on the entry page, which is the guest's own, or before the
+    return page's first instruction.
+    """
     slot = instance.attach(guest).slot
     rounds = 60
     steps = []
@@ -306,14 +317,14 @@ def test_many_events_and_calls(guest: BareGuest, instance: ObjectInstance) -> No
         event for event in taken if event.rip in CROSSING_AREA and event.rip not in ENTRY_PAGE
     ]
     assert {event.rip for event in inside} <= {RETURN_PAGE}
-    # Not vacuous: some came while the object worked.
+    # Some must have arrived while the object worked.
     assert len(inside) >= rounds // 10
     assert counted.since()["elisa_returns"] >= len(inside) // 2
     assert results(guest)[1::5] == [300] * rounds
 
 
 def test_a_guest_without_events_is_not_slowed(kvm: Kvm, instance: ObjectInstance) -> None:
-    """No event, no exit of a crossing: nothing was armed."""
+    """Without events a crossing causes no exit: nothing is armed."""
     with BareGuest(kvm, Probe()) as guest:
         prepare(guest)
         slot = instance.attach(guest).slot

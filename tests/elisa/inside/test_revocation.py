@@ -1,4 +1,4 @@
-"""Taking contexts away from a vCPU: in user space, running, halted, or inside the object."""
+"""Revocation of contexts from a vCPU: in user space, running, halted, or inside the object."""
 
 import errno
 import os
@@ -38,7 +38,7 @@ GENERAL = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", *(f"r{n}" for n in r
 
 
 def start_over(guest: BareGuest, *steps: Step) -> None:
-    """Let the guest begin again, as a VMM may that has stopped it for good."""
+    """Restart the guest's program, as a VMM may after it has stopped the guest for good."""
     give(guest, *steps)
     sregs = guest.vcpu.get_sregs()
     guest.start_vcpu(guest.vcpu, Probe().image().entry, layout.STACK_TOP_GPA, layout.BOOT_INFO_GPA)
@@ -46,7 +46,7 @@ def start_over(guest: BareGuest, *steps: Step) -> None:
 
 
 def told(guest: BareGuest) -> ElisaExit:
-    """The exit at which a started guest stopped."""
+    """Return the exit at which a started guest stopped."""
     with pytest.raises(UnexpectedExitError) as caught:
         guest.wait(60)
     exit = caught.value.exit
@@ -75,7 +75,7 @@ def check_refused(exit: Exit, slot: int) -> None:
 
 
 def test_slots(machine: Machine) -> None:
-    """It empties what it names, and nothing else; an empty slot is told."""
+    """Revocation empties the named slots only, and reports an empty slot."""
     vm, vcpu = machine.vm, machine.vcpu
     with nothing_stays() as before:
         first, second = good(machine).send(vm), good(machine).send(vm)
@@ -121,7 +121,7 @@ def test_refusals(machine: Machine) -> None:
 
 
 def test_without_sys_admin(machine: Machine) -> None:
-    """The right is asked for before anything else, so that the call tells nothing."""
+    """The permission is checked first, so that the call reveals nothing."""
     assert in_child(lambda: _own_revoke(2), without=CAP_SYS_ADMIN) == -errno.EPERM
 
 
@@ -141,7 +141,7 @@ def test_the_error_says_what_to_do(machine: Machine) -> None:
 
 
 def test_in_user_space(guest: BareGuest, instance: ObjectInstance) -> None:
-    """The guest waits in a mark. Its other object stays."""
+    """The guest waits at a mark. Its other object stays attached."""
     first = instance.attach(guest, 0)
     second = instance.attach(guest, 1)
 
@@ -161,7 +161,7 @@ def test_in_user_space(guest: BareGuest, instance: ObjectInstance) -> None:
 
 
 def test_while_the_guest_runs(guest: BareGuest, instance: ObjectInstance) -> None:
-    """In its default context: it goes on, and finds out at its next VMFUNC."""
+    """The guest runs on in its default context and fails at its next VMFUNC."""
     attachment = instance.attach(guest)
     give(
         guest,
@@ -178,7 +178,7 @@ def test_while_the_guest_runs(guest: BareGuest, instance: ObjectInstance) -> Non
 
 
 def test_halted(guest: BareGuest, instance: ObjectInstance) -> None:
-    """It does not wake up; when an interrupt wakes it, its slot is empty."""
+    """A halted vCPU sleeps on; when an interrupt wakes it, its slot is empty."""
     attachment = instance.attach(guest)
     give(
         guest,
@@ -200,8 +200,10 @@ def test_halted(guest: BareGuest, instance: ObjectInstance) -> None:
 
 
 def test_inside(guest: BareGuest, instance: ObjectInstance) -> None:
-    """It stops where it is; nothing of the object's is left in its registers, nothing of the object
-    runs any more, and the guest can be started over and attached again."""
+    """The vCPU stops at once, and no code of the object runs any more.
+
+    Its registers hold nothing of the object's. The guest can be started over and attached again.
+    """
     attachment = instance.attach(guest)
     give(guest, calls(attachment.slot, LONG))
     spin = Spin(instance)
@@ -226,7 +228,7 @@ def test_inside(guest: BareGuest, instance: ObjectInstance) -> None:
 
 
 def test_stopped_inside(guest: BareGuest, instance: ObjectInstance) -> None:
-    """The vCPU is in user space, its context the object's: the next run tells, and runs nothing."""
+    """The vCPU is in user space, inside the object: the next run reports it and does nothing."""
     attachment = instance.attach(guest)
     give(guest, calls(attachment.slot, LONG))
     spin = Spin(instance)
@@ -241,7 +243,7 @@ def test_stopped_inside(guest: BareGuest, instance: ObjectInstance) -> None:
 
 
 def test_another_slot_while_inside(guest: BareGuest, instance: ObjectInstance) -> None:
-    """The object that the vCPU is in is not the one that is taken away: it notices nothing."""
+    """The vCPU is in an object other than the revoked one, and is not disturbed."""
     inside = instance.attach(guest, 0)
     other = instance.attach(guest, 1)
     give(guest, calls(inside.slot, LONG), Step(What.VMFUNC, 0, other.slot))
@@ -256,20 +258,20 @@ def test_another_slot_while_inside(guest: BareGuest, instance: ObjectInstance) -
 
 
 def test_pages_come_back(kvm: Kvm) -> None:
-    """At once, although the VM, the object and the VMM's descriptors of them are still there."""
+    """The pages come back at once, while VM, object and the VMM's descriptors still exist."""
     before = (pinned_pages(), locked_kib())
     with event_guest(kvm) as guest, spin_object().open() as instance:
         attachment = instance.attach(guest)
         taken = pinned_pages() - before[0]
         assert taken > 10
         stats = guest.vm.stats()
-        assert stats.value("elisa_pages") > taken  # and table pages
+        assert stats.value("elisa_pages") > taken  # table pages too
         assert locked_kib() - before[1] == stats.value("elisa_pages") * 4
         give(guest, calls(attachment.slot, LONG))
         spin = Spin(instance)
         guest.start()
         spin.wait_until_inside()
-        for context in attachment._contexts:  # the slot's reference is the last one
+        for context in attachment._contexts:  # the slot holds the last reference
             context.close()
         assert pinned_pages() - before[0] == taken
         revoke_slot(guest.vm, 0, attachment.slot)
@@ -279,7 +281,7 @@ def test_pages_come_back(kvm: Kvm) -> None:
 
 
 def test_another_vm(kvm: Kvm, guest: BareGuest, instance: ObjectInstance) -> None:
-    """The same object, another guest: it works on, and its slot is its own."""
+    """Another guest of the same object works on; its slot is its own."""
     first = instance.attach(guest, 0)
     with BareGuest(kvm, Probe(), name="other") as other:
         prepare(other)
@@ -298,14 +300,14 @@ def test_another_vcpu(guest: BareGuest, instance: ObjectInstance) -> None:
     first = instance.attach(guest, 0)
     vcpu = guest.vm.create_vcpu(1)
     second = instance.attach_vcpu(vcpu, 1)
-    assert first.slot == second.slot  # of different lists
+    assert first.slot == second.slot  # slots of different lists
     revoke_slot(guest.vm, 0, None)
     assert revoke(guest.vm, 0, first.slot) == -errno.ENOENT
     assert revoke(guest.vm, 1, second.slot) == 0
 
 
 def test_again_and_again(guest: BareGuest, instance: ObjectInstance) -> None:
-    """Revoked at a different moment each time, without a leak."""
+    """Revocation at a different moment each time leaks nothing."""
     spin = Spin(instance)
     pinned = pinned_pages()
     for number in range(8):

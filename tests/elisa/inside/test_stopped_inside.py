@@ -1,6 +1,6 @@
-"""What a VMM changes in a vCPU that it stopped inside a context.
+"""Changes that a VMM makes to a vCPU that it stopped inside a context.
 
-The VMM is trusted, but what it asks for must not open a way that a guest could be led through.
+The VMM is trusted, but its requests must not open a way for the guest.
 """
 
 import pytest
@@ -33,7 +33,7 @@ def stop_inside(guest: BareGuest, instance: ObjectInstance) -> Spin:
 
 @pytest.mark.attack("T11")
 def test_an_interrupt_on_its_way(guest: BareGuest, instance: ObjectInstance) -> None:
-    """KVM_SET_VCPU_EVENTS with an interrupt that KVM would enter the guest with at once."""
+    """KVM_SET_VCPU_EVENTS sets an interrupt that KVM would inject at the next entry."""
     spin = stop_inside(guest, instance)
     state = guest.vcpu.get_vcpu_events()
     assert not state.interrupt.injected
@@ -50,7 +50,7 @@ def test_an_interrupt_on_its_way(guest: BareGuest, instance: ObjectInstance) -> 
 
 @pytest.mark.attack("T7")
 def test_another_mode(guest: BareGuest, instance: ObjectInstance) -> None:
-    """Without SMAP not even the VMFUNC of the return works: the vCPU stops. With it, it goes on."""
+    """Without SMAP not even the return's VMFUNC works, and the vCPU stops. With SMAP it goes on."""
     spin = stop_inside(guest, instance)
     sregs = guest.vcpu.get_sregs()
     sregs.cr4 &= ~SMAP

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.elisa
 
 @pytest.mark.attack("T11")
 def test_a_system_management_interrupt(guest: BareGuest, instance: ObjectInstance) -> None:
-    """Its handler finds the guest on the return page, not the object's registers."""
+    """The handler finds the guest on the return page, not the object's registers."""
     slot = instance.attach(guest).slot
     give(guest, calls(slot, LONG), calls(slot, 7))
     spin = Spin(instance)
