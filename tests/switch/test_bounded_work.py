@@ -1,7 +1,7 @@
-"""T24: nothing in a window and nothing in a register makes a call longer than a stated limit.
+"""T24: nothing in a window or a register makes a call longer than a stated limit.
 
-The limit counts what a call may do for each frame (four lookups in lines of eight ways, eight
-tags) and for each copy (of 2040 bytes at most). Fuzzing holds the same for loads and stores
+The limit counts the work of a call for each frame (four lookups in lines of eight ways, eight tags)
+and for each copy (of 2040 bytes at most). Fuzzing checks the same for loads and stores
 (tests/rigs/switch/fuzz).
 """
 
@@ -27,17 +27,18 @@ HOSTILE_CALLS = 12
 
 
 def limit(ports: int, burst: int) -> int:
-    """Instructions of any call of a switch with so many ports and transmit slots.
+    """Return the limit on instructions of a call, for a switch with that many ports and slots.
 
-    For the largest switch, 64 ports and 256 slots, it is 8.2 million.
+    For the largest switch, 64 ports and 256 transmit slots, it is 8.2 million.
     """
     return 100 + burst * ports * 500
 
 
 def most(build: Build, rig: Rig, a2: int, *, change: random.Random | None = None) -> int:
-    """Instructions of a call with `a2` frames, counted a little beyond the limit at most.
+    """Return the instructions of a call with `a2` frames; counting stops just above the limit.
 
-    With `change`, lengths and addresses in the window change between any two instructions.
+    Args:
+        change: changes lengths and addresses in the window between any two instructions.
     """
     window = ffi.cast("struct switch_window *", rig.switch.window(0))
     steps = 0
@@ -58,7 +59,7 @@ def most(build: Build, rig: Rig, a2: int, *, change: random.Random | None = None
 @pytest.mark.attack("T24")
 @pytest.mark.parametrize("length", [14, 31, 32, 767, 768, 2040])
 def test_a_full_burst_to_everybody(length: int) -> None:
-    """The lengths at which copies change their way, and the longest."""
+    """The lengths are those at which copies change their method, and the longest."""
     rig = make_rig(CONFIG)
     rig.teach()
     for slot in range(CONFIG.tx_slots):
@@ -70,8 +71,11 @@ def test_a_full_burst_to_everybody(length: int) -> None:
 
 @pytest.mark.attack("T24")
 def test_full_lines_of_the_table_and_frames_full_of_tags() -> None:
-    """Sources and destinations all meet in one line, on their own VLAN and when pins are looked up;
-    it has no room left. The frames need all the tags that may make a frame longer."""
+    """All sources and destinations meet in one full line of the table.
+
+    They do so on their own VLAN and in the lookup of pins. The frames have the most tags that may
+    make a frame longer.
+    """
     config = SwitchConfig(ports=4, lane_slots=8, tx_slots=8, frame_limit=767 - 32)
     rig = make_rig(config)
     shared = ffi.cast("struct switch_shared *", rig.switch.address)

@@ -1,4 +1,4 @@
-"""Ports on several threads at once; cffi lets go of Python's lock during each call."""
+"""Ports used by several threads at once; cffi releases the GIL during each call."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZES = (60, 64, 65, 200, 511, 512, 1000, 1514)
 
 
 def sender(port: int) -> list[list[bytes]]:
-    """The bursts that `port` sends; each frame's mark is its place in the order."""
+    """Return the bursts that `port` sends; each frame's mark is its position in the order."""
     choice = random.Random(port)
     mark = 0
     bursts = []
@@ -73,7 +73,7 @@ def test_frames_stay_whole_ordered_and_accounted_for(lane_slots: int) -> None:
         if failures:
             break
         rig.switch.tick()  # time passes and counters are read while frames flow
-        time.sleep(0.04)  # but nobody is silent for 50 epochs
+        time.sleep(0.04)  # but no station is silent for 50 epochs
     sending.clear()
     for thread in threads:
         thread.join()
@@ -86,7 +86,7 @@ def test_frames_stay_whole_ordered_and_accounted_for(lane_slots: int) -> None:
         position = {one: index for index, one in enumerate(sent)}
         for destination in range(PORTS):
             got = received[source][destination]
-            places = [position[one] for one in got]  # KeyError: a frame nobody sent
+            places = [position[one] for one in got]  # KeyError: a frame that was never sent
             assert places == sorted(set(places)), "in order, none twice"
             lane = counters.lanes[source][destination]
             taught = 1 if source != destination else 0

@@ -1,7 +1,7 @@
 """A vCPU killed at every single instruction of one call, and a receiver at every one of its own.
 
-Each time: the others go on at once, what was delivered is whole and in order, the counters add up
-after the host has given up the dead vCPU, and the port serves its next guest.
+Each time the other ports go on at once, and delivered frames are whole and in order. The counters
+add up after the host has given up the dead vCPU, and the port serves its next guest.
 """
 
 from __future__ import annotations
@@ -40,8 +40,11 @@ def make() -> Rig:
 
 
 def prepared() -> Rig:
-    """Port 0 is about to send: a run of two, a flood of which port 3's lane is full, a frame that
-    is too short, and one for port 2."""
+    """Return a rig in which port 0 is about to send.
+
+    It sends a run of two frames, a flood for which port 3's lane is full, a frame that is too
+    short, and one frame for port 2.
+    """
     rig = make()
     for mark in range(4):
         rig.ports[0].send([frame(3, 0, mark=90 + mark)])
@@ -51,8 +54,8 @@ def prepared() -> Rig:
 
 
 def check_after_death(rig: Rig) -> tuple[int, int, int]:
-    """How many frames were dealt with, how many copies lost, and whether the call was cut."""
-    # Nobody waits: other ports' calls work before the host has noticed anything.
+    """Check the switch; return frames handled, copies lost, and whether the call was cut."""
+    # No other port waits: their calls work before the host has noticed anything.
     other = frame(1, 2, mark=77)
     assert rig.ports[2].send([other]) == 1
     assert rig.ports[1].receive(2) == [other]
@@ -71,7 +74,7 @@ def check_after_death(rig: Rig) -> tuple[int, int, int]:
     assert got[0] == to_1[: len(got[0])], "whole, in order, a run as a whole"
     assert len(got[0]) != 1
     assert got[1] == to_2[: len(got[1])]
-    # Four to port 3 and the first one of all went before. Floods ask for three copies.
+    # Four frames to port 3, and the very first one, went before. Floods ask for three copies.
     taught_and_filled = 1 + 4
     frames = own.frames - taught_and_filled
     assert 0 <= frames <= 5
@@ -122,7 +125,7 @@ def test_a_receiver_killed_at_every_instruction() -> None:
         sent = [frame(1, 0, size=60, mark=mark) for mark in range(2)]
         rig.ports[0].send(sent)
         ended = killed_after(steps, address, receive_natively(rig, 1))
-        # Its sender goes on, into the room that is left and beyond.
+        # Its sender goes on, into the remaining room and beyond.
         assert rig.ports[0].send([frame(1, 0, mark=9)] * 4) == 4
         rig.switch.disable(1, vcpu_gone=True)
         assert rig.ports[0].send([frame(1, 0, mark=9)]) == 1  # to a port that is gone

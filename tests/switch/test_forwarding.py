@@ -1,4 +1,4 @@
-"""Where frames go: learning, ageing, flooding, filtering, pinning; and that they arrive whole."""
+"""Destinations of frames: learning, ageing, flooding, filtering, pinning; frames arrive whole."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_group_addresses_reach_everybody_else(destination: bytes, kind: str) -> 
 def test_a_station_that_moves_is_found_at_its_new_port() -> None:
     rig = three_ports()
     rig.teach()
-    rig.ports[2].send([frame(0, 1)])  # station 1 is behind port 2 now
+    rig.ports[2].send([frame(0, 1)])  # station 1 is at port 2 now
     rig.ports[0].receive_all()
     rig.ports[0].send([frame(1, 0)])
     assert [len(port.receive_all()) for port in rig.ports] == [0, 0, 1]
@@ -111,7 +111,7 @@ def test_a_pinned_address_does_not_age_move_or_let_others_use_it() -> None:
 def test_one_port_cannot_crowd_the_others_out_of_the_table() -> None:
     rig = make_rig(SwitchConfig(ports=3, lane_slots=256, tx_slots=256))
     rig.teach()
-    for start in range(0, 1 << 15, 256):  # eight times as many addresses as the table holds
+    for start in range(0, 1 << 15, 256):  # eight times as many addresses as the table has room for
         rig.ports[2].send([frame(0, 0x10000 + start + n) for n in range(256)])
         rig.ports[0].receive_all()
     rig.ports[0].send([frame(1, 0)])
@@ -134,7 +134,7 @@ def test_sixty_four_ports() -> None:
     counters = rig.switch.counters()
     assert counters.check() == []
     assert sum(port.unicast for port in counters.ports) == MAX_PORTS
-    assert counters.ports[63].copies == 63 + 63 + 1  # taught, broadcast, unicast
+    assert counters.ports[63].copies == 63 + 63 + 1  # learning, broadcast, unicast
 
 
 @pytest.mark.parametrize("burst", [1, 7, 32, 256])
@@ -168,7 +168,7 @@ def test_every_size_arrives_unchanged_and_nothing_behind_it(data: st.DataObject)
     window = rig.switch.window(1)
     offset = rig.switch.config.lane_offset(0)
     for slot in range(32):
-        rig.ports[0].put(slot, b"\xaa" * 2048)  # leftovers that must stay with the sender
+        rig.ports[0].put(slot, b"\xaa" * 2048)  # stale bytes that must stay with the sender
     sent = [frame(1, 0, size=size, mark=mark) for mark, size in enumerate(sizes)]
     assert rig.ports[0].send(sent) == len(sent)
     assert rig.ports[1].receive(0) == sent

@@ -1,4 +1,4 @@
-"""The fuzzer finds what is wrong, and nothing is wrong with the switch as it is."""
+"""The fuzzer finds planted faults, and none in the switch as it is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.rigs.switch.fuzz.fuzzer import FINDINGS, Fuzzer, missing_tools, read_
 pytestmark = pytest.mark.unit
 
 SECONDS = 30
-"""For each fault; most are found in the first."""
+"""Seconds for each fault; most are found in the first."""
 
 FAULTS = {
     "a frame longer than the limit": (
@@ -120,7 +120,7 @@ def test_nothing_that_was_found_is_wrong_again(fuzzer: Fuzzer, tmp_path: Path) -
 
 
 def test_the_seed_corpus_reaches_all_of_the_switch(fuzzer: Fuzzer, tmp_path: Path) -> None:
-    """And breaks nothing, with every load and store looked at."""
+    """The corpus breaks nothing, and every load and store is checked."""
     seeds = read_corpus()
     outcome = fuzzer.run(0, corpus=tmp_path / "seeds", inputs=seeds)
     assert outcome.finding == "", outcome.output

@@ -23,7 +23,7 @@ SEEDS = 5
 
 
 def guarded_rig() -> tuple[Rig, bytes]:
-    """Three ports; the window of port 2 is idle, and its contents are returned."""
+    """Return a rig of three ports, and the content of the window of port 2, which is idle."""
     rig = make_rig(SwitchConfig(ports=3, lane_slots=4, tx_slots=8))
     rig.teach()
     return rig, snapshot(rig, 2)
@@ -73,7 +73,7 @@ def test_any_window_and_any_arguments(
     assert counters.check() == []
     assert counters.ports[0].calls == len(calls) + 1  # the rig was taught with one
     assert snapshot(rig, 2) == before, "only unicast to port 1 was sent"
-    # The switch still serves the others.
+    # The switch still serves the other ports.
     rig.ports[2].send([frame(BROADCAST, 2, mark=9)])
     assert rig.switch.counters().check() == []
     rig.ports[1].send([frame(2, 1, mark=7)])
@@ -83,7 +83,9 @@ def test_any_window_and_any_arguments(
 def flip_between_instructions(build: Build, seed: int) -> tuple[list[int], int]:
     """Flip headers and lengths in the sender's window between any two instructions of a call.
 
-    Frames that ports 1 and 2 got, and how many of them name another destination.
+    Returns:
+        The numbers of frames that ports 1 and 2 got, and how many of those frames name another
+        destination.
     """
     rig = make_rig(SwitchConfig(ports=3, lane_slots=8, tx_slots=8))
     rig.teach()
@@ -110,7 +112,7 @@ def flip_between_instructions(build: Build, seed: int) -> tuple[list[int], int]:
 
 @pytest.mark.attack("T12")
 def test_a_window_that_changes_during_the_call() -> None:
-    """What was looked up is what is delivered."""
+    """A frame is delivered with the destination that was looked up."""
     results = [flip_between_instructions(AS_BUILT, seed) for seed in range(SEEDS)]
     assert sum(received[0] for received, _ in results) > SEEDS
     assert sum(received[1] for received, _ in results) > SEEDS
@@ -119,7 +121,7 @@ def test_a_window_that_changes_during_the_call() -> None:
 
 @pytest.mark.control("T12")
 def test_control_a_switch_that_reads_headers_twice(tmp_path: Path) -> None:
-    """Without the one read, the flipping guest gets frames to where they do not belong."""
+    """If headers are read twice, the flipping guest's frames reach wrong ports."""
     build = build_variant(
         tmp_path,
         "\t((word *)to)[0] = header.low;\n\t((word *)to)[1]",
@@ -129,9 +131,10 @@ def test_control_a_switch_that_reads_headers_twice(tmp_path: Path) -> None:
 
 
 def step_through(build: Build, rig: Rig) -> tuple[int, list[bytes]]:
-    """At every instruction of a call of port 0, port 2 sends to port 1, and port 1 receives.
+    """Step through a call of port 0; at every instruction port 2 sends to port 1, which receives.
 
-    How many instructions there were, and what port 1 got from port 0.
+    Returns:
+        The number of instructions, and the frames that port 1 got from port 0.
     """
     got: list[bytes] = []
     stops = 0
@@ -155,7 +158,7 @@ def three_frames_to_send() -> tuple[Rig, list[bytes]]:
 
 @pytest.mark.attack("T19")
 def test_a_vcpu_that_stops_at_any_instruction_harms_nobody() -> None:
-    """At every instruction of a call, another port's call works and nothing half done shows."""
+    """At every instruction of a call, another port's call works, and no partial work is visible."""
     rig, sent = three_frames_to_send()
     stops, got = step_through(AS_BUILT, rig)
     assert stops > 300

@@ -1,4 +1,4 @@
-"""What the switch costs a sender, in instructions: nobody makes it longer without noticing."""
+"""Cost of the switch to a sender in instructions, with a limit against unnoticed growth."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ CROSSING = 48
 
 
 def instructions(size: int, burst: int) -> int:
-    """Of one call that sends `burst` unicast frames of `size` bytes to a learned address."""
+    """Count the instructions of a call that sends `burst` unicast frames of `size` bytes.
+
+    The destination's address is learned.
+    """
     rig = make_rig(SwitchConfig())
     rig.teach()
     sent = [frame(1, 0, size=size, mark=mark) for mark in range(burst)]

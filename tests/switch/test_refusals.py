@@ -1,4 +1,4 @@
-"""Frames that cannot be delivered are counted under their reason; bad calls change nothing."""
+"""Undeliverable frames are counted by reason; bad calls change nothing."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_frame_that_ends_inside_its_tag() -> None:
     assert rig.ports[0].send([whole[:size] for size in (14, 15, 16, 17, 18)]) == 5
     assert rig.ports[1].receive_all() == [whole]
     assert rig.switch.counters().ports[0].too_short == 4
-    # In a run as well: those before and behind it are as good.
+    # In the middle of a run, the frames before and after it are delivered.
     assert rig.ports[0].send([whole, whole[:17], whole]) == 3
     assert rig.ports[1].receive_all() == [whole, whole]
     assert rig.switch.counters().check() == []
@@ -149,7 +149,7 @@ def test_wait_holds_a_flood_back_only_for_a_single_receiver() -> None:
 @pytest.mark.parametrize("tail", [2, 5, 100, 1 << 31, (1 << 32) - 4])
 @pytest.mark.parametrize("wait", [False, True])
 def test_a_tail_that_is_no_position_of_the_lane(tail: int, wait: bool) -> None:
-    rig = small_rig()  # one frame went through the lane: 1 is the only tail of an empty one
+    rig = small_rig()  # one frame went through the lane: only tail 1 means empty
     window_of(rig.ports[1]).lane[0].tail = tail  # type: ignore[attr-defined]
     assert rig.ports[0].send([frame(1, 0)] * 3, wait=wait) == 3, "nobody waits for nonsense"
     lane = rig.switch.counters().lanes[0][1]

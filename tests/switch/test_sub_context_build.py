@@ -1,4 +1,4 @@
-"""The switch compiled as for the sub context: it brings along nothing that cannot be there."""
+"""The switch compiled as for the sub context contains nothing that cannot be there."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_no_bytes_of_it_are_a_vmfunc(tmp_path: Path) -> None:
 
 
 def test_it_executes_as_many_instructions_as_the_native_build(tmp_path: Path) -> None:
-    """So that the native count stands for the sub context, give or take what -fPIE changes."""
+    """The native count is therefore valid for the sub context, apart from effects of -fPIE."""
     sub_context = load_build(str(compile_switch(tmp_path / "switch.so", "-shared")))
     counts = []
     for build in (AS_BUILT, sub_context):

@@ -123,7 +123,7 @@ def test_enabling_waits_for_calls_that_could_still_write_to_the_window() -> None
     for slot in range(4):
         rig.ports[0].put(slot, frame(1, 0))
     steps = single_steps(AS_BUILT.address, lambda: AS_BUILT.serve(lib.SWITCH_OP_SEND, 0, 4, rig))
-    for _ in range(150):  # port 0's call stands in the middle
+    for _ in range(150):  # port 0's call stops in the middle
         next(steps)
     rig.switch.disable(1)
     with pytest.raises(PortBusyError, match="port 0 has been inside") as busy:

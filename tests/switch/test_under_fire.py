@@ -1,4 +1,4 @@
-"""Guests killed and stopped at random points of the switch: nobody else notices."""
+"""Guests killed and stopped at random points of the switch do not disturb the others."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def test_eight_guests_under_fire(tmp_path: Path) -> None:
         fire.finish()
         print(dict(fire.events))
         assert fire.events["killed"] >= 200
-        # Some at least were hit where it matters.
+        # Some guests must have been hit inside the switch.
         assert fire.events["killed inside the switch"] >= 10
         assert fire.events["stopped inside the switch"] >= 1
         assert fire.events["frames delivered"] > 100_000
 
 
 def with_a_lock(directory: Path) -> Path:
-    """The switch as one would write it at first: one call at a time."""
+    """Write a naive switch with a lock, which allows one call at a time."""
     source = (GUEST_SOURCES / "switch/switch.c").read_text()
     old = "\t\tresult = send(&call, (uint32_t)a1, (uint32_t)a2, a0 & SWITCH_WAIT);\n"
     assert source.count(old) == 1

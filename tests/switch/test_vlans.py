@@ -1,4 +1,7 @@
-"""Stations are learned for each VLAN, pinned on all of them, and the link's own groups end here."""
+"""Stations are learned for each VLAN and pinned on all of them.
+
+Groups reserved for the link are not forwarded.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +27,13 @@ def three_ports(group_forward_mask: int = 0) -> Rig:
 
 
 def receivers(rig: Rig) -> list[int]:
-    """Frames that wait for each port; they are taken."""
+    """Take the frames that wait for each port; return their numbers."""
     return [len(port.receive_all()) for port in rig.ports]
 
 
 @pytest.mark.parametrize("tpid", [0x8100, 0x88A8])
 def test_one_address_is_another_station_on_another_vlan(tpid: int) -> None:
-    """A router on a stick, a pair of firewalls: one address behind two ports."""
+    """A router on a stick or a pair of firewalls has one address at two ports."""
     rig = three_ports()
     rig.ports[1].send([tagged(frame(9, ROUTER), 10, tpid=tpid)])
     rig.ports[2].send([tagged(frame(9, ROUTER), 20, tpid=tpid)])
@@ -88,7 +91,7 @@ def test_a_run_ends_where_the_vlan_changes_and_not_where_the_priority_does() -> 
 
 
 def test_every_station_is_told_from_every_other() -> None:
-    """The table stores 50 of a station's 59 bits, and its line stands for the rest."""
+    """The table stores 50 of a station's 59 bits; the index of its line implies the others."""
     rig = three_ports()
     shared = ffi.cast("struct switch_shared *", rig.switch.address)
     addresses = [int.from_bytes(mac(number), "little") for number in (1, 2)] + [0xFFFFFFFFFFFE]
@@ -131,7 +134,7 @@ def test_unpinning_forgets_the_address_on_every_vlan() -> None:
 
 @pytest.mark.parametrize("last", range(16))
 def test_groups_of_the_link_are_not_forwarded(last: int) -> None:
-    """IEEE 802.1Q, table 8-1; one bit of the mask lets one of them through."""
+    """IEEE 802.1Q, table 8-1; each bit of the mask lets one group through."""
     group = b"\x01\x80\xc2\x00\x00" + bytes([last])
     for mask, through in ((0, 0), (1 << last, 1), (0xFFFF ^ 1 << last, 0)):
         rig = three_ports(mask)

@@ -1,4 +1,4 @@
-"""Whatever a file holds, the reader returns frames or raises a CaptureError of one line."""
+"""Any file content gives frames or a CaptureError of one line."""
 
 from __future__ import annotations
 

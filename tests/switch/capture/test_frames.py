@@ -118,7 +118,7 @@ def test_a_frame_that_ends_inside_its_tag(tmp_path: Path, size: int) -> None:
 
 
 def test_frames_cut_by_the_snapshot_length(tmp_path: Path) -> None:
-    """Also where they were longer than a frame: what is cut says nothing of that yet."""
+    """The error is CutFrameError even if the frame was too long before it was cut."""
     for original in (700, 65000):
         cut = packet(of_size(96), original=original)
         error = refusal(tmp_path / "x.pcap", pcap(packet(of_size(60)) + cut))
@@ -136,7 +136,7 @@ def test_a_capture_that_was_cut_inside_the_checksum_is_whole(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("size", [60, 65549])
 def test_linux_loopback_interface(tmp_path: Path, size: int) -> None:
-    """`lo` says that it is an Ethernet; its frames have no addresses, and up to 65549 bytes."""
+    """`lo` claims to be an Ethernet; its frames have no addresses, and up to 65549 bytes."""
     error = refusal(tmp_path / "x.pcap", pcap(packet(bytes(12) + IP + bytes(size - 14))))
     assert type(error) is LoopbackCaptureError
     assert "frame 1 has no addresses, as on a loopback interface (`lo`)" in error.problem

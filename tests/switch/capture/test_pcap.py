@@ -63,7 +63,10 @@ def test_both_byte_orders_and_both_fractions(
 def test_a_checksum_that_is_announced_is_taken_off(
     tmp_path: Path, order: str, words: int, fcs: bytes
 ) -> None:
-    """Bit 26 of the link type's field, and the length in 16-bit words above bit 28."""
+    """Bit 26 of the link type's field announces the checksum.
+
+    Its length in 16-bit words is above bit 28.
+    """
     path = tmp_path / "x.pcap"
     packets = packet(ONE + fcs, order=order) + packet(ONE, order=order, original=len(ONE + fcs))
     path.write_bytes(pcap(packets, order=order, link=1 | 1 << 26 | words << 28))
@@ -71,7 +74,7 @@ def test_a_checksum_that_is_announced_is_taken_off(
 
 
 def test_other_bits_beside_the_link_type_are_ignored(tmp_path: Path) -> None:
-    """As the draft demands of readers; a length without the bit that announces it too."""
+    """The draft demands it of readers; a length without the announcing bit is ignored too."""
     path = tmp_path / "x.pcap"
     path.write_bytes(pcap(packet(ONE), link=1 | 0xF3FF << 16))
     assert [frame.data for frame in read_capture(path).frames] == [ONE]

@@ -1,4 +1,4 @@
-"""Wireshark's format."""
+"""The pcapng format, which Wireshark writes."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_sections_have_byte_orders_and_interfaces_of_their_own(tmp_path: Path) -
         (option(9, b"\x83"), 12, 1_500_000_000),  # in eighths of a second
         (option(14, struct.pack("<q", -5)), 7_000_000, 2_000_000_000),
         (option(1, b"a remark") + option(9, b"\0"), 3, 3_000_000_000),
-        (option(0, b"") + option(9, b"\0"), 3, 3_000),  # behind the end
+        (option(0, b"") + option(9, b"\0"), 3, 3_000),  # after the end
     ],
 )
 def test_units_of_time(tmp_path: Path, options: bytes, time: int, time_ns: int) -> None:
@@ -77,7 +77,7 @@ def test_units_of_time(tmp_path: Path, options: bytes, time: int, time_ns: int) 
 
 @pytest.mark.parametrize("length", [4, 32])
 def test_the_checksum_of_an_interface(tmp_path: Path, length: int) -> None:
-    """Its length is in bits by the draft, and in bytes by its example and for Wireshark."""
+    """The length is in bits by the draft, and in bytes by its example and for Wireshark."""
     content = section() + interface(options=option(13, bytes([length]))) + enhanced(ONE + bytes(4))
     assert [frame.data for frame in read(tmp_path, content)] == [ONE]
 

@@ -1,4 +1,4 @@
-"""Captures parted between two guests: the real switch carries every frame across."""
+"""Captures split between two guests: the real switch carries every frame across."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LLDP = b"\x01\x80\xc2\x00\x00\x0e"
 
 
 def capture(*pairs: tuple[bytes, bytes], vlan: int | None = None) -> Capture:
-    """Frames from the first to the second address of each pair."""
+    """Return a capture of one frame for each pair, from the first to the second address."""
     sent = [
         Frame(0, data if vlan is None else tagged(data, vlan), number)
         for number, (source, to) in enumerate(pairs, 1)
@@ -42,7 +42,7 @@ def sources(sides: Sides) -> list[set[bytes]]:
 
 
 def test_a_server_and_its_clients() -> None:
-    """As tcpdump on a server sees it, whoever sends first."""
+    """A capture by tcpdump on a server, with either side sending first."""
     talk = [(A, B), (B, A), (A, C), (C, A), (D, BROADCAST), (A, D)]
     for turn in range(6):
         sides = split_capture(capture(*talk[turn:], *talk[:turn]))
@@ -135,7 +135,7 @@ def frames_of(talk: list[tuple[bytes, bytes, int | None]]) -> list[Frame]:
 @settings(max_examples=300)
 @given(TALK, st.randoms(use_true_random=False))
 def test_the_switch_carries_every_frame_across(talk, dice) -> None:  # type: ignore[no-untyped-def]
-    """However the two guests' bursts follow one another, and again in a second round."""
+    """Every frame arrives in any order of the two guests' bursts, and again in a second round."""
     whole = Capture(frames_of(talk))
     try:
         sides = split_capture(whole)
@@ -162,7 +162,7 @@ def test_the_switch_carries_every_frame_across(talk, dice) -> None:  # type: ign
 @settings(max_examples=300)
 @given(TALK, st.sampled_from([3, 5, 7]), st.randoms(use_true_random=False))
 def test_what_the_refusal_of_a_ring_says_to_type_helps(talk, size, dice) -> None:  # type: ignore[no-untyped-def]
-    """The filter of tcpdump's that it names keeps what can be parted."""
+    """The tcpdump filter named in the error keeps what can be split."""
     ring = [(STATIONS[at], STATIONS[(at + 1) % size], None) for at in range(size)]
     frames = frames_of(dice.sample(talk + ring, len(talk) + size))
     with pytest.raises(OddRingError) as refusal:
@@ -176,7 +176,7 @@ def test_what_the_refusal_of_a_ring_says_to_type_helps(talk, size, dice) -> None
 def test_only_what_cannot_be_parted_is_refused(
     talk: list[tuple[bytes, bytes, int | None]],
 ) -> None:
-    """Compared with every way to give seven stations a side."""
+    """The result agrees with a search of all ways to give seven stations a side."""
     frames = frames_of(talk)
     refused = False
     try:

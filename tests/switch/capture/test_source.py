@@ -1,4 +1,4 @@
-"""Files, pipes and standard input; what is compressed; what cannot be read."""
+"""Files, pipes and standard input; compressed and unreadable files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CAPTURE = pcap(packet(B + A + bytes(50)) + packet(A + B + bytes(50)))
 
 @pytest.fixture
 def stdin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bytes], None]]:
-    """Gives bytes to standard input, through a pipe."""
+    """Return a function that gives bytes to standard input, through a pipe."""
     with ExitStack() as opened:
 
         def give(content: bytes) -> None:
