@@ -35,7 +35,7 @@ STATIONS = (b"\x02\0\0\0\0\x01", b"\x02\0\0\0\0\x02")
 
 
 def build_loop(directory: Path) -> Any:
-    """Compile native_switch.c together with the switch; the extension module."""
+    """Compile native_switch.c together with the switch; return the extension module."""
     builder = FFI()
     builder.cdef(
         "uint64_t native_switch_measure(const void *env, uint32_t receiver, uint32_t burst,"
@@ -59,7 +59,7 @@ def build_loop(directory: Path) -> Any:
 
 
 def measure(loop: Any, size: int, burst: int, samples: int) -> Samples:
-    """Samples of `PACKETS_PER_SAMPLE` packets each; their unit is that many packets' ns."""
+    """Return samples of `PACKETS_PER_SAMPLE` packets each; the unit is ns for that many packets."""
     config = SwitchConfig()
     switch = Switch(config, mmap.mmap(-1, config.total_size))
     ports = [NativePort(switch, number) for number in range(2)]
@@ -80,7 +80,7 @@ def measure(loop: Any, size: int, burst: int, samples: int) -> Samples:
         if took == 0:
             raise PykvmError("frames were lost on the way", "run the tests first")
         values.append(int(took))
-    return Samples(values[1:], scale=1 / PACKETS_PER_SAMPLE)  # the first one warms caches up
+    return Samples(values[1:], scale=1 / PACKETS_PER_SAMPLE)  # the first one warms the caches
 
 
 def main(arguments: list[str] | None = None) -> int:

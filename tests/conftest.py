@@ -1,3 +1,3 @@
-"""The plugins that all tests share. pytest imports them in this order."""
+"""Plugins that all tests share, in the order in which pytest imports them."""
 
 pytest_plugins = ["tests.rigs.tiers", "tests.rigs.fixtures"]

@@ -1,7 +1,7 @@
-"""Every example in a docstring runs, and prints what the comments behind it say.
+"""Every example in a docstring runs and gives the results in its comments.
 
-An example begins behind a line that ends in two colons. Where it uses something that the reader is
-thought to have (a vCPU, a guest), `_GIVEN` makes it.
+An example follows a line that ends in two colons. `_GIVEN` makes the objects that the reader is
+assumed to have (a vCPU, a guest).
 """
 
 import ast
@@ -39,9 +39,9 @@ _HALT = b"\xf4"
 
 
 def _example(path: Path) -> str:
-    """The code of the example in a module's docstrings, a class's included; empty without one."""
+    """Return the example in the docstrings of a module and its classes; empty if there is none."""
     source = path.read_text()
-    if "::\n\n" not in source:  # on the emulated host, parsing takes long
+    if "::\n\n" not in source:  # parsing is slow on the emulated host
         return ""
     found = []
     module = ast.parse(source)
@@ -89,7 +89,7 @@ def _guest_tables() -> Iterator[Given]:
 
 @contextlib.contextmanager
 def _gate() -> Iterator[Given]:
-    """A context with one page of code and one of data, which name nothing."""
+    """Create a context with one page of code and one of data, which refer to nothing."""
     ept = PageTables(entries.EptEntry, TableNumbers())
     ept.map_pages(0x1000, 0, 1, Access.READ | Access.EXECUTE)
     ept.map_pages(0x2000, 1, 1, Access.READ)

@@ -1,4 +1,4 @@
-"""What `pykvm doctor` looks at, on the machine that runs the tests."""
+"""Checks of `pykvm doctor` on the machine that runs the tests."""
 
 import dataclasses
 import grp
@@ -52,7 +52,7 @@ def test_the_host_is_usable_only_with_everything_it_needs() -> None:
     assert doctor.host_usable([*good, Check(HOST, "d", False, "x", "y", needed=False)])
     assert doctor.host_usable([*good, Check(EMULATED, "d", False, "x", "y")])
     assert not doctor.host_usable([*good, Check(HOST, "d", False, "x", "y")])
-    assert not doctor.emulated_host_usable(good)  # nothing was looked at
+    assert not doctor.emulated_host_usable(good)  # none of the checks was made
     assert doctor.emulated_host_usable([Check(EMULATED, "a", True, "x")])
     assert not doctor.emulated_host_usable([Check(EMULATED, "a", False, "x", "y")])
 
@@ -73,7 +73,7 @@ def test_missing_tools_are_named_with_their_packages(
 
 @pytest.fixture
 def user(monkeypatch: pytest.MonkeyPatch) -> str:
-    """An ordinary user, with sudo."""
+    """Become an ordinary user with sudo; return the name."""
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr(shutil, "which", lambda name, path=None: f"/usr/bin/{name}")
     entry = pwd.struct_passwd(("me", "x", 1000, 1000, "", "/home/me", "/bin/sh"))
@@ -88,7 +88,7 @@ def user(monkeypatch: pytest.MonkeyPatch) -> str:
         (0o660, 107, [], "sudo usermod -aG kvm me, then log in again"),
         (0o660, 107, ["me"], "log in again: me has become a member of kvm meanwhile"),
         (0o600, 107, [], "sudo pykvm COMMAND"),  # no group may use it
-        (0o660, 0, [], "sudo pykvm COMMAND"),  # root's own: nobody should join that
+        (0o660, 0, [], "sudo pykvm COMMAND"),  # root's own group, which no user should join
     ],
 )
 def test_no_permission_for_kvm(
@@ -144,7 +144,7 @@ def test_a_kernel_that_there_is_no_patch_for(
     monkeypatch.setattr(kernel_packages, "running_release", lambda: "6.18.44")
     check = _named("headers and source of the running kernel")
     assert check.found.startswith("no KVM patch for Linux 6.18, only for: 6.1, 6.12")
-    assert "apt-get" not in check.next_step  # it would be installed in vain
+    assert "apt-get" not in check.next_step  # installing it would not help
     assert "pykvm testbed -- COMMAND" in check.next_step
 
 

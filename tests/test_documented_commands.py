@@ -1,7 +1,7 @@
 """Every command and script that the documents show runs in some test, or in CI.
 
-The short ones run here, as they are shown. Of the others a table says what runs them; a command
-that is in neither place fails, and so does an entry for one that no document shows any more.
+The short ones run here as shown. A table names the test or job that runs each of the others. A
+command that is in neither place fails, and so does an entry that no document shows any more.
 """
 
 import os
@@ -28,7 +28,7 @@ from tests.rigs.documents import (
 
 _OWN: Final = "tests/test_documented_commands.py::test_"
 
-# Exit status of commands that run here, in a folder of a user's that has examples/ in it.
+# Exit statuses of the commands that run here, in a user's directory that has examples/.
 _RUN_HERE: Final = {
     "pykvm doctor": {0, 1},
     "pykvm testbed --bring notes.txt -- sh -c 'dmesg > notes.txt'": {0},
@@ -44,7 +44,7 @@ _PATCH = (
 )
 _BENCH = "tests/cli/test_bench.py::test_measurement"
 
-# What runs the others: a target of make's in .ci/run, or a test.
+# Targets of make in .ci/run, or tests, that run the others.
 _ELSEWHERE: Final = {
     "cd linux-source-6.12": _PATCH,
     "git add .": _PATCH,
@@ -84,7 +84,7 @@ _ELSEWHERE: Final = {
     "tar -xf /usr/src/linux-source-6.12.tar.xz": _PATCH,
 }
 
-# Commands that the text of a document mentions, and that are no beginning of one above.
+# Commands within the text of documents that are not the beginning of one above.
 _MENTIONED: Final = {
     "pykvm cache": "tests/cache/test_pruning.py::test_command",
     "pykvm kernel build --series S": "tests/test_wheel.py::test_kernel_build",
@@ -98,7 +98,7 @@ _MENTIONED: Final = {
     "test_the_document_is_what_the_table_says",
 }
 
-# Files that can be started, and what does that.
+# Executable files, and the tests or jobs that start them.
 _SCRIPTS: Final = {
     "benchmarks/native_switch.py": "tests/benchmarks/test_native_switch.py::test_table_and_record",
     "pykvm/testbed/suspend_button.py": "tests/testbed/test_session.py::test_warm_start_is_quick",
@@ -131,7 +131,7 @@ def _require_runner(what: str, runner: str) -> None:
 
 
 def _pattern(command: str) -> str:
-    """A pattern for commands like it: a word in capitals stands for anything."""
+    """Return a pattern for such commands: a word in capitals stands for any word."""
     return " ".join(
         ".+" if re.fullmatch(r"[A-Z]+", word) else re.escape(word) for word in command.split()
     )
@@ -215,7 +215,7 @@ def _environment() -> dict[str, str]:
 
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
-    """A folder of a user's, with the examples in it."""
+    """Return a directory of a user's with the examples in it."""
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     return tmp_path
 

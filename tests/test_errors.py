@@ -10,7 +10,7 @@ pytestmark = pytest.mark.unit
 
 
 class FileGoneError(PykvmError):
-    """One of those whose constructor takes something else."""
+    """An error whose constructor takes other arguments."""
 
     def __init__(self, path: str, *, tries: int) -> None:
         super().__init__(f"{path} is gone", "create it again")

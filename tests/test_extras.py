@@ -1,4 +1,4 @@
-"""Optional parts: what they are told to need is what pyproject.toml says."""
+"""Requirements of the optional parts, as reported and as in pyproject.toml."""
 
 import importlib.metadata
 import importlib.util

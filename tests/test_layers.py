@@ -1,7 +1,7 @@
-"""Every package uses those below it, and no modules import one another in a circle.
+"""Every package uses only those below it, and no modules import each other in a circle.
 
-Imports for the type checker alone count, and so do those inside functions: what a module has to
-know of another is what makes a layer.
+Imports for the type checker alone count, and so do those inside functions: any knowledge of another
+module makes a layer.
 """
 
 import ast
@@ -40,7 +40,7 @@ MODULES = {module_name(path): path for path in sorted((ROOT / "pykvm").rglob("*.
 
 
 def imports(source: str, modules: set[str]) -> set[str]:
-    """The modules, out of these, that a source names in an import."""
+    """Return those of `modules` that a source imports."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -59,7 +59,7 @@ GRAPH = {name: imports(path.read_text(), set(MODULES)) - {name} for name, path i
 def upward(
     graph: dict[str, set[str]], package: str, layers: tuple[str, ...]
 ) -> list[tuple[str, str]]:
-    """Imports between parts of a package against the order of its layers."""
+    """Return the imports between parts of a package that go against its layers."""
 
     def rank(module: str) -> int | None:
         name = module.removeprefix(f"{package}.").partition(".")[0]
@@ -80,7 +80,7 @@ def upward(
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
-    """Modules that import one another in a circle; empty if there are none."""
+    """Return modules that import each other in a circle; empty if there are none."""
     left = {module: set(others) for module, others in graph.items()}
     while free := [module for module, others in left.items() if not others & left.keys()]:
         for module in free:
@@ -107,12 +107,12 @@ def test_there_are_no_circles() -> None:
 
 def test_stock_kvm_knows_nothing_of_the_patch() -> None:
     texts = [path for path in (ROOT / "pykvm/kvm").rglob("*") if path.suffix in (".py", ".c", ".h")]
-    own = [path for path in texts if path.name != "_kvm.c"]  # what cffi writes is no source
+    own = [path for path in texts if path.name != "_kvm.c"]  # cffi generates it
     assert len(own) > 20
     assert [path.name for path in own if "KVM_ELISA" in path.read_text().upper()] == []
 
 
-# ---- the test itself ----------------------------------------------------------------------------
+# ---- controls -----------------------------------------------------------------------------------
 
 
 def test_an_import_upwards_is_found() -> None:

@@ -1,4 +1,4 @@
-"""`make setup` in a copy of the checkout: under a user's settings, twice, and after a move."""
+"""`make setup` in a copy of the checkout: with a user's settings, twice, and after a move."""
 
 import os
 import re
@@ -11,11 +11,11 @@ import pytest
 from pykvm.resources import PACKAGE
 from pykvm.testbed.folder import carried_files
 
-pytestmark = pytest.mark.testbed  # it takes what the emulated host takes, and the network
+pytestmark = pytest.mark.testbed  # it needs what the emulated host needs, and the network
 
 _CHECKOUT = PACKAGE.parent
 _MADE = re.compile(r"^build/|\.(so|pyc)$")
-# Meant for other work of the user's.
+# Settings for other work of the user's.
 _FOREIGN = {
     "PIP_USER": "1",
     "PIP_TARGET": "/nonexistent/target",
@@ -50,7 +50,7 @@ def _make_setup(checkout: Path) -> str:
 
 
 def _origin(checkout: Path) -> Path:
-    """Where its Python finds pykvm."""
+    """Return the path from which the checkout's Python imports pykvm."""
     code = "import pykvm.kvm; print(pykvm.__file__)"
     done = subprocess.run(
         [checkout / ".venv/bin/python", "-I", "-c", code],

@@ -1,4 +1,4 @@
-"""The tiers themselves: a skip has a reason, is counted, and is a failure where it is required."""
+"""The tiers: a skip has a reason, is counted, and is a failure if the tier is required."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ def _pytest(
 ) -> subprocess.CompletedProcess[str]:
     shutil.copy(ROOT / "pyproject.toml", directory)
     (directory / "test_sample.py").write_text(sample)
-    # Pretending to be inside the emulated host takes the tier `testbed` away.
+    # A claim to be inside the emulated host takes the tier `testbed` away.
     environment = {**os.environ, "PYKVM_TESTBED": "1", "PYTHONPATH": str(ROOT)}
     environment.pop("PYKVM_REQUIRE", None)
     if require is not None:
@@ -61,7 +61,7 @@ def test_skips_are_counted_by_reason(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("require", "reason", "counts"),
     [
-        # pytest calls what goes wrong before the test itself an error.
+        # pytest counts a failure before the test itself as an error.
         ("testbed", "already inside the emulated host", "1 passed, 1 skipped, 1 error"),
         ("unit", "the moon is full", "1 failed, 1 passed, 1 skipped"),
     ],
@@ -115,7 +115,7 @@ def test_of_weakened_modules():
 
 
 def test_what_needs_weakened_modules_runs_only_if_named(tmp_path: Path) -> None:
-    """Neither run nor skipped otherwise."""
+    """Otherwise they are neither run nor skipped."""
     assert "1 passed, 1 deselected" in _pytest(tmp_path, WEAKENED, "unit").stdout
     assert "1 passed, 1 deselected" in _pytest(tmp_path, WEAKENED, "unit", "-m", "unit").stdout
     named = _pytest(tmp_path, WEAKENED, "unit", "-m", "weakened", "-v").stdout

@@ -1,4 +1,4 @@
-"""The tests' own tree: what stands where."""
+"""Structure of the tests' own tree."""
 
 import ast
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ TESTS = Path(__file__).parent
 
 
 def imports(path: Path) -> Iterator[str]:
-    """The modules that a file imports, at its head or later; `from a import b` may mean a.b."""
+    """Yield the modules that a file imports anywhere; `from a import b` may mean a.b."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -28,7 +28,7 @@ def is_a_test(module: str) -> bool:
 
 
 def test_nothing_is_imported_from_tests() -> None:
-    """What several of them use stands in tests/rigs."""
+    """Code that several tests use is in tests/rigs."""
     taken = {
         str(path.relative_to(TESTS)): module
         for path in TESTS.rglob("*.py")

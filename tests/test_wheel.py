@@ -1,8 +1,8 @@
-"""An installed pykvm, with no checkout near: built, installed and used as a user would.
+"""An installed pykvm without a checkout: built, installed and used as a user would.
 
 Source archive and wheel are built from a copy of the checkout's files. The wheel goes into a fresh
-virtual environment, in a folder of its own with no checkout above it, and everything here runs
-there. Only the cache of built parts is the user's, since it goes by content.
+virtual environment, in a directory without a checkout above it, and everything here runs there.
+Only the cache of built parts is the user's, since its keys depend on content.
 """
 
 import gzip
@@ -35,7 +35,7 @@ _FOREIGN = re.compile(r"PIP_USER|PIP_TARGET|PIP_PREFIX|VIRTUAL_ENV|PYTHON\w+|PYK
 
 
 def _environment() -> dict[str, str]:
-    """The user's, without what belongs to the checkout's virtual environment or to the tests."""
+    """Return the user's environment, without settings of the checkout's venv or of the tests."""
     return {name: text for name, text in os.environ.items() if not _FOREIGN.fullmatch(name)}
 
 
@@ -78,9 +78,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> _Built:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(_CHECKOUT / name, source / name, follow_symlinks=False)
     build: list[str | Path] = [sys.executable, "-m", "build", "--outdir"]
-    # The first in an environment of its own, which shows that the build names all that it needs.
+    # The first build runs in its own environment, which shows that it declares all requirements.
     _must([*build, place / "dist", source], place)
-    # The second finds what an earlier build has left of a module that is gone.
+    # The second build finds remains of an earlier build of a module that is gone.
     left = f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     for name in (left, "lib"):
         (source / "build" / name / "pykvm").mkdir(parents=True)
@@ -95,14 +95,14 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> _Built:
 
 @dataclass(frozen=True)
 class _Installed:
-    """A virtual environment with pykvm, and a folder of a user's outside of it."""
+    """A virtual environment with pykvm, and a user's directory outside of it."""
 
     environment: Path
     work: Path
 
     @property
     def packages(self) -> Path:
-        """Where the wheel's files are."""
+        """Directory of the wheel's files."""
         return next(self.environment.glob("lib/python3*/site-packages"))
 
     def program(self, name: str) -> Path:
@@ -112,7 +112,7 @@ class _Installed:
         return _run([self.program("pykvm"), *arguments], cwd or self.work)
 
     def files(self) -> dict[str, int]:
-        """Every installed file, with the time of its last change."""
+        """Return every installed file with the time of its last change."""
         paths = (path for path in self.packages.rglob("*") if path.is_file())
         return {str(path): path.stat().st_mtime_ns for path in paths}
 
@@ -123,7 +123,7 @@ def environment(built: _Built, tmp_path_factory: pytest.TempPathFactory) -> _Ins
     installed = _Installed(place / "environment", place / "work")
     installed.work.mkdir()
     _must([sys.executable, "-m", "venv", installed.environment], place)
-    # The versions that the checkout is tested with.
+    # The versions with which the checkout is tested.
     pip: list[str | Path] = [
         installed.program("python"),
         "-m",
@@ -164,7 +164,7 @@ def test_wheel_holds_all_that_travels(built: _Built) -> None:
         for name in _sources()
         if name.startswith(("guest/", "kernel-patches/"))
     }
-    # What the extensions are built from is in the source archive.
+    # The source archive contains the sources of the extensions.
     assert {
         name for name in wanted - files if not re.search(r"^pykvm/(\w+/)+\w+\.[ch]$", name)
     } == set()
@@ -253,7 +253,7 @@ def test_demo(installed: _Installed, capture: list[str]) -> None:
         assert counts == ["1227", "1227", "0", "0"]  # sent, delivered, dropped, corrupted
     assert done.stdout.splitlines()[-1] == "kept: build/demo/results.json"
     assert json.loads((installed.work / "build/demo/results.json").read_text())["rounds"] == 1
-    # No charts without matplotlib: what is told to type must name this environment.
+    # Without matplotlib there are no charts; the next step must name this environment.
     assert f"{installed.program('python')} -m pip install 'matplotlib" in done.stderr
 
 

@@ -1,4 +1,4 @@
-"""The cache: one build per key, complete entries only, whoever asks."""
+"""The cache builds each key once, and holds complete entries only."""
 
 import multiprocessing
 import os

@@ -1,7 +1,7 @@
-"""A full disk is named as such, whatever else a failing tool says.
+"""A full disk is reported as such, whatever else a failing tool prints.
 
-The disk is a small tmpfs in namespaces of a process of its own, as the emulator has them: hence
-the tier.
+The disk is a small tmpfs in a process's own namespaces, which the emulator needs too: hence the
+tier.
 """
 
 import os
@@ -49,7 +49,12 @@ except PykvmError as error:
 def run_on_a_small_disk(
     directory: Path, script: str, *arguments: str, variable: str = "PYKVM_CACHE", options: str
 ) -> list[str]:
-    """What a Python script prints whose cache, or what else `variable` names, is a small disk."""
+    """Return the output of a Python script whose cache is on a small disk.
+
+    Args:
+        variable: environment variable that names the disk, if not the cache's.
+        options: mount options of the tmpfs.
+    """
     disk = directory / "disk"
     disk.mkdir()
     mount = f'mount -t tmpfs -o {options} none "$1" && shift && exec "$@"'

@@ -1,4 +1,4 @@
-"""Pruning of the cache: only what is old, whole, and nobody's."""
+"""Pruning of the cache removes only entries that are old, complete and unused."""
 
 import fcntl
 import os
@@ -17,7 +17,7 @@ DAY = 86400
 
 
 def _made(key: str, days: float, kind: str = "kind") -> Path:
-    """An entry of 1 MiB that was last used `days` ago."""
+    """Make an entry of 1 MiB that was last used `days` ago."""
     entry = cache.entry(kind, key, lambda out: _fill(out / "part"))
     return _age(entry, days)
 
@@ -69,7 +69,7 @@ def test_a_lock_that_was_removed_meanwhile_is_not_taken(monkeypatch: pytest.Monk
     replaced: list[Path] = []
 
     def flock(file: int, how: int) -> None:
-        if not replaced:  # between opening the file and locking it, a pruner was there
+        if not replaced:  # a pruner ran between opening the file and locking it
             replaced.append(entry.with_name(".key.lock"))
             replaced[0].unlink()
         real(file, how)

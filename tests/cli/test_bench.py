@@ -1,4 +1,4 @@
-"""Each `pykvm bench`, with few repetitions: what it prints, and the files that it leaves."""
+"""Output and files of each `pykvm bench`, with few repetitions."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ _KINDS = {
     "switch": ["--sizes", "64,1514", "--bursts", "1,32", "--guests", "2", "--repeats", "1"],
     "interrupts": ["--count", "2", "--left", "0,1000"],
 }
-# First words of lines that say what was measured.
+# First words of the lines that report a measurement.
 _LINES = {
     "crossing": ["vmfunc", "vmcall_kernel", "vmcall_user", "direct"],
     "attach": ["attach", "detach", "revoke"],

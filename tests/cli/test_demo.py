@@ -1,7 +1,7 @@
-"""`pykvm demo --capture`: what can be sent is carried as it is, the rest is refused at once.
+"""`pykvm demo --capture` carries sendable frames unchanged and refuses the rest at once.
 
-The measurement itself is replaced: what is tested here comes before a guest or the emulated host is
-started. tests/measure/test_exchange.py sends such captures.
+The measurement itself is replaced: these tests end before a guest or the emulated host starts.
+tests/measure/test_exchange.py sends such captures.
 """
 
 import gzip
@@ -30,7 +30,7 @@ SERVER = pcap(b"".join(map(packet, CLIENTS)))
 
 
 class StartedError(Exception):
-    """The demo got as far as the host on which it runs."""
+    """The demo has reached the host on which it runs."""
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def _no_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def carried(tmp_path: Path, *arguments: str) -> list[bytes]:
-    """The frames that would be taken to the emulated host."""
+    """Return the frames that would be taken to the emulated host."""
     with pytest.raises(StartedError):
         command.main(["demo", *arguments])
     return [one.data for one in read_capture(tmp_path / "carried").frames]

@@ -1,4 +1,4 @@
-"""The line that says what a measurement has left."""
+"""The line that names the files of a measurement."""
 
 from pathlib import Path
 

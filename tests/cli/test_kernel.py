@@ -1,4 +1,4 @@
-"""`pykvm kernel`: what it prints and its refusals; what it does is in tests/host."""
+"""Output and refusals of `pykvm kernel`; tests/kernel covers its actions."""
 
 import pytest
 

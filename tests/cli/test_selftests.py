@@ -1,4 +1,4 @@
-"""`pykvm kernel selftests`: what it prints, and its exit status; no emulator is started."""
+"""Output and exit status of `pykvm kernel selftests`, without starting an emulator."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.unit
 
 
 class _Made:
-    """A suite of two selftests and one that is left out; each ends as `ends` says."""
+    """A suite of two selftests and an excluded one; `ends` holds the results of the two."""
 
     ends: tuple[Result, Result] = (Result(0), Result(0))
 

@@ -1,4 +1,4 @@
-"""`pykvm testbed`: its command line, without starting the emulator."""
+"""Command line of `pykvm testbed`, without starting the emulator."""
 
 import os
 import subprocess
@@ -131,7 +131,7 @@ def test_folder_with_too_much_in_it_is_refused_before_anything_is_booted(
 ) -> None:
     with (tmp_path / "large").open("wb") as file:
         file.truncate((256 << 20) + 1)
-    monkeypatch.setenv("PYKVM_CACHE", str(tmp_path / "cache"))  # nothing is there to be resumed
+    monkeypatch.setenv("PYKVM_CACHE", str(tmp_path / "cache"))  # there is nothing to resume
     done = _pykvm("--no-kvm", "--folder", str(tmp_path), "--", "true")
     assert done.returncode == 1
     assert done.stderr == (

@@ -1,4 +1,4 @@
-"""pykvm.devices.debug_console: output that Python sees only when it asks."""
+"""pykvm.devices.debug_console: output that Python sees only on request."""
 
 from collections.abc import Iterator
 

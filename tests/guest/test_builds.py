@@ -1,6 +1,6 @@
-"""Every guest and object that the tests of this directory run can be built.
+"""Builds of every guest and object that the tests of this directory run.
 
-Built into the cache, from which the emulated host takes what it would have to compile slowly.
+They fill the cache for the emulated host, which would take long to compile.
 """
 
 import pytest

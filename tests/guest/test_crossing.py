@@ -1,7 +1,7 @@
-"""Crossings on a patched KVM: what comes back, what they cost, and where an intruder ends.
+"""Crossings on a patched KVM: their results, their costs, and intruders that are stopped.
 
-The intruder runs VMFUNC from wherever it likes, so it enters the gate page at any byte. The same
-from every byte, without a processor: test_gate.py.
+An intruder executes VMFUNC at any address, so it enters the gate page at any byte. test_gate.py
+checks the same for every byte, without a processor.
 """
 
 import os
@@ -33,7 +33,7 @@ FORGED = 0x1234_5000 | 0x1E  # an EPTP: write-back, four levels
 
 @dataclass(frozen=True)
 class Registers:
-    """registers.c"""
+    """Guest program registers.c."""
 
     calls: int
 
@@ -46,7 +46,7 @@ class Registers:
 
 @dataclass(frozen=True)
 class Intruder:
-    """intruder.c"""
+    """Guest program intruder.c."""
 
     behind: int = GATE
     slot: int = 0
@@ -89,7 +89,7 @@ def test_a_crossing_takes_38_instructions(kvm: Kvm) -> None:
         instance.attach(guest, 0)
         assert guest.run() == 0
         ticks = way_samples(guest.samples(), program)
-    # The least of each: the host's timer interrupt falls into a few of them.
+    # The minimum of each: a few samples contain the host's timer interrupt.
     assert min(ticks[Way.VMFUNC]) - min(ticks[Way.EMPTY]) == 38
 
 
@@ -97,7 +97,7 @@ OWN_PAGES = Access.READ | Access.WRITE | Access.EXECUTE
 
 
 def test_an_entry_that_is_a_call(kvm: Kvm, counter: ObjectInstance) -> None:
-    """Entering where the gate itself jumps to is a call like any other."""
+    """Entry at the address to which the gate itself jumps is a call like any other."""
     with BareGuest(kvm, Intruder(GATE + 0xFD8)) as guest:
         counter.attach(guest, 0)
         guest.map(GATE, layout.CAPTURE_GPA, 0x2000, OWN_PAGES)
@@ -151,7 +151,7 @@ def test_an_intruder_is_stopped(kvm: Kvm, counter: ObjectInstance, name: str) ->
         guest.map(GATE, layout.CAPTURE_GPA, 0x2000, OWN_PAGES)
         with pytest.raises(UnexpectedExitError) as caught:
             guest.run()
-        assert guest.results()[0] == 1  # it came as far as the intrusion and no further
+        assert guest.results()[0] == 1  # it got as far as the intrusion and no further
     exit = caught.value.exit
     assert isinstance(exit, ElisaExit)
     direct = bool(program.slot or program.function)
@@ -162,5 +162,5 @@ def test_an_intruder_is_stopped(kvm: Kvm, counter: ObjectInstance, name: str) ->
         assert exit.rip == program.behind - 3
     if name == "slot number":  # the gate's own VMFUNC, with the transient slot still empty
         assert (exit.cause, exit.index) == (uapi.lib.KVM_ELISA_EXIT_VMFUNC, 1)
-    # The object counts on, for others: one honest call of the intruder, four of a second guest.
+    # The object still serves others: one honest call of the intruder, four of a second guest.
     assert count_honestly(kvm, counter, 1, 4) == 1 + 20

@@ -1,7 +1,7 @@
-"""The gate page, decoded from every byte: what `gate.S` promises is held against the machine code.
+"""The gate page, decoded from every byte: the machine code keeps the promises of `gate.S`.
 
-objdump is the judge of where instructions start and what they are. A guest chooses the byte at
-which it enters, and every general register but EAX and ECX; the transient slot is zero then.
+objdump decides where instructions start and what they are. A guest chooses the byte at which it
+enters, and every general register but EAX and ECX; the transient slot is zero then.
 """
 
 import re
@@ -26,9 +26,9 @@ SLOT = crossing.GATE_LIST_OFFSET + 8  # the transient slot, relative to the cros
 DATA = crossing.GATE_DATA_OFFSET
 LAST_VMFUNC = PAGE_SIZE - len(VMFUNC)
 
-# Instructions with a memory operand in last place (AT&T syntax) that read it only.
+# Instructions that only read their last operand in memory (AT&T syntax).
 READ_ONLY = re.compile(r"^(cmp|test|fcom|scas|jmp|nop)")
-# Instructions that write memory without naming it so.
+# Instructions that write memory without an operand that says so.
 HIDDEN_WRITE = re.compile(r"^(push|call|enter|stos|movs|ins|xsave|fxsave|lcall|int\b|into|syscall)")
 STOP = re.compile(r"^(int3|int1|\(bad\)|ud[012]|lock int3|hlt)")
 
@@ -62,7 +62,7 @@ class Decoder:
         self._known: dict[int, Instruction] = {}
 
     def at(self, offset: int) -> Instruction:
-        """The one instruction that starts at `offset`; offsets past the page are a fault."""
+        """Return the instruction that starts at `offset`; an offset past the page is a fault."""
         if offset not in self._known:
             self._known[offset] = self._decode(offset)
         return self._known[offset]
@@ -91,7 +91,7 @@ def last_operand(instruction: Instruction) -> str:
 
 
 def rip_target(instruction: Instruction) -> int | None:
-    """Where a RIP-relative operand lies, relative to the crossing base."""
+    """Return the address of a RIP-relative operand, relative to the crossing base."""
     found = re.search(r"(-?)0x([0-9a-f]+)\(%rip\)", instruction.text)
     if not found:
         return None
@@ -108,7 +108,7 @@ def is_store(instruction: Instruction) -> bool:
 
 
 def paths(decode: Decoder, entry: int) -> list[list[Instruction]]:
-    """Every way on from `entry` until a stop, an indirect jump or the end of the page."""
+    """Return every path from `entry` to a stop, an indirect jump or the end of the page."""
     finished: list[list[Instruction]] = []
     waiting: list[tuple[list[Instruction], int]] = [([], entry)]
     while waiting:
@@ -151,12 +151,12 @@ def test_nothing_but_the_transient_slot_is_ever_written(decode: Decoder) -> None
         if is_store(instruction := decode.at(offset))
     }
     assert set(stores.values()) == {SLOT}, stores
-    # the store, clearing the slot, and both without their REX prefix
+    # The store, the clearing of the slot, and both without their REX prefix.
     assert len(stores) == 4, stores
 
 
 def test_short_displacements_would_be_unsafe(tmp_path: Path) -> None:
-    """The control: with the list where the sub context has it, the guest could write anywhere."""
+    """Control: with the list where the sub context has it, the guest could write anywhere."""
     source = GUEST_SOURCES / "crossing" / "gate.S"
     near = {
         "ELISA_GATE_OFFSET": GATE,
@@ -171,7 +171,7 @@ def test_short_displacements_would_be_unsafe(tmp_path: Path) -> None:
 
 
 def test_no_displacement_holds_a_zero_byte(gate: bytes, decode: Decoder) -> None:
-    """`00 00` is a write through rax; `00 xx` may be one. One zero stands before int3."""
+    """`00 00` is a write through rax, and `00 xx` may be one. One zero is before int3."""
     zeros = [offset for offset in ENTRIES if gate[offset] == 0]
     assert len(zeros) == 1
     assert gate[zeros[0] + 1] == 0xCC
@@ -181,7 +181,7 @@ def test_no_displacement_holds_a_zero_byte(gate: bytes, decode: Decoder) -> None
 @pytest.mark.attack("T2")
 @pytest.mark.attack("T23")
 def test_every_path_is_safe(decode: Decoder) -> None:
-    """From every byte: after a store, the comparison follows before the last VMFUNC."""
+    """On every path from every byte, the comparison follows a store before the last VMFUNC."""
     ends = set()
     for entry in ENTRIES:
         for path in paths(decode, entry):
@@ -191,7 +191,7 @@ def test_every_path_is_safe(decode: Decoder) -> None:
             ends.add(texts[-1] if not path[-1].text.startswith("jmp *") else "jmp *")
             if not stored or not reached:
                 continue
-            # Only the opening store can be followed by a VMFUNC, by way of these and no others.
+            # Only the opening store can lead to a VMFUNC, and only through these instructions.
             assert len(stored) == 1, texts
             after = [re.sub(r"-0x[0-9a-f]+\(%rip", "X(%rip", t) for t in texts[stored[0] + 1 :]]
             assert after == [

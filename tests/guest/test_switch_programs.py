@@ -32,7 +32,7 @@ PATHS = [
 
 
 def conversation(own: int, other: int, count: int, seed: int) -> list[bytes]:
-    """`count` frames of random content, 60 to 1514 bytes."""
+    """Return `count` frames of random content, of 60 to 1514 bytes."""
     dice = random.Random(seed)
     return [
         STATIONS[other]
@@ -45,7 +45,7 @@ def conversation(own: int, other: int, count: int, seed: int) -> list[bytes]:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_two_guests_exchange_frames(kvm: Kvm, path: SwitchPath) -> None:
-    """Every frame arrives once, in order, byte for byte, also through lanes that are too small."""
+    """Every frame arrives once, in order and unchanged, also through lanes that are too small."""
     frames = [conversation(0, 1, 60, seed=1), conversation(1, 0, 40, seed=2)]
     rounds = 2
     with HostedSwitch(SwitchConfig(ports=2, lane_slots=16)) as hosted, ExitStack() as stack:
@@ -82,7 +82,7 @@ def test_a_guest_without_a_peer_gives_up(kvm: Kvm) -> None:
         with BareGuest(kvm, program) as guest:
             guest.set_input(frame_records(conversation(0, 1, 64, seed=3)))
             connect(guest, hosted, 0, SwitchPath.DIRECT)
-            hosted.switch.enable(1)  # nobody empties its lane of 16 frames
+            hosted.switch.enable(1)  # nothing empties its lane of 16 frames
             assert guest.run() == 1
             sent, received, _, log_bytes, waited = guest.results()[:5]
     assert (sent, received, log_bytes) == (16, 0, 0)
@@ -102,7 +102,7 @@ def test_a_disabled_port_is_an_assertion_of_the_guest(kvm: Kvm) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_three_guests_send_bursts_around(kvm: Kvm, path: SwitchPath) -> None:
-    """Each sends to the next one; nothing is lost, and marks stand around each phase."""
+    """Each sends to the next one; nothing is lost, and each phase is enclosed in marks."""
     phases = [Phase(64, 32, 4), Phase(1514, 4, 8), Phase(64, 1, 10)]
     total = sum(phase.frames for phase in phases)
     count = 3

@@ -1,4 +1,4 @@
-"""Calls from user mode (CPL 3), with CR4.SMEP and CR4.SMAP on, through user attachments."""
+"""Calls from user mode (CPL 3), with CR4.SMEP and CR4.SMAP enabled, through user attachments."""
 
 import pytest
 
@@ -22,10 +22,10 @@ EXCEPTION, TRIPLE_FAULT = 0, 2  # SDM vol. 3D, appendix C
 def run(
     kvm: Kvm, instance: ObjectInstance, program: UserProgram, *, user: bool = True
 ) -> tuple[list[int], bytes]:
-    """Results and samples."""
+    """Run the program; return results and samples."""
     with BareGuest(kvm, program) as guest:
         slot = instance.attach_vcpu(guest.vcpu, 0, user=user).slot
-        guest.map_crossing(crossing_images(), user=True)  # whatever the attachment is for
+        guest.map_crossing(crossing_images(), user=True)  # also for an attachment for kernel mode
         guest.announce(slot, instance.window_region(0, guest.next_window_gpa()))
         map_user_pages(guest, program)
         assert guest.run() == 0
@@ -35,7 +35,7 @@ def run(
 def stopped(
     kvm: Kvm, instance: ObjectInstance, program: UserProgram, *, user: bool = True
 ) -> ElisaExit:
-    """The exit at which the guest ended."""
+    """Return the exit that ended the guest."""
     with pytest.raises(UnexpectedExitError) as caught:
         run(kvm, instance, program, user=user)
     exit = caught.value.exit
@@ -45,7 +45,7 @@ def stopped(
 
 @pytest.mark.unit
 def test_built() -> None:
-    """Into the cache, from which the emulated host takes what it would have to compile slowly."""
+    """Building fills the cache for the emulated host, which would take long to compile."""
     assert UserProgram().image().address_of("user_page") % 4096 == 0
     nop = GUEST_SOURCES / "objects" / "nop.c"
     for source in (UNALIGNED, COUNTER, nop):
@@ -69,7 +69,7 @@ def test_registers_and_flags(kvm: Kvm, odd: bool) -> None:
 @pytest.mark.attack("T10")
 @pytest.mark.elisa
 def test_alignment_checks_of_the_caller_do_not_reach_the_object(kvm: Kvm) -> None:
-    """T10, T14: CR0.AM and RFLAGS.AC on, and an object with unaligned accesses."""
+    """T10, T14: CR0.AM and RFLAGS.AC are on, and the object makes unaligned accesses."""
     with SharedObject("unaligned", UNALIGNED, guests=1).open() as instance:
         results, _ = run(kvm, instance, UserProgram(5, alignment=True, argument=11))
         assert results[:2] == [5, 55]
@@ -80,8 +80,7 @@ def test_alignment_checks_of_the_caller_do_not_reach_the_object(kvm: Kvm) -> Non
 @pytest.mark.control("T10")
 @pytest.mark.elisa
 def test_they_would_without_clearing_the_flag(kvm: Kvm) -> None:
-    """The control: an alignment fault in the sub context, which KVM intercepts and serves there to
-    nobody."""
+    """Control: an alignment fault in the sub context, which KVM intercepts and does not serve."""
     without = {Protection.FLAG_CLEARING}
     with SharedObject("unaligned", UNALIGNED, guests=1, without=without).open() as instance:
         exit = stopped(kvm, instance, UserProgram(5, alignment=True, argument=11))

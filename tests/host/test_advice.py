@@ -1,4 +1,4 @@
-"""Advice names only what exists: packages that apt has, modules that the kernel has."""
+"""Advice names only packages that apt has, and modules that the kernel has."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""The commit of the checkout, here and where the testbed hands it down."""
+"""The commit of the checkout, here and as the testbed passes it on."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ def test_commit(monkeypatch: pytest.MonkeyPatch) -> None:
         if head.startswith("ref: ") and (ROOT / ".git" / head[5:]).exists():
             head = (ROOT / ".git" / head[5:]).read_text().strip()
             assert commit().rstrip("+") == head[:12]
-            monkeypatch.setenv("GIT_DIR", "/nonexistent")  # another repository is not meant
+            monkeypatch.setenv("GIT_DIR", "/nonexistent")  # must not select another repository
             assert commit().rstrip("+") == head[:12]
     monkeypatch.setenv("PATH", os.devnull)
     assert commit() == ""

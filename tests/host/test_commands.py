@@ -1,4 +1,4 @@
-"""Commands in messages can be typed as they stand."""
+"""Commands in messages can be typed as they are."""
 
 import os
 import shlex
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.unit
 
 @pytest.fixture
 def called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A program pykvm, in a folder with a space, that the shell does not find."""
+    """Install a program pykvm in a directory with a space that is not in PATH."""
     path = tmp_path / "my env" / "bin" / "pykvm"
     path.parent.mkdir(parents=True)
     path.write_text("#!/bin/sh\n")
@@ -46,7 +46,7 @@ def test_as_root(called: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sudo.chmod(0o755)
     monkeypatch.setenv("PATH", str(called.parent))
     assert commands.as_root("modprobe msr") == "sudo modprobe msr"
-    # sudo would look for "pykvm" in a path of its own.
+    # sudo would search its own path for "pykvm".
     assert commands.program() == "pykvm"
     assert shlex.split(commands.again_as_root()) == ["sudo", *sys.argv]
 

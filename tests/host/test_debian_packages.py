@@ -1,4 +1,4 @@
-"""Reading apt's answers."""
+"""Parsing of apt's answers."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ from pykvm.host.debian_packages import Package, PackageError, unpack_release
 
 pytestmark = pytest.mark.unit
 
-# An apt that answers $ARCHIVE when asked where the machine's Debian comes from, and says of the
-# rest what it was asked for.
+# An apt that answers $ARCHIVE to the question for the machine's archive, and otherwise repeats its
+# arguments.
 APT = """#!/bin/sh
 case "$*" in
 *indextargets*) printf '%s' "$ARCHIVE" ;;

@@ -1,4 +1,4 @@
-"""Finding the processes that keep KVM from being unloaded."""
+"""Search for the processes that keep KVM from being unloaded."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ def test_users_are_told_by_their_descriptors(tmp_path: Path) -> None:
     _process(tmp_path, 5, "vcpu only", "anon_inode:kvm-vcpu:0")
     _process(tmp_path, 6, "bystander", "/dev/null", "anon_inode:[eventfd]", "/home/dev/kvm")
     (tmp_path / "meminfo").touch()
-    (tmp_path / "7").mkdir()  # ended between the two looks
+    (tmp_path / "7").mkdir()  # ended between the two reads
     assert describe_users(tmp_path) == ["doctor (4)", "vcpu only (5)", "qemu (30)"]
 
 

@@ -49,7 +49,7 @@ def test_missing_words_are_empty(tmp_path: Path) -> None:
 
 @pytest.mark.unit
 def test_capability_bits_are_decoded() -> None:
-    # As on a Skylake server; bit 45 of the secondary controls is "enable VM functions".
+    # Values of a Skylake server; bit 45 of the secondary controls is "enable VM functions".
     vmx = VmxCapabilities(
         feature_control=0x5,
         procbased=0xFFF9FFFE0401E172,
@@ -81,7 +81,7 @@ def test_a_processor_that_is_not_there_says_what_to_do() -> None:
 
 @pytest.mark.elisa
 def test_this_processor_switches_eptps() -> None:
-    # KVM offers ELISA only where EPTP switching exists: two independent witnesses.
+    # KVM offers ELISA only if the processor has EPTP switching: two independent sources.
     assert modules.elisa_version() > 0
     assert os.geteuid() == 0, "reading MSRs takes root"
     subprocess.run(["/sbin/modprobe", "msr"], check=True)

@@ -1,7 +1,7 @@
-"""Building the modules: every way in which the distribution's parts can be missing or wrong.
+"""Builds of the modules with every part of the distribution missing or wrong.
 
-The errors are provoked with small copies of what the packages install; test_distribution_source.py
-builds from the packages themselves.
+Small copies of the packages' contents provoke the errors; test_distribution_source.py builds from
+the packages themselves.
 """
 
 import re
@@ -31,8 +31,8 @@ def _makefile(version: str) -> str:
     return "".join(f"{name} = {number}\n" for name, number in pairs)
 
 
-# What the out-of-tree build calls. One compiles nothing and fails as a compiler would; the other
-# makes modules of which one can read what went into them.
+# Makefile rules for the out-of-tree build. The first compiles nothing and fails as a compiler
+# would. The second makes modules that show what went into them.
 _FAILS = "modules:\n\t@echo 'x.c:1: error: no such thing' >&2; false\n"
 _WORKS = (
     "modules:\n\tcat $(M)/x86.c $(kvm_tree)/virt/kvm/kvm_main.c > $(M)/kvm.ko\n"
@@ -97,7 +97,7 @@ def _kept_modules() -> list[str]:
 
 @pytest.fixture
 def src(tmp_path: Path) -> Path:
-    """A stand-in for `/usr/src` with headers and source that match."""
+    """Stand-in for `/usr/src` with headers and source that match."""
     _make_headers(tmp_path / "src")
     _make_source(tmp_path / "src")
     return tmp_path / "src"
@@ -243,7 +243,7 @@ def test_compile_error_names_the_log(src: Path, patches: Path) -> None:
     log = cache.log_path(f"kernel-build-{RELEASE}")
     assert str(caught.value).endswith(f"read {log}")
     assert "x.c:1: error" in log.read_text()
-    # Neither a half-built entry nor the tree it was built in stays.
+    # Neither a half-built entry nor its build tree remains.
     assert _kept_modules() == []
 
 
@@ -265,7 +265,7 @@ def _further(tmp_path: Path, was: str = "int patched;", name: str = "weaken.patc
 
 @pytest.fixture
 def working(src: Path) -> Path:
-    """A stand-in for `/usr/src` whose build works."""
+    """Stand-in for `/usr/src` whose build works."""
     shutil.rmtree(src / f"linux-headers-{RELEASE}")
     _make_headers(src, rule=_WORKS)
     return src

@@ -1,6 +1,6 @@
 """The distribution's own source and headers: the patch applies to them, and the modules build.
 
-They are what the emulated host is made of; hence the tier.
+The emulated host is made of them: hence the tier.
 """
 
 import os
@@ -50,6 +50,6 @@ def test_the_patched_modules_build(series: str, monkeypatch: pytest.MonkeyPatch)
         ).stdout
         assert re.search(rf"vermagic: +{re.escape(release)} ", info)
         assert "srcversion:" in info
-        # No path of the machine it was built on.
+        # No path of the build machine.
         assert os.fsencode(cache.root()) not in module.read_bytes()
     assert kernel.build(release) == directory

@@ -1,4 +1,4 @@
-"""Exchanging KVM's modules for real, on the emulated host; and refusing where it cannot be done."""
+"""Real exchanges of KVM's modules on the emulated host, and refusals where that is impossible."""
 
 import os
 import platform
@@ -15,17 +15,17 @@ from pykvm.host.emulation import is_emulated
 from pykvm.host.processor import Processor
 from pykvm.kernel import modules
 
-# Each exchange costs seconds on the emulated host: these tests make as few as they can.
+# Each exchange takes seconds on the emulated host, so these tests make as few as they can.
 
 PARAMETERS = Path("/sys/module")
 
 
 @pytest.fixture
 def patched() -> Iterator[modules.Status]:
-    """The patched modules, loaded before the test and again after it."""
+    """Check that the patched modules are loaded, and load them again after the test."""
     if not is_emulated():
         pytest.skip("exchanging modules is for the emulated host, not for a machine in use")
-    # Later tests need the patched modules: know where they are before touching anything.
+    # Later tests need the patched modules: find them before changing anything.
     directory = Path(os.environ["PYKVM_MODULES"])
     assert (directory / "kvm.ko").is_file()
     before = modules.status()
@@ -38,7 +38,7 @@ def patched() -> Iterator[modules.Status]:
 
 @pytest.fixture
 def built() -> Path:
-    """Where the patched modules are."""
+    """Directory of the patched modules."""
     return Path(os.environ["PYKVM_MODULES"])
 
 
@@ -114,7 +114,7 @@ def test_refuses_while_somebody_uses_kvm() -> None:
 @pytest.mark.usefixtures("patched")
 def test_modules_that_are_no_good_leave_the_stock_ones(built: Path, tmp_path: Path) -> None:
     broken = bytearray((built / "kvm-intel.ko").read_bytes())
-    broken[18] ^= 0xFF  # e_machine of the ELF header: modinfo does not look, the kernel does
+    broken[18] ^= 0xFF  # e_machine of the ELF header: modinfo ignores it, the kernel does not
     (tmp_path / "kvm.ko").write_bytes((built / "kvm.ko").read_bytes())
     (tmp_path / "kvm-intel.ko").write_bytes(broken)
     with pytest.raises(modules.ModuleLoadError, match="distribution's KVM is loaded again"):
@@ -122,7 +122,7 @@ def test_modules_that_are_no_good_leave_the_stock_ones(built: Path, tmp_path: Pa
     assert modules.status().state == "stock"
     assert os.access("/dev/kvm", os.R_OK | os.W_OK)
 
-    # These do load, but they are the distribution's own.
+    # These modules load, but they are the distribution's own.
     for name in ("kvm", "kvm-intel"):
         (tmp_path / f"{name}.ko").unlink()
         (tmp_path / f"{name}.ko").symlink_to(_stock(name))
@@ -166,8 +166,7 @@ def test_only_root_may() -> None:
 
 
 def _as_root_on(monkeypatch: pytest.MonkeyPatch, vendor: str, *flags: str) -> None:
-    # Stands in for a machine that is not at hand; what is under test is the refusal, which comes
-    # before anything is touched.
+    # Stands in for another machine. The test is about the refusal, which precedes any change.
     processor = Processor(vendor, "a processor", 6, 1, 1, "", frozenset(flags))
     monkeypatch.setattr(modules, "read_processor", lambda: processor)
     monkeypatch.setattr(os, "geteuid", lambda: 0)

@@ -1,4 +1,4 @@
-"""The patch as it is kept, source files and hooks, and as one whole."""
+"""The patch in its stored form, source files and hooks, and as one whole."""
 
 import subprocess
 from pathlib import Path
@@ -21,7 +21,7 @@ index 0835e4f..97a5d10 100644
 -int before;
 +int after;
 """
-# As git has it for "int a;", an empty line and "int b;", the blob's name included.
+# Git's patch for "int a;", an empty line and "int b;", including the blob's name.
 ADDITION = """\
 diff --git a/kvm/{name} b/kvm/{name}
 new file mode 100644
@@ -37,7 +37,7 @@ index 0000000..7a0eb47
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """A made-up `kernel-patches`."""
+    """Return a made-up `kernel-patches`."""
     top = tmp_path / "kernel-patches"
     (top / "files/kvm").mkdir(parents=True)
     (top / "linux-6.1.patch").write_text(MESSAGE + HOOK)

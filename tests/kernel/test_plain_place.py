@@ -1,4 +1,4 @@
-"""Places with any name: builds happen where the kernel's Makefiles can take the path."""
+"""Builds in directories of any name happen where the kernel's Makefiles can take the path."""
 
 import tempfile
 from pathlib import Path

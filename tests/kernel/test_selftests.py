@@ -1,4 +1,4 @@
-"""The build of KVM's selftests: its refusals; what comes out of it runs in tests/testbed."""
+"""Refusals of the build of KVM's selftests; tests/testbed runs the results."""
 
 import tarfile
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which kernel stands for a series: an installed one, else what apt has all packages of."""
+"""Choice of the kernel for a series: an installed one, else one with all packages in apt."""
 
 import subprocess
 from pathlib import Path
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("own_cache")]
 
 _NEW, _OLD = "6.12.117+deb12-cloud-amd64", "6.12.99+deb12-cloud-amd64"
 
-# What `apt-cache madison` says: package, version, where from.
+# Output of `apt-cache madison`: package, version, source.
 _MADISON = f"""\
 linux-headers-{_NEW} | 6.12.117-1 | http://mirror.example bookworm/main amd64 Packages
 linux-headers-6.12.117+deb12-common | 6.12.117-1 | http://mirror.example bookworm/main Packages
@@ -48,7 +48,7 @@ def _no_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An apt-cache that knows `_MADISON`, and notes here what it was asked."""
+    """Install an apt-cache that knows `_MADISON`; return the file that logs its arguments."""
     return apt.offer(tmp_path, monkeypatch, _MADISON)
 
 
@@ -206,7 +206,7 @@ def test_packages_are_unpacked_for_a_build(tmp_path: Path, monkeypatch: pytest.M
     assert (found.version, found.series) == ("6.12.99", "6.12")
     assert kernel_packages.find_source("6.12", src).tarball.read_text() == "source"
     assert (found.path / "../../lib/linux-kbuild-6.12/scripts/x").exists()
-    assert not list(debs.glob("*.deb"))  # nobody wants the archives again
+    assert not list(debs.glob("*.deb"))  # the archives are not needed again
     assert kernel_series.place(_OLD) == src
 
 

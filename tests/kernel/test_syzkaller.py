@@ -1,9 +1,9 @@
-"""The description of the calls for syzkaller says what the header says.
+"""The syzkaller description of the calls agrees with the header.
 
-syzkaller itself is no package of Debian's: its own compiler of descriptions is not run here. What
-is: every constant of the const file against the C compiler's value, every constant that the
-description uses against the const file, and size and place of every field of every struct that
-both have. The few types that the description uses are all read here; any other is an error.
+syzkaller is no Debian package, so its own compiler of descriptions is not run here. The tests
+compare every constant of the const file with the C compiler's value, every constant that the
+description uses with the const file, and size and offset of every field of every struct that both
+have. They read the few types that the description uses; any other is an error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PAGES = ("kvm_elisa_page_user", "kvm_elisa_page_list", "kvm_elisa_page_eptp", "k
 
 
 def from_compiler(expressions: list[str], directory: Path) -> list[int]:
-    """The values of C expressions, with linux/kvm.h and the patch's header."""
+    """Return the values of C expressions, with linux/kvm.h and the patch's header."""
     lines = "\n".join(f'\tprintf("%llu\\n", (unsigned long long)({one}));' for one in expressions)
     source, program = directory / "values.c", directory / "values"
     source.write_text(
@@ -46,7 +46,7 @@ def constants() -> dict[str, int]:
 
 
 def structs() -> dict[str, list[tuple[str, str]]]:
-    """Fields of every struct of the description: (name, type)."""
+    """Return the fields of every struct of the description as (name, type)."""
     found = {}
     for name, body in re.findall(r"^(\w+) \{\n(.*?)^\}", DESCRIPTION.read_text(), re.M | re.S):
         fields = (line.strip().split("\t", 1) for line in body.splitlines())
@@ -55,7 +55,7 @@ def structs() -> dict[str, list[tuple[str, str]]]:
 
 
 def size_of(kind: str) -> int:
-    """Bytes of a type of the description."""
+    """Return the size in bytes of a type of the description."""
     if match := re.fullmatch(r"array\[(.*), (\d+)\]", kind):
         return size_of(match[1]) * int(match[2])
     if match := re.fullmatch(r"(?:const|flags|len)\[\w+, int(\d+)\]", kind):

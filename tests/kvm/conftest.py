@@ -1,4 +1,4 @@
-"""A VM, and a tiny real-mode guest in it."""
+"""Fixtures: a VM, and a tiny real-mode guest in it."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from tests.rigs.real_mode import RealModeGuest
 @pytest.fixture
 def vm(kvm: Kvm) -> Iterator[Vm]:
     with kvm.create_vm() as handle:
-        # Where a processor lacks "unrestricted guest", real mode needs three pages for a TSS.
+        # Without "unrestricted guest" in the processor, real mode needs three pages for a TSS.
         handle.set_tss_address(0xFFFBD000)
         yield handle
 

@@ -1,4 +1,4 @@
-"""Handles in a forked process: it gives back what it has inherited, and disturbs nobody."""
+"""Handles in a forked process: the child gives back its copies without disturbing the parent."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ SPIN = "40 EB FD ; again: inc ax; jmp again"
 
 @pytest.fixture
 def running(guest: RealModeGuest) -> Iterator[RealModeGuest]:
-    """A guest that another thread runs, and that runs on after the test's forks."""
+    """Run the guest in another thread throughout the test's forks."""
     guest.load(SPIN)
     thread = threading.Thread(target=guest.vcpu.run)
     thread.start()
@@ -69,7 +69,7 @@ def test_closing_in_the_child(running: RealModeGuest) -> None:
 
 
 def test_a_lock_that_a_thread_held_at_the_fork(guest: RealModeGuest) -> None:
-    """Threads that start and stop the vCPU hold its locks again and again while children close."""
+    """Threads that start and stop the vCPU keep taking its locks while children close it."""
     guest.load(SPIN)
     done = threading.Event()
 
@@ -123,7 +123,7 @@ def test_calls_in_the_child_say_what_to_do(running: RealModeGuest) -> None:
 
 
 def test_a_child_makes_vms_of_its_own(guest: RealModeGuest) -> None:
-    """/dev/kvm itself is nobody's: an inherited `Kvm` works."""
+    """/dev/kvm itself belongs to no process: an inherited `Kvm` works."""
     kvm = guest.vm.kvm
     assert isinstance(kvm, Kvm)
 
@@ -133,7 +133,7 @@ def test_a_child_makes_vms_of_its_own(guest: RealModeGuest) -> None:
             mine.load("B0 05 F4 ; mov al, 5; hlt")
             assert run(mine.vcpu) == Hlt()
             assert mine.vcpu.get_regs().rax & 0xFF == 5
-            in_fork(vm.close)  # of a child, too
+            in_fork(vm.close)  # also in a child
             assert run(mine.vcpu) is not None
 
     in_fork(body)
@@ -145,7 +145,7 @@ def test_counters_can_be_read_in_the_child(guest: RealModeGuest) -> None:
 
 
 def test_forgotten_handles_are_not_the_childs_fault(guest: RealModeGuest) -> None:
-    """No ResourceWarning there: the parent closes them."""
+    """The child raises no ResourceWarning, because the parent closes the handles."""
     code = """if True:
         import os, sys, warnings
         from pykvm.kvm import Kvm
@@ -167,7 +167,7 @@ def test_forgotten_handles_are_not_the_childs_fault(guest: RealModeGuest) -> Non
     "end", ["sys.exit(0)", "vm.close(); os._exit(0)", "del vcpu, vm; sys.exit(0)"]
 )
 def test_the_interpreters_own_end(end: str) -> None:
-    """A child ends by itself while the parent's guest runs, and so does the parent after it."""
+    """A child exits normally while the parent's guest runs, and so does the parent after it."""
     code = f"""if True:
         import ctypes, mmap, os, sys, threading, time
         from pykvm.kvm import Kvm

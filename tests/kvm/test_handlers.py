@@ -1,4 +1,4 @@
-"""pykvm.kvm.handlers: exits that C functions serve, and the table that says which."""
+"""pykvm.kvm.handlers: exits that C functions serve, and the table of these functions."""
 
 import threading
 import time
@@ -26,9 +26,10 @@ ACCESS = "int(void *, const struct pykvm_access *)"
 
 
 class Device:
-    """A handler's function in Python, which tests alone have: it keeps what it has seen.
+    """Handler function in Python, for tests only, which records its calls.
 
-    answer: what reads get, or None to leave the exit to Python.
+    Args:
+        answer: the value that reads get, or None to leave the exit to Python.
     """
 
     def __init__(self, answer: int | None = 0) -> None:
@@ -82,7 +83,7 @@ def test_mmio(guest: RealModeGuest) -> None:
     """)
     found = run(guest.vcpu)
     assert device.seen[:2] == [(0x10, 1, 1, None), (0xFFF, 1, 1, b"\x77")]
-    assert isinstance(found, MmioRead)  # whole, or the part behind the range
+    assert isinstance(found, MmioRead)  # whole, or the part after the range
     assert guest.vcpu.exit_counts().native["KVM_EXIT_MMIO"] >= 2
 
 
@@ -166,7 +167,7 @@ SPIN_ON_A_PORT = "E6 10 EB FC ; again: out 0x10, al; jmp again"
 
 @pytest.mark.kvm
 def test_handlers_change_while_the_guest_runs(guest: RealModeGuest) -> None:
-    """The guest never sees a moment without one, and no removed one is called again."""
+    """The guest always meets a handler, and a removed one is not called again."""
     guest.load(SPIN_ON_A_PORT)
     first, second = Device(), Device()
     ends: list[object] = []
@@ -230,19 +231,19 @@ def test_a_handler_may_stop_its_vcpu(guest: RealModeGuest) -> None:
 
 @pytest.mark.kvm
 def test_after_close(guest: RealModeGuest) -> None:
-    """A closed vCPU takes no handlers, and stands in nobody's way."""
+    """A closed vCPU takes no handlers, and does not block changes for others."""
     guest.vcpu.close()
     guest.vm.handlers.add_ports(0x10, 1, Device().function)
 
 
-# ---- what is refused ----------------------------------------------------------------------------
+# ---- refusals -----------------------------------------------------------------------------------
 
 
 @pytest.mark.unit
 def test_overlapping_ranges() -> None:
     handlers, device = Handlers(), Device()
     handlers.add_ports(0x3F8, 8, device.function)
-    handlers.add_mmio(0x3F8, 8, device.function)  # another space: nothing to do with it
+    handlers.add_mmio(0x3F8, 8, device.function)  # another address space: no conflict
     for first, count in ((0x3F8, 8), (0x3F0, 9), (0x3FF, 1), (0x3F9, 2), (0x300, 0x200)):
         with pytest.raises(HandlerOverlapError) as caught:
             handlers.add_ports(first, count, device.function)
@@ -278,7 +279,7 @@ def test_ports_that_do_not_exist(first: int, count: int) -> None:
 @pytest.mark.unit
 @pytest.mark.parametrize("nothing", [None, 0, ffi.NULL])
 def test_no_function(nothing: object) -> None:
-    """It would be called at address 0."""
+    """The call would go to address 0."""
     with pytest.raises(HandlerError, match="pass a c function") as caught:
         Handlers().add_ports(0x10, 1, nothing)
     one_line(caught.value)

@@ -1,4 +1,4 @@
-"""Calls that signals interrupt: made again after Python's handlers have run (PEP 475)."""
+"""Interrupted calls are repeated after Python's signal handlers have run (PEP 475)."""
 
 import errno
 import os
@@ -18,7 +18,7 @@ from pykvm.kvm.ioctls import IOCTLS, Scope
 
 @contextmanager
 def ticking(handler: Callable[[int, object], None], interval: float = 0.0003) -> Iterator[None]:
-    """A timer whose signal interrupts system calls, as a profiler's does."""
+    """Run a timer whose signal interrupts system calls, as a profiler's does."""
     previous = signal.signal(signal.SIGALRM, handler)
     signal.setitimer(signal.ITIMER_REAL, interval, interval)
     try:
@@ -30,7 +30,7 @@ def ticking(handler: Callable[[int, object], None], interval: float = 0.0003) ->
 
 @pytest.mark.kvm
 def test_vms_are_made_under_a_profiling_timer(kvm: Kvm) -> None:
-    """KVM_CREATE_VM starts threads and waits for them: it is interrupted now and then."""
+    """KVM_CREATE_VM starts threads and waits for them, so signals interrupt it now and then."""
     ticks = 0
 
     def tick(_number: int, _frame: object) -> None:
@@ -45,14 +45,17 @@ def test_vms_are_made_under_a_profiling_timer(kvm: Kvm) -> None:
 
 
 class Interrupted(Handle):
-    """A descriptor on which the kernel's answers are chosen here; the rest is the product's."""
+    """A handle for which the test chooses the kernel's answers; all else is real."""
 
     scope = Scope.SYSTEM
 
 
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """Answers of the next calls, in order: numbers, or what to do before EINTR."""
+    """Yield a list for the answers of the next calls, in order.
+
+    An answer is a number, or a function to call before EINTR.
+    """
     waiting: list[Any] = []
 
     class Answering:
@@ -80,7 +83,7 @@ def test_every_interruption_is_followed_by_another_call(answers: list[Any]) -> N
 
 @pytest.mark.unit
 def test_what_a_signal_handler_raises_ends_the_call(answers: list[Any]) -> None:
-    """Ctrl-C, above all; the call is not made again."""
+    """Ctrl-C is the usual case; the call is not repeated."""
 
     def press() -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -106,7 +109,7 @@ def test_a_handle_that_a_signal_handler_closes(answers: list[Any]) -> None:
 @pytest.mark.unit
 @pytest.mark.parametrize("scope", Scope)
 def test_every_call_goes_this_way(scope: Scope, answers: list[Any]) -> None:
-    """All but KVM_RUN, whose EINTR means that the guest shall stop: the run loop makes it."""
+    """KVM_RUN is excepted: its EINTR means that the guest shall stop. The run loop calls it."""
     kind = type("Interrupted", (Handle,), {"scope": scope})
     for entry in IOCTLS.values():
         if scope in entry.scopes and entry.name != "KVM_RUN":
@@ -117,7 +120,7 @@ def test_every_call_goes_this_way(scope: Scope, answers: list[Any]) -> None:
 
 @pytest.mark.kvm
 def test_a_thread_without_signal_handlers_goes_on_too(kvm: Kvm) -> None:
-    """Python's handlers run in the main thread alone; the others are interrupted as well."""
+    """Python's handlers run only in the main thread, but the others are interrupted as well."""
     made: list[int] = []
     failures: list[BaseException] = []
 

@@ -25,7 +25,7 @@ from tests.rigs.real_mode import RealModeGuest, run
 
 pytestmark = pytest.mark.kvm
 
-# Vectors 0x20 up for IRQ 0 up, everything unmasked; then wait, and report each interrupt.
+# IRQ 0 and up get vectors 0x20 and up, all unmasked; then wait, and report each interrupt.
 WAIT_FOR_INTERRUPTS = """
     B0 11  ; mov al, 0x11     ICW1: edge, cascade, ICW4 follows
     E6 20  ; out 0x20, al
@@ -118,7 +118,7 @@ def test_irqfd_needs_an_irqchip(guest: RealModeGuest, eventfd: int) -> None:
 
 
 def test_gsi_routing(waiting: RealModeGuest, eventfd: int) -> None:
-    """GSI 20 is routed to pin 5 of the PIC: without the route it would go nowhere there."""
+    """GSI 20 is routed to pin 5 of the PIC; without the route it leads nowhere there."""
     need(waiting.vm, "KVM_CAP_IRQ_ROUTING")
     waiting.vm.set_gsi_routing([IrqchipRoute(20, lib.KVM_IRQCHIP_PIC_MASTER, 5)])
     waiting.vm.register_irqfd(eventfd, 20)
@@ -144,7 +144,7 @@ def test_impossible_route(waiting: RealModeGuest) -> None:
 
 
 def test_more_routes_than_kvm_has(waiting: RealModeGuest) -> None:
-    """The number is what is wrong, and not one of the routes."""
+    """The error is about the number of routes and not about one of them."""
     limit = need(waiting.vm, "KVM_CAP_IRQ_ROUTING")
     with pytest.raises(GsiRoutingError, match=f"pass at most {limit}") as caught:
         waiting.vm.set_gsi_routing([MsiRoute(1, 0xFEE00000, 0x40)] * (limit + 1))

@@ -1,4 +1,4 @@
-"""pykvm.kvm.ioctls: the table against the header, and against the code that uses it."""
+"""pykvm.kvm.ioctls: the table against the header and against the code that uses it."""
 
 import errno
 import re
@@ -52,7 +52,7 @@ def test_code_and_table_agree() -> None:
 
 
 def test_a_hint_about_arguments_is_not_given_for_other_errors() -> None:
-    """Too many open files are not the fault of a vCPU's id."""
+    """Too many open files are not caused by a vCPU's id."""
     entry = IOCTLS["KVM_CREATE_VCPU"]
     assert "vcpu id" in (entry.next_step(errno.EEXIST) or "")
     assert entry.next_step(errno.EMFILE) is None

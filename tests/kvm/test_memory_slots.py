@@ -59,7 +59,7 @@ def test_overlap(guest: RealModeGuest) -> None:
         guest.vm.set_user_memory_region(1, MEMORY - 0x1000, 0x2000, guest.host_address)
     assert caught.value.errno == errno.EEXIST
     assert "another gpa" in one_line(caught.value)
-    guest.vm.set_user_memory_region(1, MEMORY, 0x1000, guest.host_address)  # beside it: fine
+    guest.vm.set_user_memory_region(1, MEMORY, 0x1000, guest.host_address)  # adjacent: allowed
 
 
 def test_slot_number_too_large(guest: RealModeGuest) -> None:
@@ -98,7 +98,7 @@ def test_what_cannot_change_is_refused_by_name(guest: RealModeGuest) -> None:
             guest.vm.set_memory_slot(slot)
         assert caught.value.next_step == f"call delete_memory_slot(0) before changing its {what}"
         one_line(caught.value)
-    guest.vm.set_memory_slot(Slot(0, 0x20000, MEMORY, guest.host_address))  # moving is fine
+    guest.vm.set_memory_slot(Slot(0, 0x20000, MEMORY, guest.host_address))  # moving is allowed
 
 
 def test_a_slot_larger_than_kvm_has(guest: RealModeGuest) -> None:
@@ -108,7 +108,7 @@ def test_a_slot_larger_than_kvm_has(guest: RealModeGuest) -> None:
 
 
 def test_memory_that_is_not_this_processes(guest: RealModeGuest) -> None:
-    """Neither the slot nor its size is wrong: the message blames the addresses."""
+    """The message blames the addresses: neither the slot nor its size is wrong."""
     with pytest.raises(MemorySlotError, match="memory of this process"):
         guest.vm.set_user_memory_region(1, 0x100000, 0x1000, 1 << 63)
 
@@ -155,7 +155,7 @@ def test_dirty_log(vm: Vm) -> None:
     dirty = vm.get_dirty_log(0)
     assert {5, 7} <= set(dirty)
     assert 9 not in dirty
-    assert vm.get_dirty_log(0) == []  # reading cleaned it
+    assert vm.get_dirty_log(0) == []  # reading cleared it
     guest.restart()
     assert run(guest.vcpu) == Hlt()
     assert {5, 7} <= set(vm.get_dirty_log(0))

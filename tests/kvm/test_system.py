@@ -1,4 +1,4 @@
-"""pykvm.kvm.system: the handle on /dev/kvm, and what is said where it is not usable."""
+"""pykvm.kvm.system: the handle on /dev/kvm, and the errors if it is not usable."""
 
 import errno
 import os
@@ -69,7 +69,7 @@ def test_closing_twice() -> None:
     kvm.close()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
-    # The number is taken by somebody else now: the second close must not touch it.
+    # The number now belongs to another file: the second close must not touch it.
     other = os.open("/dev/null", os.O_RDONLY)
     os.dup2(other, fd)
     try:

@@ -1,4 +1,4 @@
-"""What attaching costs is measured: pages by the plan, ticks of the host's own counter."""
+"""Measured costs of attaching: pages by the plan, ticks of the host's own counter."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What a guest's samples of its calls mean: phases, bursts and groups."""
+"""Meaning of a guest's samples of its calls: phases, bursts and groups."""
 
 import pytest
 
@@ -26,7 +26,7 @@ def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 def test_phases() -> None:
-    """Sizes and bursts in order, behind one warm-up."""
+    """Sizes and bursts come in order, after one warm-up."""
     phases = phases_of((64, 1514), (1, 32), 4)
     assert [(p.frame_bytes, p.burst, p.bursts) for p in phases[1:]] == [
         (64, 1, 4),
@@ -38,8 +38,10 @@ def test_phases() -> None:
 
 
 def test_samples_belong_to_phases_by_their_frames(host: str) -> None:
-    """A burst that had to wait is cut into several calls: it counts in no figure, and shifts no
-    other sample into the wrong phase."""
+    """A burst that had to wait is split over several calls.
+
+    It counts in no figure, and moves no other sample into the wrong phase.
+    """
     phases = phases_of((64,), (4, 2), 3)
     calls = [sample(9, 1)] * 8  # the warm-up
     calls += [sample(100, 4), sample(30, 1, 4), sample(70, 3), sample(104, 4)]
@@ -68,7 +70,7 @@ def test_exits() -> None:
 
 
 def test_cost_of_an_exchange(host: str) -> None:
-    """The same burst of each round is one group, however long another one took."""
+    """The same burst of each round is one group, however long the others took."""
     rounds = [
         [sample(100, 2), sample(60, 1)],
         [sample(110, 2), sample(9000, 1)],

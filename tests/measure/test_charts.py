@@ -1,4 +1,4 @@
-"""Charts are files that other programs can open, with what the record says in them."""
+"""Charts are files that other programs can open, and show the content of the record."""
 
 import builtins
 import json
@@ -65,7 +65,7 @@ DRAWN = {
 
 
 def check_png(data: bytes) -> tuple[int, int]:
-    """Width and height of a PNG whose chunks are all whole (ISO/IEC 15948, 5.3 and 11.2.2)."""
+    """Return width and height of a PNG with complete chunks (ISO/IEC 15948, 5.3 and 11.2.2)."""
     assert data.startswith(b"\x89PNG\r\n\x1a\n")
     kinds, at = [], 8
     while at < len(data):
@@ -102,7 +102,7 @@ def test_the_same_record_gives_the_same_file(tmp_path: Path, kind: str) -> None:
 
 
 def texts(monkeypatch: pytest.MonkeyPatch, kind: str, stem: Path) -> str:
-    """Everything written in the chart: as text, not as outlines."""
+    """Return all text in the chart, which is stored as text and not as outlines."""
     mpl.rcParams["svg.fonttype"] = "none"
     draw, content = DRAWN[kind]
     svg = draw(content, stem)[0]
@@ -133,7 +133,7 @@ def test_backend_that_does_not_exist_here(tmp_path: Path, monkeypatch: pytest.Mo
         "charts.draw_crossing(json.load(sys.stdin), Path('chart'))\n"
         "print(os.environ['MPLBACKEND'])"
     )
-    backend = "module://matplotlib_inline.backend_inline"  # what a notebook sets
+    backend = "module://matplotlib_inline.backend_inline"  # set by notebooks
     monkeypatch.setenv("MPLBACKEND", backend)
     done = subprocess.run(
         [sys.executable, "-c", script],

@@ -1,4 +1,4 @@
-"""Two guests play captures of more than two stations, of VLANs and of tagged full frames."""
+"""Two guests replay captures with more than two stations, VLANs and tagged full frames."""
 
 import random
 
@@ -14,7 +14,10 @@ ROUNDS = 3
 
 
 def server_capture() -> list[list[bytes]]:
-    """What tcpdump sees on a server with three clients, one of them on a VLAN, parted."""
+    """Return a split capture of a server with three clients, one of them on a VLAN.
+
+    It is what tcpdump sees on the server.
+    """
     dice = random.Random(1)
     frames = [frame(BROADCAST, client) for client in (1, 2, 3)]
     for mark in range(40):

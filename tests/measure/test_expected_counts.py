@@ -1,6 +1,6 @@
-"""Counts that repeat exactly are compared with stored ones: benchmarks/expected.json.
+"""Exactly repeatable counts against the stored ones in benchmarks/expected.json.
 
-Where a change makes them different on purpose, the new number goes into that file with it.
+A change that alters them on purpose updates that file too.
 """
 
 import json
@@ -21,7 +21,7 @@ STORED = Path(__file__).parents[2] / "benchmarks" / "expected.json"
 EXPECTED: dict[str, Any] = json.loads(STORED.read_text())
 CALLS = 100
 
-# The most that the design allows.
+# The maximum that the design allows.
 MOST_FOR_A_CROSSING = 48
 MOST_FOR_A_PACKET = 90
 
@@ -37,7 +37,7 @@ def counted() -> None:
 
 
 def test_exits_of_one_call(crossing: Crossing) -> None:
-    """Counted by KVM: none for VMFUNC, one for each VMCALL."""
+    """KVM counts no exit for VMFUNC and one for each VMCALL."""
     assert {name: way.vm_exits for name, way in crossing.ways.items()} == {
         "vmfunc": 0,
         "vmcall_kernel": 1,
@@ -55,7 +55,7 @@ def test_vmfuncs_of_one_call(crossing: Crossing) -> None:
 
 
 def test_samples(crossing: Crossing) -> None:
-    """One for each call, and next to all of them alike; the record holds them all."""
+    """There is one sample for each call, nearly all alike, and the record holds them all."""
     for way in crossing.ways.values():
         assert len(way.samples.values) == CALLS
     record = crossing.as_dict()
@@ -75,7 +75,7 @@ def test_instructions_of_a_crossing(crossing: Crossing) -> None:
     assert costs["vmfunc"] <= MOST_FOR_A_CROSSING
     for name, expected in EXPECTED["crossing"].items():
         assert costs[name] == expected, name
-    # Leaving the guest costs more than an order of magnitude more; leaving the kernel yet more.
+    # Leaving the guest costs over ten times as much; leaving the kernel costs yet more.
     assert costs["vmcall_user"] > costs["vmcall_kernel"] > 10 * costs["vmfunc"]
 
 
@@ -85,7 +85,7 @@ def test_only_the_ways_asked_for(kvm: Kvm) -> None:
 
 @pytest.mark.parametrize("stored", EXPECTED["switch"], ids=lambda stored: str(stored["path"]))
 def test_instructions_of_a_packet(kvm: Kvm, stored: dict[str, Any]) -> None:
-    """On the sender's side, its call included, for a burst that goes through at once."""
+    """The count is the sender's, its call included, for a burst that is sent at once."""
     (point,) = measure_bursts(
         kvm,
         SwitchPath[stored["path"].upper()],

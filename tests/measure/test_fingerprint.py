@@ -1,4 +1,4 @@
-"""The machine's fingerprint: complete, serializable, and silent about whose machine it is."""
+"""The machine's fingerprint: complete, serializable, and without its owner's identity."""
 
 import getpass
 import json
@@ -33,7 +33,7 @@ def test_it_names_nobody() -> None:
     text = json.dumps(fingerprint())
     assert str(ROOT) not in text
     assert str(Path.home()) not in text
-    # A machine may be called like something that is said for good reasons ("vm", "amd").
+    # A machine's name may be a word that the fingerprint uses anyway ("vm", "amd").
     for name in (socket.gethostname(), getpass.getuser()):
         assert f'"{name}"' not in text
 

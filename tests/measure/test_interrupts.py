@@ -28,8 +28,10 @@ def test_samples_of_parts() -> None:
 
 @pytest.mark.unit
 def test_point(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The handler of the first came at the return, that of the second before the call was over;
-    the third's call began too late."""
+    """The first handler runs at the return, and the second before the end of the call.
+
+    The third call began too late.
+    """
     monkeypatch.setattr("pykvm.measure.interrupts.is_emulated", lambda: False)
     samples = [
         InterruptSample(1000, 900, 1500, 1700, RETURN_PAGE),
@@ -55,8 +57,11 @@ def test_all_too_late() -> None:
 
 @pytest.mark.elisa
 def test_measured() -> None:
-    """By both ways; what waits for the return waits for all the work that is left, and for little
-    more than an interrupt in the default context takes."""
+    """Both ways are measured.
+
+    An event that waits for the return waits for the remaining work, and for little more than an
+    interrupt in the default context takes.
+    """
     count, left = 8, 20_000
     with Kvm() as kvm:
         default, inside = measure_interrupts(kvm, count, 1.0, [left])

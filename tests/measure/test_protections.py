@@ -1,4 +1,4 @@
-"""What each protection costs is counted, and compared with stored numbers."""
+"""Counted cost of each protection against stored numbers."""
 
 import json
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def test_every_protection_of_the_crossing_is_measured() -> None:
 
 @pytest.mark.unit
 def test_every_build_can_be_made() -> None:
-    """Into the cache, from which the emulated host takes what it would have to compile slowly."""
+    """Building fills the cache for the emulated host, which would take long to compile."""
     build_images()
 
 
@@ -54,5 +54,5 @@ def test_costs(measured: Protections) -> None:
     assert {mode: record[mode]["cost"] for mode in ("kernel", "user")} == {
         mode: EXPECTED[mode] for mode in ("kernel", "user")
     }
-    assert max(EXPECTED["kernel"], EXPECTED["user"]) <= 48  # what the design allows
+    assert max(EXPECTED["kernel"], EXPECTED["user"]) <= 48  # the maximum that the design allows
     assert {one["name"]: one["cost"] for one in record["protections"]} == EXPECTED["cost"]

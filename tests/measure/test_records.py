@@ -35,7 +35,7 @@ def test_counts_take_the_least_and_times_the_median() -> None:
 
 @pytest.mark.parametrize("seed", range(50))
 def test_a_record_gives_the_figure_again(seed: int) -> None:
-    """Raw readings can be had back from what is stored, and the figure from those."""
+    """Stored data gives back the raw readings, and these give the figure."""
     dice = random.Random(seed)
     values = [dice.randrange(1 << dice.randrange(1, 40)) for _ in range(dice.randrange(1, 20))]
     scale, overhead = dice.choice([1.0, 0.5, 0.25]), dice.randrange(1000)

@@ -45,7 +45,7 @@ def _mappings(name: str) -> int:
 
 
 def _resident(name: str) -> int:
-    """KiB of the mapping that are in memory."""
+    """Return the KiB of the mapping that are in memory."""
     lines = iter(Path("/proc/self/smaps").read_text().splitlines())
     for line in lines:
         if f"/memfd:{name} " in line:
@@ -57,7 +57,7 @@ def test_memory_is_zero_and_keeps_what_is_written() -> None:
     with GuestMemory.create(4 * PAGE, gpa=0x10000) as memory:
         assert memory.size == 4 * PAGE
         assert memory.read(0x10000, 4 * PAGE) == bytes(4 * PAGE)
-        memory.write(0x10FFE, b"abcd")  # over a page boundary
+        memory.write(0x10FFE, b"abcd")  # across a page boundary
         assert memory.read(0x10FFD, 6) == b"\0abcd\0"
         assert memory.read(0x14000, 0) == b""
         assert bytes(memory.view(0x10FFE, 4)) == b"abcd"

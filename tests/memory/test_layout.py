@@ -1,4 +1,4 @@
-"""The addresses keep the promises that other parts rely on."""
+"""The addresses keep the promises on which other parts rely."""
 
 from itertools import pairwise
 
@@ -42,9 +42,9 @@ def test_crossing_area_has_no_overlaps() -> None:
     for (start, size), (following, _) in pairwise(places):
         assert start % page == size % page == 0
         assert start + size <= following
-    # The three crossing pages and the return page follow each other.
+    # The three crossing pages and the return page are adjacent, in this order.
     assert [offset for offset, _ in places[:4]] == [0, page, 2 * page, 3 * page]
-    # A stack that runs over or under meets nothing.
+    # The pages before and after the stack are free, for overflow and underflow.
     taken = {start + at for start, size in places for at in range(0, size, page)}
     assert crossing.STACK_OFFSET - page not in taken
     assert crossing.STACK_OFFSET + crossing.STACK_SIZE not in taken
@@ -61,12 +61,12 @@ def test_gate_data_lies_clear_of_the_crossing_area() -> None:
 
 def test_private_range() -> None:
     assert crossing.PRIVATE_GPA_FIRST == 256 << 30
-    assert crossing.PRIVATE_GPA_END <= 1 << 39  # what a client processor can address
+    assert crossing.PRIVATE_GPA_END <= 1 << 39  # addressable by a client processor
     assert layout.RAM_LIMIT_GPA <= crossing.PRIVATE_GPA_FIRST
     for base in (crossing.SUB_PRIVATE_GPA, crossing.GATE_PRIVATE_GPA):
         assert crossing.PRIVATE_GPA_FIRST <= base < crossing.PRIVATE_GPA_END
         assert base % crossing.CROSSING_ALIGN == 0
-    # 64 GiB of shared memory and windows lie below the gate's pages.
+    # 64 GiB for shared memory and windows are below the gate's pages.
     assert crossing.GATE_PRIVATE_GPA - crossing.SUB_PRIVATE_GPA == 64 << 30
 
 

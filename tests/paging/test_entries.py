@@ -1,4 +1,4 @@
-"""Entries and EPTPs: what is put in comes out, what the processor refuses is refused."""
+"""Entries and EPTPs return the fields put in, and refuse what the processor refuses."""
 
 import pytest
 from hypothesis import given
@@ -46,7 +46,7 @@ def test_ept_leaf_round_trip(
     assert entry.access == access
     assert entry.memory_type_of(level) == memory_type
     assert entry.faults(level) == ()
-    # What is not asked for is not set: the kernel refuses it.
+    # Only requested bits are set: the kernel refuses any other.
     assert int(entry) == address | access | memory_type << 3 | (level > 1) << 7
     assert EptEntry(int(entry)) == entry
 
@@ -71,7 +71,7 @@ def test_x86_leaf_round_trip(
     assert entry.access == access
     assert entry.memory_type_of(level) == memory_type
     assert entry.faults(level) == ()
-    # The processor has nothing left to write (I4).
+    # The processor has no bit left to write (I4).
     assert entry.accessed
     assert entry.dirty
     assert entry.no_execute == (not access & X)
@@ -153,7 +153,7 @@ def test_x86_has_no_such_memory_type(memory_type: MemoryType) -> None:
         X86Entry.leaf(1, 0, R, memory_type)
 
 
-# Bits that must be zero, from the tables of the manual: type, level, leaf or not, mask.
+# Reserved bits from the manual's tables: type, level, leaf or not, mask.
 RESERVED = [
     (EptEntry, 5, False, 0xF8),
     (EptEntry, 4, False, 0xF8),
@@ -199,7 +199,7 @@ def test_absent() -> None:
     assert not EptEntry(ADDRESS_MASK | 0x38).present
     assert EptEntry(4).present  # execute-only
     assert not X86Entry(ADDRESS_MASK | 0xFFE).present
-    assert not X86Entry(0xCCCCCCCCCCCCCCCC).present  # int3, what code pages are filled with
+    assert not X86Entry(0xCCCCCCCCCCCCCCCC).present  # int3, with which code pages are filled
 
 
 @pytest.mark.parametrize(

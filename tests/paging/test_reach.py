@@ -38,7 +38,7 @@ class Gate:
         return reachable_from(cr3, self.ept, lambda target: self.pages[target >> 12])
 
     def executable(self) -> list[tuple[int, Reach]]:
-        """What can be executed when CR3 names one of the gate's own pages below the root."""
+        """Return the executable ranges if CR3 names one of the gate's own pages below the root."""
         return [
             (cr3, reach)
             for cr3 in self.private
@@ -105,7 +105,7 @@ def test_from_anywhere_else_exactly_the_gate_page_can_be_executed() -> None:
 
 
 def test_control_a_list_page_that_names_a_table_leads_to_code() -> None:
-    """The check is able to fail: a present entry in the list page that names the PDPT."""
+    """Control: the check finds a present entry in the list page that names the PDPT."""
     gate = _gate([])
     tables = crossing.GATE_PRIVATE_GPA + crossing.PRIVATE_TABLES_OFFSET
     pdpt = gate.pages[TABLES][crossing.CROSSING_GVA >> 39 & 511] & ~0xFFF
@@ -121,7 +121,10 @@ def test_control_a_list_page_that_names_a_table_leads_to_code() -> None:
 
 
 def test_control_without_the_excluded_range_private_gpas_pass_the_gate() -> None:
-    """Why I3 is needed: filled everywhere, the gate lets in a CR3 that names the sub context's."""
+    """Control: without I3 the gate lets in a CR3 that names a table of the sub context's.
+
+    Its Anywhere Page Table then fills the private range too.
+    """
     gate = _gate([], exclude=(0, 0))
     found = gate.reach(crossing.SUB_PRIVATE_GPA + crossing.SHARED_OFFSET)
     assert [reach.page for reach in found if reach.access & X] == [CODE]
@@ -134,7 +137,7 @@ def test_large_pages_of_the_guest_cover_what_the_ept_has() -> None:
     ept.map_pages(0x20_3000, 9, 1, R | W)
     root = array("Q", [0] * 512)
     root[511] = 0x10_0000 | 0x23  # itself, read as a PDPT, then as a PD
-    root[510] = 0x20_00E3  # a large page where it is read as a PD; an invalid entry in the PML4
+    root[510] = 0x20_00E3  # a large page if read as a PD; an invalid entry in the PML4
     found = reachable_from(0x10_0000, ept, {0: root}.__getitem__)
     large = [reach for reach in found if reach.gva < 0xFFFF_FFFF_FFE0_0000]
     assert [(reach.gva, reach.size, reach.page, reach.access) for reach in large] == [
@@ -182,7 +185,7 @@ def test_enumeration_agrees_with_the_walker(
     anywhere: bool,
     paths: list[list[int]],
 ) -> None:
-    """Pages of anything, one the root: a GVA translates if and only if it is listed."""
+    """With any page contents and any root, a GVA translates if and only if it is listed."""
     ept = PageTables(EptEntry, TableNumbers())
     pages = []
     for number, content in enumerate(contents):

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.unit
 R, W, X, U = Access.READ, Access.WRITE, Access.EXECUTE, Access.USER
 ROOM = TableAddresses(0x40_0010_0000, 64 << 20)
 
-# Places where ranges meet table boundaries of every level, and the ends of the address space.
+# Addresses at table boundaries of every level, and the ends of the address space.
 LANDMARKS = [0, SIZE_2M, SIZE_1G, 1 << 39, 0x40_0000_0000, (1 << 39) * 3, 1 << 47]
 
 
@@ -131,7 +131,7 @@ class Model:
         return self.leaves[at - 1] if at and address < self.leaves[at - 1].end else None
 
     def table_blocks(self) -> set[tuple[int, int]]:
-        """(level, number of the aligned block that the table spans), by the documented rule."""
+        """Return (level, number of the aligned block) of each table, by the documented rule."""
         low = (1 << (12 + 9 * self.levels)) - 1
         blocks = {(self.levels, 0)}
         for leaf in self.leaves:
@@ -142,7 +142,7 @@ class Model:
         return blocks
 
     def excluded_blocks(self, bounds: tuple[int, int]) -> set[tuple[int, int]]:
-        """What the bounds of an excluded range add."""
+        """Return the blocks that the bounds of an excluded range add."""
         blocks = set()
         for bound in bounds if bounds[0] < bounds[1] else ():
             leaf = self.find(bound)
@@ -153,7 +153,10 @@ class Model:
         return blocks
 
     def places(self, rng: random.Random) -> list[int]:
-        """The first and last bytes of leaves, bytes inside and beside them; of all requests."""
+        """Return first and last bytes of leaves, and bytes inside and beside them.
+
+        All requests are represented.
+        """
         found = []
         leaves = {self.find(request.start) for request in self.requests}
         leaves |= {self.find(request.start + request.size - 1) for request in self.requests}
@@ -185,7 +188,7 @@ def _build(data: st.DataObject, kind: type[Entry], levels: int) -> tuple[PageTab
 
 
 def _check_mapped(tables: PageTables[Any], model: Model, address: int) -> bool:
-    """Check an address if it is mapped, and say whether it is."""
+    """Check an address if it is mapped; return whether it is."""
     leaf, found = model.find(address), tables.walk(address)
     if leaf is None:
         return False
@@ -214,7 +217,7 @@ def test_walker_returns_what_was_mapped(case: tuple[type[Entry], int], data: st.
             found = tables.walk(address)
             assert not found.mapped
             assert found.fault
-    # Enumerated from the tables alone: the same bytes, no more.
+    # Enumeration from the tables alone gives the same bytes and no more.
     spans = list(tables.spans())
     assert sum(span.size for span in spans) == sum(leaf.size for leaf in model.leaves)
     for span in spans:
@@ -264,7 +267,7 @@ def test_everything_else_leads_to_the_apt_root(
             assert found.target == root + address % PAGE_SIZE
             assert found.access == R
             assert found.size == SIZE_4K
-    # Nothing can be mapped any more where the root page is.
+    # No address maps to the root page any more.
     for address in places:
         page = address & ~(PAGE_SIZE - 1)
         if 0 <= address < limit and not bounds[0] <= address < bounds[1]:
@@ -285,7 +288,7 @@ def test_everything_else_leads_to_the_apt_root(
     st.integers(1, 20000),
 )
 def test_number_of_tables_of_one_range(levels: int, page: int, count: int) -> None:
-    """The closed formula of the module's docstring."""
+    """The number follows the closed formula in the module's docstring."""
     start, end = page * PAGE_SIZE, (page + count) * PAGE_SIZE
     if end > 1 << 48:
         return
@@ -308,7 +311,7 @@ def test_pages_by_number() -> None:
     assert str(ept.walk(0x40_0000_2000)) == (
         "GPA 0x4000002000 -> nothing: entry 0x2 at level 1 is absent"
     )
-    # As kvm_elisa.h wants them: table numbers above level 1, page numbers at level 1.
+    # The form of kvm_elisa.h: table numbers above level 1, page numbers at level 1.
     words = array("Q", ept.tobytes())
     assert [(at, word) for at, word in enumerate(words) if word] == [
         (0, 1 << 12 | 7),
@@ -445,8 +448,11 @@ def test_memory_types() -> None:
 
 
 def test_large_ranges_cost_no_python_per_page() -> None:
-    """A 64 MiB window in 4 KiB pages, and the filling of all the rest, in fewer bytecodes than
-    there are pages: contexts are built on emulated hosts too."""
+    """The number of bytecodes stays below the number of pages.
+
+    The test maps a 64 MiB window in 4 KiB pages, and fills all the rest. Emulated hosts build
+    contexts too.
+    """
     steps = 0
 
     def count(frame: FrameType, event: str, argument: object) -> Any:

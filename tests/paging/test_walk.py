@@ -1,4 +1,4 @@
-"""The walker on tables that nobody's builder made, and the nested walk."""
+"""The walker on handmade tables, and the nested walk."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_spans_join_what_goes_on_alike() -> None:
         (SIZE_1G, 4096, base)
     ]
     assert list(ept.spans(SIZE_1G, 0)) == []
-    # Above the width of the tables nothing is mapped, whatever lies at the same index.
+    # Nothing is mapped above the width of the tables, even if the index is in use.
     assert list(ept.spans((1 << 48) + SIZE_1G, 4096)) == []
     assert list(ept.spans((1 << 48) + SIZE_1G)) == []
 

@@ -1,4 +1,4 @@
-"""Which Bochs emulates a processor: asked of programs that answer as it does, then of itself."""
+"""Processor models of a Bochs, asked of stand-ins and of the real one."""
 
 from pathlib import Path
 

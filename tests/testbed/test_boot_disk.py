@@ -1,4 +1,4 @@
-"""The boot disk: what its sectors say, read back independently; the initramfs, read by cpio."""
+"""The boot disk's sectors, read back independently, and the initramfs, read by cpio."""
 
 import shutil
 import struct

@@ -1,4 +1,4 @@
-"""Which folder goes into the emulated host, and which files of it."""
+"""Choice of the directory, and of its files, that go into the emulated host."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Taking the kernel out of a bzImage, with small ones made here."""
+"""Extraction of the kernel from a bzImage, with small ones made here."""
 
 import gzip
 import lzma

@@ -1,4 +1,4 @@
-"""What goes into the emulated host: the image, read back by xorriso."""
+"""The image for the emulated host, read back by xorriso."""
 
 import importlib.util
 import json
@@ -24,7 +24,7 @@ _FILES = {
 
 @pytest.fixture
 def work(tmp_path: Path, own_cache: Path) -> Path:
-    """A folder of a user's, outside of an empty cache."""
+    """Return a user's directory, outside of an empty cache."""
     assert not own_cache.exists()
     for name, data in _FILES.items():
         path = tmp_path / "work" / name
@@ -34,7 +34,7 @@ def work(tmp_path: Path, own_cache: Path) -> Path:
 
 
 def _packed(job: payload.Job, directory: Path, modules: Path | None = None) -> Path:
-    """The content of the image for `job`, unpacked."""
+    """Return the content of the image for `job`, unpacked."""
     image, found = directory / "files.iso", directory / "found"
     payload.write(image, job, modules, b"typed")
     extract = ["-osirrox", "on", "-indev", str(image), "-extract", "/"]

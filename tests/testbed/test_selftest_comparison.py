@@ -1,4 +1,4 @@
-"""KVM's selftests: which are chosen, what the runner says, when two sides are the same."""
+"""KVM's selftests: their choice, the runner's verdicts, and the comparison of two sides."""
 
 import json
 

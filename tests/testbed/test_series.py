@@ -1,4 +1,4 @@
-"""Every kernel series boots, loads the patched KVM, and says which kernel it is."""
+"""Every kernel series boots, loads the patched KVM, and reports its kernel."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def test_the_distributions_kvm_of_a_series(series: str) -> None:
 def test_a_test_build_says_so(tmp_path: Path) -> None:
     series = offered_series()[-1]  # one build of a minute is enough
     further = tmp_path / "further.patch"
-    # Lines that neither series nor its patch changes.
+    # Changes lines that neither the series nor its patch touches.
     further.write_text(
         "--- /dev/null\n+++ b/virt/kvm/further.h\n@@ -0,0 +1 @@\n+/* for a test */\n"
     )

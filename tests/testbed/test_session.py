@@ -1,4 +1,4 @@
-"""Commands on the real emulated host: what comes back, and what is left behind (nothing)."""
+"""Commands on the real emulated host: their results, and that they leave nothing behind."""
 
 import os
 import signal
@@ -59,7 +59,7 @@ def test_missing_command(testbed: Testbed) -> None:
 
 def test_output_comes_while_the_command_runs(testbed: Testbed) -> None:
     arrived: list[float] = []
-    # In instructions, since the emulated clock leaps when nothing runs.
+    # In instructions, since the emulated clock jumps while the processor is idle.
     work = "python3 -c 'for i in range(600000): pass'"
     script = f"echo first; {work}; echo second"
     _shell(testbed, script, stdout=lambda data: arrived.append(time.monotonic()))
@@ -180,7 +180,7 @@ def test_without_kvm(testbed: Testbed) -> None:
 def test_nothing_runs_on_when_the_command_line_is_killed(
     testbed: Testbed, number: signal.Signals
 ) -> None:
-    # A runner in the background of a shell ignores SIGINT, and so would what it starts.
+    # A runner in a shell's background ignores SIGINT, and so would its children.
     command = ["env", "--default-signal=INT", *_PYKVM, "--no-kvm"]
     command += ["--", "sh", "-c", "echo up; while :; do :; done"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=_CHECKOUT) as process:
@@ -241,7 +241,7 @@ def test_directories_of_killed_instances_go(testbed: Testbed) -> None:
     cache = Path(os.environ.get("PYKVM_CACHE", Path.home() / ".cache/pykvm"))
     dead = cache / "testbed-instances" / f"dead-{uuid.uuid4().hex}"
     dead.mkdir(parents=True)
-    (dead / "alive").touch()  # held by nobody
+    (dead / "alive").touch()  # no process holds it
     os.utime(dead, (0, 0))
     assert _shell(testbed, "true").status == 0
     assert not dead.exists()

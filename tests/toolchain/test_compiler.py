@@ -1,4 +1,4 @@
-"""Building bare-metal guests, and what a builder says when it cannot."""
+"""Builds of bare-metal guests, and the errors of builds that fail."""
 
 from pathlib import Path
 
@@ -46,7 +46,7 @@ SOURCES = [
     source
     for directory in (GUEST_SOURCES, GUESTS, OBJECTS)
     for source in sorted(directory.rglob("*.[cS]"))
-    if source.parent.name != "crossing"  # which needs the crossing's own offsets
+    if source.parent.name != "crossing"  # it needs the crossing's own offsets
 ]
 
 

@@ -1,4 +1,4 @@
-"""The ELF reader, on files of the real toolchain and on damaged ones."""
+"""The ELF reader on files of the real toolchain and on damaged ones."""
 
 import contextlib
 import shutil
@@ -88,7 +88,7 @@ def test_foreign_files(foreign: bytes) -> None:
 
 @given(fraction=st.floats(0, 1, exclude_max=True))
 def test_truncated_anywhere(fraction: float) -> None:
-    """The section headers stand at the end of the file, so every cut loses some."""
+    """The section headers are at the end of the file, so every cut loses some."""
     whole = image_bytes()
     with pytest.raises(ElfError):
         ElfFile.parse(whole[: int(len(whole) * fraction)])
@@ -98,5 +98,5 @@ def test_truncated_anywhere(fraction: float) -> None:
 def test_a_damaged_header_is_an_elf_error_or_harmless(at: int, value: int) -> None:
     damaged = bytearray(image_bytes())
     damaged[at] = value
-    with contextlib.suppress(ElfError):  # and no other exception
+    with contextlib.suppress(ElfError):  # no other exception
         ElfFile.parse(bytes(damaged))

@@ -1,4 +1,4 @@
-"""The checks before a commit are those of `make lint`, and look at everything."""
+"""The checks before a commit are those of `make lint`, and cover everything."""
 
 import re
 import subprocess

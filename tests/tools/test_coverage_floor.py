@@ -1,4 +1,4 @@
-"""The floor under the coverage: what counts, and what is said below it."""
+"""The minimum coverage: how it is counted, and the report below it."""
 
 import re
 import subprocess
@@ -48,7 +48,7 @@ def measure(directory: Path) -> None:
 def test_commands_and_children_count(tmp_path: Path) -> None:
     measure(tmp_path)
     verdict = coverage_floor.judge(tmp_path)
-    # All of 10 lines but two, all of 4 branches but the one to them.
+    # All but two of 10 lines, and all of 4 branches but the one to them.
     assert verdict.total == pytest.approx(100 * (8 + 3) / (10 + 4))
     assert "measured/program.py" in (tmp_path / "build/coverage/report.txt").read_text()
 

@@ -1,6 +1,6 @@
-"""`make fresh`: what is carried in, and that nothing is left, however it ends.
+"""`make fresh`: what it carries in, and that nothing remains, however it ends.
 
-The system here is a shell and `sleep` in place of a Debian; everything else is the real thing.
+The system here is a shell and `sleep` in place of a Debian; everything else is real.
 """
 
 import os
@@ -34,7 +34,7 @@ _FRESH = (
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A system with a shell, `sleep`, and what `make fresh` expects of a Debian."""
+    """Archive of a system with a shell, `sleep`, and what `make fresh` expects of a Debian."""
     top = tmp_path_factory.mktemp("fresh")
     tree = top / "tree"
     for name in ("bin", "dev", "etc", "proc", "root", "sys", "usr/sbin"):
@@ -58,7 +58,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def nap() -> str:
-    """Seconds that no other process sleeps."""
+    """A number of seconds that no other process sleeps."""
     return str(random.randrange(10**5, 10**6))
 
 
@@ -119,7 +119,7 @@ def test_status_and_environment(root: Path, capfd: pytest.CaptureFixture[str]) -
     assert machine.run(root, "kill -9 $$") == 128 + signal.SIGKILL
     assert machine.run(root, "echo $$ $HOME $A $PWD", environment={"A": "b"}) == 0
     first, *rest = capfd.readouterr().out.split()
-    assert int(first) > 1  # orphans are the init's
+    assert int(first) > 1  # orphans belong to init
     assert rest == ["/root", "b", "/root"]
 
 
@@ -181,7 +181,7 @@ def test_nothing_runs_after_a_kill(archive: Path, tmp_path: Path, nap: str) -> N
     _await_count(nap, 0)
     (left,) = _machines(tmp_path)
     os.utime(left, (0, 0))
-    with _started(archive, tmp_path, "--run", "true") as fresh:  # removes what is left
+    with _started(archive, tmp_path, "--run", "true") as fresh:  # removes the remains
         fresh.communicate(timeout=60)
     assert _machines(tmp_path) == []
 

@@ -1,4 +1,4 @@
-"""Commands side by side: their order, their outputs, and that nothing of them stays."""
+"""Commands side by side: their order, their outputs, and that nothing of them remains."""
 
 import dataclasses
 import os
@@ -50,7 +50,7 @@ def test_statuses_and_environment(capfd: pytest.CaptureFixture[str]) -> None:
 def test_as_many_as_there_are_processors(
     processors: int, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first ones wait until as many run as may; the others only look."""
+    """The first ones wait until the maximum number runs; the others only count."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     code = (
         f"here = {str(tmp_path)!r}; mine = os.path.join(here, str(os.getpid()))\n"
@@ -76,7 +76,7 @@ def test_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def _started(tmp_path: Path, stubborn: bool) -> subprocess.Popen[str]:
-    """Two commands side by side, each with a child, once all four have said who they are."""
+    """Start two commands, each with a child; return once all four have written their PIDs."""
     code = (
         "import os, signal, sys, time\n"
         f"if {stubborn}: signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
@@ -94,7 +94,7 @@ def _started(tmp_path: Path, stubborn: bool) -> subprocess.Popen[str]:
         cwd=test_all.ROOT,
         stdout=subprocess.PIPE,
         text=True,
-        # As a shell without job control starts what it runs in the background.
+        # A shell without job control starts background commands like this.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # noqa: PLW1509
     )
     wait_for(lambda: len(list(tmp_path.iterdir())) == 4)
@@ -121,7 +121,7 @@ def test_nothing_stays_of_one_that_was_killed(tmp_path: Path) -> None:
         process.kill()
         process.wait(20)
         pids = {int(path.name) for path in (tmp_path / "pids").iterdir()}
-    # The commands end by SIGTERM, and look after their own children: those of this test do not.
+    # SIGTERM ends the commands, which have to end their children; those of this test do not.
     wait_for(lambda: len(_still_there(tmp_path / "pids")) <= 2)
     for pid in pids.intersection(_still_there(tmp_path / "pids")):
         os.kill(pid, signal.SIGKILL)

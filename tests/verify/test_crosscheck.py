@@ -1,4 +1,4 @@
-"""The comparison with the emulator: it agrees on the built pages, and is able to disagree."""
+"""The comparison with the emulator agrees on the built pages, and can disagree."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def test_the_gate_ends_where_the_paths_say() -> None:
 
 
 def test_another_page_than_the_one_that_was_followed_disagrees() -> None:
-    """The control: a comparison that is missing in the emulator's copy only."""
+    """Control: only the emulator's copy lacks a comparison."""
     page = crossing_images().gate_page
     weak = crossing_images(frozenset({Protection.GATE_CHECK})).gate_page
     assert not check_gate(weak, prove_gate(page), seed=SEED, states=2, idle_states=0).holds

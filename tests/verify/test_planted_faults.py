@@ -1,7 +1,7 @@
-"""Faults planted into the built pages: the verifier catches each, and says what it is.
+"""Faults planted into the built pages: the verifier finds each, and names its kind.
 
-Faults are planted into bytes, at instructions that the verifier itself found on the honest way, so
-that a changed source cannot make one vacuous.
+Faults are planted into bytes, at instructions that the verifier itself found on the honest path, so
+that no change of the sources can make one ineffective.
 """
 
 import pytest
@@ -25,7 +25,7 @@ NOP = b"\x90"
 
 
 class Planter:
-    """The gate page, and its instructions by how their text begins."""
+    """The gate page, and its instructions by the beginning of their text."""
 
     def __init__(self, page: bytes) -> None:
         self.page = page
@@ -39,7 +39,7 @@ class Planter:
         assert self.branch.text.startswith("jne")
 
     def put(self, offset: int, code: bytes) -> bytes:
-        """The page with other bytes at an offset from the crossing base."""
+        """Return the page with other bytes at an offset from the crossing base."""
         at = offset - GATE
         changed = self.page[:at] + code + self.page[at + len(code) :]
         assert len(changed) == PAGE_SIZE
@@ -47,13 +47,13 @@ class Planter:
         return changed
 
     def without(self, begins: str) -> bytes:
-        """NOPs in place of an instruction of the honest way."""
+        """Return the page with NOPs in place of an instruction of the honest path."""
         (one,) = [one for one in self.honest if one.text.startswith(begins)]
         return self.put(one.offset, NOP * one.length)
 
     @property
     def mismatch(self) -> int:
-        """Where a refused EPTP leads to."""
+        """Address to which a refused EPTP leads."""
         return self.branch.end + int.from_bytes(
             self.page[self.branch.end - 1 - GATE : self.branch.end - GATE], "little", signed=True
         )
@@ -100,7 +100,7 @@ def test_a_build_without_the_check() -> None:
 
 @pytest.mark.parametrize("slot", [0, 2])
 def test_the_wrong_slot_compared(gate: Planter, slot: int) -> None:
-    """Another slot is loaded for the comparison: a guest's value in slot 1 goes through."""
+    """The comparison loads another slot: a guest's value in slot 1 passes."""
     wanted = crossing.GATE_LIST_OFFSET + 8 * slot - gate.load_slot.end
     code = gate.page[gate.load_slot.offset - GATE :][:3] + wanted.to_bytes(4, "little", signed=True)
     assert Symptom.FORGED in gate_symptoms(gate.put(gate.load_slot.offset, code))
@@ -133,7 +133,7 @@ def test_the_data_page_compared_with_itself(gate: Planter) -> None:
     ],
 )
 def test_a_gadget(gate: Planter, kind: str, gadget: bytes, symptom: Symptom) -> None:
-    """In an immediate of the honest way, where it changes nothing there, or in the padding."""
+    """The gadget is in an immediate of the honest path, without effect there, or in the padding."""
     if kind == "padding":
         page = gate.put(GATE + 0x400, gadget)
     else:
@@ -143,7 +143,7 @@ def test_a_gadget(gate: Planter, kind: str, gadget: bytes, symptom: Symptom) -> 
 
 
 def test_a_load_that_tells_a_guest_of_the_list(gate: Planter) -> None:
-    """fcomps (%rdi), then back to the honest way: host addresses in the x87 status."""
+    """fcomps (%rdi), then back to the honest path: host addresses in the x87 status."""
     page = gate.put(GATE + 0x400, b"\xd8\x1f\x41\xff\xe0")
     assert gate_symptoms(page) == {Symptom.LEAK}
 
@@ -188,7 +188,7 @@ def test_cld_removed(gate: Planter) -> None:
 
 
 def test_the_barrier_is_told_apart_from_the_check(gate: Planter) -> None:
-    """The fence is no part of I2, which is about what instructions do, but of T23."""
+    """The fence belongs to T23, not to I2, which is about the effects of instructions."""
     assert gate_symptoms(gate.without("lfence")) == {Symptom.FENCE}
 
 
@@ -200,7 +200,7 @@ def image(user: bool, without: frozenset[Protection] = frozenset()) -> SubImage:
 
 
 def with_page(built: SubImage, change: bytes, at: int) -> SubImage:
-    """The image with other bytes at an offset of its sub entry page."""
+    """Return the image with other bytes at an offset of its sub entry page."""
     parts = []
     for part in built.parts:
         data = part.data
@@ -244,7 +244,7 @@ def test_flags_of_the_guest() -> None:
 
 
 def test_something_before_the_slot_is_cleared() -> None:
-    """The first two instructions swapped: one that stores RSP, and the one that clears."""
+    """The first two instructions are swapped: one stores RSP, the other clears the slot."""
     built = image(False)
     page = next(p.data for p in built.parts if p.offset == crossing.SUB_ENTRY_OFFSET)
     code = Page(crossing.SUB_ENTRY_OFFSET, page)
@@ -274,7 +274,7 @@ def test_each_register_left_on_the_return(user: bool) -> None:
     for offset in back.state.trace[:-1]:
         one = code.at(offset)
         if one.text.startswith("mov %rax"):
-            continue  # without it the result is lost, which harms nobody
+            continue  # without it only the result is lost
         changed = with_page(built, NOP * one.length, offset - crossing.SUB_ENTRY_OFFSET)
         assert sub_symptoms(changed, user), one.text
         tried += 1

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.unit
 
 
 def decoded(number: int, /, ctype: str = "", **fields: object) -> Exit:
-    """Decode a kvm_run filled here: two pages, as the kernel's."""
+    """Decode a kvm_run with these fields in a buffer of two pages, the size of the kernel's."""
     area = ffi.new("char[]", 8192)
     run = ffi.cast("struct kvm_run *", area)
     run.exit_reason = number

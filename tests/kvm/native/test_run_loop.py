@@ -109,7 +109,7 @@ def test_complete_finishes_a_port_read(guest: RealModeGuest) -> None:
 
 
 def test_triple_fault(guest: RealModeGuest) -> None:
-    """Queued, not provoked: where KVM interprets the guest, it emulates no exceptions."""
+    """The fault is injected: a KVM that interprets the guest emulates no exceptions."""
     need(guest.vm, "KVM_CAP_X86_TRIPLE_FAULT_EVENT")
     guest.vm.enable_cap("KVM_CAP_X86_TRIPLE_FAULT_EVENT", 1)
     guest.load(SPIN)
@@ -177,7 +177,7 @@ def test_history_keeps_the_last_sixteen(guest: RealModeGuest) -> None:
 
 
 def test_a_hypercall_of_stock_kvm(guest: RealModeGuest) -> None:
-    """KVM_HC_MAP_GPA_RANGE (12), the one that stock KVM hands to user space."""
+    """KVM_HC_MAP_GPA_RANGE (12) is the hypercall that stock KVM passes to user space."""
     if not need(guest.vm, "KVM_CAP_EXIT_HYPERCALL") & 1 << 12:
         pytest.skip("this kvm keeps KVM_HC_MAP_GPA_RANGE to itself")
     need_hardware("hypercalls in real mode")
@@ -195,7 +195,7 @@ def test_a_hypercall_of_stock_kvm(guest: RealModeGuest) -> None:
 
 
 def hypercall() -> str:
-    """VMCALL on Intel, VMMCALL elsewhere: KVM would rewrite the wrong one, where it can."""
+    """Return VMCALL on Intel, VMMCALL elsewhere; KVM would patch the wrong one if it can."""
     with open("/proc/cpuinfo") as cpuinfo:
         return "0F 01 C1" if "GenuineIntel" in cpuinfo.read() else "0F 01 D9"
 
@@ -219,7 +219,7 @@ def test_several_stops_are_one(guest: RealModeGuest) -> None:
 
 
 def test_a_stop_outlives_another_exit(guest: RealModeGuest) -> None:
-    """The stop comes between an exit's return and the next run: that next run reports it."""
+    """A stop between an exit's return and the next run is reported by that next run."""
     guest.load("E6 10 F4 ; out 0x10, al; hlt")
     assert isinstance(run(guest.vcpu), Io)
     guest.vcpu.stop()
@@ -241,7 +241,7 @@ def test_the_guest_goes_on_after_a_stop(guest: RealModeGuest) -> None:
 
 
 def test_stops_at_random_moments(guest: RealModeGuest) -> None:
-    """500 stops, before, at and after entry; each is answered by one return, none is lost."""
+    """Each of 500 stops, before, at and after entry, causes one return; none is lost."""
     guest.load(SPIN)
     chance = random.Random(1)
     stops = 500
@@ -272,7 +272,7 @@ def test_stops_at_random_moments(guest: RealModeGuest) -> None:
 
 
 def test_stopping_a_thread_that_ended(guest: RealModeGuest) -> None:
-    """A stop after the running thread is gone signals nobody and waits for the next run."""
+    """A stop after the running thread has ended sends no signal and waits for the next run."""
     guest.load(SPIN)
     for _ in range(50):
         thread = threading.Thread(target=guest.vcpu.run)

@@ -1,4 +1,4 @@
-"""pykvm.kvm.x86.cpuid: leaves that are read, given to a guest, and found."""
+"""pykvm.kvm.x86.cpuid: leaves read, set for a guest, and looked up."""
 
 import dataclasses
 import errno
@@ -22,7 +22,7 @@ def test_find_leaf() -> None:
     ]
     assert find_leaf(leaves, 4, 1) is leaves[2]
     assert find_leaf(leaves, 4, 2) is None
-    assert find_leaf(leaves, 0, 9) is leaves[0]  # ECX does not count there
+    assert find_leaf(leaves, 0, 9) is leaves[0]  # ECX does not matter there
     assert str(leaves[2]) == "0x00000004.1 eax=00000002 ebx=00000000 ecx=00000000 edx=00000000"
 
 
@@ -48,7 +48,7 @@ def test_the_guest_sees_it(guest: RealModeGuest) -> None:
 
 
 def test_many_leaves_are_read_back(guest: RealModeGuest) -> None:
-    """More than the first guess of the reader."""
+    """There are more leaves than the reader's first guess."""
     leaves = [CpuidEntry(0x50000000 + number, eax=number) for number in range(100)]
     guest.vcpu.set_cpuid2(leaves)
     found = guest.vcpu.get_cpuid2()

@@ -70,7 +70,7 @@ def test_unknown_msr(guest: RealModeGuest) -> None:
 
 
 def test_more_msrs_than_one_call_takes(guest: RealModeGuest) -> None:
-    """KVM_GET_MSRS takes fewer than 256; the split shows in nothing."""
+    """KVM_GET_MSRS takes fewer than 256; callers do not see the split."""
     many = [SYSENTER_EIP, 0xC0000082] * 300
     guest.vcpu.set_msrs({SYSENTER_EIP: 0x1234, 0xC0000082: 0x5678})
     assert guest.vcpu.get_msrs(many) == {SYSENTER_EIP: 0x1234, 0xC0000082: 0x5678}
@@ -97,7 +97,7 @@ def test_writes_are_split_in_order() -> None:
 
 
 def test_a_listed_msr_that_cannot_be_written(kvm: Kvm, guest: RealModeGuest) -> None:
-    """Saved as it is and written back: what is wrong is not that the list lacks it."""
+    """Each listed MSR is read and written back; no error claims that the list lacks it."""
     guest.vcpu.set_cpuid2(kvm.get_supported_cpuid())
     steps = {
         "give the vcpu the feature it belongs to, with set_cpuid2()",
@@ -216,7 +216,7 @@ def test_a_range_longer_than_kvm_takes_becomes_several() -> None:
 
 
 def test_a_long_filter_works(guest: RealModeGuest) -> None:
-    """The MSR of the guest's is in the second of the ranges that KVM gets."""
+    """The guest's MSR is in the second of the ranges that KVM gets."""
     need(guest.vm, "KVM_CAP_X86_MSR_FILTER")
     guest.vm.enable_user_msrs()
     first = 0xC0000082 - MOST_IN_A_RANGE - 7

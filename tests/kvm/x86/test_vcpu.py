@@ -1,4 +1,4 @@
-"""pykvm.kvm.x86.vcpu: registers and everything else inside a vCPU, written and read back."""
+"""pykvm.kvm.x86.vcpu: registers and all other state of a vCPU, written and read back."""
 
 import pytest
 
@@ -56,9 +56,9 @@ def test_registers_reach_the_guest(guest: RealModeGuest) -> None:
 
 
 def long_mode(guest: RealModeGuest) -> Struct:
-    """The guest's special registers, changed to long mode, and a CPUID that has it.
+    """Return the guest's special registers, changed to long mode, after setting a CPUID for it.
 
-    KVM of Linux 6.12 refuses bits of EFER that the guest's CPUID does not know, with EINVAL.
+    KVM of Linux 6.12 refuses bits of EFER that the guest's CPUID lacks, with EINVAL.
     """
     guest.vcpu.set_cpuid2(guest.vm.kvm.get_supported_cpuid())
     sregs = guest.vcpu.get_sregs()
@@ -122,7 +122,7 @@ def test_xsave(guest: RealModeGuest) -> None:
     guest.vcpu.set_cpuid2(guest.vm.kvm.get_supported_cpuid())
     area = bytearray(guest.vcpu.get_xsave())
     assert len(area) >= 4096
-    area[512] |= 2  # XSTATE_BV: SSE state is there (SDM vol. 1, 13.4.2)
+    area[512] |= 2  # XSTATE_BV: SSE state is valid (SDM vol. 1, 13.4.2)
     area[160 + 2 * 16 + 1] = 0x77  # XMM2; XMM0 is at byte 160 (table 10-2)
     guest.vcpu.set_xsave(bytes(area))
     assert guest.vcpu.get_xsave()[160 + 2 * 16 + 1] == 0x77
@@ -134,7 +134,7 @@ def test_xcrs(guest: RealModeGuest) -> None:
         return
     guest.vcpu.set_cpuid2(guest.vm.kvm.get_supported_cpuid())
     xcrs = guest.vcpu.get_xcrs()
-    assert xcrs[0] & 1  # x87 state is always on
+    assert xcrs[0] & 1  # x87 state is always enabled
     guest.vcpu.set_xcrs({0: 3})
     assert guest.vcpu.get_xcrs() == {0: 3}
     with pytest.raises(IoctlError):
@@ -169,7 +169,7 @@ def test_nmi(guest: RealModeGuest) -> None:
 
 
 def test_interrupt_window(guest: RealModeGuest) -> None:
-    """Without an irqchip user space injects: when the guest has interrupts on, it says so."""
+    """Without an irqchip user space injects; an exit says that the guest enabled interrupts."""
     guest.memory[0x21 * 4 : 0x21 * 4 + 4] = b"\x00\x20\x00\x00"
     guest.load("""
         FA     ; cli
@@ -314,7 +314,7 @@ def test_mce(guest: RealModeGuest) -> None:
 
 
 def test_states_of_another_length(guest: RealModeGuest) -> None:
-    """The kernel reads as many bytes as it wants, whatever was passed."""
+    """The kernel reads its own number of bytes, whatever the length passed."""
     need(guest.vm, "KVM_CAP_XSAVE")
     area = guest.vcpu.get_xsave()
     for wrong in (area[:-1], area + bytes(1), b""):

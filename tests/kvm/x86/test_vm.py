@@ -72,7 +72,7 @@ def test_tsc_of_the_vm(vm: Vm) -> None:
 
 
 def test_a_state_of_another_length(vm: Vm) -> None:
-    """The kernel would read, or leave, what lies behind it."""
+    """The kernel would access bytes after a short state, or omit the end of a long one."""
     vm.create_irqchip()
     chip = lib.KVM_IRQCHIP_PIC_MASTER
     state = vm.get_irqchip(chip)

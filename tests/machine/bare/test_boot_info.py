@@ -1,4 +1,4 @@
-"""The C compiler's view of the boot information page against Python's."""
+"""The C compiler's layout of the boot information page against Python's."""
 
 import ctypes
 import re
@@ -32,7 +32,7 @@ CONSTANTS = {
 
 
 def checks() -> list[str]:
-    """A static assertion for each constant, size and member."""
+    """Return a static assertion for each constant, size and member."""
     lines = [f'_Static_assert({c} == {v}ull, "{c}");' for c, v in CONSTANTS.items()]
     for name, structure in STRUCTS.items():
         size = ctypes.sizeof(structure)

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.kvm
 
 @dataclass(frozen=True)
 class Selftest:
-    """selftest.c; its head lists the numbers."""
+    """Guest program selftest.c; its head lists the numbers."""
 
     what: int
     value: int = 0
@@ -130,11 +130,11 @@ def test_a_guest_that_never_ends_is_stopped(kvm: Kvm) -> None:
         with pytest.raises(GuestTimeoutError, match="did not finish"):
             guest.wait(0.2)
         assert not guest.vcpu.running
-        guest.start()  # it goes on where it was, and can be stopped again
+        guest.start()  # it goes on from there, and can be stopped again
         wait_for(lambda: guest.vcpu.running)
         guest.stop()
         assert not guest.vcpu.running
-        guest.start()  # and close() stops it, too
+        guest.start()  # close() stops it, too
     assert not [thread for thread in threading.enumerate() if thread.name == "vcpu"]
 
 

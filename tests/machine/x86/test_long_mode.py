@@ -1,4 +1,4 @@
-"""The features and the first mode of a guest's processor, and a second vCPU beside the first."""
+"""CPU features and initial mode of a guest, and a second vCPU beside the first."""
 
 import struct
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ TSC_DEADLINE = 1 << 24
 
 
 class FakeKvm:
-    """Offers every bit of the leaves that matter."""
+    """A KVM that offers every bit of the relevant leaves."""
 
     def __init__(self, *, deadline_timer: bool) -> None:
         self.deadline_timer = deadline_timer
@@ -51,7 +51,7 @@ def test_features() -> None:
 @pytest.mark.kvm
 @pytest.mark.parametrize("leaf", [[], [CpuidEntry(7, 0, 1, 0, SMEP, 0, 0)]], ids=["no", "without"])
 def test_five_levels_need_the_feature(kvm: Kvm, leaf: list[CpuidEntry]) -> None:
-    """Whatever this KVM has: it is the guest's own leaf 7 that counts."""
+    """The guest's own leaf 7 decides, not this KVM's."""
     with kvm.create_vm() as vm:
         vcpu = vm.create_vcpu(0)
         before = vcpu.get_sregs().cr4
@@ -63,7 +63,7 @@ def test_five_levels_need_the_feature(kvm: Kvm, leaf: list[CpuidEntry]) -> None:
 @pytest.mark.unit
 @pytest.mark.parametrize(("irqchip", "timer"), [(0, 0), (0, 1), (1, 0), (1, 1)])
 def test_deadline_timer(irqchip: int, timer: int) -> None:
-    """Only of a local APIC in the kernel, and where that has one."""
+    """The timer needs a local APIC in the kernel, and a KVM that supports it there."""
     kvm = FakeKvm(deadline_timer=bool(timer))
     entries = long_mode.supported_features(kvm, contexts=False, irqchip=bool(irqchip))  # type: ignore[arg-type]
     leaf = find_leaf(entries, 1)
@@ -73,7 +73,7 @@ def test_deadline_timer(irqchip: int, timer: int) -> None:
 
 @pytest.mark.unit
 def test_descriptors() -> None:
-    """SDM vol. 3A, figures 3-8 and 8-4."""
+    """Source: SDM vol. 3A, figures 3-8 and 8-4."""
     null, code, data, task, task_high = struct.unpack("<5Q", long_mode.descriptors())
     assert (null, task_high) == (0, layout.TSS_GPA >> 32)
     assert code >> 53 & 3 == 1  # L set, D clear
@@ -84,7 +84,7 @@ def test_descriptors() -> None:
 
 @dataclass(frozen=True)
 class Finish:
-    """selftest.c: finishes with a status."""
+    """Guest program selftest.c, finishing with a status."""
 
     status: int
 
@@ -97,7 +97,7 @@ class Finish:
 
 @pytest.mark.kvm
 def test_mode(kvm: Kvm) -> None:
-    """Protections on as far as this kvm has them."""
+    """Protections are on as far as this KVM has them."""
     with BareGuest(kvm, Finish(3)) as guest:
         sregs = guest.vcpu.get_sregs()
         leaf = find_leaf(kvm.get_supported_cpuid(), 7)
@@ -125,7 +125,7 @@ def test_a_second_vcpu(kvm: Kvm) -> None:
 
 @pytest.mark.kvm
 def test_without_contexts(kvm: Kvm) -> None:
-    """As an ordinary VM: nothing is hidden."""
+    """An ordinary VM hides nothing."""
     with BareGuest(kvm, Finish(0), contexts=False) as guest:
         offered = [f.name for f in HIDDEN_FEATURES if f.is_in(kvm.get_supported_cpuid())]
         given = [f.name for f in HIDDEN_FEATURES if f.is_in(guest.vcpu.get_cpuid2())]
