@@ -192,9 +192,10 @@ def main(arguments: list[str] | None = None) -> int:
     known = test_all.reports() if options.after_tests else []
     if options.after_tests:
         print(f"attacks: {'using the' if known else 'no'} results of make test", flush=True)
-    runs = [run for series in options.series or offered_series() for run in plan(series)]
+    chosen = options.series or offered_series()
+    runs = [run for series in chosen for run in plan(series)]
     todo = [run for run in dict.fromkeys(runs) if not known or "weakened" in run.name]
-    todo += plan_newer(options.series[0])
+    todo += plan_newer(chosen[0])
     (ROOT / RESULTS).mkdir(parents=True, exist_ok=True)
     for report in (ROOT / RESULTS).glob("*.xml"):
         report.unlink()

@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
 
     for name, most in (("calls", 100_000), ("rounds", 1000)):
         if not 1 <= getattr(options, name) <= most:
-            raise PykvmError(f"--{name} {getattr(options, name)}: use 1 to {most}")
+            raise PykvmError(f"--{name} {getattr(options, name)}", f"use 1 to {most}")
     # Refuse a capture that cannot be sent before anything is started.
     capture = read_capture(options.capture)
     sides = split_capture(capture)
@@ -94,8 +94,8 @@ def run(options: argparse.Namespace) -> int:
     bad = [p for p in record["paths"] if p["delivered"] != p["sent"] or p["corrupted"]]
     if bad:
         raise DemoFailedError(
-            f"frames were lost or changed on the way ({', '.join(p['name'] for p in bad)}): "
-            f"see the drop reasons in {options.json}"
+            f"frames were lost or changed on the way ({', '.join(p['name'] for p in bad)})",
+            f"see the drop reasons in {options.json}",
         )
     return 0
 

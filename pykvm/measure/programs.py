@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
+from pykvm.errors import PykvmError
 from pykvm.kernel import uapi
 from pykvm.machine.bare.build import build_guest
 from pykvm.resources import GUEST_SOURCES
@@ -48,7 +49,7 @@ _PHASE: Final = struct.Struct("<IIII")
 _INTERRUPT: Final = struct.Struct("<6Q")
 
 
-class LogError(ValueError):
+class LogError(PykvmError, ValueError):
     """A log of frames that ends inside a record or a frame."""
 
 
@@ -277,12 +278,14 @@ def received_frames(log: bytes | memoryview) -> Iterator[ReceivedFrame]:
     at = 0
     while at < len(log):
         if at + _RECORD.size > len(log):
-            raise LogError(f"the log ends inside a record at byte {at}: read all that is used")
+            raise LogError(f"the log ends inside a record at byte {at}", "read all that is used")
         length, source = _RECORD.unpack_from(log, at)
         start = at + _RECORD.size
         at = start + length + -length % 8
         if at > len(log):
-            raise LogError(f"the log ends inside a frame of {length} bytes: read all that is used")
+            raise LogError(
+                f"the log ends inside a frame of {length} bytes", "read all that is used"
+            )
         yield ReceivedFrame(source, bytes(log[start : start + length]))
 
 

@@ -20,12 +20,10 @@ from pykvm.verify.emulator import STATUS_BITS, Emulator, Run, Stop
 from pykvm.verify.evaluate import Evaluated, compiled
 from pykvm.verify.explore import End, Path
 from pykvm.verify.gate import GATE_REGIONS, SLOT, GateProof
+from pykvm.verify.roots import BASES
 from pykvm.verify.state import FLAGS, GENERAL, STATUS
 
-__all__ = ["BASES", "Comparison", "check_gate", "check_sub"]
-
-BASES: Final = (crossing.CROSSING_GVA, crossing.CROSSING_MIN_GVA, 0xFFFF_C900_0020_0000)
-"""Crossing bases to try: a low one, the lowest, and one in the kernel's half."""
+__all__ = ["Comparison", "check_gate", "check_sub"]
 
 _INT3: Final = 0xCC
 _LOCK: Final = 0xF0

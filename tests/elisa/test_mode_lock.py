@@ -139,16 +139,19 @@ def test_a_guest_without_a_list(guest: BareGuest) -> None:
 # ---- modes set by the VMM ------------------------------------------------------------------------
 
 
-def _in_mode(guest: BareGuest, counter: ObjectInstance, mode: Mode) -> list[Exit]:
-    """Return the exits of VMFUNC(0, 0) and VMFUNC(0, 1) in that mode.
+def _in_mode(
+    guest: BareGuest, counter: ObjectInstance, mode: Mode, *, gate: bool = False
+) -> list[Exit]:
+    """Return the exits of VMFUNC(0, 0), VMFUNC(0, 1) and, if asked for, to the gate, in that mode.
 
     Slot 0 is the default context, and slot 1 is empty. The guest calls the object before and after.
     """
     slot = counter.attach(guest).slot
     guest.map(LONG_MODE_CODE, CODE, PAGE_SIZE, Access.READ | Access.EXECUTE)
     give(guest, try_call(slot), Step(What.MARK), try_call(slot))
+    slots = (0, 1, slot) if gate else (0, 1)
     seen: list[Exit] = []
-    assert run(guest, lambda _: seen.extend(vmfunc_in(guest, mode, i) for i in (0, 1))) == []
+    assert run(guest, lambda _: seen.extend(vmfunc_in(guest, mode, i) for i in slots)) == []
     assert results(guest) == [1, 0, 2]
     return seen
 
@@ -156,7 +159,7 @@ def _in_mode(guest: BareGuest, counter: ObjectInstance, mode: Mode) -> list[Exit
 @pytest.mark.attack("T7")
 @pytest.mark.parametrize("name", OFF)
 def test_modes_without_vmfunc(guest: BareGuest, counter: ObjectInstance, name: str) -> None:
-    assert _in_mode(guest, counter, OFF[name]) == [Shutdown(), Shutdown()]
+    assert _in_mode(guest, counter, OFF[name], gate=True) == [Shutdown()] * 3
 
 
 @pytest.mark.parametrize("name", ON)

@@ -211,7 +211,7 @@ class BareGuest(Closeable):
                 levels=paging_levels,
             )
             self._map_ram(image)
-            self.memory.write(layout.GDT_GPA, long_mode.descriptors())
+            self.memory.write(layout.GDT_GPA, long_mode.descriptors(layout.TSS_GPA))
             self._write_info(program)
 
             # The processor, in 64-bit mode at the image's first instruction.
@@ -236,7 +236,15 @@ class BareGuest(Closeable):
             self._kvm, contexts=self._contexts, irqchip=self._irqchip
         )
         vcpu.set_cpuid2(cpuid)
-        long_mode.enter(vcpu, self._tables.root, cpuid, levels=self.paging_levels)
+        long_mode.enter(
+            vcpu,
+            self._tables.root,
+            cpuid,
+            gdt=layout.GDT_GPA,
+            idt=layout.IDT_GPA,
+            tss=layout.TSS_GPA,
+            levels=self.paging_levels,
+        )
         # RFLAGS.IF is set, because Bochs withholds the host's own interrupts while a guest has it
         # clear.
         vcpu.set_regs(rip=entry, rsp=stack, rdi=argument, rflags=0x202)
@@ -311,7 +319,7 @@ class BareGuest(Closeable):
             if window is not None:
                 window.close()
             raise AttachmentsFullError(
-                f"a bare guest knows {boot_info.ATTACHMENTS} objects: attach fewer"
+                f"a bare guest knows {boot_info.ATTACHMENTS} objects", "attach fewer"
             )
         attachment = self.info.attachment[self._attachments]
         attachment.gate_slot = slot
@@ -339,7 +347,7 @@ class BareGuest(Closeable):
         """
         if len(data) > layout.CAPTURE_SIZE:
             raise InputTooLargeError(
-                f"{len(data)} bytes of input, a guest takes {layout.CAPTURE_SIZE}: send fewer"
+                f"{len(data)} bytes of input, a guest takes {layout.CAPTURE_SIZE}", "send fewer"
             )
         self.memory.write(layout.CAPTURE_GPA, data)
         self.info.input = layout.CAPTURE_GPA
@@ -418,7 +426,7 @@ class BareGuest(Closeable):
             if isinstance(self._outcome, int):  # it finished just before the stop
                 return self._outcome
             raise GuestTimeoutError(
-                f"the guest did not finish in {timeout} s, {self._where()}: give it more time"
+                f"the guest did not finish in {timeout} s, {self._where()}", "give it more time"
             ) from (self._outcome if isinstance(self._outcome, BaseException) else None)
         self._thread = None
         if isinstance(self._outcome, BaseException):
@@ -475,8 +483,8 @@ class BareGuest(Closeable):
             end = segment.address + segment.size
             if segment.address < layout.IMAGE_GPA or end > layout.IMAGE_END_GPA:
                 raise ImageAddressError(
-                    f"segment {segment.address:#x}-{end:#x} of the image: link it between "
-                    f"{layout.IMAGE_GPA:#x} and {layout.IMAGE_END_GPA:#x}"
+                    f"segment {segment.address:#x}-{end:#x} of the image",
+                    f"link it between {layout.IMAGE_GPA:#x} and {layout.IMAGE_END_GPA:#x}",
                 )
             self.memory.write(segment.address, segment.data)
 
@@ -508,7 +516,9 @@ class BareGuest(Closeable):
         self.info.samples_size = layout.SAMPLES_SIZE
         params = program.params()
         if len(params) > boot_info.PARAMS:
-            raise InputTooLargeError(f"{len(params)} parameters, a guest takes {boot_info.PARAMS}")
+            raise InputTooLargeError(
+                f"{len(params)} parameters, a guest takes {boot_info.PARAMS}", "give fewer"
+            )
         for index, value in enumerate(params):
             self.info.param[index] = value
         data = getattr(program, "input", None)

@@ -10,7 +10,6 @@ from typing import Final
 from pykvm.elisa.hidden_features import without_hidden_features
 from pykvm.errors import PykvmError
 from pykvm.kvm import CpuidEntry, Kvm, Vcpu, find_leaf
-from pykvm.machine.bare import layout
 
 __all__ = [
     "CODE_SELECTOR",
@@ -73,14 +72,22 @@ def supported_features(kvm: Kvm, *, contexts: bool, irqchip: bool) -> list[Cpuid
     return entries
 
 
-def descriptors() -> bytes:
-    """Return the global descriptor table for `layout.GDT_GPA`: null, code, data, TSS."""
-    base = layout.TSS_GPA
-    tss = _TSS_LIMIT | (base & 0xFFFFFF) << 16 | 0x89 << 40 | (base >> 24 & 0xFF) << 56
-    return struct.pack("<5Q", 0, _CODE, _DATA, tss, base >> 32)
+def descriptors(tss: int) -> bytes:
+    """Return a global descriptor table: null, code, data, and the TSS at the address `tss`."""
+    low = _TSS_LIMIT | (tss & 0xFFFFFF) << 16 | 0x89 << 40 | (tss >> 24 & 0xFF) << 56
+    return struct.pack("<5Q", 0, _CODE, _DATA, low, tss >> 32)
 
 
-def enter(vcpu: Vcpu, page_tables: int, cpuid: Sequence[CpuidEntry], *, levels: int = 4) -> None:
+def enter(
+    vcpu: Vcpu,
+    page_tables: int,
+    cpuid: Sequence[CpuidEntry],
+    *,
+    gdt: int,
+    idt: int,
+    tss: int,
+    levels: int = 4,
+) -> None:
     """Put a vCPU into 64-bit mode with paging.
 
     SMEP and SMAP are switched on if the vCPU has them; attachments for kernel mode need them.
@@ -89,6 +96,9 @@ def enter(vcpu: Vcpu, page_tables: int, cpuid: Sequence[CpuidEntry], *, levels: 
         vcpu: the vCPU.
         page_tables: GPA of the root of the page tables.
         cpuid: the vCPU's CPUID leaves.
+        gdt: GVA of what `descriptors` returns.
+        idt: GVA of the interrupt descriptor table, which is empty until the guest sets its own.
+        tss: GVA of the task state segment.
         levels: levels of the page tables, 4 or 5.
 
     Raises:
@@ -114,10 +124,10 @@ def enter(vcpu: Vcpu, page_tables: int, cpuid: Sequence[CpuidEntry], *, levels: 
         segment.l = int(code)
         segment.db = int(not code)
     task = sregs.tr
-    task.base, task.limit, task.selector = layout.TSS_GPA, _TSS_LIMIT, _TSS_SELECTOR
+    task.base, task.limit, task.selector = tss, _TSS_LIMIT, _TSS_SELECTOR
     task.type, task.present, task.s, task.g, task.unusable = 0xB, 1, 0, 0, 0
-    sregs.gdt.base, sregs.gdt.limit = layout.GDT_GPA, len(descriptors()) - 1
-    sregs.idt.base, sregs.idt.limit = layout.IDT_GPA, 0  # the guest's runtime sets its own
+    sregs.gdt.base, sregs.gdt.limit = gdt, len(descriptors(tss)) - 1
+    sregs.idt.base, sregs.idt.limit = idt, 0
     sregs.cr0 = _CR0_PE | _CR0_ET | _CR0_NE | _CR0_WP | _CR0_PG
     sregs.cr3 = page_tables
     sregs.cr4 = _CR4_PAE | (_CR4_LA57 if levels == 5 else 0)

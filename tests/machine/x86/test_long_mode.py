@@ -56,7 +56,7 @@ def test_five_levels_need_the_feature(kvm: Kvm, leaf: list[CpuidEntry]) -> None:
         vcpu = vm.create_vcpu(0)
         before = vcpu.get_sregs().cr4
         with pytest.raises(long_mode.PagingLevelsError, match="no five-level paging: use four"):
-            long_mode.enter(vcpu, layout.PAGE_TABLES_GPA, leaf, levels=5)
+            long_mode.enter(vcpu, 0x1000, leaf, gdt=0x2000, idt=0x3000, tss=0x4000, levels=5)
         assert vcpu.get_sregs().cr4 == before
 
 
@@ -74,7 +74,7 @@ def test_deadline_timer(irqchip: int, timer: int) -> None:
 @pytest.mark.unit
 def test_descriptors() -> None:
     """Source: SDM vol. 3A, figures 3-8 and 8-4."""
-    null, code, data, task, task_high = struct.unpack("<5Q", long_mode.descriptors())
+    null, code, data, task, task_high = struct.unpack("<5Q", long_mode.descriptors(layout.TSS_GPA))
     assert (null, task_high) == (0, layout.TSS_GPA >> 32)
     assert code >> 53 & 3 == 1  # L set, D clear
     assert data >> 54 & 1 == 1
