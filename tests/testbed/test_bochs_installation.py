@@ -64,5 +64,6 @@ def test_the_newer_one_starts_with_libraries_of_its_own() -> None:
     newer = bochs_installation.newer()
     assert "bochs=" in newer.version
     assert CPUS.keys() <= set(newer.models())
-    assert (newer.share / "BIOS-bochs-latest").exists()
-    assert (newer.share / "VGABIOS-lgpl-latest").exists()
+    assert newer.root is not None
+    assert (newer.root / newer.share / "BIOS-bochs-latest").exists()
+    assert (newer.root / newer.share / "VGABIOS-lgpl-latest").exists()

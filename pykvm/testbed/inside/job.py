@@ -37,7 +37,7 @@ class JobError(Exception):
 
 
 def tell(text: str) -> None:
-    os.write(CONTROL, text.replace("\n", " ").encode() + b"\n")
+    os.write(CONTROL, os.fsencode(text.replace("\n", " ")) + b"\n")
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def mount_overlay(lower: str, target: str, upper: str) -> None:
     for directory in (target, upper, work):
         os.makedirs(directory, exist_ok=True)
     options = f"lowerdir={lower},upperdir={upper},workdir={work}"
-    if libc.mount(b"overlay", target.encode(), b"overlay", 0, options.encode()):
+    if libc.mount(b"overlay", os.fsencode(target), b"overlay", 0, options.encode()):
         raise JobError(f"cannot mount {target}: {os.strerror(ctypes.get_errno())}")
 
 
@@ -163,7 +163,8 @@ def run_command(job: dict[str, Any]) -> int:
             start_new_session=True,
         )
     except OSError as error:
-        os.write(errors, f"pykvm testbed: {job['command'][0]}: {error.strerror}\n".encode())
+        message = f"pykvm testbed: {job['command'][0]}: {error.strerror}\n"
+        os.write(errors, os.fsencode(message))
         status = 127 if isinstance(error, FileNotFoundError) else 126
     else:
         status = wait_for(child.pid)
