@@ -121,7 +121,7 @@ def _page_of_code() -> Iterator[Given]:
 
 @contextlib.contextmanager
 def _guest() -> Iterator[Given]:
-    program = GuestProgram(GUEST_SOURCES / "bare" / "user.c")
+    program = GuestProgram(PACKAGE.parent / "examples" / "hello.c")
     with Kvm() as kvm, BareGuest(kvm, program) as guest:
         yield {"guest": guest}
 

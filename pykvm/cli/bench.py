@@ -1,6 +1,7 @@
 """Measure the crossing, its protections, the switch or interrupts; keep raw samples, draw."""
 
 import argparse
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -192,7 +193,7 @@ def run_switch(options: argparse.Namespace) -> int:
             scale = ticks_scale(kvm)
             for guests in options.guests:
                 for name in _PATHS:
-                    print(f"{guests} guests over {name}", flush=True)
+                    print(f"{guests} guests over {name}", file=sys.stderr, flush=True)
                     points += measure_bursts(
                         kvm,
                         SwitchPath[name.upper()],

@@ -1,6 +1,7 @@
 """Send real packets between two guests: VMFUNC beside VMCALL and directly mapped memory."""
 
 import argparse
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -118,11 +119,11 @@ def _measure(options: argparse.Namespace, sides: list[list[bytes]]) -> dict[str,
 
     with Kvm() as kvm:
         scale = ticks_scale(kvm)
-        print(f"calling nothing, {options.calls} times by each path", flush=True)
+        print(f"calling nothing, {options.calls} times by each path", file=sys.stderr, flush=True)
         crossing = measure_crossing(kvm, options.calls, scale)
         paths = []
         for name in PATHS:
-            print(f"exchanging the capture over {name}", flush=True)
+            print(f"exchanging the capture over {name}", file=sys.stderr, flush=True)
             done = exchange(kvm, SwitchPath[name.upper()], sides, rounds=options.rounds)
             call = crossing.ways[_CALL_OF_PATH[name]]
             paths.append(

@@ -74,6 +74,7 @@ def test_a_guest_inside_the_object(kvm: Kvm) -> None:
             instance.close()
             guest.close()
             attachment.close()  # harmless again
+            spin.forget()
             assert mapped("spin") == mapped("guest") == 0
 
         def close_guest_first() -> None:
@@ -91,3 +92,4 @@ def test_a_guest_inside_the_object(kvm: Kvm) -> None:
         assert guest.wait(60) == 0
         assert results(guest) != [None]
         attachment.detach()
+        spin.forget()

@@ -159,7 +159,7 @@ def test_calls_of_a_vm_that_has_not_opted_in(kvm: Kvm) -> None:
         before = host_state()
         assert good(machine).send(vm) == -errno.EINVAL
         assert set_slot(machine.vcpu, 2, -1) == -errno.EINVAL
-        with pytest.raises(IoctlError, match="run as root"):
+        with pytest.raises(IoctlError, match="call enable_contexts"):
             calls.create_context(vm, bytes(PAGE), [(address, 0, 0)])
         assert host_state() == before
 

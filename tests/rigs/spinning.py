@@ -65,6 +65,10 @@ class Spin:
     def turns(self) -> int:
         return self._words[3]
 
+    def forget(self) -> None:
+        """Release the view of the object's memory, which keeps it mapped."""
+        self._words.release()
+
     def hold(self) -> None:
         self._words[2] = 0
 

@@ -151,7 +151,8 @@ class BareGuest(Closeable):
         memory: the guest's memory.
         vm: the handle on the VM.
         vcpu: the handle on the vCPU.
-        info: the page that guest and VMM share; its fields are the guest's memory.
+        info: the page that guest and VMM share; its fields are the guest's memory, and after
+            `close` a copy of it.
         crossing_gva: see the argument.
         paging_levels: see the argument.
         elisa_call: GVA of the entry page's function; 0 before an object is attached.
@@ -184,6 +185,7 @@ class BareGuest(Closeable):
         self._printed = bytearray()
         self.crossing_gva = crossing_gva
         self.paging_levels = paging_levels
+        self.info = BootInfo()
         self.elisa_call = 0
         self._crossing: tuple[int, bool] | None = None
         self._attachments = 0
@@ -468,6 +470,8 @@ class BareGuest(Closeable):
         if not self.inherited:  # otherwise it runs in the parent process
             self.stop()
         self.vm.close()
+        # A view of the memory would keep it mapped.
+        self.info = BootInfo.from_buffer_copy(self.info)
         self.memory.close()
 
     # ---- steps of the construction ----------------------------------------------------------

@@ -186,9 +186,10 @@ def test_halted(guest: BareGuest, instance: ObjectInstance) -> None:
         Step(What.HALT, 1),
         Step(What.VMFUNC, 0, attachment.slot),
     )
+    stats = guest.vcpu.stats()
     guest.start()
     wait_for(lambda: guest.info.result[0] == 1)
-    wait_for(lambda: guest.vcpu.stats().value("blocking"))
+    wait_for(lambda: stats.value("blocking"))
     revoke_slot(guest.vm, 0, attachment.slot)
     assert events_taken(guest) == 0
     signal(guest)
