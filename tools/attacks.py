@@ -99,7 +99,7 @@ def plan(series: str) -> tuple[Run, Run, Run]:
     """Return the runs here, on the emulated host, and on the one with weakened modules."""
     files = _files()
     builds = "tests/attacks/test_builds.py"  # the emulated host cannot compile these itself
-    testbed = _testbed("--series", series)
+    testbed = _testbed("--fast", "--series", series)
     return (
         Run(
             "host",

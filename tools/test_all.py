@@ -70,16 +70,6 @@ def all_files() -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py"))
 
 
-def _inside() -> list[tuple[str, str]]:
-    """Return pairs of a series that Debian offers here and the marks that its emulated host runs.
-
-    The default series has two parts, so that all parts end at about the same time.
-    """
-    default = default_series()
-    others = [(series, "elisa or kvm") for series in offered_series() if series != default]
-    return [*others, (default, "elisa"), (default, "kvm and not elisa")]
-
-
 def jobs() -> list[Job]:
     """Return the jobs in the order in which they start."""
     later = {*files_with(["testbed"]), *(f for f in all_files() if f.startswith(_LATER))}
@@ -88,23 +78,11 @@ def jobs() -> list[Job]:
         _on_this_host(first, "host", [file for file in all_files() if file not in later]),
         _on_this_host("on this host, what takes long", "host-later", sorted(later)),
     ]
-    pykvm = str(Path(sys.executable).with_name("pykvm"))
-    for series, expression in _inside():
-        tiers = [tier for tier in ("elisa", "kvm") if tier in expression.split(" and not ")[0]]
-        report = REPORTS / f"{series}-{'-'.join(tiers)}.xml"
-        pytest = ["python", "-m", "pytest", "-m", expression, f"--junitxml={report}"]
-        found.append(
-            Job(
-                f"on the emulated host, Linux {series}: {expression}",
-                [
-                    *(pykvm, "testbed", "--series", series),
-                    *("--env", f"PYKVM_REQUIRE={','.join(tiers)}"),
-                    *("--", *pytest, *files_with(tiers)),
-                ],
-                # The job on this host builds guests and objects, which takes longer inside.
-                after=first,
-            )
-        )
+    # The default series last, because its parts take as long, and other hosts have it alone.
+    for series in sorted(offered_series(), key=lambda series: series == default_series()):
+        # The jobs on this host build guests and objects, which takes longer inside.
+        found.append(_on_emulated_host(series, f"({_WITH_KVM}) and not counted", first, "--fast"))
+        found.append(_on_emulated_host(series, "counted", first))
     return [*found, _with_this_kvm()]
 
 
@@ -118,6 +96,17 @@ def _on_this_host(name: str, report: str, files: Sequence[str]) -> Job:
         "COVERAGE_RCFILE": str(ROOT / "pyproject.toml"),
     }
     return Job(name, [sys.executable, "-m", "coverage", "run", "-m", *pytest, *files], environment)
+
+
+def _on_emulated_host(series: str, marks: str, after: str, *options: str) -> Job:
+    tiers = ["elisa", "kvm"]
+    report = REPORTS / f"{series}-{'fast' if options else 'counted'}.xml"
+    pytest = ["python", "-m", "pytest", "-m", marks, f"--junitxml={report}"]
+    testbed = [str(Path(sys.executable).with_name("pykvm")), "testbed", "--series", series]
+    require = ["--env", f"PYKVM_REQUIRE={','.join(tiers)}"]
+    files = files_with(["counted"] if marks == "counted" else tiers)
+    name = f"on the emulated host, Linux {series}: {marks}"
+    return Job(name, [*testbed, *options, *require, "--", *pytest, *files], after=after)
 
 
 def _with_this_kvm() -> Job:

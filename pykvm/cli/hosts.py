@@ -10,7 +10,7 @@ from typing import Any, Final
 from pykvm.elisa import calls
 from pykvm.errors import PykvmError
 from pykvm.host.commands import program
-from pykvm.host.emulation import is_emulated
+from pykvm.host.emulation import counts_exactly, is_emulated
 from pykvm.kvm import Kvm, KvmError
 from pykvm.measure.records import read_record, require_writable, write_record
 
@@ -65,6 +65,10 @@ def on_suitable_host(
         PykvmError: `measure` failed, or the emulated host cannot be started.
     """
     require_writable(out)
+    if is_emulated() and not counts_exactly():
+        raise PykvmError(
+            "this emulated host does not count every instruction", "leave out --fast and --cpu"
+        )
     if is_emulated() or can_run_here():
         record = measure()
         write_record(out, record)

@@ -55,6 +55,12 @@ def add_parser(subparsers: Any) -> None:
         f"and needs Bochs 3.0, which is fetched where the installed one is older "
         f"(default: {DEFAULT_CPU})",
     )
+    parser.add_argument(
+        "--fast",
+        action="store_true",
+        help="run about twice as fast, on Bochs 3.0 without its debugger; instructions are then "
+        "not counted exactly, so nothing can be measured",
+    )
     kvm = parser.add_mutually_exclusive_group()
     kvm.add_argument(
         "--modules",
@@ -122,7 +128,7 @@ def run(options: argparse.Namespace) -> int:
     kvm = "stock" if options.stock else "none" if options.no_kvm else "payload"
     if options.also and (options.modules or kvm != "payload"):
         raise PykvmError("--also goes with the patched modules", "leave out --modules and --stock")
-    testbed = Testbed(options.folder, series=options.series, cpu=options.cpu)
+    testbed = Testbed(options.folder, series=options.series, cpu=options.cpu, fast=options.fast)
     if options.dry_run:
         plan = testbed.plan(command or _SHELL, kvm=kvm, modules=options.modules, also=options.also)
         print("\n".join(plan))

@@ -5,10 +5,8 @@
     outcome = Testbed().run(["python3", "-m", "pytest", "tests/elisa"], timeout=300)
     assert outcome.status == 0
 
-Every process on the emulated host has `PYKVM_TESTBED=1` in its environment.
+Every process on the emulated host has `PYKVM_TESTBED` in its environment.
 """
-
-import os
 
 from pykvm.testbed.kernel_image import KernelImageError
 from pykvm.testbed.session import (
@@ -26,10 +24,4 @@ __all__ = [
     "KernelImageError",
     "Outcome",
     "Testbed",
-    "inside",
 ]
-
-
-def inside() -> bool:
-    """Return whether this process runs on the emulated host."""
-    return os.environ.get("PYKVM_TESTBED") == "1"

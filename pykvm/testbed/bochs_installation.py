@@ -68,14 +68,13 @@ class Installation:
         return listed.partition("\n\n")[0].split()
 
     def debugger_options(self) -> list[str]:
-        """Return the options that start its debugger with the commands of the file "debugger".
-
-        With the debugger, each instruction advances the time-stamp counter by one. Bochs 3.0 can
-        also run without its debugger, Debian's 2.7 cannot. Without it, RDTSC returns the count of
-        an earlier instruction.
-        """
-        start = ["-debugger"] if "-debugger" in self._help() else []
+        """Return the options that start its debugger with the commands of the file "debugger"."""
+        start = ["-debugger"] if self.runs_undebugged() else []
         return [*start, "-rc", "debugger"]
+
+    def runs_undebugged(self) -> bool:
+        """Return whether it can run without its debugger, as 3.0 can, and Debian's 2.7 cannot."""
+        return "-debugger" in self._help()
 
     def _help(self, *topic: str) -> str:
         # -q skips the start menu.
@@ -118,15 +117,19 @@ def newer() -> Installation:
     )
 
 
-def knowing(model: str) -> Installation:
+def knowing(model: str, *, undebugged: bool = False) -> Installation:
     """Return a Bochs that emulates the processor `model`, preferably the installed one.
+
+    Args:
+        model: Bochs's name of the processor.
+        undebugged: whether it must be able to run without its debugger.
 
     Raises:
         BochsMissingError: no Bochs emulates it.
         PackageError: see `newer`.
     """
     here = installed()
-    if here is not None and model in here.models():
+    if here is not None and model in here.models() and (not undebugged or here.runs_undebugged()):
         return here
     other = newer()
     if model in other.models():

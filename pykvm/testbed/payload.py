@@ -55,6 +55,7 @@ class Job:
         folder: the folder whose files are carried in; it has the same path inside.
         directory: working directory of the command, in the folder.
         kvm: "payload" (the modules in the image), "stock" or "none".
+        exact: whether the host counts instructions exactly.
         environment: environment variables in addition to the testbed's own.
         bring: paths, relative to the folder, whose changes are copied back.
         interactive: whether the command has a terminal and keyboard input.
@@ -71,6 +72,7 @@ class Job:
     folder: str
     directory: str
     kvm: str
+    exact: bool = True
     environment: Mapping[str, str] = field(default_factory=dict)
     bring: list[str] = field(default_factory=lambda: ["build"])
     interactive: bool = False

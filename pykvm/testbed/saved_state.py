@@ -78,6 +78,7 @@ def host_key(kernel: HostKernel, machine: Machine) -> str:
         " ".join(_INITRAMFS_MODULES),
         machine.configuration(),
         bochs.CPUS[machine.cpu].levels,
+        machine.exact,
         *sources,
     )
 

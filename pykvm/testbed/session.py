@@ -86,6 +86,7 @@ class Testbed:
         *,
         series: str | None = None,
         cpu: str = DEFAULT_CPU,
+        fast: bool = False,
     ) -> None:
         """Choose the folder, the kernel and the processor; start nothing.
 
@@ -98,6 +99,7 @@ class Testbed:
                 is used; by default that of `default_series()`.
             cpu: emulated processor, one of `pykvm.testbed.bochs.CPUS`. If the installed Bochs does
                 not emulate it, a newer Bochs is fetched.
+            fast: whether speed matters more than exact counts (`Machine.exact`).
 
         Raises:
             SeriesUnknownError, KernelMissingError: see `pykvm.kernel.series.newest_kernel`.
@@ -108,7 +110,7 @@ class Testbed:
         require_place(self.folder)
         self._progress = progress or _Narrator()
         self.kernel = newest_kernel(series)
-        self.machine = Machine.with_cpu(cpu)
+        self.machine = Machine.with_cpu(cpu, fast=fast)
 
     def prepare(
         self, kvm: str = "payload", modules: Path | None = None, also: Sequence[Path] = ()
@@ -183,6 +185,7 @@ class Testbed:
             folder=str(self.folder),
             directory=str((directory or self.folder).resolve()),
             kvm=kvm,
+            exact=self.machine.exact,
             # Records name the commit, and the emulated host has no git to find it.
             environment={"PYKVM_COMMIT": commit(), **(environment or {})},
             bring=["build", *(self._in_folder(name) for name in bring)],

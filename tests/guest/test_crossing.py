@@ -4,7 +4,6 @@ An intruder executes VMFUNC at any address, so it enters the gate page at any by
 checks the same for every byte, without a processor.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ import pytest
 from pykvm.elisa import crossing
 from pykvm.elisa.exits import ElisaExit
 from pykvm.elisa.objects import ObjectInstance, SharedObject
+from pykvm.host.emulation import is_emulated
 from pykvm.kernel import uapi
 from pykvm.kvm import Kvm, UnexpectedExitError
 from pykvm.machine.bare import layout
@@ -80,8 +80,9 @@ def test_registers_and_flags(kvm: Kvm, counter: ObjectInstance) -> None:
     assert count_honestly(kvm, counter, 1, 1) == 505
 
 
+@pytest.mark.counted
 def test_a_crossing_takes_38_instructions(kvm: Kvm) -> None:
-    if "PYKVM_TESTBED" not in os.environ:
+    if not is_emulated():
         pytest.skip("the time stamp counter counts instructions on the emulated host only")
     program = CrossingProgram(calls=200, ways=[Way.EMPTY, Way.VMFUNC])
     nop = SharedObject("nop", GUEST_SOURCES / "objects" / "nop.c", guests=1)

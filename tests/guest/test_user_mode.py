@@ -97,6 +97,7 @@ def test_user_mode_does_not_get_through_a_gate_for_kernel_mode(kvm: Kvm) -> None
 
 
 @pytest.mark.elisa
+@pytest.mark.counted
 def test_a_crossing_from_user_mode_takes_39_instructions(kvm: Kvm) -> None:
     if not is_emulated():
         pytest.skip("the time stamp counter counts instructions on the emulated host only")

@@ -7,7 +7,7 @@ import pytest
 from pykvm.kvm import Kvm
 from pykvm.measure.attach import measure_attach
 
-pytestmark = pytest.mark.elisa
+pytestmark = [pytest.mark.elisa, pytest.mark.counted]
 
 
 def test_attach_detach_revoke() -> None:

@@ -15,7 +15,7 @@ from pykvm.measure.bursts import measure_bursts
 from pykvm.measure.crossing_cost import Crossing, measure_crossing
 from pykvm.measure.programs import SwitchPath, Way
 
-pytestmark = pytest.mark.elisa
+pytestmark = [pytest.mark.elisa, pytest.mark.counted]
 
 STORED = Path(__file__).parents[2] / "benchmarks" / "expected.json"
 EXPECTED: dict[str, Any] = json.loads(STORED.read_text())

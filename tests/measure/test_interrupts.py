@@ -56,6 +56,7 @@ def test_all_too_late() -> None:
 
 
 @pytest.mark.elisa
+@pytest.mark.counted
 def test_measured() -> None:
     """Both ways are measured.
 

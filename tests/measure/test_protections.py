@@ -36,6 +36,7 @@ def test_every_build_can_be_made() -> None:
 
 
 @pytest.mark.elisa
+@pytest.mark.counted
 def test_the_record(measured: Protections) -> None:
     record = measured.as_dict()
     json.dumps(record)
@@ -47,6 +48,7 @@ def test_the_record(measured: Protections) -> None:
 
 
 @pytest.mark.elisa
+@pytest.mark.counted
 def test_costs(measured: Protections) -> None:
     if not is_emulated():
         pytest.skip("the time stamp counter counts instructions on the emulated host only")

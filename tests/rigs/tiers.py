@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from pykvm.host.emulation import counts_exactly, is_emulated
 from tests.rigs import processor_features
 
 # linux/kvm.h; the tiers must be known even if the extension module does not load.
@@ -63,7 +64,7 @@ def _elisa_missing() -> str:
 
 @functools.cache
 def _testbed_missing() -> str:
-    if os.environ.get("PYKVM_TESTBED"):
+    if is_emulated():
         return "already inside the emulated host"
     return "" if shutil.which("bochs") else "no Bochs on this host"
 
@@ -105,10 +106,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
     # Some tests need modules without a defence, others a processor with rare features. Ordinary
     # runs have neither, so nothing is missing there. A run that selects the mark requires them.
+    # Tests that count run on the emulated host that counts exactly.
     named = config.getoption("markexpr")
     left_out = []
     for item in items:
-        if item.get_closest_marker("weakened") and "weakened" not in named:
+        uncounted = is_emulated() and not counts_exactly() and item.get_closest_marker("counted")
+        if uncounted or (item.get_closest_marker("weakened") and "weakened" not in named):
             left_out.append(item)
         elif lacking := _lacking(item):
             if "processor" in named:

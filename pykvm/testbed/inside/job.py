@@ -137,7 +137,7 @@ def environment(job: dict[str, Any]) -> dict[str, str]:
         # Otherwise pytest rewrites and recompiles all of hypothesis, as part of a plugin, which
         # takes two minutes in here.
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-        "PYKVM_TESTBED": "1",
+        "PYKVM_TESTBED": "exact" if job["exact"] else "fast",
         "PYKVM_MODULES": f"{PAYLOAD}/modules",
         **job["environment"],
     }
