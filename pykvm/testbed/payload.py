@@ -56,6 +56,7 @@ class Job:
         directory: working directory of the command, in the folder.
         kvm: "payload" (the modules in the image), "stock" or "none".
         exact: whether the host counts instructions exactly.
+        kvm_intel: parameters with which kvm-intel.ko is loaded.
         environment: environment variables in addition to the testbed's own.
         bring: paths, relative to the folder, whose changes are copied back.
         interactive: whether the command has a terminal and keyboard input.
@@ -73,6 +74,7 @@ class Job:
     directory: str
     kvm: str
     exact: bool = True
+    kvm_intel: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
     bring: list[str] = field(default_factory=lambda: ["build"])
     interactive: bool = False
@@ -118,19 +120,20 @@ def write(image: Path, job: Job, modules: Path | None, stdin: bytes = b"") -> No
     os.truncate(image, _CAPACITY)
 
 
-def write_modules(image: Path, modules: Path | None) -> None:
+def write_modules(image: Path, modules: Path | None, parameters: str = "") -> None:
     """Write the ISO image of a job that loads KVM.
 
     Args:
         image: path of the image.
         modules: directory of kvm.ko and kvm-intel.ko; None for the distribution's modules.
+        parameters: of kvm-intel.ko.
 
     Raises:
         PayloadError: see `write`.
     """
     with tempfile.TemporaryDirectory() as empty:
         kvm = "stock" if modules is None else "payload"
-        job = Job("load modules", command=[], folder=empty, directory=empty, kvm=kvm)
+        job = Job("load modules", [], folder=empty, directory=empty, kvm=kvm, kvm_intel=parameters)
         write(image, job, modules)
 
 

@@ -143,6 +143,7 @@ def host_with_kvm(
     files = [] if modules is None else payload.module_files(modules)
     host = booted_host(kernel, machine, progress)
     sources = [_INSIDE / "job.py"]
+    parameters = bochs.CPUS[machine.cpu].kvm_intel
 
     def build(directory: Path) -> None:
         progress("loading KVM" if modules else "loading the distribution's KVM")
@@ -150,10 +151,10 @@ def host_with_kvm(
             (directory / name).hardlink_to(host / name)
         with scratch.directory("testbed-instances") as work:
             image = work / "modules.iso"
-            payload.write_modules(image, modules)
+            payload.write_modules(image, modules, parameters)
             _reach_and_suspend(directory, machine, image, host / "state", progress)
 
-    key = cache.key(host.name, *files, *sources)
+    key = cache.key(host.name, parameters, *files, *sources)
     return _used(cache.entry("testbed-kvm", key, build))
 
 

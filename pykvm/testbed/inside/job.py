@@ -45,7 +45,7 @@ def main() -> None:
         with open(f"{PAYLOAD}/job.json") as file:
             job = json.load(file)
         if job["task"] == "load modules":
-            load_kvm(job["kvm"])
+            load_kvm(job["kvm"], job["kvm_intel"])
             return
         time.clock_settime(time.CLOCK_REALTIME, job["now"])
         mount_overlay(f"{PAYLOAD}/folder", job["folder"], UPPER)
@@ -98,18 +98,21 @@ def install_commands(scripts: str) -> None:
             os.symlink(target, f"{scripts}/{name}")
 
 
-def load_kvm(which: str) -> None:
-    """Load KVM's modules, unless they are loaded: those of the "payload", the "stock" or "none"."""
+def load_kvm(which: str, parameters: str) -> None:
+    """Load KVM's modules, unless they are loaded: those of the "payload", the "stock" or "none".
+
+    The parameters are those of kvm-intel.ko.
+    """
     if which == "none" or os.path.exists("/sys/module/kvm_intel"):
         return
     modules = f"/lib/modules/{os.uname().release}/kernel"
     directory = f"{PAYLOAD}/modules" if which == "payload" else f"{modules}/arch/x86/kvm"
     load_module(f"{modules}/virt/lib/irqbypass.ko", optional=True)
-    for name in ("kvm.ko", "kvm-intel.ko"):
-        load_module(f"{directory}/{name}")
+    load_module(f"{directory}/kvm.ko")
+    load_module(f"{directory}/kvm-intel.ko", parameters)
 
 
-def load_module(path: str, optional: bool = False) -> None:
+def load_module(path: str, parameters: str = "", *, optional: bool = False) -> None:
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -117,7 +120,7 @@ def load_module(path: str, optional: bool = False) -> None:
             return
         raise
     try:
-        if libc.syscall(SYS_FINIT_MODULE, descriptor, b"", 0):
+        if libc.syscall(SYS_FINIT_MODULE, descriptor, parameters.encode(), 0):
             reason = os.strerror(ctypes.get_errno())
             if not optional:
                 raise JobError(f"cannot load {os.path.basename(path)}: {reason}")
