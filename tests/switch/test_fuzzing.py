@@ -10,7 +10,7 @@ from tests.rigs.switch.fuzz.fuzzer import FINDINGS, Fuzzer, missing_tools, read_
 
 pytestmark = pytest.mark.unit
 
-SECONDS = 30
+SECONDS = 300  # at most: a fault is found in a few, by an idle processor
 """Seconds for each fault; most are found in the first."""
 
 FAULTS = {
