@@ -58,7 +58,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--fast",
         action="store_true",
-        help="run about twice as fast, on Bochs 3.0 without its debugger; instructions are then "
+        help="run up to twice as fast, on Bochs 3.0 without its debugger; instructions are then "
         "not counted exactly, so nothing can be measured",
     )
     kvm = parser.add_mutually_exclusive_group()

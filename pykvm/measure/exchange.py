@@ -11,7 +11,8 @@ from pykvm.errors import PykvmError
 from pykvm.host.emulation import is_emulated
 from pykvm.kvm import Kvm
 from pykvm.machine.bare import layout
-from pykvm.machine.bare.guest import BareGuest, GuestTimeoutError
+from pykvm.machine.bare.failures import GuestTimeoutError
+from pykvm.machine.bare.guest import BareGuest
 from pykvm.measure.connect import SWITCH_SEED, connect
 from pykvm.measure.exit_counter import ExitCounter, Exits
 from pykvm.measure.programs import (

@@ -117,7 +117,7 @@ class Machine:
         cpu: one of `CPUS`.
         bochs: the installation of Bochs to start.
         exact: whether every instruction advances the time-stamp counter by one, so that counts
-            of instructions are exact. Without that, Bochs leaves its debugger off and runs twice
+            of instructions are exact. Without that, Bochs leaves its debugger off and runs up to twice
             as fast; RDTSC then returns the count of an earlier instruction.
     """
 

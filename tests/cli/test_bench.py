@@ -62,6 +62,17 @@ def test_measurement(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.unit
+def test_nothing_is_measured_where_counts_are_not_exact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYKVM_TESTBED", "fast")
+    done = _bench("crossing", cwd=tmp_path)
+    assert done.returncode == 1
+    message = "this emulated host does not count every instruction: leave out --fast and --cpu"
+    assert done.stderr == f"pykvm: {message}\n"
+
+
+@pytest.mark.unit
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

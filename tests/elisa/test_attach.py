@@ -15,7 +15,8 @@ from pykvm.kernel import uapi
 from pykvm.kvm import Exit, Io, Kvm, MmioWrite, UnexpectedExitError
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.boot_info import FAILURE_PORT
-from pykvm.machine.bare.guest import BareGuest, GuestTimeoutError
+from pykvm.machine.bare.failures import GuestTimeoutError
+from pykvm.machine.bare.guest import BareGuest
 from pykvm.measure.connect import connect
 from pykvm.measure.programs import SwitchPath
 from pykvm.paging.entries import Access

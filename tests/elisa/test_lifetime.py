@@ -13,7 +13,8 @@ from pykvm.elisa.calls import Context, enable_contexts
 from pykvm.elisa.objects import SharedObject
 from pykvm.elisa.protections import Protection
 from pykvm.kvm import Kvm, UnexpectedExitError
-from pykvm.machine.bare.guest import BareGuest, GuestTimeoutError
+from pykvm.machine.bare.failures import GuestTimeoutError
+from pykvm.machine.bare.guest import BareGuest
 from tests.rigs.context_requests import PAGE, Machine, Memory, good, set_slot
 from tests.rigs.host_state import HostState, locked_kib, nothing_stays, pinned_pages
 from tests.rigs.probe import WILD, Probe, Wild, calls, give, prepare, results, run

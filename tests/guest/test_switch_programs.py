@@ -6,7 +6,8 @@ from contextlib import ExitStack
 import pytest
 
 from pykvm.kvm import Kvm
-from pykvm.machine.bare.guest import BareGuest, GuestAssertionError
+from pykvm.machine.bare.failures import GuestAssertionError
+from pykvm.machine.bare.guest import BareGuest
 from pykvm.measure.connect import connect
 from pykvm.measure.programs import (
     BurstProgram,

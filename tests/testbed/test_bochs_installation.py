@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from pykvm.host.debian_packages import PackageError
 from pykvm.testbed import bochs_installation
-from pykvm.testbed.bochs import CPUS
+from pykvm.testbed.bochs import CPUS, DEFAULT_CPU, Machine
 from pykvm.testbed.bochs_installation import BochsMissingError, Installation
 
 ANSWER = r"""#!/bin/sh
@@ -57,6 +58,30 @@ def test_without_an_installed_one_the_newer_is_taken(
     monkeypatch.setattr(bochs_installation, "installed", lambda: None)
     monkeypatch.setattr(bochs_installation, "newer", lambda: other)
     assert bochs_installation.knowing("skylake") is other
+
+
+@pytest.mark.unit
+def test_one_that_needs_its_debugger_is_not_taken_for_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, other = answering(tmp_path, "skylake"), answering(tmp_path, "skylake", "newest")
+    monkeypatch.setattr(bochs_installation, "installed", lambda: here)
+    monkeypatch.setattr(bochs_installation, "newer", lambda: other)
+    assert not here.runs_undebugged()
+    assert bochs_installation.knowing("skylake", undebugged=True) is other
+
+
+@pytest.mark.unit
+def test_without_a_faster_one_the_installed_one_counts_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable() -> Installation:
+        raise PackageError("cannot fetch bochs", "apt-get update")
+
+    here = answering(tmp_path, DEFAULT_CPU)
+    monkeypatch.setattr(bochs_installation, "installed", lambda: here)
+    monkeypatch.setattr(bochs_installation, "newer", unreachable)
+    assert Machine.with_cpu(DEFAULT_CPU, fast=True) == Machine(DEFAULT_CPU, here, exact=True)
 
 
 @pytest.mark.testbed

@@ -8,14 +8,14 @@ import pytest
 from pykvm.kvm import Io, Kvm, UnexpectedExitError
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.build import build_guest
-from pykvm.machine.bare.guest import (
-    BareGuest,
+from pykvm.machine.bare.failures import (
     GuestAssertionError,
     GuestFaultError,
     GuestTimeoutError,
     ImageAddressError,
     InputTooLargeError,
 )
+from pykvm.machine.bare.guest import BareGuest
 from pykvm.measure.programs import CrossingProgram, Way, way_samples
 from pykvm.toolchain.elf import ElfFile, Segment
 from tests.rigs.forks import in_fork

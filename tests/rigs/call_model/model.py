@@ -70,7 +70,7 @@ class ContextModel:
 
 @dataclass
 class Inside:
-    """Where a vCPU stopped outside its default context.
+    """Place outside its default context at which a vCPU stopped.
 
     Attributes:
         stuck: cause and VMX exit reason of the exit that it takes whenever it runs; None in a loop.
