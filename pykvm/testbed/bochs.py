@@ -117,8 +117,8 @@ class Machine:
         cpu: one of `CPUS`.
         bochs: the installation of Bochs to start.
         exact: whether every instruction advances the time-stamp counter by one, so that counts
-            of instructions are exact. Without that, Bochs leaves its debugger off and runs up to twice
-            as fast; RDTSC then returns the count of an earlier instruction.
+            of instructions are exact. Without that, Bochs leaves its debugger off and runs up to
+            twice as fast; RDTSC then returns the count of an earlier instruction.
     """
 
     cpu: str
