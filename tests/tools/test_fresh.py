@@ -135,6 +135,14 @@ def test_devices_and_mounts(root: Path) -> None:
 
 
 @_needs_root
+def test_its_root_is_a_mount_point(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert machine.run(root, "while read -r line; do echo $line; done </proc/self/mountinfo") == 0
+    targets = [line.split()[4] for line in capfd.readouterr().out.splitlines()]
+    assert targets[0] == "/", "a mount point, and nothing of the host above it"
+    assert targets.count("/") == 1
+
+
+@_needs_root
 def test_processes_end_with_their_command(root: Path, nap: str) -> None:
     assert machine.run(root, f"sleep {nap} & sleep {nap} & exit 3") == 3
     assert _running(nap) == []

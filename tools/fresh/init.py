@@ -44,8 +44,17 @@ def _populate(root: Path) -> None:
         (devices / name).symlink_to(target)
 
 
-def _execute(root: Path, directory: str, command: str) -> NoReturn:
-    os.chroot(root)
+def _become_root(root: Path) -> None:
+    # A root that is only a directory, as after chroot() alone, is no place for mount namespaces of
+    # its own: unshare(1) could not change how its mounts propagate.
+    subprocess.run(["mount", "--bind", root, root], check=True)
+    _populate(root)
+    os.chdir(root)
+    subprocess.run(["mount", "--move", ".", "/"], check=True)
+    os.chroot(".")
+
+
+def _execute(directory: str, command: str) -> NoReturn:
     os.chdir(directory)
     os.execv("/bin/sh", ["sh", "-c", command])
 
@@ -58,10 +67,10 @@ def main(root: Path, directory: str, command: str) -> int:
         directory: working directory, in `root`.
         command: shell command.
     """
-    _populate(root)
+    _become_root(root)
     child = os.fork()
     if child == 0:
-        _execute(root, directory, command)
+        _execute(directory, command)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the shell that runs here
     while True:  # orphans of the whole namespace are this process's children
         ended, status = os.wait()
