@@ -67,7 +67,7 @@ def _parser(chosen: str) -> argparse.ArgumentParser:
 
     The other subcommands are not imported, because that takes seconds on the emulated host.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="pykvm",
         description="virtual machines that share without exits (ELISA)",
         epilog="start with: pykvm doctor",
@@ -84,6 +84,13 @@ def _parser(chosen: str) -> argparse.ArgumentParser:
         else:
             subparsers.add_parser(name, help=_first_line(source))
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Parser whose help is printed or fails; argparse's own ignores errors of the stream."""
+
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file)
 
 
 class _Version(argparse.Action):

@@ -65,7 +65,7 @@ def test_each_series_is_a_host_of_its_own() -> None:
 def test_unknown_series_is_refused() -> None:
     done = _pykvm("--series", "5.10", "--", "true")
     assert done.returncode == 2
-    assert "'6.1', '6.12'" in done.stderr
+    assert "6.1, 6.12" in done.stderr.replace("'", "")
 
 
 def test_further_patches_are_for_the_patched_modules(tmp_path: Path) -> None:

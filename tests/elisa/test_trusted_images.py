@@ -249,7 +249,7 @@ def test_vmfunc_bytes_are_found_across_every_boundary() -> None:
 
 
 def test_the_sub_entry_page_is_nobody_elses(tmp_path: Path) -> None:
-    text = '__attribute__((section(".elisa.sub"), noinline)) uint64_t f(void) { return 1; }\n'
+    text = '__attribute__((section(".elisa.sub"), noipa)) uint64_t f(void) { return 1; }\n'
     with pytest.raises(compiler.LinkError, match=r"\.elisa\.sub"):
         build(tmp_path, HEAD + text + SERVE % "return f();")
 
