@@ -162,7 +162,9 @@ def apply_further(patches: Sequence[Path], tree: Path, log: Path) -> None:
 
 
 def _applies(patch: Path, tree: Path, log: Path) -> bool:
-    command = ["patch", "-p1", "--batch", "--forward", "-i", str(patch.resolve())]
+    # Where lines have moved, patch would leave the originals beside the changed files.
+    command = ["patch", "-p1", "--batch", "--forward", "--no-backup-if-mismatch"]
+    command += ["-i", str(patch.resolve())]
     return kernel_make.run(command, tree, log) == 0
 
 

@@ -21,7 +21,7 @@ from tests.rigs.trees import files
 
 pytestmark = [
     pytest.mark.testbed,
-    pytest.mark.parametrize("series", kernel_series.SERIES),
+    pytest.mark.parametrize("series", kernel_series.offered_series()),
 ]
 
 
