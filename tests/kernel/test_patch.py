@@ -62,6 +62,20 @@ def test_the_whole_is_in_the_order_and_form_of_git(directory: Path, tmp_path: Pa
     assert files(by_us) == files(by_git)
 
 
+def test_nothing_is_left_beside_files_whose_lines_have_moved(
+    directory: Path, tmp_path: Path
+) -> None:
+    """A newer source of the same series: patch(1) finds the place, and keeps no original."""
+    hook = HOOK.replace("@@ -1 +1 @@\n", "@@ -1,3 +1,3 @@\n int first;\n") + " int last;\n"
+    (directory / "linux-6.1.patch").write_text(MESSAGE + hook)
+    tree = tmp_path / "tree"
+    (tree / "kvm").mkdir(parents=True)
+    (tree / "kvm/hook.c").write_text("int new;\nint first;\nint before;\nint last;\n")
+    kernel_patch.apply(kernel_patch.find_patch("6.1", directory), tree, tmp_path / "log")
+    assert "offset 1 line" in (tmp_path / "log").read_text()
+    assert sorted(path.name for path in (tree / "kvm").iterdir()) == ["first.c", "hook.c", "own.c"]
+
+
 @pytest.mark.parametrize("series", kernel_series.SERIES)
 def test_no_series_has_a_copy_of_a_new_file(series: str) -> None:
     patch = kernel_patch.find_patch(series)

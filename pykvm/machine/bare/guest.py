@@ -43,10 +43,7 @@ from pykvm.sizes import PAGE_SIZE
 from pykvm.toolchain import elf
 from pykvm.toolchain.elf import ElfFile
 
-__all__ = [
-    "BareGuest",
-    "Program",
-]
+__all__ = ["BareGuest", "Program"]
 
 _READ: Final = Access.READ
 _READ_WRITE: Final = Access.READ | Access.WRITE
