@@ -74,6 +74,7 @@ _ELSEWHERE: Final = {
     "pykvm kernel selftests": "make selftests",
     "pykvm testbed": f"{_OWN}shell",
     "pykvm testbed --cpu sapphire_rapids -- uname -r": "make attacks",
+    "pykvm testbed --cpus 2 -- nproc": "make test",
     "pykvm testbed --fast -- uname -r": "make test",
     "pykvm testbed --timeout 3600 --env PYKVM_SEQUENCE_SECONDS=600 -- python -m pytest -s ...": (
         "tests/elisa/test_call_sequences.py::test_random_sequences"

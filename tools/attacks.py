@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 from xml.etree import ElementTree
 
-from pykvm.kernel.series import SERIES, offered_series
+from pykvm.kernel.series import SERIES, default_series, offered_series
 from tests.attacks.marks import ROOT
 from tests.attacks.threats import THREATS, Threat
 from tests.rigs.attacks.weaken import PATCH
@@ -100,6 +100,9 @@ def plan(series: str) -> tuple[Run, Run, Run]:
     files = _files()
     builds = "tests/attacks/test_builds.py"  # the emulated host cannot compile these itself
     testbed = _testbed("--fast", "--series", series)
+    # As in `make test`: one series on two processors, for the races between them.
+    speed = test_all.TWO if series == default_series() else ("--fast",)
+    whole = _testbed(*speed, "--series", series)
     return (
         Run(
             "host",
@@ -109,7 +112,7 @@ def plan(series: str) -> tuple[Run, Run, Run]:
         ),
         Run(
             f"inside-{series}",
-            (*testbed, "--", "python"),
+            (*whole, "--", "python"),
             f"{_MARKED} and (elisa or kvm) and not weakened",
             _with(_TIERS, files),
         ),

@@ -11,7 +11,7 @@ from pykvm.cli.signals import exit_on_signals
 from pykvm.errors import PykvmError
 from pykvm.kernel.series import SERIES
 from pykvm.testbed import Testbed, session
-from pykvm.testbed.bochs import CPUS, DEFAULT_CPU
+from pykvm.testbed.bochs import CPUS, DEFAULT_CPU, MOST_CPUS
 
 __all__ = ["add_also", "add_parser", "run"]
 
@@ -60,6 +60,14 @@ def add_parser(subparsers: Any) -> None:
         action="store_true",
         help="run up to twice as fast, on Bochs 3.0 without its debugger; instructions are then "
         "not counted exactly, so nothing can be measured",
+    )
+    parser.add_argument(
+        "--cpus",
+        type=int,
+        choices=range(1, MOST_CPUS + 1),
+        default=1,
+        help="how many processors, which take turns: for races between them, not for speed; "
+        "instructions are not counted exactly (default: 1)",
     )
     kvm = parser.add_mutually_exclusive_group()
     kvm.add_argument(
@@ -128,7 +136,13 @@ def run(options: argparse.Namespace) -> int:
     kvm = "stock" if options.stock else "none" if options.no_kvm else "payload"
     if options.also and (options.modules or kvm != "payload"):
         raise PykvmError("--also goes with the patched modules", "leave out --modules and --stock")
-    testbed = Testbed(options.folder, series=options.series, cpu=options.cpu, fast=options.fast)
+    testbed = Testbed(
+        options.folder,
+        series=options.series,
+        cpu=options.cpu,
+        fast=options.fast,
+        cpus=options.cpus,
+    )
     if options.dry_run:
         plan = testbed.plan(command or _SHELL, kvm=kvm, modules=options.modules, also=options.also)
         print("\n".join(plan))

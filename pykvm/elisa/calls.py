@@ -185,9 +185,9 @@ def revoke_slot(vm: Handle, vcpu_id: int, slot: int | None) -> None:
     """Take a context away from a vCPU, which may be running; slot None: all of its contexts.
 
     On return no instruction of the context runs on that vCPU any more. If it was inside, its
-    `Vcpu.run` returns an `ElisaExit` with cause ``KVM_ELISA_EXIT_REVOKED``: it is in its default
-    context again, with the general registers but RSP cleared, at the place that the exit names,
-    and the caller decides where it goes on.
+    `Vcpu.run` returns an `ElisaExit` with cause ``KVM_ELISA_EXIT_REVOKED``, which says where it
+    was. It is in its default context again, with its registers, RIP and RSP among them, its
+    arithmetic flags, CR2 and DR6 cleared; the caller sets where it goes on.
 
     Raises:
         CapabilityMissingError: this is stock KVM.

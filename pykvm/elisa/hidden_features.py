@@ -1,22 +1,25 @@
-"""Processor features that no VM with contexts may have, each with its reason.
+"""Processor features that no VM with contexts may have.
 
 The patched kernel refuses them: KVM_SET_CPUID2 fails with EINVAL once contexts are enabled.
-`without_hidden_features` takes them out of a guest's CPUID. They write memory for the guest
-without regard to the EPT's permissions, change how addresses or accesses are checked, or move
-control, and nobody has checked them together with contexts.
+`without_hidden_features` takes them out of a guest's CPUID.
+
+`HIDDEN_FEATURES` are known, each with its reason: they write memory for the guest without regard to
+the EPT's permissions, change how addresses or accesses are checked, or move control, and nobody has
+checked them together with contexts. Leaf 7, where new processors announce what is new, has in
+`CHECKED_LEAF_7` a list of what a guest may have: everything else is hidden as well.
 
 Source: kernel-patches/README.md; SDM vol. 2A, CPUID; vol. 1, 13.1 for state components.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
 from pykvm.kvm import CpuidEntry
 
-__all__ = ["HIDDEN_FEATURES", "HiddenFeature", "without_hidden_features"]
+__all__ = ["CHECKED_LEAF_7", "HIDDEN_FEATURES", "HiddenFeature", "without_hidden_features"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,9 @@ HIDDEN_FEATURES: Final = (
     HiddenFeature("intel_pt", 7, 0, "ebx", 25, "traces what trusted code does", states=(8,)),
     HiddenFeature("pku", 7, 0, "ecx", 3, _KEYS, states=(9,)),
     HiddenFeature("shstk", 7, 0, "ecx", 7, _STACKS, states=(11, 12)),
+    HiddenFeature("key_locker", 7, 0, "ecx", 23, "encrypts with keys that KVM does not switch"),
     HiddenFeature("bus_lock_detect", 7, 0, "ecx", 24, "needs DEBUGCTL, which is refused"),
+    HiddenFeature("enqcmd", 7, 0, "ecx", 29, "devices take work from whoever runs", states=(10,)),
     HiddenFeature("sgx_lc", 7, 0, "ecx", 30, "comes with sgx"),
     HiddenFeature("pks", 7, 0, "ecx", 31, _KEYS),
     HiddenFeature("uintr", 7, 0, "edx", 5, "interrupts that KVM does not hold", states=(14,)),
@@ -87,16 +92,39 @@ HIDDEN_FEATURES: Final = (
     HiddenFeature("fred", 7, 1, "eax", 17, "events go by MSRs, not by the checked tables"),
     HiddenFeature("lkgs", 7, 1, "eax", 18, "comes with fred"),
     HiddenFeature("lam", 7, 1, "eax", 26, "addresses with tags pass no check of canonical form"),
+    HiddenFeature("user_msr", 7, 1, "edx", 15, "a process writes MSRs"),
+    HiddenFeature("avx10", 7, 1, "edx", 19, "has a version, and leaves of its own"),
+    HiddenFeature(
+        "apx", 7, 1, "edx", 21, "a new prefix makes other instructions of bytes", states=(19,)
+    ),
 )
 """In the order of leaves and bits."""
 
+_ALL: Final = 0xFFFF_FFFF
+
+CHECKED_LEAF_7: Final[tuple[dict[str, int], ...]] = (
+    {"eax": _ALL, "ebx": 0xFDBF_23EB, "ecx": 0x1A41_5F67, "edx": 0xBFC0_CD1C},
+    {"eax": 0x00A0_1CB7, "ebx": 0, "ecx": 0, "edx": 0x0000_4530},
+    {"eax": 0, "ebx": 0, "ecx": 0, "edx": 0x0000_003F},
+)
+"""What a guest may have of leaf 7, by index and register; nothing of further indices.
+
+The kernel's table, which names the bits: elisa_leaf7 in
+kernel-patches/files/arch/x86/kvm/vmx/elisa.c.
+"""
+
+_FEATURES: Final = 7
+_COUNTERS: Final = 0xA
 _XSAVE: Final = 0xD
+_STATES: Final = 0x6_00E7  # x87, SSE, AVX, AVX-512, AMX
 
 
 def without_hidden_features(entries: Iterable[CpuidEntry]) -> list[CpuidEntry]:
-    """Return the same leaves without `HIDDEN_FEATURES` and their XSAVE state components."""
+    """Return the same leaves without what is hidden, and without its XSAVE state components.
+
+    There are no performance counters: they would count what trusted code does.
+    """
     states = {state for feature in HIDDEN_FEATURES for state in feature.states}
-    mask = sum(1 << state for state in states)
     result = []
     for entry in entries:
         if entry.function == _XSAVE and entry.index in states:
@@ -106,9 +134,18 @@ def without_hidden_features(entries: Iterable[CpuidEntry]) -> list[CpuidEntry]:
             if (entry.function, entry.index) == (feature.function, feature.index):
                 kept = getattr(changed, feature.register) & ~(1 << feature.bit)
                 setattr(changed, feature.register, kept)
+        if entry.function == _FEATURES:
+            _keep(changed, CHECKED_LEAF_7[entry.index] if entry.index < len(CHECKED_LEAF_7) else {})
+        if entry.function == _COUNTERS:
+            _keep(changed, {})
         if entry.function == _XSAVE and entry.index == 0:
-            changed.eax &= ~mask
+            _keep(changed, {"eax": _STATES, "ebx": _ALL, "ecx": _ALL})
         if entry.function == _XSAVE and entry.index == 1:
-            changed.ecx &= ~mask
+            changed.ecx &= ~sum(1 << state for state in states)
         result.append(changed)
     return result
+
+
+def _keep(entry: CpuidEntry, masks: Mapping[str, int]) -> None:
+    for register in ("eax", "ebx", "ecx", "edx"):
+        setattr(entry, register, getattr(entry, register) & masks.get(register, 0))

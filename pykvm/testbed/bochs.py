@@ -30,6 +30,7 @@ __all__ = [
     "CPUS",
     "DEFAULT_CPU",
     "MEMORY",
+    "MOST_CPUS",
     "Emulator",
     "EmulatorError",
     "Machine",
@@ -70,13 +71,14 @@ CPUS = {
     "sapphire_rapids": Cpu('exclude_features="amx,amx_int8,amx_bf16"', levels=5, exact=False),
 }
 DEFAULT_CPU = "corei7_skylake_x"
+MOST_CPUS = 4  # each more takes its share of one processor of this host
 
 _PR_SET_PDEATHSIG = 1
 
 _CONFIGURATION = """\
 config_interface: textconfig
 display_library: rfb, options="timeout=0"
-cpu: model={cpu}, count=1, ips={clock}, reset_on_triple_fault=0
+cpu: model={cpu}, count={cpus}, ips={clock}, reset_on_triple_fault=0
 memory: guest={memory}, host={memory}
 romimage: file={share}/BIOS-bochs-latest
 vgaromimage: file={share}/VGABIOS-lgpl-latest
@@ -119,28 +121,37 @@ class Machine:
         exact: whether every instruction advances the time-stamp counter by one, so that counts
             of instructions are exact. Without that, Bochs leaves its debugger off and runs up to
             twice as fast; RDTSC then returns the count of an earlier instruction.
+        cpus: how many of the processor there are. Bochs runs several in turn, each for some
+            instructions, and so counts none exactly.
     """
 
     cpu: str
     bochs: Installation
     exact: bool = True
+    cpus: int = 1
 
     @classmethod
-    def with_cpu(cls, cpu: str, *, fast: bool = False) -> "Machine":
+    def with_cpu(cls, cpu: str, *, fast: bool = False, cpus: int = 1) -> "Machine":
         """Return the machine with the processor `cpu`.
 
         Args:
             cpu: one of `CPUS`.
-            fast: whether speed matters more than exact counts.
+            fast: whether speed matters more than exact counts; always with several processors.
+            cpus: processors, 1 to `MOST_CPUS`.
 
         Raises:
             BochsMissingError, PackageError: see `bochs_installation.knowing`.
         """
-        if CPUS[cpu].exact and fast:
+        exact = CPUS[cpu].exact and cpus == 1
+        if CPUS[cpu].exact and (fast or not exact):
             # Without such a Bochs, a slower one does as well.
             with contextlib.suppress(PackageError):
-                return cls(cpu, bochs_installation.knowing(cpu, undebugged=True), exact=False)
-        return cls(cpu, bochs_installation.knowing(cpu), CPUS[cpu].exact)
+                undebugged = bochs_installation.knowing(cpu, undebugged=True)
+                return cls(cpu, undebugged, exact=False, cpus=cpus)
+        return cls(cpu, bochs_installation.knowing(cpu), exact, cpus)
+
+    def __str__(self) -> str:
+        return f"a {self.cpu}" if self.cpus == 1 else f"{self.cpus} {self.cpu}"
 
     def configuration(self) -> str:
         """Return the text of the bochsrc.
@@ -151,6 +162,7 @@ class Machine:
         options = CPUS[self.cpu].options
         return _CONFIGURATION.format(
             cpu=f"{self.cpu}, {options}" if options else self.cpu,
+            cpus=self.cpus,
             clock=CLOCK,
             memory=MEMORY >> 20,
             share=self.bochs.share,

@@ -110,7 +110,7 @@ def booted_host(kernel: HostKernel, machine: Machine, progress: Progress) -> Pat
         (directory / "root.img").hardlink_to(root)
         progress("making the boot disk")
         _make_boot_disk(directory / "boot.img", image, kernel.release, machine)
-        progress(f"booting the emulated host, Linux {kernel.series} on a {machine.cpu}")
+        progress(f"booting the emulated host, Linux {kernel.series} on {machine}")
         with tempfile.NamedTemporaryFile() as blank:
             blank.truncate(1 << 20)
             _reach_and_suspend(directory, machine, Path(blank.name), None, progress)

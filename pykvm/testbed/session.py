@@ -87,6 +87,7 @@ class Testbed:
         series: str | None = None,
         cpu: str = DEFAULT_CPU,
         fast: bool = False,
+        cpus: int = 1,
     ) -> None:
         """Choose the folder, the kernel and the processor; start nothing.
 
@@ -100,6 +101,8 @@ class Testbed:
             cpu: emulated processor, one of `pykvm.testbed.bochs.CPUS`. If the installed Bochs does
                 not emulate it, a newer Bochs is fetched.
             fast: whether speed matters more than exact counts (`Machine.exact`).
+            cpus: emulated processors, 1 to `pykvm.testbed.bochs.MOST_CPUS`; with more than one,
+                counts are not exact.
 
         Raises:
             SeriesUnknownError, KernelMissingError: see `pykvm.kernel.series.newest_kernel`.
@@ -110,7 +113,7 @@ class Testbed:
         require_place(self.folder)
         self._progress = progress or _Narrator()
         self.kernel = newest_kernel(series)
-        self.machine = Machine.with_cpu(cpu, fast=fast)
+        self.machine = Machine.with_cpu(cpu, fast=fast, cpus=cpus)
 
     def prepare(
         self, kvm: str = "payload", modules: Path | None = None, also: Sequence[Path] = ()

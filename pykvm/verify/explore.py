@@ -56,6 +56,7 @@ class Symptom(Enum):
     LEAK = "something of the host's or the object's is left to the guest"
     FENCE = "no fence between the check and the sub context"
     BYTES = "the bytes of VMFUNC where they do not belong"
+    PREFIX = "a byte that processors to come may read as a prefix"
     ENDLESS = "no end"
 
 

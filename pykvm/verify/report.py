@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from pykvm.elisa import crossing
 from pykvm.elisa.object_code import VMFUNC, find_vmfunc
@@ -16,7 +17,17 @@ from pykvm.verify.gate import GateProof, prove_gate
 from pykvm.verify.roots import check_roots
 from pykvm.verify.sub import prove_sub
 
-__all__ = ["Section", "check_bytes", "class_table", "verify"]
+__all__ = ["Section", "check_bytes", "check_prefixes", "class_table", "verify"]
+
+# Invalid in 64-bit mode, or prefixes whose payload bits newer extensions take (SDM vol. 2A 2.3;
+# Intel, Advanced Performance Extensions, Architecture Specification, 3.1).
+_PREFIXES: Final = {
+    0x62: "EVEX, which APX extends",
+    0x8F: "XOP",
+    0xC4: "VEX",
+    0xC5: "VEX",
+    0xD5: "REX2 of APX",
+}
 
 _OBJECTS = ("nop.c", "counter.c")
 
@@ -57,6 +68,19 @@ def check_bytes(parts: Iterable[tuple[int, bytes]], official: Sequence[int]) -> 
     return [Finding(Symptom.BYTES, at, f"offset {at:#x}") for at in wrong]
 
 
+def check_prefixes(page: bytes) -> list[Finding]:
+    """Find the bytes of the gate page that a newer processor may read as prefixes.
+
+    A guest enters at any byte, so none of them may be there, not even within an instruction: what
+    follows would be decoded otherwise than here.
+    """
+    return [
+        Finding(Symptom.PREFIX, crossing.GATE_OFFSET + at, f"{byte:#x}: {_PREFIXES[byte]}")
+        for at, byte in enumerate(page)
+        if byte in _PREFIXES
+    ]
+
+
 def class_table(proof: GateProof) -> list[str]:
     """Return lines that tell how many entry offsets share each set of ends, most first."""
     classes = proof.classes().most_common()
@@ -79,7 +103,7 @@ def _gate(page: bytes) -> Section:
     started = time.monotonic()
     proof = prove_gate(page)
     last = crossing.GATE_OFFSET + PAGE_SIZE - len(VMFUNC)
-    foreign = check_bytes([(crossing.GATE_OFFSET, page)], [last])
+    foreign = check_bytes([(crossing.GATE_OFFSET, page)], [last]) + check_prefixes(page)
     paths = sum(len(found) for found in proof.paths.values())
     covered = [
         f"{len(proof.paths)} entry offsets, {paths} paths, {proof.steps} instructions, "

@@ -9,7 +9,7 @@ import pytest
 
 from pykvm.elisa.hidden_features import HIDDEN_FEATURES, HiddenFeature
 from pykvm.elisa.objects import ObjectInstance
-from pykvm.kvm import Kvm
+from pykvm.kvm import CpuidEntry, Kvm
 from pykvm.machine.bare.guest import BareGuest
 from tests.rigs.attacks.weaken import Weaken, weakened
 from tests.rigs.hidden_features import (
@@ -28,6 +28,8 @@ pytestmark = [pytest.mark.elisa, pytest.mark.weakened]
 
 REGISTERS = ("eax", "ebx", "ecx", "edx")
 DEBUG_CONTROL = 0x1D9
+COUNTERS = 0xA
+UNKNOWN = CpuidEntry(7, 3, flags=1, ecx=1 << 17)
 
 
 @pytest.fixture
@@ -50,6 +52,26 @@ def test_the_guest_sees_it(kvm: Kvm, guest: BareGuest, feature: HiddenFeature) -
     (value,) = results(guest)
     assert value is not None
     assert value >> feature.bit & 1
+
+
+@pytest.mark.control("T34")
+def test_counters_are_offered(kvm: Kvm, guest: BareGuest) -> None:
+    leaves = [leaf for leaf in kvm.get_supported_cpuid() if leaf.function != COUNTERS]
+    guest.vcpu.set_cpuid2([*leaves, CpuidEntry(COUNTERS, 0, eax=2 | 8 << 8 | 48 << 16)])
+    give(guest, Step(What.CPUID, COUNTERS, 0, 0))
+    assert run(guest) == []
+    (value,) = results(guest)
+    assert (value or 0) & 0xFF == 2
+
+
+@pytest.mark.control("T35")
+def test_what_nobody_knows_yet_is_offered(kvm: Kvm, guest: BareGuest) -> None:
+    """A bit of leaf 7 that has no meaning yet."""
+    leaves = [leaf for leaf in kvm.get_supported_cpuid() if leaf.function != 7]
+    guest.vcpu.set_cpuid2([*leaves, CpuidEntry(7, 0, flags=1, eax=3), UNKNOWN])
+    give(guest, Step(What.CPUID, 7, UNKNOWN.index, 2))
+    assert run(guest) == []
+    assert results(guest) == [UNKNOWN.ecx]
 
 
 def turn_on(guest: BareGuest, *names: str) -> list[int]:

@@ -45,7 +45,7 @@ def test_any_mode_reaches_a_context(guest: BareGuest, counter: ObjectInstance, n
         if slot:
             guest.vcpu.stop()  # it cannot return from there
 
-    with weakened(Weaken.MODE):
+    with weakened(Weaken.MODE | Weaken.STATE):
         slot = counter.attach(guest).slot
         guest.map(LONG_MODE_CODE, CODE, PAGE_SIZE, Access.READ | Access.EXECUTE)
         give(guest, Step(What.MARK, 0), Step(What.MARK, slot))
@@ -73,7 +73,7 @@ def test_contexts_for_four_levels_in_five(kvm: Kvm, counter: ObjectInstance) -> 
 @pytest.mark.control("T7")
 def test_without_smap_the_object_serves(guest: BareGuest, counter: ObjectInstance) -> None:
     """The whole crossing works in a mode for which the sub context's pages were not laid out."""
-    with weakened(Weaken.MODE):
+    with weakened(Weaken.MODE | Weaken.STATE):
         slot = counter.attach(guest).slot
         give(
             guest,

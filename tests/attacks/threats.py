@@ -31,6 +31,7 @@ class Threat:
 
 
 ENTRIES: Final = "tests/attacks/test_entries.py::"
+HOME: Final = "tests/attacks/test_taken_home.py::"
 TABLES: Final = "tests/attacks/test_page_tables.py::"
 EXCEPTIONS: Final = "tests/attacks/test_exceptions.py::"
 SEGMENTS: Final = "tests/attacks/test_segments.py::"
@@ -141,6 +142,7 @@ THREATS: Final[tuple[Threat, ...]] = (
         "I5: trusted GVAs lie at or above 4 GiB; the VMM refuses any other crossing base",
         (
             SEGMENTS + "test_compatibility_mode",
+            SEGMENTS + "test_compatibility_mode_of_a_process",
             CONTEXTS + "test_a_crossing_area_where_none_can_lie_is_refused",
         ),
         (SEGMENTS + "test_a_gate_below_4_gib_is_other_instructions",),
@@ -298,7 +300,7 @@ THREATS: Final[tuple[Threat, ...]] = (
             FEATURES + "test_control_register",
             FEATURES + "test_features_that_this_processor_has",
             FEATURES + "test_no_nested_vmx",
-            "tests/elisa/test_hidden_features_list.py::test_each_feature_goes_and_nothing_else",
+            "tests/elisa/test_hidden_features_list.py::test_each_feature_goes_and_nothing_else_of_leaf_1",
         ),
         (
             WEAK + "features.py::test_the_guest_sees_it",
@@ -375,6 +377,7 @@ THREATS: Final[tuple[Threat, ...]] = (
             STALE + "test_every_processor_flushes_before_pages_go_back",
             "tests/elisa/test_flushes.py::"
             "test_a_context_is_flushed_before_its_first_use_and_after_its_last",
+            "tests/elisa/test_two_processors.py::test_both_processors_flush",
             STALE + "test_pages_go_back_without_a_flush",
             STALE + "test_the_emulator_keeps_no_translations_to_be_stale",
         ),
@@ -469,15 +472,21 @@ THREATS: Final[tuple[Threat, ...]] = (
     ),
     Threat(
         "T29",
-        "a guest's unprivileged process running `VMFUNC`, which works at CPL 3",
-        "a supervisor attachment's pages are out of its reach, so the vCPU stops",
+        "a guest's unprivileged process running `VMFUNC`, which works at CPL 3, to get into an "
+        "object or to stop its VM",
+        "a supervisor attachment's pages are out of its reach; what goes wrong at CPL above 0, in "
+        "whatever context, is an invalid opcode for the process, with nothing of the object's in "
+        "its registers",
         (
             SEGMENTS + "test_a_process_runs_vmfunc",
             SEGMENTS + "test_a_process_tries_other_slots",
         ),
-        (SEGMENTS + "test_a_process_calls_what_is_attached_for_user_mode",),
-        residual="any process of a guest can stop that guest's vCPU, and can call what is attached "
-        "for user mode, whatever the guest's own page tables say; nothing reaches other guests",
+        (
+            SEGMENTS + "test_a_process_calls_what_is_attached_for_user_mode",
+            WEAK + "home.py::test_a_process_stops_its_vm",
+        ),
+        residual="any process of a guest can call what is attached for user mode, whatever the "
+        "guest's own page tables say",
     ),
     Threat(
         "T30",
@@ -490,5 +499,62 @@ THREATS: Final[tuple[Threat, ...]] = (
             ATTACH + "test_instructions_that_leave_the_sub_context",
         ),
         (EXITS + "test_kvm_emulates_what_the_guest_has_there",),
+    ),
+    Threat(
+        "T31",
+        "stopping in a gate behind its store, and going through the filled slot after the vCPU was "
+        "taken home, while another gate leads to the same object",
+        "I1: the transient slot is emptied wherever a vCPU is taken home",
+        (HOME + "test_the_transient_slot_after_a_revocation",),
+        (WEAK + "home.py::test_a_slot_that_stays_filled_on_the_way_home",),
+    ),
+    Threat(
+        "T32",
+        "reading, after a revocation, the flags of a comparison with a secret, or where trusted "
+        "code stood",
+        "general and vector registers, RIP, RSP, arithmetic flags, CR2, DR6, pending debug "
+        "exceptions and the interrupt shadow are cleared",
+        (
+            HOME + "test_flags_of_a_comparison_with_a_secret",
+            HOME + "test_the_place_of_a_fault",
+        ),
+        (
+            WEAK + "home.py::test_flags_tell_how_a_guess_compares",
+            WEAK + "home.py::test_rip_and_rsp_tell_where_it_stood",
+        ),
+        residual="the exit tells the VMM where it was: a VMM that hands this on gives it away",
+    ),
+    Threat(
+        "T33",
+        "a VMM that sets the registers of a vCPU which stopped inside, to values that the guest "
+        "may choose",
+        "every call that sets a vCPU's state fails with EBUSY until it is back or revoked",
+        (HOME + "test_the_vmm_sets_the_state_of_a_vcpu_inside",),
+        (WEAK + "home.py::test_registers_that_the_vmm_sets_start_internal_code",),
+    ),
+    Threat(
+        "T34",
+        "counting what trusted code does by performance counters",
+        "VMs with contexts have none: CPUID leaf 0xA with a version is refused",
+        (
+            FEATURES + "test_counters_by_the_vmm",
+            FEATURES + "test_counters_by_the_guest",
+            "tests/elisa/test_hidden_features_list.py::test_no_performance_counters",
+        ),
+        (WEAK + "features.py::test_counters_are_offered",),
+        residual="the emulated processor has no counters: the control shows that they are offered",
+    ),
+    Threat(
+        "T35",
+        "features of processors to come, which may change what bytes mean or who may write what",
+        "of CPUID leaf 7, and of state components, a guest has what a list allows; the rest is "
+        "refused, known or not",
+        (
+            FEATURES + "test_leaf_7_by_what_is_allowed",
+            FEATURES + "test_state_components_by_what_is_allowed",
+            "tests/elisa/test_hidden_features_list.py::test_of_leaf_7_what_is_checked_stays",
+            "tests/verify/test_planted_faults.py::test_a_prefix_of_processors_to_come",
+        ),
+        (WEAK + "features.py::test_what_nobody_knows_yet_is_offered",),
     ),
 )

@@ -39,4 +39,4 @@ def test_load_says_what_is_loaded(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert "the directory that this prints: pykvm kernel build" in capsys.readouterr().err
     assert main(["kernel", "status"]) == 0
     output = capsys.readouterr().out
-    assert "KVM: patched\nELISA interface: version 2\n" in output
+    assert "KVM: patched\nELISA interface: version 3\n" in output

@@ -10,9 +10,14 @@ from dataclasses import replace
 import pytest
 
 from pykvm.elisa import calls
-from pykvm.elisa.hidden_features import HIDDEN_FEATURES, HiddenFeature, without_hidden_features
+from pykvm.elisa.hidden_features import (
+    CHECKED_LEAF_7,
+    HIDDEN_FEATURES,
+    HiddenFeature,
+    without_hidden_features,
+)
 from pykvm.elisa.objects import ObjectInstance
-from pykvm.kvm import CpuidEntry, IoctlError, Kvm, MsrError, Vm
+from pykvm.kvm import CpuidEntry, IoctlError, Kvm, MsrError, Vcpu, Vm
 from pykvm.machine.bare.guest import BareGuest
 from tests.rigs.hidden_features import (
     FEATURE_CONTROL,
@@ -33,8 +38,12 @@ GENERAL_PROTECTION = 13
 
 
 def set_cpuid(vm: Vm, entries: list[CpuidEntry]) -> int:
+    return give_leaves(vm.create_vcpu(0), entries)
+
+
+def give_leaves(vcpu: Vcpu, entries: list[CpuidEntry]) -> int:
     try:
-        vm.create_vcpu(0).set_cpuid2(entries)
+        vcpu.set_cpuid2(entries)
     except IoctlError as error:
         return -(error.errno or 0)
     return 0
@@ -58,20 +67,83 @@ def test_cpuid(kvm: Kvm, feature: HiddenFeature) -> None:
 def test_cpuid_under_another_index(kvm: Kvm, feature: HiddenFeature) -> None:
     """KVM applies an entry to any index unless a flag says that the index is significant.
 
-    For leaf 1 it always does.
+    For leaf 1 it always does. Of leaf 7 further indices are refused in any case.
     """
     plain = without_hidden_features(kvm.get_supported_cpuid())
-    odd = [CpuidEntry(feature.function, 9, flags=0, **{feature.register: 1 << feature.bit})]
-    if feature.function == 1:
-        odd.append(replace(odd[0], flags=SIGNIFICANT_INDEX))
-    for entry in odd:
+    odd = CpuidEntry(feature.function, 9, flags=0, **{feature.register: 1 << feature.bit})
+    for entry in (odd, replace(odd, flags=SIGNIFICANT_INDEX)):
         with kvm.create_vm() as vm:
             calls.enable_contexts(vm)
             assert set_cpuid(vm, [entry, *plain]) == -errno.EINVAL, entry
-    with kvm.create_vm() as vm:  # under a significant index, it is another leaf
+
+
+REGISTERS = ("eax", "ebx", "ecx", "edx")
+
+
+@pytest.mark.attack("T35")
+@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("register", REGISTERS)
+def test_leaf_7_by_what_is_allowed(kvm: Kvm, index: int, register: str) -> None:
+    """Each bit of leaf 7 that is not on the list is refused by itself; the rest is taken."""
+    allowed = CHECKED_LEAF_7[index] if index < len(CHECKED_LEAF_7) else {}
+    mask = allowed.get(register, 0)
+    with kvm.create_vm() as vm:
         calls.enable_contexts(vm)
-        other = replace(odd[0], function=7, flags=SIGNIFICANT_INDEX)
-        assert set_cpuid(vm, [*plain, other]) == 0
+        vcpu = vm.create_vcpu(0)
+        for bit in range(32):
+            entry = CpuidEntry(7, index, flags=SIGNIFICANT_INDEX, **{register: 1 << bit})
+            expected = 0 if mask >> bit & 1 else -errno.EINVAL
+            assert give_leaves(vcpu, [CpuidEntry(0, 0, eax=7), entry]) == expected, bit
+
+
+@pytest.mark.attack("T35")
+def test_state_components_by_what_is_allowed(kvm: Kvm) -> None:
+    """APX is component 19; KVM lets a guest turn on what leaf 0xD offers."""
+    with kvm.create_vm() as vm:
+        calls.enable_contexts(vm)
+        vcpu = vm.create_vcpu(0)
+        for register, bit in [("eax", 8), ("eax", 10), ("eax", 19), ("eax", 31), ("edx", 0)]:
+            entry = CpuidEntry(0xD, 0, flags=SIGNIFICANT_INDEX, **{register: 1 << bit})
+            with pytest.raises(IoctlError) as caught:
+                vcpu.set_cpuid2([entry])
+            assert caught.value.errno == errno.EINVAL, bit
+
+
+# ---- performance counters ------------------------------------------------------------------------
+
+COUNTERS = 0xA
+EVENT_SELECT, COUNT = 0x186, 0xC1  # IA32_PERFEVTSEL0, IA32_PMC0
+INSTRUCTIONS = 0x43_00C0  # retired, at every privilege level, enabled
+
+
+@pytest.mark.attack("T34")
+@pytest.mark.parametrize("version", [1, 2, 5])
+def test_counters_by_the_vmm(kvm: Kvm, version: int) -> None:
+    for enable, expected in ((True, -errno.EINVAL), (False, 0)):
+        plain = without_hidden_features(kvm.get_supported_cpuid())
+        entries = [entry for entry in plain if entry.function != COUNTERS]
+        entries.append(CpuidEntry(COUNTERS, 0, eax=version | 8 << 8 | 48 << 16))
+        with kvm.create_vm() as vm:
+            if enable:
+                calls.enable_contexts(vm)
+            assert set_cpuid(vm, entries) == expected
+
+
+@pytest.mark.attack("T34")
+def test_counters_by_the_guest(guest: BareGuest) -> None:
+    """None is offered, and what is programmed all the same does not count."""
+    give(
+        guest,
+        Step(What.CPUID, COUNTERS, 0, 0),
+        Step(What.WRITE_MSR, EVENT_SELECT, INSTRUCTIONS, attempt=True),
+        Step(What.READ_MSR, COUNT, attempt=True),
+        Step(What.READ_MSR, COUNT, attempt=True),
+    )
+    assert run(guest) == []
+    version, _, first, second = results(guest)
+    assert version == 0
+    assert not first
+    assert not second
 
 
 def test_refused_leaves_change_nothing(kvm: Kvm) -> None:

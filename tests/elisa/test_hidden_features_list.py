@@ -2,11 +2,16 @@
 
 import pytest
 
-from pykvm.elisa.hidden_features import HIDDEN_FEATURES, without_hidden_features
+from pykvm.elisa.hidden_features import (
+    CHECKED_LEAF_7,
+    HIDDEN_FEATURES,
+    without_hidden_features,
+)
 from pykvm.kvm import CpuidEntry, Kvm
 
 KVM_CPUID_FLAG_SIGNIFICANT_INDEX = 1
 ALL = 0xFFFF_FFFF
+REGISTERS = ("eax", "ebx", "ecx", "edx")
 
 
 def full(function: int, index: int = 0) -> CpuidEntry:
@@ -15,20 +20,36 @@ def full(function: int, index: int = 0) -> CpuidEntry:
 
 @pytest.mark.attack("T18")
 @pytest.mark.unit
-def test_each_feature_goes_and_nothing_else() -> None:
+def test_each_feature_goes_and_nothing_else_of_leaf_1() -> None:
     before = [full(1), full(7), full(7, 1), full(0x8000_0001)]
     after = without_hidden_features(before)
     assert before == [full(1), full(7), full(7, 1), full(0x8000_0001)]  # unchanged
     for feature in HIDDEN_FEATURES:
         assert feature.is_in(before)
         assert not feature.is_in(after)
-    gone = sum(
-        (ALL ^ getattr(entry, register)).bit_count()
-        for entry in after
-        for register in ("eax", "ebx", "ecx", "edx")
-    )
-    assert gone == len(HIDDEN_FEATURES)
-    assert len({(f.function, f.index, f.register, f.bit) for f in HIDDEN_FEATURES}) == gone
+    assert after[3] == before[3]
+    named = [f for f in HIDDEN_FEATURES if f.function == 1]
+    gone = sum((ALL ^ getattr(after[0], register)).bit_count() for register in REGISTERS)
+    assert gone == len(named)
+    places = {(f.function, f.index, f.register, f.bit) for f in HIDDEN_FEATURES}
+    assert len(places) == len(HIDDEN_FEATURES)
+
+
+@pytest.mark.attack("T35")
+@pytest.mark.unit
+def test_of_leaf_7_what_is_checked_stays() -> None:
+    after = without_hidden_features([full(7, index) for index in range(5)])
+    for index, entry in enumerate(after):
+        allowed = CHECKED_LEAF_7[index] if index < len(CHECKED_LEAF_7) else {}
+        for register in REGISTERS:
+            assert getattr(entry, register) == allowed.get(register, 0), (index, register)
+
+
+@pytest.mark.attack("T34")
+@pytest.mark.unit
+def test_no_performance_counters() -> None:
+    (entry,) = without_hidden_features([full(0xA)])
+    assert [getattr(entry, register) for register in REGISTERS] == [0] * 4
 
 
 @pytest.mark.unit
@@ -38,13 +59,13 @@ def test_reasons() -> None:
 
 @pytest.mark.unit
 def test_state_components() -> None:
-    """SDM vol. 1, 13.1: MPX 3 and 4, PT 8, PKRU 9, CET 11 and 12, UINTR 14, LBR 15."""
+    """SDM vol. 1, 13.1: MPX 3 and 4, PT 8, PKRU 9, PASID 10, CET 11 and 12, UINTR 14, LBR 15."""
     before = [full(0xD, index) for index in range(20)]
     after = {entry.index: entry for entry in without_hidden_features(before)}
-    gone = {3, 4, 8, 9, 11, 12, 14, 15}
+    gone = {3, 4, 8, 9, 10, 11, 12, 14, 15, 19}
     assert set(after) == set(range(20)) - gone
-    mask = sum(1 << state for state in gone)
-    assert (after[0].eax, after[1].ecx) == (ALL ^ mask, ALL ^ mask)
+    assert (after[0].eax, after[0].edx) == (0b110_0000_0000_1110_0111, 0)  # and AMX 17 and 18
+    assert after[1].ecx == ALL ^ sum(1 << state for state in gone)
     assert (after[0].ebx, after[1].eax, after[1].ebx) == (ALL, ALL, ALL)
     assert after[2] == full(0xD, 2)
 

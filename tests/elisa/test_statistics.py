@@ -38,7 +38,14 @@ from tests.rigs.spinning import LONG, Spin, event_guest, spin_object
 pytestmark = pytest.mark.elisa
 
 VM_NAMES = ("elisa_contexts", "elisa_pages")
-VCPU_NAMES = ("elisa_exits", "elisa_held", "elisa_returns", "elisa_revoked", "elisa_bad_vmfunc")
+VCPU_NAMES = (
+    "elisa_exits",
+    "elisa_held",
+    "elisa_returns",
+    "elisa_revoked",
+    "elisa_bad_vmfunc",
+    "elisa_ejected",
+)
 NOTHING = dict.fromkeys(VCPU_NAMES, 0)
 
 

@@ -2,13 +2,12 @@
 
 import pytest
 
-from pykvm.elisa.exits import ElisaExit
 from pykvm.elisa.objects import ObjectInstance, SharedObject
 from pykvm.elisa.protections import Protection
 from pykvm.elisa.trusted_images import build_object, crossing_images
 from pykvm.host.emulation import is_emulated
-from pykvm.kernel import uapi
-from pykvm.kvm import Kvm, UnexpectedExitError
+from pykvm.kvm import Kvm
+from pykvm.machine.bare.failures import GuestFaultError
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.measure.user_mode import UserProgram, map_user_pages, user_samples
 from pykvm.resources import GUEST_SOURCES
@@ -16,7 +15,7 @@ from tests.rigs.sources import OBJECTS
 
 UNALIGNED = OBJECTS / "unaligned.c"
 COUNTER = GUEST_SOURCES / "objects" / "counter.c"
-EXCEPTION, TRIPLE_FAULT = 0, 2  # SDM vol. 3D, appendix C
+INVALID_OPCODE = 6
 
 
 def run(
@@ -32,15 +31,13 @@ def run(
         return guest.results(), guest.samples()
 
 
-def stopped(
+def check_ejected(
     kvm: Kvm, instance: ObjectInstance, program: UserProgram, *, user: bool = True
-) -> ElisaExit:
-    """Return the exit that ended the guest."""
-    with pytest.raises(UnexpectedExitError) as caught:
+) -> None:
+    """Check that the guest's kernel gets an invalid opcode of the program."""
+    with pytest.raises(GuestFaultError, match="in trusted code") as caught:
         run(kvm, instance, program, user=user)
-    exit = caught.value.exit
-    assert isinstance(exit, ElisaExit)
-    return exit
+    assert (caught.value.vector, caught.value.rip) == (INVALID_OPCODE, 0)
 
 
 @pytest.mark.unit
@@ -80,19 +77,17 @@ def test_alignment_checks_of_the_caller_do_not_reach_the_object(kvm: Kvm) -> Non
 @pytest.mark.control("T10")
 @pytest.mark.elisa
 def test_they_would_without_clearing_the_flag(kvm: Kvm) -> None:
-    """Control: an alignment fault in the sub context, which KVM intercepts and does not serve."""
+    """Control: an alignment fault in the sub context, from which the program is ejected."""
     without = {Protection.FLAG_CLEARING}
     with SharedObject("unaligned", UNALIGNED, guests=1, without=without).open() as instance:
-        exit = stopped(kvm, instance, UserProgram(5, alignment=True, argument=11))
-        assert (exit.at, exit.vmx_exit_reason) == (uapi.lib.KVM_ELISA_AT_SUB, EXCEPTION)
+        check_ejected(kvm, instance, UserProgram(5, alignment=True, argument=11))
         assert not any(instance.shared[:16])
 
 
 @pytest.mark.elisa
 def test_user_mode_does_not_get_through_a_gate_for_kernel_mode(kvm: Kvm) -> None:
     with SharedObject("counter", COUNTER, guests=1).open() as counter:
-        exit = stopped(kvm, counter, UserProgram(1, argument=7), user=False)
-        assert (exit.at, exit.vmx_exit_reason) == (uapi.lib.KVM_ELISA_AT_GATE, TRIPLE_FAULT)
+        check_ejected(kvm, counter, UserProgram(1, argument=7), user=False)
         assert not any(counter.shared[:8])
 
 

@@ -104,9 +104,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # Some tests need modules without a defence, others a processor with rare features. Ordinary
-    # runs have neither, so nothing is missing there. A run that selects the mark requires them.
-    # Tests that count run on the emulated host that counts exactly.
+    # Some tests need modules without a defence, others a processor with rare features, or several.
+    # Ordinary runs have none of these, so nothing is missing there. A run that selects the mark
+    # requires them. Tests that count run on the emulated host that counts exactly.
     named = config.getoption("markexpr")
     left_out = []
     for item in items:
@@ -124,6 +124,9 @@ def _leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
 
 
 def _lacking(item: pytest.Item) -> str:
+    for mark in item.iter_markers("processors"):
+        if len(os.sched_getaffinity(0)) < mark.args[0]:
+            return f"needs {mark.args[0]} processors"
     features = [name for mark in item.iter_markers("processor") for name in mark.args]
     return (_elisa_missing() or processor_features.missing(features)) if features else ""
 

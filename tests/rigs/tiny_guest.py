@@ -39,6 +39,7 @@ from tests.rigs.context_requests import (
 )
 
 CODE_GVA: Final = 3 * PAGE
+FLAGS_GVA: Final = 8 * PAGE
 LIST_GVA: Final = 6 * PAGE
 EPTP_GVA: Final = 5 * PAGE
 
@@ -49,7 +50,7 @@ ARENA_PAGES: Final = 8
 
 _HLT: Final = b"\xf4"
 _TO_SLOT: Final = bytes.fromhex("31C0 89F9 0F01D4")  # xor eax,eax; mov ecx,edi; vmfunc
-_WHILE_RSI: Final = bytes.fromhex("85F6 75FC")  # test esi,esi; jnz the test
+_WHILE: Final = bytes.fromhex("833E00 75FB")  # cmp dword [rsi],0; jne the cmp
 _HOME: Final = bytes.fromhex("31C0 31C9 0F01D4")  # xor eax,eax; xor ecx,ecx; vmfunc
 # mov rax,[EPTP]; mov [list + 8],rax; xor eax,eax; mov ecx,1; vmfunc
 _TO_SUB: Final = (
@@ -59,13 +60,13 @@ _CLEAR: Final = bytes.fromhex("48C70425 08600000 00000000")  # mov qword [list +
 
 INNER: Final = len(_TO_SLOT)
 """Offset of the first instruction after the guest's VMFUNC."""
-BEHIND_OBJECT: Final = INNER + len(_WHILE_RSI + _HOME)
+BEHIND_OBJECT: Final = INNER + len(_WHILE + _HOME)
 _SUB: Final = INNER + len(_TO_SUB)
-BEHIND_SUB: Final = _SUB + len(_CLEAR + _WHILE_RSI + _HOME)
+BEHIND_SUB: Final = _SUB + len(_CLEAR + _WHILE + _HOME)
 LOOPS: Final = frozenset(
-    CODE_GVA + start + offset for start in (INNER, _SUB + len(_CLEAR)) for offset in (0, 2)
+    CODE_GVA + start + offset for start in (INNER, _SUB + len(_CLEAR)) for offset in (0, 3)
 )
-"""Addresses of the instructions that loop while RSI is not 0."""
+"""Addresses of the instructions that loop while the word that RSI points to is not 0."""
 
 
 def _page(start: int = 0, code: bytes = b"") -> bytes:
@@ -83,9 +84,9 @@ CONTENTS: Final = b"".join(
         ),
         struct.pack("<Q", _LARGE_PAGE).ljust(PAGE, b"\0"),
         _page(0, _TO_SLOT),
-        _page(INNER, _WHILE_RSI + _HOME),
+        _page(INNER, _WHILE + _HOME),
         _page(INNER, _TO_SUB),
-        _page(_SUB, _CLEAR + _WHILE_RSI + _HOME),
+        _page(_SUB, _CLEAR + _WHILE + _HOME),
     ]
 )
 
@@ -104,24 +105,29 @@ class Kind(Enum):
     BARE = "bare"
 
 
+_FLAGS_MEMORY: Final = mmap.mmap(-1, PAGE)
+_flags: Final = (ctypes.c_uint32 * (PAGE // 4)).from_buffer(_FLAGS_MEMORY)
+FLAGS: Final = ctypes.addressof(_flags)
+"""A page of a word for each vCPU, by its descriptor: whether it stays in a context with a loop."""
+
 TABLES: Final = 4
 """Table pages of each context."""
 
-USER_PAGES: Final = {Kind.OBJECT: 4, Kind.GATE: 4, Kind.SUB: 4, Kind.BARE: 1}
+USER_PAGES: Final = {Kind.OBJECT: 5, Kind.GATE: 4, Kind.SUB: 5, Kind.BARE: 1}
 """Pages that each kind pins."""
 
 _COMMON = ((0, leaf(0, R)), (1, leaf(1, R)), (2, leaf(2, R)), (3, leaf(3, R | X)))
 _LEAVES: Final = {
-    Kind.OBJECT: _COMMON,
+    Kind.OBJECT: (*_COMMON, (8, leaf(4, R))),
     Kind.GATE: (*_COMMON, (5, leaf(4, R)), (6, leaf(5, R | W))),
-    Kind.SUB: (*_COMMON, (6, leaf(4, R | W))),
+    Kind.SUB: (*_COMMON, (6, leaf(4, R | W)), (8, leaf(5, R))),
     Kind.BARE: ((7, leaf(0, R | W)),),
 }
 
 
 @functools.cache
 def _tables(kind: Kind) -> tuple[bytes, ...]:
-    entries = [0] * 8
+    entries = [0] * 9
     for gpa_page, entry in _LEAVES[kind]:
         entries[gpa_page] = entry
     return tuple(chain(*entries))
@@ -137,10 +143,11 @@ def context_request(kind: Kind, arena: int, *, vcpu_id: int = 0, target: int = -
     """
     user = [(arena + page * PAGE, USER, 0) for page in (ROOT, _LEVEL3, _LEVEL2)]
     list_page, eptp = (0, LIST, vcpu_id), (0, EPTP, target)
+    flags = (FLAGS, USER, 0)
     pages = {
-        Kind.OBJECT: [*user, (arena + OBJECT * PAGE, USER, 0)],
+        Kind.OBJECT: [*user, (arena + OBJECT * PAGE, USER, 0), flags],
         Kind.GATE: [*user, (arena + GATE * PAGE, USER, 0), eptp, list_page],
-        Kind.SUB: [*user, (arena + SUB * PAGE, USER, 0), list_page],
+        Kind.SUB: [*user, (arena + SUB * PAGE, USER, 0), list_page, flags],
         Kind.BARE: [(arena + DATA * PAGE, USER, 0)],
     }
     return Request(list(_tables(kind)), pages[kind])
@@ -299,21 +306,26 @@ class RunArea:
         self._map.close()
 
 
-def set_registers(vcpu: int, *, slot: int | None = None, loop: bool = False) -> None:
-    """Set the registers for the next run.
+def set_loop(vcpu: int, loop: bool) -> None:
+    """Set whether a context with a loop stays in it from now on; the vCPU may be in it."""
+    _flags[vcpu % len(_flags)] = loop
+
+
+def set_registers(vcpu: int, *, slot: int | None = None, loop: bool = False) -> int:
+    """Set the registers for the next run; return 0, or -EBUSY for a vCPU in a context.
 
     Args:
         slot: begin anew with VMFUNC(0, slot); None continues.
-        loop: whether a context with a loop stays in it from now on.
+        loop: see `set_loop`.
     """
-    regs = ffi.new("struct kvm_regs *")
+    set_loop(vcpu, loop)
     if slot is None:
-        assert raw(vcpu, "KVM_GET_REGS", regs) == 0
-    else:
-        regs.rip, regs.rdi = CODE_GVA, slot
+        return 0
+    regs = ffi.new("struct kvm_regs *")
+    regs.rip, regs.rdi = CODE_GVA, slot
     # Enable interrupts: the emulated processor must be able to stop the guest.
-    regs.rflags, regs.rsi = 0x202, int(loop)
-    assert raw(vcpu, "KVM_SET_REGS", regs) == 0
+    regs.rflags, regs.rsi = 0x202, FLAGS_GVA + 4 * (vcpu % len(_flags))
+    return raw(vcpu, "KVM_SET_REGS", regs)
 
 
 def run_into_loop(vcpu: int, area: RunArea) -> End:
@@ -357,7 +369,7 @@ def crossings_work(kvm: Kvm) -> None:
         assert set_slot(vcpu, 3, thing) == 0
         area = RunArea(vcpu, kvm.get_vcpu_mmap_size())
         for slot, behind in ((2, BEHIND_SUB), (3, BEHIND_OBJECT)):
-            set_registers(vcpu, slot=slot)
+            assert set_registers(vcpu, slot=slot) == 0
             end = area.run(vcpu)
             assert (end.result, end.exit_reason) == (0, lib.KVM_EXIT_HLT), end
             assert end.rip == CODE_GVA + behind + 1, end

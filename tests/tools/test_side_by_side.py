@@ -150,7 +150,7 @@ def test_every_test_is_in_one_part_of_make_test(monkeypatch: pytest.MonkeyPatch)
         "on this host, what takes long",
         "on the emulated host, Linux 6.12: (kvm or elisa) and not counted",
         "on the emulated host, Linux 6.12: counted",
-        "on the emulated host, Linux 6.1: (kvm or elisa) and not counted",
+        "on the emulated host, Linux 6.1 on two processors: (kvm or elisa) and not counted",
         "on the emulated host, Linux 6.1: counted",
         "on this host, with its KVM",
     ]
@@ -160,7 +160,8 @@ def test_every_test_is_in_one_part_of_make_test(monkeypatch: pytest.MonkeyPatch)
     assert {job.after for job in inside} == {todo[0].name}
     required = [word for job in todo for word in job.command if word.startswith("PYKVM_REQUIRE")]
     assert required == ["PYKVM_REQUIRE=elisa,kvm"] * 4
-    assert ["--fast" in job.command for job in inside] == [True, False, True, False]
+    assert ["--fast" in job.command for job in inside] == [True, False, False, False]
+    assert ["--cpus" in job.command for job in inside] == [False, False, True, False]
     with_kvm, counted = "tests/kvm/native/test_run_loop.py", "tests/measure/test_expected_counts.py"
     assert [with_kvm in job.command for job in inside] == [True, False, True, False]
     assert [counted in job.command for job in inside] == [True] * 4
@@ -171,7 +172,7 @@ def test_every_test_is_in_one_part_of_make_test(monkeypatch: pytest.MonkeyPatch)
 def test_a_series_that_debian_has_not_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     _offer(monkeypatch, "6.12")
     assert [job.name for job in test_all.jobs()[2:]] == [
-        "on the emulated host, Linux 6.12: (kvm or elisa) and not counted",
+        "on the emulated host, Linux 6.12 on two processors: (kvm or elisa) and not counted",
         "on the emulated host, Linux 6.12: counted",
         "on this host, with its KVM",
     ]

@@ -15,7 +15,7 @@ from pykvm.sizes import PAGE_SIZE
 from pykvm.verify.decode import Page
 from pykvm.verify.explore import Finding, Symptom
 from pykvm.verify.gate import prove_gate
-from pykvm.verify.report import check_bytes
+from pykvm.verify.report import check_bytes, check_prefixes
 from pykvm.verify.sub import prove_sub
 
 pytestmark = pytest.mark.unit
@@ -168,6 +168,15 @@ def test_an_extra_vmfunc(gate: Planter) -> None:
     last = GATE + PAGE_SIZE - len(VMFUNC)
     assert check_bytes([(GATE, gate.page)], [last]) == []
     assert symptoms(check_bytes([(GATE, page)], [last])) == {Symptom.BYTES}
+
+
+@pytest.mark.attack("T35")
+def test_a_prefix_of_processors_to_come(gate: Planter) -> None:
+    assert check_prefixes(gate.page) == []
+    for byte in (0x62, 0x8F, 0xC4, 0xC5, 0xD5):
+        page = gate.put(GATE + 0x403, bytes([byte]))
+        (found,) = check_prefixes(page)
+        assert (found.symptom, found.entry) == (Symptom.PREFIX, GATE + 0x403)
 
 
 def test_an_extra_vmfunc_behind_the_store(gate: Planter) -> None:

@@ -60,7 +60,9 @@ class GuestFaultError(PykvmError):
         name = _VECTORS.get(vector, f"exception {vector}")
         where = f", address {cr2:#x}" if vector == 14 else ""
         next_step = "disassemble its image there"
-        if rip < PAGE_SIZE:  # most likely an object_call() of an object that is not attached
+        if vector == 6 and rip == 0:  # how the kernel ends what a process does wrong there
+            next_step = "a process was ejected in trusted code: trace kvm_elisa_violation"
+        elif rip < PAGE_SIZE:  # most likely an object_call() of an object that is not attached
             next_step = "it called a null pointer; attach the object that it calls before it runs"
         super().__init__(
             f"{name} in the guest at rip {rip:#x}, error code {error_code:#x}{where}", next_step

@@ -25,7 +25,7 @@ from typing import Any
 CONTROL: int = globals().get("CONTROL", -1)  # the agent sets it
 PAYLOAD = "/payload"
 UPPER = "/run/job/upper"
-OUT_DISK = "/dev/sdc"
+OUT_DISK = "/1:0:1:0"  # the second disk of the second channel
 SYS_FINIT_MODULE = 313
 MS_RDONLY = 1
 
@@ -240,6 +240,14 @@ def changed_files(names: list[str]) -> Iterator[str]:
                     yield file
 
 
+def out_disk() -> str:
+    """Return the device; its name depends on which disk was found first."""
+    for name in os.listdir("/sys/block"):
+        if os.path.realpath(f"/sys/block/{name}/device").endswith(OUT_DISK):
+            return f"/dev/{name}"
+    raise JobError("the disk for what comes back is missing")
+
+
 def write_changes(names: list[str]) -> int:
     files = list(changed_files(names))
     if not files:
@@ -249,7 +257,7 @@ def write_changes(names: list[str]) -> int:
             for path in files:
                 archive.add(path, os.path.relpath(path, UPPER))
         size = file.tell()
-    with open("/run/job/out.tar", "rb") as file, open(OUT_DISK, "wb", buffering=0) as disk:
+    with open("/run/job/out.tar", "rb") as file, open(out_disk(), "wb", buffering=0) as disk:
         capacity = disk.seek(0, os.SEEK_END)
         if size > capacity:
             raise JobError(f"{size >> 20} MiB to bring back, the limit is {capacity >> 20}")

@@ -1,7 +1,7 @@
 """The guest program segments.c: VMFUNC in compatibility mode and at CPL 3."""
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
@@ -18,8 +18,8 @@ VMFUNC: Final = b"\x0f\x01\xd4"
 INT_0X80: Final = b"\xcd\x80"
 LOW: Final = 1 << 32  # end of the addresses that 32-bit code reaches
 
-# target, slot, code, data, rsp, result, done
-_JUMP: Final = struct.Struct("<7Q")
+# target, slot, code, data, rsp, result, done, faulted, rip, left
+_JUMP: Final = struct.Struct("<10Q")
 RSP: Final = layout.STACK_GPA + 0x8000
 
 
@@ -58,7 +58,7 @@ class Jump:
         return (self.behind - len(VMFUNC)) % (LOW if self.segments.narrow else 1 << 64)
 
     def pack(self) -> bytes:
-        return _JUMP.pack(self.target, self.slot, *self.segments.value, RSP, 0, 0)
+        return _JUMP.pack(self.target, self.slot, *self.segments.value, RSP, *bytes(5))
 
 
 @dataclass(frozen=True)
@@ -110,5 +110,28 @@ def give_jumps(guest: BareGuest, *jumps: Jump, landing: int | None = None) -> No
 
 def landed(guest: BareGuest) -> list[int | None]:
     """Return RAX after each jump; None for one that has not come back."""
+    return [result if done else None for *_, result, done, _, _, _ in _jumps(guest)]
+
+
+@dataclass(frozen=True)
+class Invalid:
+    """An invalid opcode that ended a jump.
+
+    Attributes:
+        rip: address of the instruction.
+        left: all registers but RSP, one over the other.
+    """
+
+    rip: int
+    left: int
+
+
+def invalid(guest: BareGuest) -> list[Invalid | None]:
+    """Return the invalid opcode that ended each jump; None where INT $0x80 did, or nothing yet."""
+    ends = ((faulted, Invalid(rip, left)) for *_, faulted, rip, left in _jumps(guest))
+    return [end if faulted else None for faulted, end in ends]
+
+
+def _jumps(guest: BareGuest) -> Iterator[tuple[int, ...]]:
     data = guest.memory.read(guest.info.input, guest.info.input_size)
-    return [result if done else None for *_, result, done in _JUMP.iter_unpack(data)]
+    return _JUMP.iter_unpack(data)

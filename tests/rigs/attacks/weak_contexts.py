@@ -143,6 +143,7 @@ class WeakAttachment:
         self._place(gate, Access.READ)
         self.sub: Context = attachment._create(vcpu, sub, None)
         self.gate: Context = attachment._create(vcpu, gate, self.sub)
+        self._vcpu, self._crossing_gva = vcpu, crossing_gva
         guest.announce(2, instance.window_region(0, guest.next_window_gpa()))
 
     def _take(self, size: int) -> int:
@@ -159,6 +160,14 @@ class WeakAttachment:
         address = self._take(size)
         with mock.patch.object(contexts, "READ", access):  # access used to map the tables
             plan.place_guest_tables(self._view(address, size), address)
+
+    def second_gate(self) -> Context:
+        """Return another gate to the same sub context; no slot holds it yet."""
+        code = self._take(PAGE_SIZE)
+        self._view(code, PAGE_SIZE)[:] = crossing_images().gate_page
+        plan = plan_gate(code, self._crossing_gva, levels=self._guest.paging_levels)
+        self._place(plan, Access.READ)
+        return attachment._create(self._vcpu, plan, self.sub)
 
     def enter_through_gate(self, slot: int = 2) -> int:
         """Put the gate into the vCPU's list, as the product does."""

@@ -29,6 +29,10 @@ class Weaken(IntFlag):
     OWNER = 0x400  # T25: a context of another VM is accepted
     APICV = 0x800  # I6: the processor delivers interrupts by itself
     CR4 = 0x1000  # T18: the guest may enable CET, PKS and UINTR, unknown to KVM
+    HOME = 0x2000  # T31: the transient slot is not cleared when a vCPU is taken home
+    LEFT = 0x4000  # T32: a vCPU that is taken home keeps what trusted code had in it
+    STATE = 0x8000  # T33: the VMM may set the state of a vCPU that is in a context
+    EJECT = 0x10000  # T29: what a process does wrong goes to the VMM
 
 
 class NotWeakenedError(Exception):

@@ -14,6 +14,7 @@ from tests.rigs.tiny_guest import (
     End,
     Kind,
     run_into_loop,
+    set_loop,
     set_registers,
 )
 
@@ -44,7 +45,7 @@ def run_vcpu(vcpu: VcpuModel, slot: int, loop: bool) -> None:
         if None not in (where.kind, where.target.kind if where.target else "none"):
             enter(vcpu, slot, where, loop)
     else:
-        set_registers(fd, slot=slot)
+        assert set_registers(fd, slot=slot) == 0
         stays_home(vcpu, vcpu.file.area.run(fd), slot)
 
 
@@ -75,12 +76,13 @@ def enter(vcpu: VcpuModel, slot: int, context: ContextModel, loop: bool) -> None
         violation = (uapi.lib.KVM_ELISA_EXIT_VIOLATION, VMX_VIOLATION)
         refused = (uapi.lib.KVM_ELISA_EXIT_REFUSED, VMX_HLT)
         inside.stuck = violation if place.kind is Kind.BARE else refused
-    set_registers(vcpu.file.fds[0], slot=slot, loop=loop)
+    assert set_registers(vcpu.file.fds[0], slot=slot, loop=loop) == 0
     keep_running(vcpu, inside, loop)
 
 
 def go_on(vcpu: VcpuModel, inside: Inside, loop: bool) -> None:
-    set_registers(vcpu.file.fds[0], loop=loop)
+    assert set_registers(vcpu.file.fds[0], slot=2) == -errno.EBUSY
+    set_loop(vcpu.file.fds[0], loop)
     keep_running(vcpu, inside, loop)
 
 

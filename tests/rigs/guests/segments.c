@@ -7,7 +7,7 @@
  *           with VMFUNC and INT $0x80 wherever a jump goes, for the privilege level that it goes to
  * result[0] jumps that came back
  *
- * A jump is over at INT $0x80, wherever that comes from.
+ * A jump is over at INT $0x80, wherever that comes from, or at an invalid opcode.
  */
 #include "descriptors.h"
 #include "runtime.h"
@@ -19,6 +19,9 @@ struct jump {
 	uint64_t rsp;
 	uint64_t result; /* RAX at INT $0x80 */
 	uint64_t done;
+	uint64_t faulted; /* 1 at an invalid opcode */
+	uint64_t rip;     /* its address */
+	uint64_t left;    /* all registers but RSP, one over the other */
 };
 
 /* 0x08 to 0x18 are the VMM's: 64-bit code, data, and the TSS. tests/rigs/attacks/segments.py knows these. */
@@ -33,8 +36,10 @@ static uint64_t descriptors[] = {
 
 /* Addressed absolutely: all registers but RSP belong to what runs next. */
 uint64_t segments_task, segments_rsp, segments_result;
+uint64_t segments_faulted, segments_rip, segments_left;
 void segments_jump(const struct jump *jump);
 void segments_return(void);
+void segments_invalid(void);
 
 __asm__(".text\n"
 	"segments_jump:\n\t"
@@ -58,6 +63,14 @@ __asm__(".text\n"
 	"xor	%esi, %esi\n\t"
 	"xor	%edi, %edi\n\t"
 	"iretq\n"
+	"segments_invalid:\n\t"
+	"or	%rax, %rbx\n\tor	%rcx, %rbx\n\tor	%rdx, %rbx\n\tor	%rbp, %rbx\n\t"
+	"or	%rsi, %rbx\n\tor	%rdi, %rbx\n\tor	%r8, %rbx\n\tor	%r9, %rbx\n\t"
+	"or	%r10, %rbx\n\tor	%r11, %rbx\n\tor	%r12, %rbx\n\tor	%r13, %rbx\n\t"
+	"or	%r14, %rbx\n\tor	%r15, %rbx\n\t"
+	"mov	%rbx, segments_left\n\t"
+	"pop	segments_rip\n\t"
+	"movq	$1, segments_faulted\n"
 	"segments_return:\n\t" /* interrupts off until the popf */
 	"mov	segments_rsp, %rsp\n\t"
 	"mov	%rax, segments_result\n\t"
@@ -72,9 +85,14 @@ uint32_t guest_main(void)
 
 	segments_task = load_descriptors(descriptors, sizeof(descriptors) / sizeof(*descriptors),
 					 segments_return);
+	interrupt_handler(6, segments_invalid);
 	for (uint64_t n = 0; n < jumps; n++) {
+		segments_faulted = 0;
 		segments_jump(&jump[n]);
 		jump[n].result = segments_result;
+		jump[n].faulted = segments_faulted;
+		jump[n].rip = segments_rip;
+		jump[n].left = segments_left;
 		WRITE_ONCE(jump[n].done, 1);
 		boot_info->result[0] = n + 1;
 	}

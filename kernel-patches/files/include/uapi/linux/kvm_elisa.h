@@ -15,7 +15,7 @@
 
 /* KVM_CHECK_EXTENSION: 0 without the patch or without EPTP switching, else a version. */
 #define KVM_CAP_ELISA			0x45c1
-#define KVM_ELISA_VERSION		2
+#define KVM_ELISA_VERSION		3
 
 /*
  * KVM_ENABLE_CAP(KVM_CAP_ELISA) on a VM. args[0]: what to turn on, for good.

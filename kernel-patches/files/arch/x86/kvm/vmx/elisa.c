@@ -31,7 +31,45 @@
 			 X86_CR4_OSFXSR | X86_CR4_OSXMMEXCPT | X86_CR4_UMIP | X86_CR4_LA57 | \
 			 X86_CR4_FSGSBASE | X86_CR4_OSXSAVE | X86_CR4_SMEP | X86_CR4_SMAP)
 
-/* By bit, because not every kernel has a name for each of them. */
+/*
+ * What the guest may find in leaf 7: a list of what has been checked, because what comes with new
+ * processors has not.  By bit, because not every kernel has a name for each of them.
+ */
+static const u32 elisa_leaf7[][4] = {
+	{
+		[CPUID_EAX] = ~0u,	/* the last index */
+		/* FSGSBASE, TSC_ADJUST, BMI1, AVX2, FDP_EXCPTN_ONLY, SMEP, BMI2, ERMS */
+		[CPUID_EBX] = BIT(0) | BIT(1) | BIT(3) | GENMASK(9, 5) |
+		/* ZERO_FCS_FDS, AVX512F, AVX512DQ, RDSEED, ADX, SMAP, AVX512IFMA */
+			      BIT(13) | GENMASK(21, 16) |
+		/* CLFLUSHOPT, CLWB, AVX512PF, AVX512ER, AVX512CD, SHA_NI, AVX512BW, AVX512VL */
+			      BIT(23) | BIT(24) | GENMASK(31, 26),
+		/* PREFETCHWT1, AVX512VBMI, UMIP, WAITPKG, AVX512_VBMI2, GFNI, VAES, VPCLMULQDQ */
+		[CPUID_ECX] = GENMASK(2, 0) | BIT(5) | BIT(6) | GENMASK(10, 8) |
+		/* AVX512_VNNI, AVX512_BITALG, AVX512_VPOPCNTDQ, LA57, RDPID */
+			      BIT(11) | BIT(12) | BIT(14) | BIT(16) | BIT(22) |
+		/* CLDEMOTE, MOVDIRI, MOVDIR64B */
+			      BIT(25) | BIT(27) | BIT(28),
+		/* AVX512_4VNNIW, AVX512_4FMAPS, FSRM, AVX512_VP2INTERSECT, MD_CLEAR */
+		[CPUID_EDX] = GENMASK(4, 2) | BIT(8) | BIT(10) |
+		/* RTM_ALWAYS_ABORT, SERIALIZE, HYBRID_CPU, AMX_BF16, AVX512_FP16, AMX_TILE, AMX_INT8 */
+			      BIT(11) | BIT(14) | BIT(15) | GENMASK(25, 22) |
+		/* SPEC_CTRL, INTEL_STIBP, FLUSH_L1D, ARCH_CAPABILITIES, SPEC_CTRL_SSBD */
+			      GENMASK(29, 26) | BIT(31),
+	}, {
+		/* SHA512, SM3, SM4, AVX_VNNI, AVX512_BF16, CMPCCXADD, FZRM, FSRS, FSRC */
+		[CPUID_EAX] = GENMASK(2, 0) | BIT(4) | BIT(5) | BIT(7) | GENMASK(12, 10) |
+		/* AMX_FP16, AVX_IFMA */
+			      BIT(21) | BIT(23),
+		/* AVX_VNNI_INT8, AVX_NE_CONVERT, AMX_COMPLEX, AVX_VNNI_INT16, PREFETCHITI */
+		[CPUID_EDX] = BIT(4) | BIT(5) | BIT(8) | BIT(10) | BIT(14),
+	}, {
+		/* PSFD, IPRED_CTRL, RRSBA_CTRL, DDPD_U, BHI_CTRL, MCDT_NO */
+		[CPUID_EDX] = GENMASK(5, 0),
+	},
+};
+
+/* Elsewhere, what the guest may not have. */
 static const struct {
 	u32 function;
 	u32 index;
@@ -45,14 +83,11 @@ static const struct {
 	{ 1, 0, CPUID_ECX, BIT(2) | BIT(4) | BIT(5) | BIT(6) | BIT(15) | BIT(17) },
 	/* DS */
 	{ 1, 0, CPUID_EDX, BIT(21) },
-	/* SGX, HLE, INVPCID, RTM, MPX, INTEL_PT */
-	{ 7, 0, CPUID_EBX, BIT(2) | BIT(4) | BIT(10) | BIT(11) | BIT(14) | BIT(25) },
-	/* PKU, SHSTK, BUS_LOCK_DETECT, SGX_LC, PKS */
-	{ 7, 0, CPUID_ECX, BIT(3) | BIT(7) | BIT(24) | BIT(30) | BIT(31) },
-	/* UINTR, ARCH_LBR, IBT */
-	{ 7, 0, CPUID_EDX, BIT(5) | BIT(19) | BIT(20) },
-	/* LASS, FRED, LKGS, LAM */
-	{ 7, 1, CPUID_EAX, BIT(6) | BIT(17) | BIT(18) | BIT(26) },
+	/* The version of the performance counters, which would count what trusted code does. */
+	{ 0xa, 0, CPUID_EAX, GENMASK(7, 0) },
+	/* State components other than x87, SSE, AVX, MPX, AVX-512, PKRU and AMX: APX, for one. */
+	{ 0xd, 0, CPUID_EAX, (u32)~(GENMASK(7, 0) | BIT(9) | BIT(17) | BIT(18)) },
+	{ 0xd, 0, CPUID_EDX, ~0u },
 };
 
 /* Whether KVM could take the entry for this leaf: it heeds an index only if that is significant. */
@@ -60,8 +95,24 @@ static bool elisa_is_leaf(const struct kvm_cpuid_entry2 *entry, u32 function, u3
 {
 	if (entry->function != function)
 		return false;
-	return entry->index == index || function == 1 ||
+	return entry->index == index || function != 0xd ||
 	       !(entry->flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX);
+}
+
+static bool elisa_leaf7_ok(const struct kvm_cpuid_entry2 *entry, const u32 regs[4])
+{
+	static const u32 nothing[4];
+	const u32 *allowed = nothing;
+	int i;
+
+	/* Without the flag KVM takes the entry for every index. */
+	if ((entry->flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX) &&
+	    entry->index < ARRAY_SIZE(elisa_leaf7))
+		allowed = elisa_leaf7[entry->index];
+	for (i = CPUID_EAX; i <= CPUID_EDX; i++)
+		if (regs[i] & ~allowed[i])
+			return false;
+	return true;
 }
 
 int vmx_elisa_check_cpuid(struct kvm_vcpu *vcpu, struct kvm_cpuid_entry2 *entries, int nent)
@@ -76,6 +127,8 @@ int vmx_elisa_check_cpuid(struct kvm_vcpu *vcpu, struct kvm_cpuid_entry2 *entrie
 			[CPUID_ECX] = entries[i].ecx, [CPUID_EDX] = entries[i].edx,
 		};
 
+		if (entries[i].function == 7 && !elisa_leaf7_ok(&entries[i], regs))
+			return -EINVAL;
 		for (j = 0; j < ARRAY_SIZE(elisa_unchecked); j++)
 			if (elisa_is_leaf(&entries[i], elisa_unchecked[j].function,
 					  elisa_unchecked[j].index) &&
@@ -217,6 +270,8 @@ static void elisa_go_home(struct kvm_vcpu *vcpu, struct vmx_elisa *e)
 {
 	vmcs_write64(EPT_POINTER, e->default_eptp);
 	WRITE_ONCE(e->list[KVM_ELISA_SLOT_DEFAULT], e->default_eptp);
+	/* I1: however the vCPU came home, nothing is left for a VMFUNC of the guest's own. */
+	WRITE_ONCE(e->list[KVM_ELISA_SLOT_TRANSIENT], 0);
 	e->armed = false;
 	/* Whatever has waited. */
 	kvm_make_request(KVM_REQ_EVENT, vcpu);
@@ -230,7 +285,6 @@ void __vmx_elisa_reset(struct kvm_vcpu *vcpu)
 	if (!e->enabled)
 		return;
 	elisa_go_home(vcpu, e);
-	WRITE_ONCE(e->list[KVM_ELISA_SLOT_TRANSIENT], 0);
 }
 
 /* ---- when VMFUNC works ---- */
@@ -473,6 +527,43 @@ bool __vmx_elisa_keep_events(struct kvm_vcpu *vcpu)
 	return true;
 }
 
+/* ---- leaving a context for good ---- */
+
+/*
+ * What the context had in registers is the object's, not the guest's: where it stood, what it had
+ * compared and what it had tried to read tell of what the object holds.
+ */
+static void elisa_clear_registers(struct kvm_vcpu *vcpu, bool in_run)
+{
+	struct fpu_guest *fpu = &vcpu->arch.guest_fpu;
+	int i;
+
+	for (i = VCPU_REGS_RAX; i <= VCPU_REGS_R15; i++)
+		kvm_register_write_raw(vcpu, i, 0);
+	kvm_rip_write(vcpu, 0);
+	/* Trusted code cannot have changed the flags that are kept. */
+	kvm_set_rflags(vcpu, X86_EFLAGS_FIXED |
+		       (kvm_get_rflags(vcpu) & (X86_EFLAGS_IF | X86_EFLAGS_IOPL)));
+	vcpu->arch.cr2 = 0;
+	vcpu->arch.dr6 = DR6_ACTIVE_LOW;
+	vmcs_writel(GUEST_PENDING_DBG_EXCEPTIONS, 0);
+	vmx_set_interrupt_shadow(vcpu, 0);
+
+	if (in_run)
+		fpu_swap_kvm_fpstate(fpu, false);
+	if (boot_cpu_has(X86_FEATURE_XSAVE)) {
+		/* XRSTOR gives initial values to components that the header does not name. */
+		fpu->fpstate->regs.xsave.header.xfeatures = 0;
+	} else {
+		memset(fpu->fpstate->regs.fxsave.st_space, 0,
+		       sizeof(fpu->fpstate->regs.fxsave.st_space));
+		memset(fpu->fpstate->regs.fxsave.xmm_space, 0,
+		       sizeof(fpu->fpstate->regs.fxsave.xmm_space));
+	}
+	if (in_run)
+		fpu_swap_kvm_fpstate(fpu, true);
+}
+
 /* ---- exits ---- */
 
 /* Exits that KVM serves without the guest's memory or instructions. */
@@ -487,6 +578,7 @@ static bool elisa_exit_is_harmless(struct kvm_vcpu *vcpu)
 	case EXIT_REASON_MCE_DURING_VMENTRY:
 	case EXIT_REASON_PML_FULL:
 	case EXIT_REASON_BUS_LOCK:
+	case EXIT_REASON_NOTIFY:
 		return true;
 	case EXIT_REASON_EXCEPTION_NMI: {
 		u32 info = vmx_get_intr_info(vcpu);
@@ -505,7 +597,8 @@ static bool elisa_is_return(struct kvm_vcpu *vcpu, struct vmx_elisa *e)
 	       !(u32)kvm_rax_read(vcpu) && !(u32)kvm_rcx_read(vcpu);
 }
 
-static void elisa_report(struct kvm_vcpu *vcpu, struct vmx_elisa *e, bool outside)
+static struct kvm_elisa_exit elisa_describe(struct kvm_vcpu *vcpu, struct vmx_elisa *e,
+					    bool outside)
 {
 	struct kvm_elisa_exit x = { .at = KVM_ELISA_AT_DEFAULT };
 	u16 reason = to_vmx(vcpu)->exit_reason.basic;
@@ -516,7 +609,6 @@ static void elisa_report(struct kvm_vcpu *vcpu, struct vmx_elisa *e, bool outsid
 		if (!x.slot)
 			x.slot = elisa_find_slot(e, vmcs_read64(EPT_POINTER), true, &x.at);
 		mutex_unlock(&e->lock);
-		++vcpu->stat.elisa_exits;
 	}
 	x.vmx_exit_reason = reason;
 	x.qualification = vmx_get_exit_qual(vcpu);
@@ -540,8 +632,21 @@ static void elisa_report(struct kvm_vcpu *vcpu, struct vmx_elisa *e, bool outsid
 		x.cause = KVM_ELISA_EXIT_REFUSED;
 	}
 	trace_kvm_elisa_violation(vcpu->vcpu_id, &x);
-	vcpu->run->exit_reason = KVM_EXIT_ELISA;
-	vcpu->run->elisa = x;
+	return x;
+}
+
+/*
+ * A process of the guest must not be able to stop its VM: it gets an exception, and its kernel
+ * decides.  Where trusted code may have run, nothing of that is left.
+ */
+static void elisa_eject(struct kvm_vcpu *vcpu, struct vmx_elisa *e, bool outside)
+{
+	if (outside) {
+		elisa_go_home(vcpu, e);
+		elisa_clear_registers(vcpu, true);
+	}
+	kvm_queue_exception(vcpu, UD_VECTOR);
+	++vcpu->stat.elisa_ejected;
 }
 
 /* Returns true if the exit is dealt with; *ret is then for KVM_RUN's loop. */
@@ -549,6 +654,7 @@ bool vmx_elisa_handle_exit(struct kvm_vcpu *vcpu, int *ret)
 {
 	struct vcpu_vmx *vmx = to_vmx(vcpu);
 	struct vmx_elisa *e = vmx->elisa;
+	struct kvm_elisa_exit x;
 	bool outside;
 
 	if (likely(!e || !e->enabled) || is_guest_mode(vcpu))
@@ -566,37 +672,48 @@ bool vmx_elisa_handle_exit(struct kvm_vcpu *vcpu, int *ret)
 	if (outside ? (elisa_exit_is_harmless(vcpu) && !vmx->emulation_required) :
 		      vmx->exit_reason.basic != EXIT_REASON_VMFUNC)
 		return false;
-	elisa_report(vcpu, e, outside);
+	x = elisa_describe(vcpu, e, outside);
+	if (vmx_get_cpl(vcpu)) {
+		elisa_eject(vcpu, e, outside);
+		*ret = 1;
+		return true;
+	}
+	if (outside)
+		++vcpu->stat.elisa_exits;
+	vcpu->run->exit_reason = KVM_EXIT_ELISA;
+	vcpu->run->elisa = x;
 	*ret = 0;
 	return true;
 }
 
-/* ---- revocation ---- */
-
-/* What the context had in registers is the object's, not the guest's. */
-static void elisa_clear_registers(struct kvm_vcpu *vcpu, bool in_run)
+/*
+ * Calls that set the state of a vCPU are refused while it is outside: it would go on in the object,
+ * at an address and with registers that may be the guest's choice.
+ */
+int vmx_elisa_refuses(struct kvm_vcpu *vcpu, unsigned int ioctl)
 {
-	struct fpu_guest *fpu = &vcpu->arch.guest_fpu;
-	int i;
-
-	for (i = VCPU_REGS_RAX; i <= VCPU_REGS_R15; i++)
-		if (i != VCPU_REGS_RSP)
-			kvm_register_write_raw(vcpu, i, 0);
-
-	if (in_run)
-		fpu_swap_kvm_fpstate(fpu, false);
-	if (boot_cpu_has(X86_FEATURE_XSAVE)) {
-		/* XRSTOR gives initial values to components that the header does not name. */
-		fpu->fpstate->regs.xsave.header.xfeatures = 0;
-	} else {
-		memset(fpu->fpstate->regs.fxsave.st_space, 0,
-		       sizeof(fpu->fpstate->regs.fxsave.st_space));
-		memset(fpu->fpstate->regs.fxsave.xmm_space, 0,
-		       sizeof(fpu->fpstate->regs.fxsave.xmm_space));
+	if (!vmx_elisa_outside(vcpu))
+		return 0;
+	switch (ioctl) {
+	case KVM_SET_REGS:
+	case KVM_SET_SREGS:
+	case KVM_SET_SREGS2:
+	case KVM_SET_FPU:
+	case KVM_SET_XSAVE:
+	case KVM_SET_XCRS:
+	case KVM_SET_MSRS:
+	case KVM_SET_DEBUGREGS:
+	case KVM_SET_VCPU_EVENTS:
+	case KVM_SET_NESTED_STATE:
+	case KVM_SET_CPUID:
+	case KVM_SET_CPUID2:
+		return 1;
+	default:
+		return 0;
 	}
-	if (in_run)
-		fpu_swap_kvm_fpstate(fpu, true);
 }
+
+/* ---- revocation ---- */
 
 /*
  * The owner's part of revocations: leave what has been revoked, then drop it.  A context that is
@@ -623,9 +740,9 @@ static void elisa_settle(struct kvm_vcpu *vcpu, struct vmx_elisa *e, bool in_run
 		elisa_go_home(vcpu, e);
 		elisa_clear_registers(vcpu, in_run);
 	}
-	/* A gate of another slot may have been interrupted behind its store. */
+	/* A gate of another slot, in which the vCPU still is, may have been behind its store. */
 	transient = READ_ONCE(e->list[KVM_ELISA_SLOT_TRANSIENT]);
-	if (!elisa_find_slot(e, transient, false, &at))
+	if (!elisa_outside(e) || !elisa_find_slot(e, transient, false, &at))
 		WRITE_ONCE(e->list[KVM_ELISA_SLOT_TRANSIENT], 0);
 	elisa_update(vcpu, e);
 

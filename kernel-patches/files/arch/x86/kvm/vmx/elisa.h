@@ -70,6 +70,7 @@ int vmx_elisa_set_slot(struct kvm_vcpu *vcpu, void __user *argp);
 int vmx_elisa_revoke(struct kvm *kvm, void __user *argp);
 int vmx_elisa_revoked(struct kvm_vcpu *vcpu);
 int vmx_elisa_hold_events(struct kvm_vcpu *vcpu);
+int vmx_elisa_refuses(struct kvm_vcpu *vcpu, unsigned int ioctl);
 int vmx_elisa_check_cpuid(struct kvm_vcpu *vcpu, struct kvm_cpuid_entry2 *entries, int nent);
 void vmx_elisa_create_vcpu(struct kvm_vcpu *vcpu);
 void vmx_elisa_after_set_cpuid(struct kvm_vcpu *vcpu);
