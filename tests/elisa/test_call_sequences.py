@@ -79,7 +79,7 @@ from tests.rigs.tiny_guest import (
     set_slot,
 )
 
-pytestmark = pytest.mark.elisa
+pytestmark = [pytest.mark.elisa, pytest.mark.races]
 
 CONTEXTS = uapi.lib.KVM_ELISA_CONTEXTS
 

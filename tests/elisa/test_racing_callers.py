@@ -39,7 +39,7 @@ from tests.rigs.tiny_guest import (
     set_slot,
 )
 
-pytestmark = pytest.mark.elisa
+pytestmark = [pytest.mark.elisa, pytest.mark.races]
 
 ROUNDS = 12
 ACTIONS = 14

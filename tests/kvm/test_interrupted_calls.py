@@ -28,14 +28,21 @@ def ticking(handler: Callable[[int, object], None], interval: float) -> Iterator
         signal.signal(signal.SIGALRM, previous)
 
 
+def _long_enough(kvm: Kvm) -> float:
+    """Return an interval in seconds within which a VM can be made.
+
+    A call that is interrupted each time never ends, and the emulated host takes long for one.
+    """
+    start = time.monotonic()
+    with kvm.create_vm() as vm, vm.create_vcpu(0):
+        return max(0.0005, 2 * (time.monotonic() - start))
+
+
 @pytest.mark.kvm
 def test_vms_are_made_under_a_profiling_timer(kvm: Kvm) -> None:
     """KVM_CREATE_VM starts threads and waits for them, so signals interrupt it now and then."""
     ticks = 0
-    # A call that is interrupted each time never ends, and the emulated host takes long for one.
-    start = time.monotonic()
-    with kvm.create_vm() as vm, vm.create_vcpu(0):
-        interval = max(0.0003, 2 * (time.monotonic() - start))
+    interval = _long_enough(kvm)
 
     def tick(_number: int, _frame: object) -> None:
         nonlocal ticks
@@ -126,6 +133,7 @@ def test_a_thread_without_signal_handlers_goes_on_too(kvm: Kvm) -> None:
     """Python's handlers run only in the main thread, but the others are interrupted as well."""
     made: list[int] = []
     failures: list[BaseException] = []
+    interval = _long_enough(kvm)
 
     def make() -> None:
         try:
@@ -141,7 +149,7 @@ def test_a_thread_without_signal_handlers_goes_on_too(kvm: Kvm) -> None:
         thread.start()
         while thread.is_alive():
             signal.pthread_kill(thread.ident or 0, signal.SIGUSR1)
-            time.sleep(0.0005)
+            time.sleep(interval)
         thread.join()
     finally:
         signal.signal(signal.SIGUSR1, previous)

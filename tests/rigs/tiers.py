@@ -8,6 +8,7 @@ failure; the emulated host runs them that way.
 import fcntl
 import functools
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Generator
@@ -114,8 +115,9 @@ def _leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
         if uncounted or (item.get_closest_marker("weakened") and "weakened" not in named):
             left_out.append(item)
         elif lacking := _lacking(item):
-            if "processor" in named:
-                item.add_marker(pytest.mark.skip(reason=lacking))
+            mark, reason = lacking
+            if re.search(rf"\b{mark}\b", named):
+                item.add_marker(pytest.mark.skip(reason=reason))
             else:
                 left_out.append(item)
     if left_out:
@@ -123,12 +125,14 @@ def _leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
         items[:] = [item for item in items if item not in left_out]
 
 
-def _lacking(item: pytest.Item) -> str:
+def _lacking(item: pytest.Item) -> tuple[str, str] | None:
+    """Return the mark of which something is missing here, and what that is."""
     for mark in item.iter_markers("processors"):
         if len(os.sched_getaffinity(0)) < mark.args[0]:
-            return f"needs {mark.args[0]} processors"
+            return "processors", f"needs {mark.args[0]} processors"
     features = [name for mark in item.iter_markers("processor") for name in mark.args]
-    return (_elisa_missing() or processor_features.missing(features)) if features else ""
+    missing = features and (_elisa_missing() or processor_features.missing(features))
+    return ("processor", missing) if missing else None
 
 
 def _require_spelled_out(item: pytest.Item, tiers: list[str]) -> None:
