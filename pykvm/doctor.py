@@ -25,6 +25,7 @@ from pykvm.host.advice import install, load_module
 from pykvm.host.commands import as_root, emulated_host, program
 from pykvm.host.emulation import is_emulated
 from pykvm.host.processor import MsrUnreadableError, VmxCapabilities, read_processor
+from pykvm.host.weaknesses import read_weaknesses
 from pykvm.kernel import modules
 from pykvm.kernel import packages as kernel_packages
 from pykvm.kernel import series as kernel_series
@@ -260,6 +261,23 @@ def _huge_pages() -> Check:
     return Check(HOST, "huge pages", True, ", ".join(pools) or "none", needed=False)
 
 
+def _weaknesses() -> Check:
+    name = "processor weaknesses"
+    found = read_weaknesses()
+    if found is None:
+        return Check(HOST, name, False, "unknown", "mount -t sysfs sysfs /sys", needed=False)
+    names = [f"{weakness.name} ({weakness.kernel})" for weakness in found]
+    risks = "; ".join(dict.fromkeys(weakness.risk for weakness in found if weakness.open))
+    return Check(
+        HOST,
+        name,
+        not risks,
+        "; ".join(names) or "none that matters here",
+        f"attach objects with secrets to guests that you trust only: {risks}",
+        needed=False,
+    )
+
+
 def _kernel_packages() -> Check:
     # Not needed once the patched modules are loaded, because nothing has to be built then.
     name = "headers and source of the running kernel"
@@ -376,6 +394,7 @@ _HOST_CHECKS: tuple[Callable[[], Check], ...] = (
     _lockable_memory,
     _huge_pages,
     _memory,
+    _weaknesses,
     _kernel_packages,
 )
 _EMULATED_CHECKS: tuple[Callable[[], Check], ...] = (

@@ -1,0 +1,71 @@
+"""Weaknesses of a processor, from files such as kernels make."""
+
+from pathlib import Path
+
+import pytest
+
+from pykvm import doctor
+from pykvm.host.weaknesses import DIRECTORY, read_weaknesses
+
+pytestmark = pytest.mark.unit
+
+
+def _kernel_says(directory: Path, **states: str) -> Path:
+    for name, state in states.items():
+        (directory / name).write_text(f"{state}\n")
+    return directory
+
+
+def test_what_matters_is_found(tmp_path: Path) -> None:
+    says = _kernel_says(
+        tmp_path,
+        l1tf="Mitigation: PTE Inversion; VMX: conditional cache flushes, SMT disabled",
+        mds="Not affected",
+        mmio_stale_data="Unknown: No mitigations",
+        meltdown="Mitigation: PTI",  # no matter for contexts
+    )
+    found = read_weaknesses(says)
+    assert found is not None
+    assert [(weakness.name, weakness.open) for weakness in found] == [
+        ("l1tf", True),
+        ("mmio_stale_data", True),
+    ]
+    assert found[0].kernel.startswith("Mitigation: PTE Inversion")
+
+
+@pytest.mark.parametrize(
+    ("state", "left_open"),
+    [("Mitigation: Microcode", False), ("Vulnerable: No microcode", True)],
+)
+def test_an_answer_of_the_microcode_holds_in_contexts(
+    tmp_path: Path, state: str, left_open: bool
+) -> None:
+    found = read_weaknesses(_kernel_says(tmp_path, gather_data_sampling=state))
+    assert found is not None
+    assert [weakness.open for weakness in found] == [left_open]
+
+
+def test_a_kernel_that_does_not_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_weaknesses(tmp_path / "absent") is None
+    monkeypatch.setattr(doctor, "read_weaknesses", lambda: None)
+    check = doctor._weaknesses()
+    assert (check.ok, check.found, check.needed) == (False, "unknown", False)
+
+
+def test_the_doctor_says_what_a_guest_could_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    says = _kernel_says(tmp_path, mds="Mitigation: Clear CPU buffers", retbleed="Not affected")
+    monkeypatch.setattr(doctor, "read_weaknesses", lambda: read_weaknesses(says))
+    check = doctor._weaknesses()
+    assert not check.ok
+    assert check.found == "mds (Mitigation: Clear CPU buffers)"
+    assert "processor's buffers" in check.next_step
+
+
+@pytest.mark.skipif(not DIRECTORY.is_dir(), reason="this kernel does not tell")
+def test_this_machine() -> None:
+    """What the kernel calls not affected is not reported, and everything else is whole."""
+    for weakness in read_weaknesses() or []:
+        assert (DIRECTORY / weakness.name).read_text().strip() == weakness.kernel
+        assert weakness.kernel != "Not affected"
