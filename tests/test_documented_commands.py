@@ -119,7 +119,8 @@ _SCRIPTS: Final = {
 
 
 def _ci_targets() -> set[str]:
-    lines = re.findall(r"^make (.*)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    script = (ROOT / ".ci" / "run").read_text().replace("\\\n", " ")
+    lines = re.findall(r"^make (.*)$", script, re.MULTILINE)
     words = {word for line in lines for word in shlex.split(line)}
     return {word for word in words if re.fullmatch(r"[a-z-]*[a-z]", word)}
 
