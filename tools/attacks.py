@@ -3,8 +3,8 @@
 Controls that need a kernel without a defence run on an emulated host of their own, whose modules
 are built with weaken.patch. Tests that need rare processor features run on a newer emulated
 processor, with and without a defence. If several series are given, a row must hold on each; the
-newer processor runs the first of them. The exit status is 0 only if each defence held, each control
-succeeded, nothing was skipped, and no row has an open part.
+newer processor and the host with two processors run the first of them. The exit status is 0 only if
+each defence held, each control succeeded, nothing was skipped, and no row has an open part.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 from xml.etree import ElementTree
 
-from pykvm.kernel.series import SERIES, default_series, offered_series
+from pykvm.kernel.series import SERIES, offered_series
 from tests.attacks.marks import ROOT
 from tests.attacks.threats import THREATS, Threat
 from tests.rigs.attacks.weaken import PATCH
@@ -95,14 +95,17 @@ class Run:
         return [*self.where, "-m", "pytest", *options, *self.files]
 
 
-def plan(series: str) -> tuple[Run, Run, Run]:
-    """Return the runs here, on the emulated host, and on the one with weakened modules."""
+def plan(series: str, *, two: bool) -> tuple[Run, Run, Run]:
+    """Return the runs here, on the emulated host, and on the one with weakened modules.
+
+    Args:
+        series: kernel of the emulated hosts.
+        two: whether the second run has two processors, for the races between them.
+    """
     files = _files()
     builds = "tests/attacks/test_builds.py"  # the emulated host cannot compile these itself
     testbed = _testbed("--fast", "--series", series)
-    # As in `make test`: one series on two processors, for the races between them.
-    speed = test_all.TWO if series == default_series() else ("--fast",)
-    whole = _testbed(*speed, "--series", series)
+    whole = _testbed(*(test_all.TWO if two else ("--fast",)), "--series", series)
     return (
         Run(
             "host",
@@ -196,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.after_tests:
         print(f"attacks: {'using the' if known else 'no'} results of make test", flush=True)
     chosen = options.series or offered_series()
-    runs = [run for series in chosen for run in plan(series)]
+    runs = [run for series in chosen for run in plan(series, two=series == chosen[0])]
     todo = [run for run in dict.fromkeys(runs) if not known or "weakened" in run.name]
     todo += plan_newer(chosen[0])
     (ROOT / RESULTS).mkdir(parents=True, exist_ok=True)

@@ -107,7 +107,7 @@ CHECKED_LEAF_7: Final[tuple[dict[str, int], ...]] = (
     {"eax": 0x00A0_1CB7, "ebx": 0, "ecx": 0, "edx": 0x0000_4530},
     {"eax": 0, "ebx": 0, "ecx": 0, "edx": 0x0000_003F},
 )
-"""What a guest may have of leaf 7, by index and register; nothing of further indices.
+"""Bits of leaf 7 that a guest may have, by index and register; none of further indices.
 
 The kernel's table, which names the bits: elisa_leaf7 in
 kernel-patches/files/arch/x86/kvm/vmx/elisa.c.

@@ -94,6 +94,7 @@ def test_what_the_newer_processor_runs() -> None:
 
 
 def test_plan_of_several_series() -> None:
-    runs = dict.fromkeys([*suite.plan("6.1"), *suite.plan("6.12")])
+    runs = dict.fromkeys([*suite.plan("6.1", two=True), *suite.plan("6.12", two=False)])
     names = [run.name for run in runs]
     assert names == ["host", "inside-6.1", "weakened-6.1", "inside-6.12", "weakened-6.12"]
+    assert [run.name for run in runs if "--cpus" in run.where] == ["inside-6.1"]

@@ -65,7 +65,7 @@ def test_the_doctor_says_what_a_guest_could_read(
 
 @pytest.mark.skipif(not DIRECTORY.is_dir(), reason="this kernel does not tell")
 def test_this_machine() -> None:
-    """What the kernel calls not affected is not reported, and everything else is whole."""
+    """Each report has the kernel's whole text, and none is of a processor "Not affected"."""
     for weakness in read_weaknesses() or []:
         assert (DIRECTORY / weakness.name).read_text().strip() == weakness.kernel
         assert weakness.kernel != "Not affected"

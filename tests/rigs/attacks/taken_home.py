@@ -65,7 +65,7 @@ def revoked_behind_the_store(
 
 @dataclass(frozen=True)
 class Left:
-    """What a guest finds in its vCPU after a revocation."""
+    """State of a vCPU after a revocation, as the guest could find it."""
 
     rip: int
     rsp: int
@@ -75,7 +75,7 @@ class Left:
 
 
 CLEARED = Left(0, 0, KEPT_FLAGS, 0, 0xFFFF_0FF0)
-"""What a vCPU has that trusted code has left nothing in."""
+"""State in which nothing of trusted code is left."""
 
 
 def _left_after_revocation(guest: BareGuest, slot: int) -> Left:
