@@ -181,7 +181,7 @@ _CHECK_ARGUMENTS = "check the arguments, and type `pykvm doctor` to see what kvm
 _STEPS = {
     errno_module.E2BIG: "pass fewer entries in one call",
     errno_module.EACCES: "run it as root, or type `pykvm doctor`",
-    errno_module.EBUSY: "close what uses it first, or run a vcpu until it has left its context",
+    errno_module.EBUSY: "close what uses it first, or let the vcpu run on",
     errno_module.EFAULT: "pass addresses of memory that stays mapped",
     errno_module.EIO: "the vm belongs to another process, or is dead: create it again",
     errno_module.EMFILE: "raise the limit of open files with `ulimit -n 65536`",

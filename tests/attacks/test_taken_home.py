@@ -100,7 +100,7 @@ def test_the_vmm_sets_the_state_of_a_vcpu_inside(kvm: Kvm, guest: BareGuest) -> 
         assert stop_at(run(guest), AT_SUB).rip == stop
         before = _registers(guest.vcpu)
         for name, set_state in STATES.items():
-            with pytest.raises(IoctlError, match="until it has left its context") as caught:
+            with pytest.raises(IoctlError, match="let the vcpu run on") as caught:
                 set_state(guest.vcpu)
             assert caught.value.errno == errno.EBUSY, name
         assert _registers(guest.vcpu) == before

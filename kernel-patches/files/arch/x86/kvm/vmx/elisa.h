@@ -56,8 +56,13 @@ struct vmx_elisa {
 	struct elisa_slot slots[KVM_ELISA_SLOTS];
 };
 
-/* elisa_context.c */
+/* elisa_features.c */
 int vmx_elisa_version(void);
+int vmx_elisa_check_cpuid(struct kvm_vcpu *vcpu, struct kvm_cpuid_entry2 *entries, int nent);
+void vmx_elisa_create_vcpu(struct kvm_vcpu *vcpu);
+void vmx_elisa_after_set_cpuid(struct kvm_vcpu *vcpu);
+
+/* elisa_context.c */
 void vmx_elisa_init_vm(struct kvm *kvm);
 int vmx_elisa_enable_vm(struct kvm *kvm, struct kvm_enable_cap *cap);
 int vmx_elisa_create_context(struct kvm *kvm, void __user *argp);
@@ -71,9 +76,6 @@ int vmx_elisa_revoke(struct kvm *kvm, void __user *argp);
 int vmx_elisa_revoked(struct kvm_vcpu *vcpu);
 int vmx_elisa_hold_events(struct kvm_vcpu *vcpu);
 int vmx_elisa_refuses(struct kvm_vcpu *vcpu, unsigned int ioctl);
-int vmx_elisa_check_cpuid(struct kvm_vcpu *vcpu, struct kvm_cpuid_entry2 *entries, int nent);
-void vmx_elisa_create_vcpu(struct kvm_vcpu *vcpu);
-void vmx_elisa_after_set_cpuid(struct kvm_vcpu *vcpu);
 void vmx_elisa_free_vcpu(struct kvm_vcpu *vcpu);
 bool vmx_elisa_load_eptp(struct kvm_vcpu *vcpu, u64 eptp);
 bool vmx_elisa_handle_exit(struct kvm_vcpu *vcpu, int *ret);

@@ -21,7 +21,6 @@
 #include <uapi/linux/kvm_elisa.h>
 
 #include "capabilities.h"
-#include "cpuid.h"
 #include "elisa.h"
 #include "vmx.h"
 #include "vmx_ops.h"
@@ -462,32 +461,6 @@ out:
 		return ERR_PTR(r);
 	}
 	return ctx;
-}
-
-int vmx_elisa_version(void)
-{
-	u64 functions;
-
-	if (!enable_ept || !cpu_has_vmx_vmfunc() || !cpu_has_vmx_ept_4levels() ||
-	    !cpu_has_vmx_ept_mt_wb())
-		return 0;
-	if (rdmsrl_safe(MSR_IA32_VMX_VMFUNC, &functions) ||
-	    !(functions & VMX_VMFUNC_EPTP_SWITCHING))
-		return 0;
-	/* With "EPT-violation #VE" a violation in a context would be the guest's exception. */
-	if (vmcs_config.cpu_based_2nd_exec_ctrl & BIT(18))
-		return 0;
-	/* KVM has to see where descriptor tables are put, and guests have to have SMAP. */
-	if (!(vmcs_config.cpu_based_2nd_exec_ctrl & SECONDARY_EXEC_DESC) ||
-	    !kvm_cpu_cap_has(X86_FEATURE_SMAP))
-		return 0;
-	/*
-	 * A transaction that spans a switch could be rolled back to an address of the guest's
-	 * choice without the switch: transactions must not exist, or be possible to turn off.
-	 */
-	if (boot_cpu_has(X86_FEATURE_RTM) && kvm_find_user_return_msr(MSR_IA32_TSX_CTRL) < 0)
-		return 0;
-	return KVM_ELISA_VERSION;
 }
 
 void vmx_elisa_init_vm(struct kvm *kvm)
