@@ -6,6 +6,8 @@
  * addresses; the kernel allocates the tables, pins the pages and fills in real addresses.
  * Slot 0 of a vCPU's EPTP list is always its default EPT, and slot 1 is the transient slot
  * that only trusted gate code writes; neither can be set from user space.
+ *
+ * Memory that many contexts map is registered once, with /dev/kvm, and named in parts of 1 GiB.
  */
 #ifndef _UAPI_LINUX_KVM_ELISA_H
 #define _UAPI_LINUX_KVM_ELISA_H
@@ -43,6 +45,10 @@
 /* Limits of one context: memory for the caller's mistakes, not a quota. */
 #define KVM_ELISA_MAX_TABLES		4096
 #define KVM_ELISA_MAX_PAGES		262144
+#define KVM_ELISA_MAX_PARTS		64
+
+/* Bytes of one registered memory. */
+#define KVM_ELISA_MAX_MEMORY		(1ULL << 36)
 
 #define KVM_ELISA_PAGE_USER		0	/* addr: of a page to pin */
 #define KVM_ELISA_PAGE_LIST		1	/* ref: vCPU id; its EPTP list */
@@ -54,12 +60,29 @@ struct kvm_elisa_page {
 	__s32 ref;
 };
 
+/*
+ * size bytes of the caller's memory from addr on, whole pages, to pin and charge once. The file that
+ * is returned keeps them, and so do contexts that map a part.
+ */
+struct kvm_elisa_memory {
+	__u64 addr;
+	__u64 size;
+	__u64 reserved[2];
+};
+
+/* GiB number index of a registered memory. */
+struct kvm_elisa_part {
+	__s32 fd;
+	__u32 index;
+};
+
 /* flags of a context */
 #define KVM_ELISA_LA57			(1 << 0)	/* for guests with five-level paging */
 
 /*
  * tables: nr_tables arrays of 512 EPT entries; table 0 is the root. The address field (bits
- * 12 to 51) of an entry is an index: of another table above level 1, of a page at level 1.
+ * 12 to 51) of an entry is an index: of another table above level 1, of a page at level 1. A leaf of
+ * level 3 (bit 7) at address n + 1 GiB stands for part n, and never for executable memory.
  * gva, size: the range of guest virtual addresses that the context's guest page table maps; no
  * descriptor table of the guest may touch it while VMFUNC works.
  */
@@ -69,10 +92,11 @@ struct kvm_elisa_create {
 	__u64 tables;
 	__u64 pages;
 	__u32 flags;
-	__u32 pad;
+	__u32 nr_parts;
 	__u64 gva;
 	__u64 size;
-	__u64 reserved[2];
+	__u64 parts;
+	__u64 reserved;
 };
 
 struct kvm_elisa_slot {
@@ -88,6 +112,7 @@ struct kvm_elisa_revoke {
 #define KVM_ELISA_CREATE_CONTEXT	_IOW(0xAE, 0xf0, struct kvm_elisa_create)
 #define KVM_ELISA_SET_SLOT		_IOW(0xAE, 0xf1, struct kvm_elisa_slot)
 #define KVM_ELISA_REVOKE		_IOW(0xAE, 0xf2, struct kvm_elisa_revoke)
+#define KVM_ELISA_REGISTER_MEMORY	_IOW(0xAE, 0xf3, struct kvm_elisa_memory)
 
 /* kvm_run.exit_reason, and what it carries (in the union, at the place of kvm_run.hw). */
 #define KVM_EXIT_ELISA			0x45

@@ -14,6 +14,13 @@ struct elisa_page {
 	u32 kind;
 };
 
+struct elisa_memory;			/* elisa_memory.c */
+
+struct elisa_part {
+	struct elisa_memory *memory;	/* with a reference */
+	struct page *table;		/* of level 2, the memory's */
+};
+
 struct elisa_context {
 	refcount_t refs;
 	struct kvm *kvm;		/* outlives it: its files and its vCPUs do */
@@ -25,6 +32,8 @@ struct elisa_context {
 	u32 nr_pages;
 	struct page **tables;
 	struct elisa_page *pages;
+	u32 nr_parts;
+	struct elisa_part *parts;
 	struct page *list_page;		/* among pages: the one EPTP list that it maps, if any */
 	struct elisa_context **targets;	/* contexts whose EPTPs this one's pages hold */
 	u32 nr_targets;
@@ -68,6 +77,12 @@ int vmx_elisa_enable_vm(struct kvm *kvm, struct kvm_enable_cap *cap);
 int vmx_elisa_create_context(struct kvm *kvm, void __user *argp);
 struct elisa_context *elisa_context_get_fd(struct kvm *kvm, int fd);
 void elisa_context_put(struct elisa_context *ctx);
+
+/* elisa_memory.c */
+int vmx_elisa_register_memory(void __user *argp);
+struct elisa_memory *elisa_memory_get_fd(int fd);
+struct page *elisa_memory_part(const struct elisa_memory *memory, u32 part);
+void elisa_memory_put(struct elisa_memory *memory);
 
 /* elisa.c */
 struct vmx_elisa *elisa_vcpu_state(struct kvm_vcpu *vcpu);

@@ -3,12 +3,13 @@
  * ELISA: EPT contexts that a guest enters with VMFUNC (EPTP switching), without a VM exit.
  *
  * User space describes the tables of a context; this file checks every entry, pins the pages,
- * and owns the tables that the processor walks.  What a vCPU does with contexts: elisa.c.
+ * and owns the tables that the processor walks.  What a vCPU does with contexts: elisa.c.  Memory
+ * that contexts share: elisa_memory.c.
  *
  * Lifetime: a context's file and every list slot that names it hold a reference, and so does a
  * context whose EPTP page names it.  The last reference flushes its translations on every CPU
- * and only then frees the tables and unpins the pages.  A new context is flushed as well, before
- * anybody can enter it.
+ * and only then frees the tables, unpins the pages and gives back registered memory.  A new
+ * context is flushed as well, before anybody can enter it.
  */
 #include <linux/anon_inodes.h>
 #include <linux/file.h>
@@ -30,6 +31,10 @@
 #define ELISA_RWX		(VMX_EPT_READABLE_MASK | VMX_EPT_WRITABLE_MASK | \
 				 VMX_EPT_EXECUTABLE_MASK)
 #define ELISA_INDEX_MASK	GENMASK_ULL(51, 12)
+#define ELISA_PART_LEVEL	3
+#define ELISA_PART_BIT		BIT_ULL(7)
+#define ELISA_PART_SHIFT	30
+#define ELISA_PART_MASK		GENMASK_ULL(51, ELISA_PART_SHIFT)
 #define ELISA_MT_WB		((u64)MTRR_TYPE_WRBACK << VMX_EPT_MT_EPTE_SHIFT)
 #define ELISA_MT_MASK		((u64)7 << VMX_EPT_MT_EPTE_SHIFT)
 
@@ -124,6 +129,9 @@ static void elisa_context_destroy(struct elisa_context *ctx)
 			__free_page(ctx->tables[i]);
 	for (i = 0; ctx->pages && i < ctx->nr_pages; i++)
 		elisa_release_page(&ctx->pages[i]);
+	for (i = 0; ctx->parts && i < ctx->nr_parts; i++)
+		if (ctx->parts[i].memory)
+			elisa_memory_put(ctx->parts[i].memory);
 	elisa_uncharge(ctx);
 	for (i = 0; i < ctx->nr_targets; i++)
 		if (refcount_dec_and_test(&ctx->targets[i]->refs))
@@ -131,6 +139,7 @@ static void elisa_context_destroy(struct elisa_context *ctx)
 	kvfree(ctx->targets);
 	kvfree(ctx->tables);
 	kvfree(ctx->pages);
+	kvfree(ctx->parts);
 	kfree(ctx);
 }
 
@@ -292,6 +301,23 @@ static int elisa_collect_pages(struct elisa_context *ctx, const struct kvm_elisa
 	return r;
 }
 
+static int elisa_collect_parts(struct elisa_context *ctx, const struct kvm_elisa_part *args)
+{
+	struct elisa_memory *memory;
+	u32 i;
+
+	for (i = 0; i < ctx->nr_parts; i++) {
+		memory = elisa_memory_get_fd(args[i].fd);
+		if (IS_ERR(memory))
+			return PTR_ERR(memory);
+		ctx->parts[i].memory = memory;
+		ctx->parts[i].table = elisa_memory_part(memory, args[i].index);
+		if (!ctx->parts[i].table)
+			return -EINVAL;
+	}
+	return 0;
+}
+
 /* What an entry of any level must satisfy: SDM vol. 3C 29.3.2, and nothing optional. */
 static bool elisa_access_ok(u64 entry)
 {
@@ -330,6 +356,20 @@ static int elisa_leaf(struct elisa_context *ctx, u64 entry, u64 *real)
 	return 0;
 }
 
+/* A leaf of level 3 becomes a branch into tables of the memory's, which hold the leaves. */
+static int elisa_part(struct elisa_context *ctx, u64 entry, u64 *real)
+{
+	u64 index = ((entry & ELISA_PART_MASK) >> ELISA_PART_SHIFT) - 1;
+
+	if ((entry & ~(ELISA_PART_MASK | ELISA_PART_BIT | ELISA_RWX | ELISA_MT_MASK)) ||
+	    (entry & ELISA_MT_MASK) != ELISA_MT_WB || !elisa_access_ok(entry) ||
+	    (entry & VMX_EPT_EXECUTABLE_MASK) || index >= ctx->nr_parts)
+		return -EINVAL;
+	index = array_index_nospec(index, ctx->nr_parts);
+	*real = page_to_phys(ctx->parts[index].table) | (entry & ELISA_RWX);
+	return 0;
+}
+
 /* Returns the index of the table that a non-leaf entry names, or an error. */
 static int elisa_branch(struct elisa_context *ctx, u64 entry, u64 *real)
 {
@@ -361,6 +401,10 @@ static int elisa_fill_table(struct elisa_context *ctx, struct elisa_walk *walk, 
 			continue;
 		if (level == 1) {
 			r = elisa_leaf(ctx, entries[i], &real);
+			if (r)
+				return r;
+		} else if (level == ELISA_PART_LEVEL && (entries[i] & ELISA_PART_BIT)) {
+			r = elisa_part(ctx, entries[i], &real);
 			if (r)
 				return r;
 		} else {
@@ -424,13 +468,23 @@ static struct elisa_context *elisa_context_build(struct kvm *kvm,
 						 const struct kvm_elisa_create *arg)
 {
 	struct kvm_elisa_page *pages;
-	struct elisa_context *ctx;
+	struct kvm_elisa_part *parts = NULL;
+	struct elisa_context *ctx = NULL;
 	int r = -ENOMEM;
 
 	pages = vmemdup_user(u64_to_user_ptr(arg->pages),
 			     array_size(arg->nr_pages, sizeof(*pages)));
 	if (IS_ERR(pages))
 		return ERR_CAST(pages);
+	if (arg->nr_parts) {
+		parts = vmemdup_user(u64_to_user_ptr(arg->parts),
+				     array_size(arg->nr_parts, sizeof(*parts)));
+		if (IS_ERR(parts)) {
+			r = PTR_ERR(parts);
+			parts = NULL;
+			goto out;
+		}
+	}
 	ctx = kzalloc(sizeof(*ctx), GFP_KERNEL_ACCOUNT);
 	if (!ctx)
 		goto out;
@@ -441,11 +495,19 @@ static struct elisa_context *elisa_context_build(struct kvm *kvm,
 	ctx->last = arg->gva + arg->size - 1;
 	ctx->nr_tables = arg->nr_tables;
 	ctx->nr_pages = arg->nr_pages;
+	ctx->nr_parts = arg->nr_parts;
 	ctx->tables = kvcalloc(arg->nr_tables, sizeof(*ctx->tables), GFP_KERNEL_ACCOUNT);
 	ctx->pages = kvcalloc(arg->nr_pages, sizeof(*ctx->pages), GFP_KERNEL_ACCOUNT);
 	if (!ctx->tables || !ctx->pages)
 		goto out;
+	if (parts) {
+		ctx->parts = kvcalloc(arg->nr_parts, sizeof(*ctx->parts), GFP_KERNEL_ACCOUNT);
+		if (!ctx->parts)
+			goto out;
+	}
 	r = elisa_collect_pages(ctx, pages);
+	if (!r && parts)
+		r = elisa_collect_parts(ctx, parts);
 	if (!r)
 		r = elisa_build_tables(ctx, u64_to_user_ptr(arg->tables));
 	if (!r) {
@@ -455,6 +517,7 @@ static struct elisa_context *elisa_context_build(struct kvm *kvm,
 	}
 out:
 	kvfree(pages);
+	kvfree(parts);
 	if (r) {
 		if (ctx)
 			elisa_context_destroy(ctx);
@@ -506,14 +569,15 @@ int vmx_elisa_create_context(struct kvm *kvm, void __user *argp)
 		return -EOPNOTSUPP;
 	if (copy_from_user(&arg, argp, sizeof(arg)))
 		return -EFAULT;
-	if (!kvm->arch.elisa.contexts || (arg.flags & ~KVM_ELISA_LA57) || arg.pad ||
-	    arg.reserved[0] || arg.reserved[1])
+	if (!kvm->arch.elisa.contexts || (arg.flags & ~KVM_ELISA_LA57) || arg.reserved ||
+	    (!arg.nr_parts && arg.parts))
 		return -EINVAL;
 	if (!PAGE_ALIGNED(arg.gva | arg.size) || !arg.size || arg.gva + arg.size - 1 < arg.gva)
 		return -EINVAL;
 	if (!arg.nr_tables || !arg.nr_pages)
 		return -EINVAL;
-	if (arg.nr_tables > KVM_ELISA_MAX_TABLES || arg.nr_pages > KVM_ELISA_MAX_PAGES)
+	if (arg.nr_tables > KVM_ELISA_MAX_TABLES || arg.nr_pages > KVM_ELISA_MAX_PAGES ||
+	    arg.nr_parts > KVM_ELISA_MAX_PARTS)
 		return -E2BIG;
 
 	ctx = elisa_context_build(kvm, &arg);
