@@ -9,7 +9,7 @@ from typing import Final, Self
 
 from pykvm.closeable import Closeable
 from pykvm.elisa import calls, crossing
-from pykvm.elisa.calls import Context
+from pykvm.elisa.calls import Context, RegisteredMemory
 from pykvm.elisa.contexts import (
     ContextCost,
     ContextPlan,
@@ -45,7 +45,10 @@ class InsideContextError(PykvmError):
 
 @dataclass(frozen=True)
 class AttachmentCost:
-    """Pages of the two contexts, and of the memory made for this attachment alone."""
+    """Pages of the two contexts, and of the memory made for this attachment alone.
+
+    The object's memory is not among them: it is registered once, for all attachments.
+    """
 
     gate: ContextCost
     sub: ContextCost
@@ -61,7 +64,9 @@ def _take_slot(vcpu: Vcpu) -> int:
     raise SlotsFullError(f"vcpu {vcpu.id} has {SLOTS - FIRST_SLOT} attachments", "detach one")
 
 
-def _create(vcpu: Vcpu, plan: ContextPlan, sub: Context | None) -> Context:
+def _create(
+    vcpu: Vcpu, plan: ContextPlan, sub: Context | None, memory: RegisteredMemory | None
+) -> Context:
     """Hand a complete plan to the kernel."""
     pages: list[tuple[int, int, int]] = []
     for page in plan.pages:
@@ -75,8 +80,15 @@ def _create(vcpu: Vcpu, plan: ContextPlan, sub: Context | None) -> Context:
             case EptpPage():
                 assert sub is not None
                 pages.append((0, uapi.lib.KVM_ELISA_PAGE_EPTP, sub.fileno()))
+    parts = [] if memory is None else [(memory, part) for part in range(plan.parts)]
     return calls.create_context(
-        vcpu.vm, plan.ept.tobytes(), pages, gva=plan.gva, size=plan.size, la57=plan.levels == 5
+        vcpu.vm,
+        plan.ept.tobytes(),
+        pages,
+        parts=parts,
+        gva=plan.gva,
+        size=plan.size,
+        la57=plan.levels == 5,
     )
 
 
@@ -106,7 +118,7 @@ class Attachment(Closeable):
         name: str,
         image: Sequence[tuple[int, UserPages, Access]],
         gate_page: int,
-        memory: UserPages,
+        memory: RegisteredMemory,
         env: bytes,
         crossing_gva: int,
         user: bool,
@@ -118,12 +130,14 @@ class Attachment(Closeable):
         # How many guest tables the sub context needs does not depend on where its pages lie, so
         # a first plan with placeholders tells how much memory to make.
         def sub_plan(env_page: int, stack: int) -> ContextPlan:
-            return plan_sub(image, env_page, stack, memory, crossing_gva, user=user, levels=levels)
+            return plan_sub(
+                image, env_page, stack, memory.size, crossing_gva, user=user, levels=levels
+            )
 
         sub_bytes = sub_plan(0, 0).guest_table_bytes
         gate_bytes = gate.guest_table_bytes
         own = sub_bytes + gate_bytes + PAGE_SIZE + crossing.STACK_SIZE
-        require_lockable(own + memory.count * PAGE_SIZE)
+        require_lockable(own)
         with MemoryFile(f"{name} contexts", own) as file:
             region = Region(file, 0, prefault=True)
         try:
@@ -139,16 +153,16 @@ class Attachment(Closeable):
             region.close()
             raise
         try:
-            attachment._install(sub, gate)
+            attachment._install(sub, gate, memory)
         except BaseException:
             _slots_in_use[vcpu].discard(attachment.slot)
             attachment.close()
             raise
         return attachment
 
-    def _install(self, sub: ContextPlan, gate: ContextPlan) -> None:
-        self._contexts.append(_create(self._vcpu, sub, None))
-        self._contexts.append(_create(self._vcpu, gate, self._contexts[0]))
+    def _install(self, sub: ContextPlan, gate: ContextPlan, memory: RegisteredMemory) -> None:
+        self._contexts.append(_create(self._vcpu, sub, None, memory))
+        self._contexts.append(_create(self._vcpu, gate, self._contexts[0], None))
         calls.set_slot(self._vcpu, self.slot, self._contexts[1])
         self.attached = True
 

@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable
+from pathlib import Path
 from typing import ClassVar, Final
 
 from pykvm.kernel.uapi import ffi, lib
 from pykvm.kvm import Capability, Handle, Ioctl, Kvm, Scope, Vcpu
-from pykvm.sizes import PAGE_SIZE
+from pykvm.sizes import GIB, PAGE_SIZE
 
 __all__ = [
     "CALLS",
     "ELISA",
     "Context",
+    "RegisteredMemory",
     "create_context",
     "enable_contexts",
     "enable_user_hypercalls",
+    "register_memory",
     "revoke_slot",
     "set_slot",
     "version",
@@ -41,11 +44,23 @@ _CREATE_CONTEXT: Final = Ioctl(
         errno.E2BIG: "map less in one context",
         errno.ELOOP: "name contexts without EPTP pages of their own in its pages",
         errno.ENOSPC: "give back a context first, or allow more with enable_contexts()",
-        errno.EBADF: "name open contexts in its pages",
+        errno.EBADF: "name open contexts in its pages, and open memory in its parts",
         errno.ENOENT: "name vcpus of this vm in its pages",
         errno.EPERM: _AS_ROOT,
     },
     lib.KVM_ELISA_CREATE_CONTEXT,
+)
+_REGISTER_MEMORY: Final = Ioctl(
+    "KVM_ELISA_REGISTER_MEMORY",
+    (Scope.SYSTEM,),
+    ELISA,
+    {
+        errno.EINVAL: "give whole pages",
+        errno.E2BIG: f"register at most {lib.KVM_ELISA_MAX_MEMORY >> 30} GiB at a time",
+        errno.ENOMEM: "free memory, or raise RLIMIT_MEMLOCK with `ulimit -l`",
+        errno.EPERM: _AS_ROOT,
+    },
+    lib.KVM_ELISA_REGISTER_MEMORY,
 )
 _SET_SLOT: Final = Ioctl(
     "KVM_ELISA_SET_SLOT",
@@ -71,7 +86,7 @@ _REVOKE: Final = Ioctl(
     lib.KVM_ELISA_REVOKE,
 )
 
-CALLS: Final = {call.name: call for call in (_CREATE_CONTEXT, _SET_SLOT, _REVOKE)}
+CALLS: Final = {call.name: call for call in (_REGISTER_MEMORY, _CREATE_CONTEXT, _SET_SLOT, _REVOKE)}
 """The patch's ioctls by macro name, as arguments of `Handle.ioctl`."""
 
 
@@ -83,6 +98,47 @@ class Context(Handle):
     def __init__(self, vm: Handle, fd: int) -> None:
         super().__init__(fd, vm)
         self.vm = vm
+
+
+class RegisteredMemory(Handle):
+    """Memory that the kernel has pinned and charged once, for any number of contexts.
+
+    The kernel keeps it while the handle is open or a context maps a part of it.
+
+    Attributes:
+        size: bytes.
+    """
+
+    scope: ClassVar[Scope] = Scope.DEVICE
+
+    def __init__(self, system: Handle, fd: int, size: int) -> None:
+        super().__init__(fd, system)
+        self.size = size
+
+    @property
+    def parts(self) -> int:
+        """Number of parts, 1 GiB each; the last one may be smaller."""
+        return -(-self.size // GIB)
+
+    @property
+    def large_pages(self) -> int:
+        """Number of 2 MiB pages in its tables; the rest of the memory is in 4 KiB pages."""
+        return self._fact("large")
+
+    @property
+    def tables(self) -> int:
+        """Number of table pages, which all contexts share."""
+        return self._fact("tables")
+
+    @property
+    def contexts(self) -> int:
+        """Number of references of contexts, one for each part that a context maps."""
+        return self._fact("contexts")
+
+    def _fact(self, name: str) -> int:
+        text = Path(f"/proc/self/fdinfo/{self.fileno()}").read_text()
+        facts = dict(line.split(":", 1) for line in text.splitlines())
+        return int(facts[f"elisa-{name}"])
 
 
 def version(kvm: Kvm) -> int:
@@ -116,11 +172,31 @@ def enable_contexts(vm: Handle, *, contexts: int = 0, pages: int = 0) -> None:
     vm.enable_cap(ELISA, lib.KVM_ELISA_CONTEXTS, contexts, pages)
 
 
+def register_memory(system: Handle, address: int, size: int) -> RegisteredMemory:
+    """Pin memory of this process and build its part of an EPT, once.
+
+    The handle closes with `system`; contexts keep the memory beyond that.
+
+    Args:
+        system: the `Kvm`.
+        address: address of the first byte; a multiple of 4096, like `size`.
+        size: bytes.
+
+    Raises:
+        CapabilityMissingError: this is stock KVM.
+        IoctlError: EPERM (no CAP_SYS_ADMIN), EINVAL, E2BIG, EFAULT (the memory cannot be pinned),
+            ENOMEM (RLIMIT_MEMLOCK); see kernel-patches/README.md.
+    """
+    request = ffi.new("struct kvm_elisa_memory *", {"addr": address, "size": size})
+    return system.adopt(RegisteredMemory(system, system.ioctl(_REGISTER_MEMORY, request), size))
+
+
 def create_context(
     vm: Handle,
     tables: bytes | bytearray | memoryview,
     pages: Iterable[tuple[int, int, int]],
     *,
+    parts: Iterable[tuple[RegisteredMemory, int]] = (),
     gva: int = 0,
     size: int = PAGE_SIZE,
     la57: bool = False,
@@ -130,10 +206,12 @@ def create_context(
     Args:
         vm: the VM.
         tables: nr_tables * 4096 bytes, table 0 the root. The address field of an entry is the
-            number of a table above level 1, of a page at level 1.
+            number of a table above level 1, of a page at level 1. A leaf of level 3 at n + 1 GiB
+            stands for part n.
         pages: (addr, kind, ref) for each page, the kind one of ``KVM_ELISA_PAGE_*``: (host
             address, PAGE_USER, 0), (0, PAGE_LIST, vCPU id), or (0, PAGE_EPTP, descriptor of a
             `Context`).
+        parts: registered memory and the number of one of its GiB, for each part.
         gva: the first guest virtual address that the context's guest page table maps.
         size: bytes that it maps from there on.
         la57: whether it is for guests with five-level paging.
@@ -154,11 +232,19 @@ def create_context(
         array[slot].addr = addr
         array[slot].kind = kind
         array[slot].ref = ref
+    listed = list(parts)
+    numbers = ffi.new("struct kvm_elisa_part[]", len(listed))
+    for slot, (memory, index) in enumerate(listed):
+        numbers[slot].fd = memory.fileno()
+        numbers[slot].index = index
     request = ffi.new("struct kvm_elisa_create *")
     request.nr_tables = count
     request.nr_pages = len(entries)
     request.tables = int(ffi.cast("uintptr_t", source))
     request.pages = int(ffi.cast("uintptr_t", array))
+    if listed:
+        request.nr_parts = len(listed)
+        request.parts = int(ffi.cast("uintptr_t", numbers))
     request.gva = gva
     request.size = size
     request.flags = lib.KVM_ELISA_LA57 if la57 else 0

@@ -3,7 +3,9 @@
 A context has two translations, which are both built here: its guest page table (GVA to GPA), which
 the Anywhere Page Table finds whatever CR3 holds, and its EPT (GPA to page). The page at crossing
 base + x has the GPA private base + x, and the guest page table itself is at
-``crossing.PRIVATE_TABLES_OFFSET`` from that private base.
+``crossing.PRIVATE_TABLES_OFFSET`` from that private base. An object's memory is at
+``crossing.SUB_MEMORY_GPA`` instead: its part of the EPT is the kernel's, made when the memory was
+registered, and the plan only names its parts of 1 GiB.
 
 These invariants hold by construction:
 
@@ -32,8 +34,13 @@ from typing import Final
 from pykvm.elisa import crossing
 from pykvm.errors import PykvmError
 from pykvm.paging.anywhere_page_table import fill_anywhere
-from pykvm.paging.entries import SIZE_2M, SIZE_4K, Access, EptEntry, X86Entry
-from pykvm.paging.tables import PageTables, TableAddresses, TableNumbers
+from pykvm.paging.entries import SIZE_1G, SIZE_2M, Access, EptEntry, X86Entry
+from pykvm.paging.tables import (
+    AddressRangeError,
+    PageTables,
+    TableAddresses,
+    TableNumbers,
+)
 from pykvm.sizes import PAGE_SIZE
 
 __all__ = [
@@ -99,7 +106,8 @@ class ContextCost:
     Attributes:
         ept_tables: tables of the EPT, which the kernel owns.
         guest_tables: pages of the guest page table, pinned.
-        mapped: other pages that the context maps, pinned or owned by the kernel.
+        mapped: other pages that the context maps, pinned or owned by the kernel, without the
+            object's memory.
     """
 
     ept_tables: int
@@ -115,13 +123,11 @@ class _Mapping:
         offset: offset of its first byte.
         page: the page or pages.
         access: what the EPT allows.
-        user: whether these are user pages even for callers in kernel mode.
     """
 
     offset: int
     page: Page
     access: Access
-    user: bool = False
 
 
 class ContextPlan:
@@ -134,6 +140,7 @@ class ContextPlan:
         ept: tables of the EPT.
         guest: guest page table.
         pages: the pages that the EPT maps, in the order of their numbers.
+        parts: how many parts of the object's memory it maps, 1 GiB each.
         gva: first GVA that the guest page table maps.
         size: bytes from there to the end of the last page that it maps.
         levels: levels of the guest's paging, 4 or 5.
@@ -147,6 +154,7 @@ class ContextPlan:
         *,
         user: bool = False,
         levels: int = 4,
+        memory: int = 0,
         exclude: tuple[int, int] | None = None,
     ) -> None:
         check_crossing_base(crossing_gva, levels)
@@ -157,11 +165,13 @@ class ContextPlan:
         self.levels = levels
         mappings = list(mappings)
         self.gva = crossing_gva + min(mapping.offset for mapping in mappings)
-        self.size = (
-            crossing_gva
-            + max(mapping.offset + mapping.page.count * PAGE_SIZE for mapping in mappings)
-            - self.gva
-        )
+        end = max(mapping.offset + mapping.page.count * PAGE_SIZE for mapping in mappings)
+        # Whole large pages, so that the tables do not depend on the size. What they map beyond the
+        # memory is absent in the EPT.
+        memory = -(-memory // SIZE_2M) * SIZE_2M
+        if memory:
+            end = crossing.SHARED_OFFSET + memory
+        self.size = crossing_gva + end - self.gva
         self.ept: PageTables[EptEntry] = PageTables(EptEntry, TableNumbers())
         self.guest: PageTables[X86Entry] = PageTables(
             X86Entry,
@@ -171,19 +181,27 @@ class ContextPlan:
         self._number = 0
         for mapping in mappings:
             gpa = private_gpa + mapping.offset
-            size = mapping.page.count * PAGE_SIZE
-            large = mapping.offset >= crossing.SHARED_OFFSET
-            access = _GUEST_ACCESS
-            if user or mapping.user:
-                access |= Access.USER
+            access = _GUEST_ACCESS | (Access.USER if user else Access.NONE)
             self.guest.map(
-                crossing_gva + mapping.offset,
-                gpa,
-                size,
-                access,
-                max_page=SIZE_2M if large else SIZE_4K,
+                crossing_gva + mapping.offset, gpa, mapping.page.count * PAGE_SIZE, access
             )
             self._map(gpa, mapping.page, mapping.access)
+        self.parts = -(-memory // SIZE_1G)
+        if memory:
+            self._map_memory(crossing_gva + crossing.SHARED_OFFSET, memory)
+
+    def _map_memory(self, gva: int, size: int) -> None:
+        """Map the object's memory: user pages even for callers in kernel mode."""
+        gpa = crossing.SUB_MEMORY_GPA
+        try:
+            self.guest.map(gva, gpa, size, _GUEST_ACCESS | Access.USER, max_page=SIZE_2M)
+        except AddressRangeError as error:
+            raise CrossingBaseError(
+                f"{size >> 20} MiB of memory do not fit behind {gva:#x}",
+                "use a lower crossing base, or give the object less memory",
+            ) from error
+        # Part n is named by the address n + 1 GiB, which no number of a page reaches.
+        self.ept.map(gpa, SIZE_1G, self.parts * SIZE_1G, READ_WRITE, max_page=SIZE_1G)
 
     def _map(self, gpa: int, page: Page, access: Access) -> int:
         first = self._number
@@ -276,7 +294,7 @@ def plan_sub(
     image: Sequence[tuple[int, UserPages, Access]],
     env_page: int,
     stack: int,
-    memory: UserPages,
+    memory: int,
     crossing_gva: int,
     *,
     user: bool = False,
@@ -288,7 +306,7 @@ def plan_sub(
         image: offset from the crossing base, pages and access of each part of the object's image.
         env_page: address of the environment's page in this process.
         stack: address of the stack's memory in this process.
-        memory: shared memory and windows.
+        memory: bytes of shared memory and windows, up to `crossing.MAX_MEMORY`.
         crossing_gva: crossing base.
         user: whether callers run in user mode.
         levels: levels of the guest's paging, 4 or 5.
@@ -308,8 +326,8 @@ def plan_sub(
                 UserPages(stack, crossing.STACK_SIZE // PAGE_SIZE),
                 READ_WRITE,
             ),
-            _Mapping(crossing.SHARED_OFFSET, memory, READ_WRITE, user=True),
         ],
         user=user,
         levels=levels,
+        memory=memory,
     )

@@ -27,7 +27,6 @@ STACK_SIZE: Final = 0x4000
 IMAGE_OFFSET: Final = 0x10000  #: the object's text, rodata, data and bss
 IMAGE_MAX_SIZE: Final = 0xF0000
 SHARED_OFFSET: Final = 0x200000  #: shared memory of the object, then window 0, window 1, ...
-SHARED_ALIGN: Final = 2 * MIB
 
 # The gate context maps its data far below the crossing base, where no displacement in the gate's
 # code holds a byte that would decode as a write to memory (guest/crossing/gate.S).
@@ -38,6 +37,8 @@ GATE_DATA_OFFSET: Final = -0x3333_1000  #: gate context, read-only: official sub
 PRIVATE_GPA_FIRST: Final = 256 * GIB  #: the guest's default context has nothing in the range
 PRIVATE_GPA_END: Final = 512 * GIB
 SUB_PRIVATE_GPA: Final = 0x40_0000_0000  #: the page at CROSSING_GVA + x lies at SUB_PRIVATE_GPA + x
+SUB_MEMORY_GPA: Final = 0x41_0000_0000  #: but the object's memory here, by GiB
+MAX_MEMORY: Final = 32 * GIB  #: of one object: shared memory and windows
 GATE_PRIVATE_GPA: Final = 0x50_0000_0000  #: the same for the gate context
 PRIVATE_TABLES_OFFSET: Final = 0x100000  #: guest page tables of a context, relative to its base
 PRIVATE_TABLES_SIZE: Final = 0x100000  #: 256 table pages, ends where the shared memory begins

@@ -17,14 +17,17 @@ from pathlib import Path
 from typing import Final, Self
 
 from pykvm.closeable import Closeable
-from pykvm.elisa import crossing
+from pykvm.elisa import calls, crossing
 from pykvm.elisa.attachment import Attachment
+from pykvm.elisa.calls import RegisteredMemory
 from pykvm.elisa.contexts import READ, READ_EXECUTE, READ_WRITE, UserPages
 from pykvm.elisa.guest import Guest
 from pykvm.elisa.protections import ALL, Protection
 from pykvm.elisa.trusted_images import ImagePart, SubImage, build_object, crossing_images
 from pykvm.errors import PykvmError
-from pykvm.kvm import Vcpu
+from pykvm.kvm import Handle, Vcpu
+from pykvm.memory.huge_pages import collapse
+from pykvm.memory.limits import require_lockable
 from pykvm.memory.regions import MemoryFile, Region
 from pykvm.paging.entries import Access
 from pykvm.sizes import PAGE_SIZE
@@ -36,8 +39,6 @@ __all__ = ["GuestNumberError", "ObjectInstance", "ObjectSizeError", "SharedObjec
 ENV: Final = struct.Struct("<QQQQII")
 
 MAX_GUESTS: Final = 64
-# The kernel takes KVM_ELISA_MAX_PAGES (1 GiB) for one context; image, stack and tables need some.
-MAX_MEMORY: Final = (1 << 30) - (4 << 20)
 
 
 class ObjectSizeError(PykvmError, ValueError):
@@ -84,10 +85,10 @@ class SharedObject:
             raise ObjectSizeError(f"negative memory for {self.name}", "use 0 or more bytes")
         if not self.memory_size:
             raise ObjectSizeError(f"no memory for {self.name}", "give it shared memory or windows")
-        if self.memory_size > MAX_MEMORY:
+        if self.memory_size > crossing.MAX_MEMORY:
             raise ObjectSizeError(
                 f"{self.memory_size >> 20} MiB for {self.name}",
-                f"use at most {MAX_MEMORY >> 20} MiB of shared memory and windows together",
+                f"use at most {crossing.MAX_MEMORY >> 30} GiB for shared memory and windows",
             )
 
     @property
@@ -199,6 +200,7 @@ class ObjectInstance(Closeable):
         self.declaration = declaration
         self.symbols = image.symbols
         self._file = MemoryFile(declaration.name, declaration.memory_size)
+        self._registered: RegisteredMemory | None = None
         self._attachments: dict[int, Attachment] = {}
         try:
             self.memory = Region(self._file, 0)
@@ -247,6 +249,30 @@ class ObjectInstance(Closeable):
         It is for the directly mapped baseline, which isolates nothing.
         """
         return Region(self._file, gpa)
+
+    def register(self, system: Handle) -> RegisteredMemory:
+        """Register the object's memory with the kernel, which pins and charges it once.
+
+        The first attachment does it; call it before to pay for it at another time. The memory
+        consists of 2 MiB pages as far as the host has some (`pykvm.memory.huge_pages`).
+
+        Args:
+            system: the `Kvm`, or any handle that was made from it.
+
+        Returns:
+            The registered memory, the same at every call while its `Kvm` is open.
+
+        Raises:
+            LockLimitError: this process may not pin so much memory.
+            KvmError: the kernel refuses the call.
+        """
+        if self._registered is None or self._registered.closed:
+            require_lockable(self.memory.size)
+            collapse(self._file)
+            self._registered = calls.register_memory(
+                system.system, self.memory.host_address, self.memory.size
+            )
+        return self._registered
 
     def attach(self, guest: Guest, number: int | None = None, *, user: bool = False) -> Attachment:
         """Attach a guest: its vCPU gains the object, and it gets its window and its slot.
@@ -326,7 +352,7 @@ class ObjectInstance(Closeable):
             name=f"{self.declaration.name} {number}",
             image=self._image.parts(user),
             gate_page=self._image.gate_page,
-            memory=UserPages(self.memory.host_address, self.memory.size // PAGE_SIZE),
+            memory=self.register(vcpu),
             env=env,
             crossing_gva=crossing_gva,
             user=user,
@@ -371,6 +397,8 @@ class ObjectInstance(Closeable):
         for attachment in self._attachments.values():
             attachment.close()
         self._attachments.clear()
+        if self._registered is not None:
+            self._registered.close()
         self.memory.close()
         self._image.region.close()
         self._file.close()

@@ -22,7 +22,10 @@ typedef unsigned long long __u64;
 typedef int __s32;
 struct kvm_elisa_page { __u64 addr; __u32 kind; __s32 ref; ...; };
 struct kvm_elisa_create {
-    __u32 nr_tables, nr_pages; __u64 tables, pages; __u32 flags; __u64 gva, size; ...; };
+    __u32 nr_tables, nr_pages; __u64 tables, pages; __u32 flags, nr_parts;
+    __u64 gva, size, parts; ...; };
+struct kvm_elisa_memory { __u64 addr, size; ...; };
+struct kvm_elisa_part { __s32 fd; __u32 index; ...; };
 struct kvm_elisa_slot { __u32 slot; __s32 fd; ...; };
 struct kvm_elisa_revoke { __u32 vcpu, slot; ...; };
 struct kvm_elisa_exit {

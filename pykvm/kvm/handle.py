@@ -99,9 +99,10 @@ class Handle(Closeable):
     def _noun(self) -> str:
         return type(self).__name__.lower()
 
-    def _root(self) -> Handle:
-        """The handle on the system that this one comes from, or itself."""
-        return self if self._parent is None else self._parent._root()
+    @property
+    def system(self) -> Handle:
+        """The handle on /dev/kvm that this one comes from, or itself."""
+        return self if self._parent is None else self._parent.system
 
     # ---- capabilities -----------------------------------------------------------------------
     def check_extension(self, capability: str | int | Capability) -> int:

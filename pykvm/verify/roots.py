@@ -35,7 +35,7 @@ BASES: Final = (crossing.CROSSING_GVA, crossing.CROSSING_MIN_GVA, 0xFFFF_C900_00
 _CODE: Final = 0x7000_0000
 _TABLES: Final = 0x70_0000_0000
 _GLOBAL: Final = 1 << 8
-_MEMORY_PAGES: Final = 600  # more than 2 MiB, and no multiple of it
+_MEMORY: Final = 1200 * PAGE_SIZE  # more than one 2 MiB page, and a remainder
 # EPTPs have bit 0 clear (a memory type of 0 or 6), so to paging they are not present.
 _EPTP: Final = 0x1234_501E
 
@@ -80,7 +80,7 @@ def _check(proof: RootsProof, gate_page: bytes, base: int, levels: int, user: bo
         ],
         0x8000,
         0x9000,
-        UserPages(0x100_0000, _MEMORY_PAGES),
+        _MEMORY,
         base,
         user=user,
         levels=levels,
@@ -122,14 +122,12 @@ def _check_absent(proof: RootsProof, name: str, gate: ContextPlan, sub: ContextP
     """Check that the gate maps nothing that the sub context maps to anything but its root."""
     root = sub.ept.walk(0).page
     for span in sub.ept.spans():
-        if root is not None and span.target == root * PAGE_SIZE and span.repeats:
+        alone = span.repeats or span.size == PAGE_SIZE
+        if root is not None and span.target == root * PAGE_SIZE and alone:
             continue
-        for gpa in range(span.start, span.end, PAGE_SIZE):
-            if sub.ept.walk(gpa).page == root:
-                continue
-            proof.pages += 1
-            if gate.ept.walk(gpa).mapped:
-                proof.findings.append(f"{name}: the gate maps GPA {gpa:#x} of the sub context")
+        proof.pages += span.size // PAGE_SIZE
+        for mapped in gate.ept.spans(span.start, span.size):
+            proof.findings.append(f"{name}: the gate maps GPA {mapped.start:#x} of the sub context")
 
 
 def _access(writable: bool, executable: bool) -> Access:

@@ -19,12 +19,13 @@ from pykvm.elisa.contexts import (
 from pykvm.elisa.trusted_images import crossing_images
 from pykvm.paging.entries import EPTP, Access, EptEntry
 from pykvm.paging.reach import reachable_from
-from pykvm.sizes import PAGE_SIZE
+from pykvm.sizes import GIB, PAGE_SIZE
 
 pytestmark = pytest.mark.unit
 
 BASES = [crossing.CROSSING_GVA, 5 << 30, 0xFFFF_FFFF_8000_0000, 0xFFFF_C900_0020_0000]
-MEMORY_PAGES = 1200  # more than one 2 MiB page, and a remainder
+MEMORY = 1200 * PAGE_SIZE  # more than one 2 MiB page, and a remainder
+LARGE = 3 << 21  # the whole large pages that hold it
 
 
 def complete(plan: ContextPlan) -> tuple[ContextPlan, memoryview]:
@@ -38,7 +39,7 @@ def gate_plan(base: int) -> ContextPlan:
     return plan_gate(0x7000_0000, base)
 
 
-def sub_plan(base: int, *, user: bool = False) -> ContextPlan:
+def sub_plan(base: int, *, user: bool = False, memory: int = MEMORY) -> ContextPlan:
     return plan_sub(
         [
             (crossing.SUB_ENTRY_OFFSET, UserPages(0x1000), READ_EXECUTE),
@@ -46,7 +47,7 @@ def sub_plan(base: int, *, user: bool = False) -> ContextPlan:
         ],
         0x8000,
         0x9000,
-        UserPages(0x100_0000, MEMORY_PAGES),
+        memory,
         base,
         user=user,
     )
@@ -119,13 +120,11 @@ def test_i3_what_a_sub_context_maps_is_absent_in_the_gate(base: int) -> None:
     assert root_page is not None
     checked = 0
     for span in sub.ept.spans():
-        if span.target == root_page * PAGE_SIZE and span.repeats:
+        if span.target == root_page * PAGE_SIZE and (span.repeats or span.size == PAGE_SIZE):
             continue
-        for gpa in range(span.start, span.end, PAGE_SIZE):
-            if sub.ept.walk(gpa).page != root_page:
-                assert not gate.ept.walk(gpa).mapped, f"GPA {gpa:#x}"
-                checked += 1
-    assert checked == 4 + 1 + 1 + 4 + MEMORY_PAGES + len(sub.guest) - 1
+        assert not list(gate.ept.spans(span.start, span.size)), span
+        checked += span.size
+    assert checked == (4 + 1 + 1 + 4 + len(sub.guest) - 1) * PAGE_SIZE + GIB
 
 
 @pytest.mark.parametrize("base", [*BASES, 1 << 52])
@@ -188,7 +187,7 @@ def test_i8_only_what_the_guest_can_write_is_a_user_page_of_a_supervisor(
         (span.start - base, span.size): bool(span.access & Access.USER)
         for span in plan.guest.spans()
     }
-    memory = (crossing.SHARED_OFFSET, MEMORY_PAGES * PAGE_SIZE)
+    memory = (crossing.SHARED_OFFSET, LARGE)
     assert kinds.pop(memory) is True
     assert set(kinds.values()) == {user}
     assert sum(size for _, size in kinds) == (4 + 1 + 1 + 4) * PAGE_SIZE
@@ -220,15 +219,31 @@ def test_the_list_is_writable_in_both_contexts_and_the_official_eptp_in_none() -
 
 
 def test_what_an_attachment_costs_is_what_the_documentation_says() -> None:
-    """The documented cost: gate 9 + 5 + 3 pages; sub 7 + 4 pages, and a table for each 2 MiB."""
+    """The documented cost: gate 9 + 5 + 3 pages; sub 7 + 4 + 10, whatever the memory's size."""
     gate, _ = complete(gate_plan(BASES[0]))
     assert (gate.cost.ept_tables, gate.cost.guest_tables, gate.cost.mapped) == (9, 5, 3)
     sub, _ = complete(sub_plan(BASES[0]))
-    blocks = -(-MEMORY_PAGES // 512)
-    assert sub.cost.ept_tables == 7 + blocks
-    # The last, partly used block is mapped with 4 KiB pages: one guest table for it.
-    assert sub.cost.guest_tables == 4 + 1
-    assert sub.cost.mapped == 4 + 1 + 1 + 4 + MEMORY_PAGES
+    assert (sub.cost.ept_tables, sub.cost.guest_tables, sub.cost.mapped) == (7, 4, 10)
+
+
+@pytest.mark.parametrize("size", [PAGE_SIZE, GIB, GIB + PAGE_SIZE, crossing.MAX_MEMORY])
+def test_memory_is_mapped_by_parts(size: int) -> None:
+    plan, _ = complete(sub_plan(BASES[0], memory=size))
+    assert plan.parts == -(-size // GIB)
+    for part in range(plan.parts):
+        found = plan.ept.walk(crossing.SUB_MEMORY_GPA + part * GIB)
+        assert found.target == (part + 1) * GIB
+        assert found.access == Access.READ | Access.WRITE
+    # A GiB of memory may take another table for guest paging.
+    assert 4 <= len(plan.guest) <= 5 + plan.parts
+    end = BASES[0] + crossing.SHARED_OFFSET + size
+    assert end <= plan.gva + plan.size < end + (2 << 20)
+
+
+def test_memory_that_does_not_fit_behind_the_crossing_base_is_refused() -> None:
+    sub_plan(BASES[2], memory=GIB)
+    with pytest.raises(CrossingBaseError, match="use a lower crossing base"):
+        sub_plan(BASES[2], memory=2 * GIB)
 
 
 @pytest.mark.attack("T8")

@@ -101,8 +101,11 @@ def test_a_users_object_is_built(tmp_path: Path) -> None:
         (lambda: SharedObject("x", COUNTER, shared=-1), "negative memory for x"),
         (lambda: SharedObject("x", COUNTER, window=-1), "negative memory for x"),
         (lambda: SharedObject("x", COUNTER, shared=0, window=0), "no memory for x: "),
-        (lambda: SharedObject("x", COUNTER, shared=1 << 30), "1024 MiB for x: use at most"),
-        (lambda: SharedObject("x", COUNTER, window=32 << 20, guests=64), "2048 MiB for x: use"),
+        (
+            lambda: SharedObject("x", COUNTER, shared=32 << 30),
+            "32768 MiB for x: use at most 32 GiB",
+        ),
+        (lambda: SharedObject("x", COUNTER, window=1 << 30, guests=64), "65536 MiB for x: use"),
     ],
 )
 def test_sizes_that_cannot_be(declare: Callable[[], SharedObject], says: str) -> None:

@@ -37,11 +37,14 @@ def test_crossing_area_has_no_overlaps() -> None:
         (crossing.STACK_OFFSET, crossing.STACK_SIZE),
         (crossing.IMAGE_OFFSET, crossing.IMAGE_MAX_SIZE),
         (crossing.PRIVATE_TABLES_OFFSET, crossing.PRIVATE_TABLES_SIZE),
-        (crossing.SHARED_OFFSET, crossing.SHARED_ALIGN),
+        (crossing.SHARED_OFFSET, crossing.CROSSING_ALIGN),
     ]
     for (start, size), (following, _) in pairwise(places):
         assert start % page == size % page == 0
         assert start + size <= following
+    # The object's memory lies behind the rest of the sub context and before the gate context.
+    assert crossing.SUB_PRIVATE_GPA + (1 << 30) <= crossing.SUB_MEMORY_GPA
+    assert crossing.SUB_MEMORY_GPA + crossing.MAX_MEMORY <= crossing.GATE_PRIVATE_GPA - (1 << 30)
     # The three crossing pages and the return page are adjacent, in this order.
     assert [offset for offset, _ in places[:4]] == [0, page, 2 * page, 3 * page]
     # The pages before and after the stack are free, for overflow and underflow.

@@ -23,8 +23,8 @@ USER, LIST, EPTP = (
 R, W, X = 1, 2, 4  # SDM vol. 3C, tables 29-1 and 29-6: bits 0 to 2 of every EPT entry
 WB = 6 << 3  # memory type of a leaf
 LARGE = 1 << 7
-# struct kvm_elisa_create: nr_tables, nr_pages, tables, pages, flags, pad, gva, size,
-# reserved[2]
+# struct kvm_elisa_create: nr_tables, nr_pages, tables, pages, flags, nr_parts, gva, size, parts,
+# reserved
 CREATE = struct.Struct("<IIQQIIQQQQ")
 
 
@@ -95,11 +95,13 @@ class Request:
     Attributes:
         tables: contents of the tables, 4 KiB each.
         pages: (addr, kind, ref) of each page.
+        parts: (fd, index) of each part of registered memory.
         fields: members of struct kvm_elisa_create that replace the right ones.
     """
 
     tables: list[bytes]
     pages: list[tuple[int, int, int]]
+    parts: list[tuple[int, int]] = field(default_factory=list)
     fields: dict[str, int] = field(default_factory=dict)
 
     def send(self, vm: Vm) -> int:
@@ -115,15 +117,20 @@ class Request:
         pages = uapi.ffi.new("struct kvm_elisa_page[]", len(self.pages))
         for slot, (addr, kind, ref) in enumerate(self.pages):
             pages[slot].addr, pages[slot].kind, pages[slot].ref = addr, kind, ref
+        parts = uapi.ffi.new("struct kvm_elisa_part[]", len(self.parts))
+        for slot, (fd, index) in enumerate(self.parts):
+            parts[slot].fd, parts[slot].index = fd, index
         values = {
             "nr_tables": len(self.tables),
             "nr_pages": len(self.pages),
             "tables": int(ffi.cast("uintptr_t", tables)),
             "pages": int(ffi.cast("uintptr_t", pages)),
-            **{"flags": 0, "pad": 0, "gva": 1 << 40, "size": PAGE, "reserved0": 0, "reserved1": 0},
+            **{"flags": 0, "nr_parts": len(self.parts), "gva": 1 << 40, "size": PAGE},
+            "parts": int(ffi.cast("uintptr_t", parts)) if self.parts else 0,
+            "reserved": 0,
             **self.fields,
         }
-        return ffi.from_buffer(CREATE.pack(*values.values())), (tables, pages)
+        return ffi.from_buffer(CREATE.pack(*values.values())), (tables, pages, parts)
 
 
 def raw(fd: int, name: str, argument: Any = 0) -> int:

@@ -241,7 +241,7 @@ class X86Vcpu(Attributes):
         return self.ioctl("KVM_GET_MSRS", table)
 
     def _listed_msrs(self) -> list[int]:
-        system = self._root()
+        system = self.system
         return system.get_msr_index_list() if isinstance(system, X86System) else []
 
     def get_nested_state(self) -> bytes:

@@ -123,7 +123,7 @@ class WeakAttachment:
         declaration = instance.declaration
         env = declaration.env(crossing_gva + crossing.SHARED_OFFSET, 0)
         image = [*instance._image.parts(user=False), *extra]
-        memory = UserPages(instance.memory.host_address, instance.memory.size // PAGE_SIZE)
+        memory = instance.register(vcpu)
 
         with MemoryFile("weak contexts", 64 * PAGE_SIZE) as file:
             self._memory = Region(file, 0, prefault=True)
@@ -135,14 +135,16 @@ class WeakAttachment:
         env_page, stack = self._take(PAGE_SIZE), self._take(crossing.STACK_SIZE)
         self._view(env_page, len(env))[:] = env
 
-        sub = plan_sub(image, env_page, stack, memory, crossing_gva, levels=guest.paging_levels)
+        sub = plan_sub(
+            image, env_page, stack, memory.size, crossing_gva, levels=guest.paging_levels
+        )
         gate = plan_gate(gate_code, crossing_gva, levels=guest.paging_levels)
         change_sub(sub)
         change_gate(gate)
         self._place(sub, tables)
         self._place(gate, Access.READ)
-        self.sub: Context = attachment._create(vcpu, sub, None)
-        self.gate: Context = attachment._create(vcpu, gate, self.sub)
+        self.sub: Context = attachment._create(vcpu, sub, None, memory)
+        self.gate: Context = attachment._create(vcpu, gate, self.sub, None)
         self._vcpu, self._crossing_gva = vcpu, crossing_gva
         guest.announce(2, instance.window_region(0, guest.next_window_gpa()))
 
@@ -167,7 +169,7 @@ class WeakAttachment:
         self._view(code, PAGE_SIZE)[:] = crossing_images().gate_page
         plan = plan_gate(code, self._crossing_gva, levels=self._guest.paging_levels)
         self._place(plan, Access.READ)
-        return attachment._create(self._vcpu, plan, self.sub)
+        return attachment._create(self._vcpu, plan, self.sub, None)
 
     def enter_through_gate(self, slot: int = 2) -> int:
         """Put the gate into the vCPU's list, as the product does."""
