@@ -42,12 +42,14 @@ from tests.rigs.call_model.choices import (
     kinds,
     mutated,
     page_mutations,
+    registrations,
     setups,
     slots,
     vcpu_ids,
 )
 from tests.rigs.call_model.model import (
     ContextModel,
+    MemoryModel,
     OpenFile,
     VcpuModel,
     VmModel,
@@ -57,7 +59,7 @@ from tests.rigs.call_model.model import (
     judge,
 )
 from tests.rigs.call_model.runs import run_vcpu
-from tests.rigs.context_requests import EPTP, LIST, PAGE, raw
+from tests.rigs.context_requests import EPTP, LIST, PAGE, raw, register, with_part
 from tests.rigs.host_state import (
     VmStatistics,
     host_state,
@@ -66,6 +68,7 @@ from tests.rigs.host_state import (
     quiet_kernel,
 )
 from tests.rigs.tiny_guest import (
+    ARENA_PAGES,
     Arena,
     Kind,
     RunArea,
@@ -102,6 +105,7 @@ class Calls(RuleBasedStateMachine):
         super().__init__()
         counted["sequences"] += 1
         self.vms: list[VmModel] = []
+        self.memories: list[MemoryModel] = []
         self.order = random.Random(0)
         self.log = contextlib.ExitStack()
         self.log.enter_context(quiet_kernel())
@@ -134,12 +138,24 @@ class Calls(RuleBasedStateMachine):
     def open_contexts(self) -> list[ContextModel]:
         return [context for vm in self.vms for context in vm.contexts if context.file.fds]
 
+    def open_memories(self) -> list[MemoryModel]:
+        return [memory for memory in self.memories if memory.file.fds]
+
     def open_files(self) -> list[OpenFile]:
-        return [file for vm in self.vms for file in vm.files]
+        memories = [memory.file for memory in self.memories if memory.file.open]
+        return [*memories, *(file for vm in self.vms for file in vm.files)]
+
+    def live_memories(self) -> list[MemoryModel]:
+        """Return the memories that the kernel must still hold, and no others."""
+        live = [context for vm in self.vms for context in vm.live_contexts()]
+        mapped = [memory for context in live for memory in context.memories]
+        return [memory for memory in self.memories if memory.file.open or memory in mapped]
 
     def files(self) -> dict[int, object]:
         """Return the owner of each open descriptor."""
         found: dict[int, object] = {0: "standard input"}
+        for memory in self.memories:
+            found.update(dict.fromkeys(memory.file.fds, memory))
         for vm in self.vms:
             owners: list[VmModel | VcpuModel | ContextModel] = [vm]
             for owner in (*owners, *vm.vcpus.values(), *vm.contexts):
@@ -246,6 +262,9 @@ class Calls(RuleBasedStateMachine):
             target=target.file.fds[0] if target else NOWHERE,
         )
         request = replace(request, fields=fields)
+        if self.open_memories() and named % 2:
+            memory = pick(self.open_memories(), named).file.fds[0]
+            request = with_part(request, memory if named < 5 else NOWHERE, index=int(named == 3))
         if mutation:
             request = mutated(request, mutation)
         files = self.files()
@@ -266,9 +285,38 @@ class Calls(RuleBasedStateMachine):
             tables_free=free_of_tables(final.get("gva", 1 << 40), final.get("size", PAGE)),
             target=targets[0] if targets else None,  # type: ignore[arg-type]
             list_of={ref for _, page_kind, ref in request.pages if page_kind == LIST},
+            memories=[files[part] for part, _ in request.parts],  # type: ignore[misc]
         )
         vm.contexts.append(made)
         return made
+
+    @precondition(lambda self: self.vms and len(self.open_memories()) < 3)
+    @rule(index=indices, what=registrations)
+    def register_memory(self, index: int, what: str) -> None:
+        vm = pick(self.vms, index)
+        address, size = vm.arena.address, ARENA_PAGES * PAGE
+        file, reserved = host.kvm.fileno(), 0
+        errors = set() if vm.memory == "there" else {errno.EFAULT}
+        match what:
+            case "empty":
+                size = 0
+            case "unaligned":
+                address += 8
+            case "wraps":
+                size = 2**64 - PAGE
+            case "reserved":
+                reserved = 1
+            case "too large":
+                size = uapi.lib.KVM_ELISA_MAX_MEMORY + PAGE
+                errors = {errno.E2BIG}
+            case "a vm's call" if vm.file.fds:
+                file = vm.file.fds[0]
+                errors = {errno.ENOTTY}
+        if what in ("empty", "unaligned", "wraps", "reserved"):
+            errors = {errno.EINVAL}
+        fd = register(file, address, size, reserved)
+        if judge("register memory", fd, errors):
+            self.memories.append(MemoryModel(OpenFile("memory", [fd])))
 
     # ---- slots -----------------------------------------------------------------------------------
 
@@ -415,8 +463,12 @@ class Calls(RuleBasedStateMachine):
         for vm in self.open_vms():
             live = vm.live_contexts()
             assert host.statistics.read(vm.file.fds[0]) == [len(live), vm.pages()], live
-        assert locked_kib() - self.before.locked == sum(vm.pages() for vm in self.vms) * 4
+        memories = self.live_memories()
+        charged = sum(vm.pages() for vm in self.vms)
+        charged += sum(memory.pages + memory.tables for memory in memories)
+        assert locked_kib() - self.before.locked == charged * 4
         pinned = sum(c.user_pages for vm in self.vms for c in vm.live_contexts())
+        pinned += sum(memory.pages for memory in memories)
         assert pinned_pages() - self.before.pinned == pinned
 
     def teardown(self) -> None:
@@ -474,5 +526,5 @@ def test_random_sequences(kvm: Kvm) -> None:
     # The sequences must have achieved something.
     for name in ("run: home", "run: empty slot"):
         assert counted[name] > 5, counted
-    for name in ("create context", "set slot", "revoke"):
+    for name in ("create context", "set slot", "revoke", "register memory"):
         assert counted[f"{name}: done"] > 5, counted

@@ -23,9 +23,10 @@ import pytest
 
 from pykvm.kernel import uapi
 from pykvm.kvm import Kvm, lib
-from tests.rigs.context_requests import raw
+from tests.rigs.context_requests import PAGE, raw, register, with_part
 from tests.rigs.host_state import nothing_stays, quiet_kernel
 from tests.rigs.tiny_guest import (
+    ARENA_PAGES,
     Arena,
     Kind,
     context_request,
@@ -52,6 +53,7 @@ CLOSED = {errno.EBADF, errno.ENOTTY, errno.EINVAL}
 ALLOWED = {
     # The memory is gone, the limit is reached, or the target of an EPTP page has become a gate.
     "create": CLOSED | {errno.EFAULT, errno.ENOSPC, errno.ELOOP},
+    "register": {errno.EFAULT},
     "set slot": CLOSED | {errno.EBUSY},
     "revoke": CLOSED | {errno.ENOENT},
     "enable": CLOSED,
@@ -102,6 +104,8 @@ class Round:
         for vcpu in self.vcpus:
             prepare(kvm, vcpu)
             assert set_registers(vcpu, slot=2) == 0
+        self.kvm = kvm.fileno()
+        self.memories: list[int] = []
         self.contexts: list[int] = []
         """Descriptors; the thread that removes one closes it."""
         self.owned = [self.vm, *self.vcpus]
@@ -137,9 +141,24 @@ class Round:
             vcpu_id=choice.randrange(2),
             target=choice.choice(targets[-3:]),
         )
+        if choice.random() < 0.5:
+            request = with_part(request, choice.choice([*self.memories, *self.contexts, 9999]))
         fd = self.judge("create", create_context(self.vm, request))
         if fd >= 0:
             self.contexts.append(fd)
+
+    def register(self, choice: random.Random) -> None:
+        size = choice.choice([1, ARENA_PAGES]) * PAGE
+        fd = self.judge("register", register(self.kvm, self.arena.address, size))
+        if fd >= 0:
+            self.memories.append(fd)
+
+    def close_memory(self, choice: random.Random) -> None:
+        try:
+            fd = self.memories.pop(choice.randrange(max(len(self.memories), 1)))
+        except IndexError:
+            return
+        os.close(fd)
 
     def fill(self, choice: random.Random) -> None:
         vcpu, slot = choice.choice(self.vcpus), choice.choice(SLOTS)
@@ -199,6 +218,7 @@ class Round:
         # All threads do everything; the first one alone also remaps the memory itself.
         things: list[Callable[[random.Random], None]] = [
             *(self.create, self.create, self.fill, self.fill_one, self.revoke, self.revoke),
+            *(self.register, self.register, self.close_memory),
             *(self.run, self.run, self.run, self.run, self.enable),
             *(self.close_context, self.close_machine, self.change_memory),
         ]
@@ -240,7 +260,7 @@ class Round:
             thread.join()
 
     def close(self) -> None:
-        for fd in [*self.contexts, *self.owned]:
+        for fd in [*self.memories, *self.contexts, *self.owned]:
             os.close(fd)
         for area in self.areas:
             area.close()
@@ -267,6 +287,6 @@ def test_racing_callers(kvm: Kvm) -> None:
         signal.signal(signal.SIGUSR1, old)
     print("\n".join(f"{name}: {count}" for name, count in sorted(outcomes.items())))
     # The calls must have achieved something.
-    for name in ("create", "set slot", "revoke", "run"):
+    for name in ("create", "register", "set slot", "revoke", "run"):
         assert outcomes[f"{name}: done"] > 5, outcomes
     assert outcomes["run: Interrupted system call"], outcomes

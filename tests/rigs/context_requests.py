@@ -6,7 +6,7 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pykvm.elisa import calls
@@ -26,6 +26,7 @@ LARGE = 1 << 7
 # struct kvm_elisa_create: nr_tables, nr_pages, tables, pages, flags, nr_parts, gva, size, parts,
 # reserved
 CREATE = struct.Struct("<IIQQIIQQQQ")
+MEMORY = struct.Struct("<QQQQ")  # struct kvm_elisa_memory: addr, size, reserved[2]
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,11 @@ def branch(index: int, access: int = R | W | X) -> int:
 
 def leaf(index: int = 0, access: int = R | W, kind: int = WB) -> int:
     return index << 12 | access | kind
+
+
+def part_leaf(part: int = 0, access: int = R | W, kind: int = WB) -> int:
+    """Return the entry of level 3 that stands for a part of registered memory."""
+    return (part + 1) << 30 | access | kind | LARGE
 
 
 def chain(*leaves: int) -> list[bytes]:
@@ -154,6 +160,25 @@ def good(machine: Machine, *leaves: int) -> Request:
     """Return a request for a context of three user pages, the list page and the tables' entries."""
     pages = [(machine.address + n * PAGE, USER, 0) for n in range(3)]
     return Request(chain(*(leaves or (leaf(0), leaf(1, R | X), leaf(3)))), [*pages, (0, LIST, 0)])
+
+
+def register(kvm: int, address: int, size: int, *reserved: int) -> int:
+    """Call KVM_ELISA_REGISTER_MEMORY on a descriptor; return the memory's descriptor or -errno."""
+    request = MEMORY.pack(address, size, *(*reserved, 0, 0)[:2])
+    return raw(kvm, "KVM_ELISA_REGISTER_MEMORY", ffi.from_buffer(request))
+
+
+def with_part(request: Request, fd: int, *, index: int = 0, entry: int | None = None) -> Request:
+    """Return the request with a part of registered memory at entry 7 of its level-3 table.
+
+    Args:
+        index: number of the part in the memory.
+        entry: what the table holds there; by default what stands for the part.
+    """
+    content = bytearray(request.tables[1])
+    struct.pack_into("<Q", content, 7 * 8, part_leaf() if entry is None else entry)
+    tables = [request.tables[0], bytes(content), *request.tables[2:]]
+    return replace(request, tables=tables, parts=[(fd, index)])
 
 
 def revoke(vm: Vm, vcpu_id: int, slot: int) -> int:

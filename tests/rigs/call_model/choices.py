@@ -24,8 +24,18 @@ enables = st.tuples(
     st.sampled_from([(0, 0, 0), (1, 0, 0), (0, 9, 0), (2**63, 2**63, 0), (1, 1, 1)]),
 )
 bad_calls = st.tuples(
-    st.sampled_from(["KVM_ELISA_CREATE_CONTEXT", "KVM_ELISA_SET_SLOT", "KVM_ELISA_REVOKE"]),
+    st.sampled_from(
+        [
+            "KVM_ELISA_CREATE_CONTEXT",
+            "KVM_ELISA_SET_SLOT",
+            "KVM_ELISA_REVOKE",
+            "KVM_ELISA_REGISTER_MEMORY",
+        ]
+    ),
     st.sampled_from([0, 1, 1 << 47, 1 << 63]),
+)
+registrations = st.sampled_from(
+    ["good", "good", "good", "empty", "unaligned", "wraps", "reserved", "too large", "a vm's call"]
 )
 kinds = st.sampled_from([Kind.OBJECT, Kind.GATE, Kind.SUB, Kind.BARE, Kind.OBJECT, Kind.GATE])
 
@@ -33,9 +43,9 @@ field_mutations = st.sampled_from(
     [
         ("flags", 2),
         ("flags", 1 << 31),
-        ("pad", 1),
-        ("reserved0", 1),
-        ("reserved1", 1 << 63),
+        ("reserved", 1 << 63),
+        ("parts", 1),
+        ("nr_parts", 65),
         ("gva", 8),
         ("gva", 2**64 - PAGE),
         ("size", 0),

@@ -38,6 +38,15 @@ class OpenFile:
 
 
 @dataclass(eq=False)
+class MemoryModel:
+    """Registered memory: the arena of a VM, less than 2 MiB."""
+
+    file: OpenFile
+    pages: int = ARENA_PAGES
+    tables: int = 2
+
+
+@dataclass(eq=False)
 class ContextModel:
     """A context.
 
@@ -56,6 +65,7 @@ class ContextModel:
     tables_free: bool = True
     target: "ContextModel | None" = None
     list_of: set[int] = field(default_factory=set)
+    memories: list[MemoryModel] = field(default_factory=list)
 
     @property
     def lists(self) -> set[int]:
@@ -238,13 +248,16 @@ def check_request(vm: VmModel, request: Request, files: dict[int, object]) -> Ch
         return Checked({errno.EINVAL}, 0, 0)
     nr_tables = fields.get("nr_tables", len(request.tables))
     nr_pages = fields.get("nr_pages", len(request.pages))
+    nr_parts = fields.get("nr_parts", len(request.parts))
     tables, pages = request.tables[:nr_tables], request.pages[:nr_pages]
-    errors = _field_errors(fields, nr_tables, nr_pages)
+    errors = _field_errors(fields, nr_tables, nr_pages, nr_parts)
+    for fd, index in request.parts:
+        errors |= _part_errors(files.get(fd), index)
     user_pages = sum(kind == USER for _, kind, _ in pages)
     for page in pages:
         errors |= _page_errors(vm, page, files)
     lists = {ref for _, kind, ref in pages if kind == LIST}
-    if len(lists) > 1 or not _tables_are_good(tables, pages):
+    if len(lists) > 1 or not _tables_are_good(tables, pages, nr_parts):
         errors.add(errno.EINVAL)
     if (
         len(vm.live_contexts()) >= vm.most_contexts
@@ -254,12 +267,13 @@ def check_request(vm: VmModel, request: Request, files: dict[int, object]) -> Ch
     return Checked(errors, nr_tables, user_pages)
 
 
-def _field_errors(fields: dict[str, int], nr_tables: int, nr_pages: int) -> set[int]:
+def _field_errors(fields: dict[str, int], nr_tables: int, nr_pages: int, nr_parts: int) -> set[int]:
     errors = set()
     gva, size = fields.get("gva", 1 << 40), fields.get("size", PAGE)
     if (
         fields.get("flags", 0) & ~1
-        or any(fields.get(name) for name in ("pad", "reserved0", "reserved1"))
+        or fields.get("reserved")
+        or (fields.get("parts") and not nr_parts)
         or (gva | size) % PAGE
         or not size
         or gva + size > 1 << 64
@@ -267,11 +281,21 @@ def _field_errors(fields: dict[str, int], nr_tables: int, nr_pages: int) -> set[
         or not nr_pages
     ):
         errors.add(errno.EINVAL)
-    if nr_tables > uapi.lib.KVM_ELISA_MAX_TABLES or nr_pages > uapi.lib.KVM_ELISA_MAX_PAGES:
+    if (
+        nr_tables > uapi.lib.KVM_ELISA_MAX_TABLES
+        or nr_pages > uapi.lib.KVM_ELISA_MAX_PAGES
+        or nr_parts > uapi.lib.KVM_ELISA_MAX_PARTS
+    ):
         errors.add(errno.E2BIG)
-    if "tables" in fields or "pages" in fields:  # only these tests put bad pointers there
+    if {"tables", "pages", "parts"} & fields.keys():  # only these tests put bad pointers there
         errors.add(errno.EFAULT)
     return errors
+
+
+def _part_errors(memory: object, index: int) -> set[int]:
+    if memory is None:
+        return {errno.EBADF}
+    return set() if isinstance(memory, MemoryModel) and index == 0 else {errno.EINVAL}
 
 
 def _page_errors(vm: VmModel, page: tuple[int, int, int], files: dict[int, object]) -> set[int]:
@@ -307,11 +331,15 @@ def _entries(table: bytes) -> tuple[int, ...]:
     return tuple(word for word in struct.unpack("<512Q", table) if word)
 
 
-def _tables_are_good(tables: list[bytes], pages: list[tuple[int, int, int]]) -> bool:
+def _tables_are_good(tables: list[bytes], pages: list[tuple[int, int, int]], nr_parts: int) -> bool:
     levels = {0: 4}
     queue = [0] if tables else []
     for number in queue:
         for entry in _entries(tables[number]):
+            if levels[number] == 3 and entry & LARGE:
+                if not _part_is_good(entry, nr_parts):
+                    return False
+                continue
             index = entry >> 12 & (1 << 40) - 1
             if not _entry_is_good(entry, levels[number], index, len(tables), pages):
                 return False
@@ -340,6 +368,13 @@ def _entry_is_good(
     if access & X and (access & W or kind != USER):
         return False
     return not (access & W and kind == EPTP)
+
+
+def _part_is_good(entry: int, nr_parts: int) -> bool:
+    part = (entry >> 30 & (1 << 22) - 1) - 1
+    return (
+        entry & ~(part + 1 << 30) in (R | WB | LARGE, R | W | WB | LARGE) and 0 <= part < nr_parts
+    )
 
 
 def free_of_tables(gva: int, size: int) -> bool:
