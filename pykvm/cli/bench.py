@@ -13,10 +13,12 @@ from pykvm.host.emulation import host_kind, is_emulated
 from pykvm.measure.charts import draw_crossing, draw_interrupts, draw_protections, draw_switch
 from pykvm.measure.fingerprint import fingerprint
 from pykvm.measure.records import unit_of_host
+from pykvm.testbed.bochs import MEMORIES
 
 __all__ = ["add_parser"]
 
 _PATHS: Final = ("vmfunc", "vmcall", "direct")
+_STEPS: Final = {"attach first": "attach, 1st", "attach last": "attach, 64th"}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -44,7 +46,14 @@ def add_parser(subparsers: Any) -> None:
         metavar="FILE",
         help="where to keep the record (default build/bench/attach.json)",
     )
-    attach.add_argument("--repeats", type=int, default=10, metavar="N", help="default 10")
+    attach.add_argument("--repeats", type=int, default=4, metavar="N", help="default 4")
+    attach.add_argument(
+        "--sizes",
+        type=_numbers,
+        default=[1, 64, 512],
+        metavar="MIB,MIB",
+        help="memory of the objects (default 1,64,512)",
+    )
     attach.set_defaults(run=run_attach)
 
     switch = kinds.add_parser("switch", help="a packet through the switch, by each path")
@@ -151,26 +160,48 @@ def run_protections(options: argparse.Namespace) -> int:
 def run_attach(options: argparse.Namespace) -> int:
     """Run `pykvm bench attach`; return the exit status."""
     _require("--repeats", [options.repeats], 1, 10_000)
+    _require("--sizes", options.sizes, 1, 32 << 10)
 
     def measure() -> dict[str, Any]:
         from pykvm.kvm import Kvm  # noqa: PLC0415
         from pykvm.measure.attach import measure_attach  # noqa: PLC0415
 
+        objects = []
         with Kvm() as kvm:
-            measured = measure_attach(kvm, options.repeats, ticks_scale(kvm))
-        return {**_head(), "repeats": options.repeats, **measured.as_dict()}
+            for size in options.sizes:
+                print(f"an object of {size} MiB", file=sys.stderr, flush=True)
+                objects.append(measure_attach(kvm, size, options.repeats, ticks_scale(kvm)))
+        return {
+            **_head(),
+            "repeats": options.repeats,
+            "objects": [measured.as_dict() for measured in objects],
+        }
 
-    arguments = ["bench", "attach", "--repeats", str(options.repeats)]
-    record = on_suitable_host(measure, arguments, files={}, out=options.json)
+    sizes = ",".join(map(str, options.sizes))
+    arguments = ["bench", "attach", "--repeats", str(options.repeats), "--sizes", sizes]
+    # The largest object, and as much for everything else.
+    memory = next((m for m in MEMORIES if m >= 2 * max(options.sizes)), MEMORIES[-1])
+    record = on_suitable_host(measure, arguments, files={}, out=options.json, memory=memory)
     if not is_emulated():
-        for name in ("attach", "detach", "revoke"):
-            print(
-                f"{name:8} {record[name]['cost']:12,.0f} {record['unit']} of the host, with Python"
-            )
-        for name, pages in record["pages"].items():
-            print(f"{name:16} {pages:4} pages")
+        _print_attach(record)
         print(f"kept: {options.json}")
     return 0
+
+
+def _print_attach(record: dict[str, Any]) -> None:
+    unit = record["unit"]
+    print(f"Costs for the host in {unit}, with Python; pages as charged to RLIMIT_MEMLOCK.")
+    print(f"{'':24}" + "".join(f"{one['mib']:>10} MiB" for one in record["objects"]))
+    for name in ("register", "attach first", "attach last", "detach", "revoke"):
+        costs = "".join(f"{one[name]['cost']:14,.0f}" for one in record["objects"])
+        print(f"{_STEPS.get(name, name):24}{costs}")
+    for label, pages in (
+        ("pages, registered", [one["registered"]["charged"] for one in record["objects"]]),
+        ("pages, attach, 1st", [one["pages"]["charged"][0] for one in record["objects"]]),
+        ("pages, attach, 64th", [one["pages"]["charged"][-1] for one in record["objects"]]),
+        ("huge pages of 2 MiB", [one["registered"]["large"] for one in record["objects"]]),
+    ):
+        print(f"{label:24}" + "".join(f"{number:14,}" for number in pages))
 
 
 def run_switch(options: argparse.Namespace) -> int:

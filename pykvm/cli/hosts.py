@@ -49,6 +49,7 @@ def on_suitable_host(
     *,
     files: Mapping[str, bytes],
     out: Path,
+    memory: int | None = None,
 ) -> dict[str, Any]:
     """Measure on this machine or on the emulated host; write the record and return it.
 
@@ -58,6 +59,7 @@ def on_suitable_host(
             host; --json FILE is added there.
         files: contents of the files to carry in, by the option that names the file.
         out: file of the record.
+        memory: MiB of memory of the emulated host, if not the usual ones.
 
     Raises:
         InsideFailedError: the command failed on the emulated host.
@@ -78,12 +80,15 @@ def on_suitable_host(
         "running on the emulated Intel host",
         flush=True,
     )
-    return _measure_inside(arguments, files, out)
+    return _measure_inside(arguments, files, out, memory)
 
 
-def _measure_inside(arguments: list[str], files: Mapping[str, bytes], out: Path) -> dict[str, Any]:
+def _measure_inside(
+    arguments: list[str], files: Mapping[str, bytes], out: Path, memory: int | None
+) -> dict[str, Any]:
     from pykvm.measure.prebuild import build_images  # noqa: PLC0415
     from pykvm.testbed import Testbed  # noqa: PLC0415
+    from pykvm.testbed.bochs import MEMORY  # noqa: PLC0415
 
     build_images()  # here, because compiling is slow on the emulated host
     with tempfile.TemporaryDirectory(prefix="pykvm-") as name:
@@ -93,7 +98,8 @@ def _measure_inside(arguments: list[str], files: Mapping[str, bytes], out: Path)
             path = folder / option.lstrip("-")
             path.write_bytes(content)
             command += [option, path.name]
-        outcome = Testbed(folder).run(command, stdout=_show(sys.stdout), stderr=_show(sys.stderr))
+        testbed = Testbed(folder, memory=memory or MEMORY)
+        outcome = testbed.run(command, stdout=_show(sys.stdout), stderr=_show(sys.stderr))
         if outcome.status or not (folder / _RECORD).exists():
             raise InsideFailedError(
                 f"the command failed on the emulated host (exit status {outcome.status})",

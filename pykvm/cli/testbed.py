@@ -11,7 +11,7 @@ from pykvm.cli.signals import exit_on_signals
 from pykvm.errors import PykvmError
 from pykvm.kernel.series import SERIES
 from pykvm.testbed import Testbed, session
-from pykvm.testbed.bochs import CPUS, DEFAULT_CPU, MOST_CPUS
+from pykvm.testbed.bochs import CPUS, DEFAULT_CPU, MEMORIES, MEMORY, MOST_CPUS
 
 __all__ = ["add_also", "add_parser", "run"]
 
@@ -68,6 +68,13 @@ def add_parser(subparsers: Any) -> None:
         default=1,
         help="how many processors, which take turns: for races between them, not for speed; "
         "instructions are not counted exactly (default: 1)",
+    )
+    parser.add_argument(
+        "--memory",
+        type=int,
+        choices=MEMORIES,
+        default=MEMORY,
+        help=f"MiB of memory of the host; more takes longer to resume (default: {MEMORY})",
     )
     kvm = parser.add_mutually_exclusive_group()
     kvm.add_argument(
@@ -142,6 +149,7 @@ def run(options: argparse.Namespace) -> int:
         cpu=options.cpu,
         fast=options.fast,
         cpus=options.cpus,
+        memory=options.memory,
     )
     if options.dry_run:
         plan = testbed.plan(command or _SHELL, kvm=kvm, modules=options.modules, also=options.also)

@@ -29,6 +29,7 @@ __all__ = [
     "CLOCK",
     "CPUS",
     "DEFAULT_CPU",
+    "MEMORIES",
     "MEMORY",
     "MOST_CPUS",
     "Emulator",
@@ -37,8 +38,9 @@ __all__ = [
     "make_restorable",
 ]
 
-# Bytes. A resume copies all of them, in pages of 4 KiB, so 1 GiB would take twice as long.
-MEMORY = 512 << 20
+# MiB. A resume copies all of them, in pages of 4 KiB, so 1 GiB would take twice as long.
+MEMORY = 512
+MEMORIES = (512, 1024, 2048)
 
 # Instructions in a second of emulated time. The guest's timer ticks 250 times in that many.
 CLOCK = 45_000_000
@@ -123,21 +125,26 @@ class Machine:
             twice as fast; RDTSC then returns the count of an earlier instruction.
         cpus: how many of the processor there are. Bochs runs several in turn, each for some
             instructions, and so counts none exactly.
+        memory: MiB of RAM, one of `MEMORIES`.
     """
 
     cpu: str
     bochs: Installation
     exact: bool = True
     cpus: int = 1
+    memory: int = MEMORY
 
     @classmethod
-    def with_cpu(cls, cpu: str, *, fast: bool = False, cpus: int = 1) -> "Machine":
+    def with_cpu(
+        cls, cpu: str, *, fast: bool = False, cpus: int = 1, memory: int = MEMORY
+    ) -> "Machine":
         """Return the machine with the processor `cpu`.
 
         Args:
             cpu: one of `CPUS`.
             fast: whether speed matters more than exact counts; always with several processors.
             cpus: processors, 1 to `MOST_CPUS`.
+            memory: MiB of RAM, one of `MEMORIES`.
 
         Raises:
             BochsMissingError, PackageError: see `bochs_installation.knowing`.
@@ -147,8 +154,8 @@ class Machine:
             # Without such a Bochs, a slower one does as well.
             with contextlib.suppress(PackageError):
                 undebugged = bochs_installation.knowing(cpu, undebugged=True)
-                return cls(cpu, undebugged, exact=False, cpus=cpus)
-        return cls(cpu, bochs_installation.knowing(cpu), exact, cpus)
+                return cls(cpu, undebugged, exact=False, cpus=cpus, memory=memory)
+        return cls(cpu, bochs_installation.knowing(cpu), exact, cpus, memory)
 
     def __str__(self) -> str:
         return f"a {self.cpu}" if self.cpus == 1 else f"{self.cpus} {self.cpu}"
@@ -164,7 +171,7 @@ class Machine:
             cpu=f"{self.cpu}, {options}" if options else self.cpu,
             cpus=self.cpus,
             clock=CLOCK,
-            memory=MEMORY >> 20,
+            memory=self.memory,
             share=self.bochs.share,
         )
 

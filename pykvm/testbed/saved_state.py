@@ -207,7 +207,7 @@ def _make_boot_disk(path: Path, image: Path, release: str, machine: Machine) -> 
     flat = kernel_image.flatten((image / "boot" / f"vmlinuz-{release}").read_bytes())
     levels = bochs.CPUS[machine.cpu].levels
     archive = boot_disk.cpio(files)
-    boot_disk.write(path, flat, archive, _COMMAND_LINE, bochs.MEMORY, levels=levels)
+    boot_disk.write(path, flat, archive, _COMMAND_LINE, machine.memory << 20, levels=levels)
 
 
 def _reach_and_suspend(

@@ -22,7 +22,7 @@ from pykvm.errors import PykvmError
 from pykvm.host.checkout import commit
 from pykvm.kernel.series import newest_kernel
 from pykvm.testbed import payload, saved_state
-from pykvm.testbed.bochs import DEFAULT_CPU, Emulator, Machine
+from pykvm.testbed.bochs import DEFAULT_CPU, MEMORY, Emulator, Machine
 from pykvm.testbed.folder import carried_files, current_folder, require_place
 
 __all__ = ["CancelledError", "CommandTimeoutError", "HostDiedError", "Outcome", "Testbed"]
@@ -88,6 +88,7 @@ class Testbed:
         cpu: str = DEFAULT_CPU,
         fast: bool = False,
         cpus: int = 1,
+        memory: int = MEMORY,
     ) -> None:
         """Choose the folder, the kernel and the processor; start nothing.
 
@@ -103,6 +104,7 @@ class Testbed:
             fast: whether speed matters more than exact counts (`Machine.exact`).
             cpus: emulated processors, 1 to `pykvm.testbed.bochs.MOST_CPUS`; with more than one,
                 counts are not exact.
+            memory: MiB of RAM, one of `pykvm.testbed.bochs.MEMORIES`.
 
         Raises:
             SeriesUnknownError, KernelMissingError: see `pykvm.kernel.series.newest_kernel`.
@@ -113,7 +115,7 @@ class Testbed:
         require_place(self.folder)
         self._progress = progress or _Narrator()
         self.kernel = newest_kernel(series)
-        self.machine = Machine.with_cpu(cpu, fast=fast, cpus=cpus)
+        self.machine = Machine.with_cpu(cpu, fast=fast, cpus=cpus, memory=memory)
 
     def prepare(
         self, kvm: str = "payload", modules: Path | None = None, also: Sequence[Path] = ()

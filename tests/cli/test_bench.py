@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,14 +14,14 @@ from pykvm.measure.records import read_record
 _KINDS = {
     "crossing": ["--calls", "10"],
     "protections": ["--calls", "10"],
-    "attach": ["--repeats", "2"],
+    "attach": ["--repeats", "1"],
     "switch": ["--sizes", "64,1514", "--bursts", "1,32", "--guests", "2", "--repeats", "1"],
     "interrupts": ["--count", "2", "--left", "0,1000"],
 }
 # First words of the lines that report a measurement.
 _LINES = {
     "crossing": ["vmfunc", "vmcall_kernel", "vmcall_user", "direct"],
-    "attach": ["attach", "detach", "revoke"],
+    "attach": ["register", "attach,", "attach,", "detach", "revoke"],
     "switch": ["2", "2", "2", "2"],
     "interrupts": ["0", "1000"],
 }
@@ -59,6 +60,28 @@ def test_measurement(kind: str, tmp_path: Path) -> None:
     record = read_record(tmp_path / path)
     assert (record["host"], record["unit"]) == ("emulated", "instructions")
     assert json.dumps(record).count('"samples"') >= 1
+    if kind == "attach":
+        check_attach(record)
+
+
+def check_attach(record: dict[str, Any]) -> None:
+    """An attachment costs the same for objects of any size, and the 64th as much as the first."""
+    objects = record["objects"]
+    assert [one["mib"] for one in objects] == [1, 64, 512]
+    costs = [one[name]["cost"] for one in objects for name in ("attach first", "attach last")]
+    assert max(costs) <= 1.1 * min(costs), costs
+    for name in ("detach", "revoke"):
+        ends = [one[name]["cost"] for one in objects]
+        assert max(ends) <= 1.1 * min(ends), (name, ends)
+    pages = [charged for one in objects for charged in one["pages"]["charged"]]
+    assert len(pages) == 3 * 64
+    assert max(pages) <= 1.1 * min(pages), pages
+    for one in objects:
+        # The memory, the windows and a table; where no huge page was to be had, more tables.
+        least = one["mib"] * 256 + 64
+        tables = one["registered"]["tables"]
+        assert one["registered"]["charged"] == least + tables
+        assert tables <= 1 + -(-least // 512) - one["registered"]["large"]
 
 
 @pytest.mark.unit

@@ -5,20 +5,25 @@ import json
 import pytest
 
 from pykvm.kvm import Kvm
-from pykvm.measure.attach import measure_attach
+from pykvm.measure.attach import ATTACHMENTS, measure_attach
 
 pytestmark = [pytest.mark.elisa, pytest.mark.counted]
 
 
 def test_attach_detach_revoke() -> None:
     with Kvm() as kvm:
-        record = measure_attach(kvm, 3, 1.0).as_dict()
+        record = measure_attach(kvm, 1, 2, 1.0).as_dict()
     json.dumps(record)
-    # One page of shared memory and one window: 17 tables of two EPTs, 10 of guest paging.
+    assert record["mib"] == 1
+    # 16 tables of two EPTs and 9 of guest paging.
     pages = record["pages"]
-    assert (pages["ept_tables"], pages["guest_tables"], pages["own"]) == (17, 10, 15)
-    for name, samples in (("attach", 6), ("detach", 3), ("revoke", 3)):
+    assert (pages["ept_tables"], pages["guest_tables"], pages["own"]) == (16, 9, 14)
+    assert len(pages["charged"]) == ATTACHMENTS
+    assert len(set(pages["charged"])) == 1
+    # A MiB, a page for each window, a table for the GiB and one for 2 MiB.
+    assert record["registered"] == {"charged": 256 + 64 + 2, "tables": 2, "large": 0}
+    for name, samples in (("attach first", 4), ("attach last", 4), ("detach", 4), ("revoke", 4)):
         assert len(record[name]["samples"]) == samples
         assert record[name]["cost"] > 0
     # Both contexts are planned and built; taking them away is less work.
-    assert record["attach"]["cost"] > record["detach"]["cost"]
+    assert record["attach first"]["cost"] > record["detach"]["cost"]

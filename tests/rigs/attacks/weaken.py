@@ -33,6 +33,7 @@ class Weaken(IntFlag):
     LEFT = 0x4000  # T32: a vCPU that is taken home keeps what trusted code had in it
     STATE = 0x8000  # T33: the VMM may set the state of a vCPU that is in a context
     EJECT = 0x10000  # T29: what a process does wrong goes to the VMM
+    PARTS = 0x20000  # T36: registered memory is executable
 
 
 class NotWeakenedError(Exception):
