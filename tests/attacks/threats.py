@@ -54,6 +54,7 @@ EVENTS: Final = "tests/elisa/inside/test_events.py::"
 FEATURES: Final = "tests/elisa/test_hidden_features.py::"
 FIVE_LEVELS: Final = "tests/elisa/test_five_levels.py::"
 CONTEXTS: Final = "tests/elisa/test_contexts.py::"
+MEMORY: Final = "tests/elisa/test_registered_memory.py::"
 TOOLCHAIN: Final = "tests/elisa/test_trusted_images.py::"
 
 THREATS: Final[tuple[Threat, ...]] = (
@@ -556,5 +557,24 @@ THREATS: Final[tuple[Threat, ...]] = (
             "tests/verify/test_planted_faults.py::test_a_prefix_of_processors_to_come",
         ),
         (WEAK + "features.py::test_what_nobody_knows_yet_is_offered",),
+    ),
+    Threat(
+        "T36",
+        "registered memory, which all sub contexts map through the same tables: running what a "
+        "guest has written into a window, reading behind its end, using it when it was given back",
+        "the kernel owns those tables, makes nothing in them executable, and maps whole pages of "
+        "the object alone; contexts keep the memory until their translations are flushed",
+        (
+            MEMORY + "test_memory_is_never_executed",
+            MEMORY + "test_behind_the_end_there_is_nothing",
+            MEMORY + "test_contexts_keep_it",
+            MEMORY + "test_bad_part",
+            MEMORY + "test_a_part_at_another_level",
+            MEMORY + "test_files_and_parts_that_are_none",
+            MEMORY + "test_without_sys_admin",
+        ),
+        (WEAK + "memory.py::test_executable_memory_runs",),
+        residual="the control takes execution alone away. That no page is left behind in a "
+        "translation rests on the flush of each context, whose control is T22's",
     ),
 )

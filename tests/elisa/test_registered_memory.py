@@ -11,7 +11,6 @@ import pytest
 
 from pykvm.elisa import ElisaExit, SharedObject, calls, crossing
 from pykvm.elisa.calls import RegisteredMemory
-from pykvm.elisa.protections import Protection
 from pykvm.kernel import uapi
 from pykvm.kvm import IoctlError, Kvm
 from pykvm.machine.bare.guest import BareGuest
@@ -41,13 +40,13 @@ from tests.rigs.context_requests import (
     with_part,
 )
 from tests.rigs.host_state import host_state, locked_kib, nothing_stays, pinned_pages
-from tests.rigs.probe import WILD, Probe, give, results, run
+from tests.rigs.probe import Probe, give, results, run
 from tests.rigs.probe import calls as call_steps
+from tests.rigs.registered_memory import run_memory, wild_guest
 
 pytestmark = pytest.mark.elisa
 
 COUNTER = GUEST_SOURCES / "objects" / "counter.c"
-UNCHECKED = frozenset({Protection.CODE_CHECK})
 
 
 @contextmanager
@@ -303,34 +302,25 @@ def test_an_object_outlives_the_kvm_that_it_was_registered_with() -> None:
 @pytest.mark.attack("T36")
 def test_behind_the_end_there_is_nothing(kvm: Kvm) -> None:
     """Guest paging maps whole large pages; the EPT ends where the memory ends."""
-    wild = SharedObject("wild", WILD, shared=HUGE_2M, window=PAGE_SIZE, guests=1, without=UNCHECKED)
-    with wild.open() as instance, BareGuest(kvm, Probe()) as guest:
-        attachment = instance.attach(guest)
-        base = attachment.crossing_gva + crossing.SHARED_OFFSET
-        end = base + instance.memory.size
+    with wild_guest(kvm) as (guest, instance, attachment):
+        end = attachment.crossing_gva + crossing.SHARED_OFFSET + instance.memory.size
         instance.memory.view(instance.memory.size - 8)[:] = (7).to_bytes(8, "little")
         give(
             guest,
-            call_steps(attachment.slot, 1, end - 8, 0),
-            call_steps(attachment.slot, 1, end, 0),
+            call_steps(attachment.slot, 1, end - 8),
+            call_steps(attachment.slot, 1, end),
         )
         (exit,) = run(guest)
-        assert isinstance(exit, ElisaExit)
         assert results(guest)[0] == 7
+        assert isinstance(exit, ElisaExit)
         assert exit.cause == uapi.lib.KVM_ELISA_EXIT_VIOLATION
         assert exit.gpa == crossing.SUB_MEMORY_GPA + instance.memory.size
 
 
 @pytest.mark.attack("T36")
 def test_memory_is_never_executed(kvm: Kvm) -> None:
-    wild = SharedObject("wild", WILD, shared=HUGE_2M, window=PAGE_SIZE, guests=1, without=UNCHECKED)
-    with wild.open() as instance, BareGuest(kvm, Probe()) as guest:
-        attachment = instance.attach(guest)
-        instance.shared[:1] = b"\xc3"  # ret
-        give(
-            guest,
-            call_steps(attachment.slot, 3, attachment.crossing_gva + crossing.SHARED_OFFSET, 0),
-        )
+    with wild_guest(kvm) as (guest, instance, attachment):
+        give(guest, *run_memory(instance, attachment))
         (exit,) = run(guest)
         assert isinstance(exit, ElisaExit)
         assert exit.cause == uapi.lib.KVM_ELISA_EXIT_VIOLATION

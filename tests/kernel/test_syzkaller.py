@@ -22,7 +22,13 @@ HEADER = KERNEL_PATCHES / "files/include/uapi/linux/kvm_elisa.h"
 DESCRIPTION = KERNEL_PATCHES / "syzkaller/dev_kvm_elisa.txt"
 CONSTANTS = DESCRIPTION.with_suffix(".txt.const")
 
-STRUCTS = ("kvm_elisa_create", "kvm_elisa_slot", "kvm_elisa_revoke")
+STRUCTS = (
+    "kvm_elisa_create",
+    "kvm_elisa_memory",
+    "kvm_elisa_part",
+    "kvm_elisa_slot",
+    "kvm_elisa_revoke",
+)
 PAGES = ("kvm_elisa_page_user", "kvm_elisa_page_list", "kvm_elisa_page_eptp", "kvm_elisa_page_any")
 
 
@@ -64,7 +70,7 @@ def size_of(kind: str) -> int:
         return int(match[1]) // 8
     if kind.startswith(("ptr64[", "vma64[")):
         return 8
-    if kind == "fd_kvm_elisa":
+    if kind in ("fd_kvm_elisa", "fd_kvm_elisa_memory"):
         return 4  # resource fd is an int32
     raise AssertionError(f"size of {kind} is not known here")
 
