@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pykvm.elisa.attachment import AttachmentCost
 from pykvm.elisa.objects import SharedObject
+from pykvm.elisa.vcpu_attachment import AttachmentCost
 from pykvm.host.emulation import is_emulated
 from pykvm.kvm import Kvm
 from pykvm.machine.bare.guest import BareGuest

@@ -7,10 +7,10 @@ from contextlib import ExitStack
 import pytest
 
 from pykvm.elisa import crossing
-from pykvm.elisa.attachment import InsideContextError
 from pykvm.elisa.exits import ElisaExit
 from pykvm.elisa.objects import GuestNumberError, ObjectInstance, SharedObject
 from pykvm.elisa.protections import Protection
+from pykvm.elisa.vcpu_attachment import InsideContextError
 from pykvm.kernel import uapi
 from pykvm.kvm import Exit, Io, Kvm, MmioWrite, UnexpectedExitError
 from pykvm.machine.bare import layout

@@ -47,12 +47,9 @@ def start(guest: BareGuest, processor: int = VCPU) -> int:
     os.sched_setaffinity(0, {processor})
     try:
         guest.start()
-        assert guest._thread is not None
-        thread = guest._thread.native_id
+        return guest.threads.native_id(0)
     finally:
         os.sched_setaffinity(0, {VMM})
-    assert thread is not None
-    return thread
 
 
 @contextmanager
