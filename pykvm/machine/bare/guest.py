@@ -109,6 +109,8 @@ class BareGuest(Closeable):
         paging_levels: int = 4,
         vcpus: int = 1,
     ) -> None:
+        if not 1 <= vcpus <= layout.MAX_VCPUS:
+            raise VcpusFullError(f"{vcpus} vcpus of a guest", f"use 1 to {layout.MAX_VCPUS}")
         image = program.image()
         # Memory, then the machine around it.
         self.memory = GuestMemory.create(max(memory, layout.RAM_SIZE), name=name)
