@@ -44,6 +44,7 @@ from tests.rigs.several import (
     results_of,
     run_each,
     several_object,
+    start_over,
     who,
 )
 from tests.rigs.sources import GUESTS, OBJECTS
@@ -131,13 +132,9 @@ def test_inside_at_the_same_time(guest: BareGuest, both: tuple[ObjectInstance, S
     instance, several = both
     slot = instance.attach(guest).slot
     for op, expected in ((Op.STAY, [0, 0]), (Op.ADD_OWN, [5, 7])):
-        several._words[1] = 0
+        several.hold()
         give_each(guest, [call(slot, op, 5)], [call(slot, op, 7)])
-        for number, vcpu in enumerate(guest.vcpus):
-            guest.start_vcpu(
-                *(vcpu, Probe().image().entry, layout.stack_top(number), layout.BOOT_INFO_GPA),
-                number=number,
-            )
+        start_over(guest)
         guest.start()
         several.wait_for(2)
         several.release()
@@ -350,9 +347,8 @@ def test_one_of_them_runs(guest: BareGuest, both: tuple[ObjectInstance, Several]
 @pytest.mark.elisa
 def test_a_guest_that_does_not_join(guest: BareGuest) -> None:
     full = mock.patch.object(BareGuest, "announce", side_effect=AttachmentsFullError("full"))
-    with open_counter(2) as counter, nothing_stays(), full:
-        with pytest.raises(AttachmentsFullError):
-            counter.attach(guest)
+    with open_counter(2) as counter, nothing_stays(), full, pytest.raises(AttachmentsFullError):
+        counter.attach(guest)
     assert guest._attachments == []
 
 

@@ -8,6 +8,7 @@ from functools import partial
 
 from pykvm.elisa.objects import ObjectInstance, SharedObject
 from pykvm.kvm import Exit, Kvm
+from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
 from tests.rigs.probe import Probe, Step, prepare, results, run
 from tests.rigs.sources import OBJECTS
@@ -48,6 +49,9 @@ class Several:
         """Return the sum of one vCPU."""
         return self._words[4 + guest * _VCPUS + vcpu]
 
+    def hold(self) -> None:
+        self._words[1] = 0
+
     def release(self) -> None:
         self._words[1] = 1
 
@@ -83,6 +87,14 @@ def give_each(guest: BareGuest, *steps: Sequence[Step]) -> None:
     guest.set_input(Probe([step for each in steps for step in each]).input())
     for number, each in enumerate(steps[1:], 1):
         guest.info.param[1 + number] = len(each)
+
+
+def start_over(guest: BareGuest) -> None:
+    """Put all vCPUs back to the program's start."""
+    entry = Probe().image().entry
+    for number, vcpu in enumerate(guest.vcpus):
+        stack = layout.stack_top(number)
+        guest.start_vcpu(vcpu, entry, stack, layout.BOOT_INFO_GPA, number=number)
 
 
 def results_of(guest: BareGuest, number: int) -> list[int | None]:
