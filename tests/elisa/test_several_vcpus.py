@@ -24,6 +24,7 @@ from pykvm.elisa.trusted_images import build_object
 from pykvm.kernel import uapi
 from pykvm.kvm import IoctlError, Kvm, UnexpectedExitError, VcpuRunningError
 from pykvm.machine.bare import layout
+from pykvm.machine.bare.boot_info import ATTACHMENTS
 from pykvm.machine.bare.build import build_guest
 from pykvm.machine.bare.failures import AttachmentsFullError
 from pykvm.machine.bare.guest import BareGuest
@@ -346,8 +347,9 @@ def test_one_of_them_runs(guest: BareGuest, both: tuple[ObjectInstance, Several]
 
 @pytest.mark.elisa
 def test_a_guest_that_does_not_join(guest: BareGuest) -> None:
-    full = mock.patch.object(BareGuest, "announce", side_effect=AttachmentsFullError("full"))
-    with open_counter(2) as counter, nothing_stays(), full, pytest.raises(AttachmentsFullError):
+    for _ in range(ATTACHMENTS):
+        guest.announce(0, None)
+    with open_counter(2) as counter, nothing_stays(), pytest.raises(AttachmentsFullError):
         counter.attach(guest)
     assert guest._attachments == []
 
