@@ -28,6 +28,7 @@ from pykvm.machine.bare.boot_info import ATTACHMENTS
 from pykvm.machine.bare.build import build_guest
 from pykvm.machine.bare.failures import AttachmentsFullError
 from pykvm.machine.bare.guest import BareGuest
+from pykvm.measure.exit_counter import ExitCounter
 from pykvm.resources import GUEST_SOURCES
 from pykvm.sizes import PAGE_SIZE
 from pykvm.switch import SwitchConfig
@@ -157,6 +158,20 @@ def test_a_list_page_for_each(guest: BareGuest) -> None:
         assert first
         assert second
         assert first != second
+
+
+@pytest.mark.elisa
+def test_no_exit_on_either(guest: BareGuest) -> None:
+    """Few exits are left, for first accesses to pages of the input."""
+    with open_counter(2) as counter:
+        slot = counter.attach(guest).slot
+        steps = [Step(What.MARK, 0), *[call(slot, 1)] * 500, Step(What.MARK, 1)]
+        give_each(guest, steps, steps)
+        for vcpu in guest.vcpus:
+            exits = ExitCounter(vcpu)
+            assert run(guest, exits.mark, vcpu=vcpu) == []
+            assert exits.parts[0].own < 20
+        assert numbers(counter.shared, 1) == [1000]
 
 
 @pytest.mark.elisa

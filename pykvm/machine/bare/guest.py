@@ -379,9 +379,13 @@ class BareGuest(Closeable):
         Raises:
             RuntimeError: a vCPU was started and `wait` has not been called.
         """
-        for number in range(len(self.vcpus)) if numbers is None else numbers:
-            body = functools.partial(self.run, on_mark, number=number)
-            self.threads.start(number, self.vcpus[number], body)
+        chosen = range(len(self.vcpus)) if numbers is None else numbers
+        self.threads.start(
+            {
+                number: (self.vcpus[number], functools.partial(self.run, on_mark, number=number))
+                for number in chosen
+            }
+        )
 
     def wait(self, timeout: float | None = None, *, numbers: Collection[int] | None = None) -> int:
         """Wait until the started vCPUs finish; return the first status that is not 0, or 0.

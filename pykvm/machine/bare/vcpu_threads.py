@@ -1,7 +1,7 @@
 """Threads in which the vCPUs of a guest run, one each, with their results and failures."""
 
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 from pykvm.kvm import Vcpu
 from pykvm.machine.bare.failures import GuestTimeoutError
@@ -46,15 +46,19 @@ class VcpuThreads:
         assert found is not None
         return found
 
-    def start(self, number: int, vcpu: Vcpu, run: Callable[[], int]) -> None:
-        """Call `run` in a thread of its own.
+    def start(self, runs: Mapping[int, tuple[Vcpu, Callable[[], int]]]) -> None:
+        """Run vCPUs in threads of their own; none if one of them cannot be started.
+
+        Args:
+            runs: by the vCPU's number, the vCPU and what runs it.
 
         Raises:
-            RuntimeError: this vCPU was started, and nobody has waited for it.
+            RuntimeError: a vCPU was started before, and nobody has waited for it.
         """
-        if number in self._threads:
-            raise RuntimeError(f"vcpu {number} runs already: wait() for it first")
-        self._threads[number] = _VcpuThread(vcpu, run, self._notify)
+        if again := [str(number) for number in runs if number in self._threads]:
+            raise RuntimeError(f"vcpu {', '.join(again)} runs already: wait() for it first")
+        for number, (vcpu, run) in runs.items():
+            self._threads[number] = _VcpuThread(vcpu, run, self._notify)
 
     def _notify(self) -> None:
         with self._changed:

@@ -68,7 +68,8 @@ def test_statuses(kvm: Kvm) -> None:
         with pytest.raises(RuntimeError, match="vcpu 0 has not been started"):
             guest.wait(60, numbers=[0, 1])
         with pytest.raises(RuntimeError, match="vcpu 1 runs already"):
-            guest.start(numbers=[1])
+            guest.start()
+        assert guest.threads.started == [1]
         assert guest.wait(60) == 1
 
 
