@@ -29,11 +29,11 @@ from pykvm.machine.bare.boot_info import BootFailure, BootInfo
 from pykvm.machine.bare.failures import (
     AttachmentsFullError,
     GuestTimeoutError,
-    ImageAddressError,
     InputTooLargeError,
     VcpusFullError,
     read_failure,
 )
+from pykvm.machine.bare.image import load_image, map_ram
 from pykvm.machine.bare.vcpu_threads import VcpuThreads
 from pykvm.machine.x86 import kvm_pages, long_mode
 from pykvm.memory.guest_memory import GuestMemory, MemorySlot
@@ -41,12 +41,10 @@ from pykvm.memory.regions import Region
 from pykvm.paging.entries import SIZE_2M, Access, X86Entry
 from pykvm.paging.tables import PageTables, TableAddresses
 from pykvm.sizes import PAGE_SIZE
-from pykvm.toolchain import elf
 from pykvm.toolchain.elf import ElfFile
 
 __all__ = ["BareGuest", "Program"]
 
-_READ: Final = Access.READ
 _READ_WRITE: Final = Access.READ | Access.WRITE
 _READ_EXECUTE: Final = Access.READ | Access.EXECUTE
 
@@ -144,13 +142,13 @@ class BareGuest(Closeable):
                 self._set_slot(region)
 
             # Content of the memory: program, page tables, descriptors, the page of information.
-            self._load(image)
+            load_image(self.memory, image)
             self._tables = PageTables(
                 X86Entry,
                 TableAddresses(layout.PAGE_TABLES_GPA, layout.PAGE_TABLES_SIZE),
                 levels=paging_levels,
             )
-            self._map_ram(image)
+            map_ram(self._tables, self.memory, image)
             self.memory.write(layout.GDT_GPA, long_mode.descriptors(layout.TSS_GPA))
             self._write_info(program)
 
@@ -448,33 +446,6 @@ class BareGuest(Closeable):
             MemorySlot(self._slots, region.gpa, region.size, region.host_address, region.read_only)
         )
         self._slots += 1
-
-    def _load(self, image: ElfFile) -> None:
-        for segment in image.segments:
-            end = segment.address + segment.size
-            if segment.address < layout.IMAGE_GPA or end > layout.IMAGE_END_GPA:
-                raise ImageAddressError(
-                    f"segment {segment.address:#x}-{end:#x} of the image",
-                    f"link it between {layout.IMAGE_GPA:#x} and {layout.IMAGE_END_GPA:#x}",
-                )
-            self.memory.write(segment.address, segment.data)
-
-    def _map_ram(self, image: ElfFile) -> None:
-        """Map all RAM except page 0 at GVA = GPA.
-
-        Pages of the program have the access of their segment; all others are writable.
-        """
-        first = layout.NULL_PAGE_GPA + PAGE_SIZE
-        self._tables.map(first, first, layout.IMAGE_GPA - first, _READ_WRITE)
-        for segment in image.segments:
-            access = _READ
-            access |= Access.WRITE if segment.flags & elf.PF_W else 0
-            access |= Access.EXECUTE if segment.flags & elf.PF_X else 0
-            size = -(-segment.size // PAGE_SIZE) * PAGE_SIZE
-            self._tables.map(segment.address, segment.address, size, access)
-        first = layout.IMAGE_END_GPA
-        self._tables.map(first, first, self.memory.size - first, _READ_WRITE, max_page=SIZE_2M)
-        self._tables.store(self.memory.write)
 
     def _write_info(self, program: Program) -> None:
         # The fields of the structure are the guest's memory itself.
