@@ -85,8 +85,8 @@ def guest_of(kvm: Kvm, vcpus: int, *, name: str = "guest") -> Iterator[BareGuest
 def give_each(guest: BareGuest, *steps: Sequence[Step]) -> None:
     """Set the steps of each vCPU before the first run."""
     guest.set_input(Probe([step for each in steps for step in each]).input())
-    for number, each in enumerate(steps[1:], 1):
-        guest.info.param[1 + number] = len(each)
+    for number in range(1, _VCPUS):
+        guest.info.param[1 + number] = len(steps[number]) if number < len(steps) else 0
 
 
 def start_over(guest: BareGuest) -> None:
