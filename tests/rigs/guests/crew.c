@@ -10,6 +10,7 @@
 #include "runtime.h"
 
 static uint64_t arrived;
+static volatile uint64_t wrong_address = 8;
 
 static void wait_for(uint64_t vcpus)
 {
@@ -34,7 +35,7 @@ uint32_t vcpu_main(uint32_t number)
 		for (;;)
 			__asm__ volatile("");
 	case 3:
-		WRITE_ONCE(*(uint32_t *)8ull, 1);
+		WRITE_ONCE(*(uint32_t *)wrong_address, 1);
 		return 0;
 	case 4:
 		wait_for(boot_info->vcpus);
