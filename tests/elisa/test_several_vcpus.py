@@ -1,6 +1,7 @@
 """Objects attached to guests with several vCPUs: all of them, or none."""
 
 import errno
+import os
 from collections.abc import Callable, Iterator
 from unittest import mock
 
@@ -158,6 +159,25 @@ def test_a_list_page_for_each(guest: BareGuest) -> None:
         assert first
         assert second
         assert first != second
+
+
+@pytest.mark.elisa
+@pytest.mark.races
+def test_a_number_for_each_whatever_processor_the_vmm_is_on(guest: BareGuest) -> None:
+    """CPUID has the APIC id of the vCPU, so that it can be set again from another processor."""
+    processors = os.sched_getaffinity(0)
+    give_each(guest, *[[Step(What.CPUID, 1, 0, 1)]] * 2)
+    try:
+        for processor in processors:
+            os.sched_setaffinity(0, {processor})
+            start_over(guest)
+            assert run_each(guest) == [[], []]
+            for number in (0, 1):
+                (ebx,) = results_of(guest, number)
+                assert ebx is not None
+                assert ebx >> 24 == number
+    finally:
+        os.sched_setaffinity(0, processors)
 
 
 @pytest.mark.elisa

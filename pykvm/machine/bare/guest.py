@@ -209,6 +209,7 @@ class BareGuest(Closeable):
         cpuid = long_mode.supported_features(
             self._kvm, contexts=self._contexts, irqchip=self._irqchip
         )
+        long_mode.set_apic_id(cpuid, vcpu.id)
         vcpu.set_cpuid2(cpuid)
         long_mode.enter(
             vcpu,
