@@ -91,19 +91,17 @@ class VcpuThreads:
 
         with self._changed:
             self._changed.wait_for(over, timeout)
-            first = failures()
+            failed = failures()
         self._end(waited)
-        # One that is no stop of ours comes first, such as an assertion while the time ran out.
-        later = failures()
-        if failure := next(
-            (error for error in (*first, *later) if error in first or not _is_stop(error)), None
-        ):
-            raise failure
-        if later:
-            where = "; ".join(getattr(error, "problem", "") for error in later)
+        # The time may run out just when one fails: its failure says more than our stop.
+        failed = failed or [each for each in failures() if not isinstance(each, GuestTimeoutError)]
+        if failed:
+            raise failed[0]
+        if stopped := failures():
+            where = "; ".join(getattr(each, "problem", "") for each in stopped)
             raise GuestTimeoutError(
                 f"the guest did not finish in {timeout} s: {where}", "give it more time"
-            ) from later[0]
+            ) from stopped[0]
         return [each.outcome for each in waited.values() if isinstance(each.outcome, int)]
 
     def stop(self) -> None:
@@ -117,7 +115,3 @@ class VcpuThreads:
         for number, each in threads.items():
             each.thread.join()
             del self._threads[number]
-
-
-def _is_stop(error: BaseException) -> bool:
-    return isinstance(error, GuestTimeoutError)
