@@ -68,6 +68,11 @@ class Attachment(Closeable):
         return any(one.attached for one in self._vcpus)
 
     @property
+    def complete(self) -> bool:
+        """True while all vCPUs of the guest can enter the object; only then it takes another."""
+        return all(one.attached for one in self._vcpus)
+
+    @property
     def vcpus(self) -> tuple[VcpuAttachment, ...]:
         """Access of each vCPU, in the order of their numbers."""
         return tuple(self._vcpus)
@@ -86,13 +91,13 @@ class Attachment(Closeable):
         If the call fails, the vCPU does not have the object, and the others keep it.
 
         Raises:
-            RuntimeError: the object was detached.
+            RuntimeError: the object was detached, be it from one vCPU.
             TooManyVcpusError: the object takes no more vCPUs of a guest.
             SlotTakenError: another object is at that slot of the vCPU.
             LockLimitError: this process may not pin enough memory.
             KvmError: the kernel refuses a call.
         """
-        if self._vcpus and not self.attached:
+        if not self.complete:
             raise RuntimeError("the object was detached: attach it again")
         self.check_another()
         number = len(self._vcpus)
@@ -157,7 +162,7 @@ def attach_added_vcpu(attachments: Iterable[Attachment], vcpu: Vcpu) -> None:
     """Attach a vCPU that was added to a guest to all objects that the guest has, or to none.
 
     Args:
-        attachments: attachments of the guest; those that were detached do not count.
+        attachments: attachments of the guest; those that are not complete do not count.
         vcpu: the vCPU, which must not be running.
 
     Raises:
@@ -165,7 +170,7 @@ def attach_added_vcpu(attachments: Iterable[Attachment], vcpu: Vcpu) -> None:
     """
     with ExitStack() as undo:
         for attachment in attachments:
-            if attachment.attached:
+            if attachment.complete:
                 attachment.add_vcpu(vcpu)
                 undo.callback(attachment.remove_vcpu, vcpu)
         undo.pop_all()

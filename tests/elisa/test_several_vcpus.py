@@ -482,6 +482,10 @@ def test_detached_while_one_runs(guest: BareGuest, both: tuple[ObjectInstance, S
             attachment.detach()
         assert [each.attached for each in attachment.vcpus] == [False, True]
         assert attachment.attached
+        guest.add_vcpu()  # a third one would be too many, but it does not get the object any more
+        assert len(attachment.vcpus) == 2
+        with pytest.raises(RuntimeError, match="attach it again"):
+            attachment.add_vcpu(guest.vcpus[2])
 
     guest.start(numbers=[1])  # it waits for the first
     exits = run(guest, on_mark)
@@ -494,4 +498,6 @@ def test_detached_while_one_runs(guest: BareGuest, both: tuple[ObjectInstance, S
     attachment.detach()
     attachment.detach()  # harmless
     assert not attachment.attached
-    assert instance.attach(guest, 0).slot == slot
+    assert instance.attach_vcpu(guest.vcpus[2], 0).slot == FIRST
+    with pytest.raises(TooManyVcpusError):
+        instance.attach(guest)

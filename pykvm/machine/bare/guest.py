@@ -180,7 +180,7 @@ class BareGuest(Closeable):
         number = len(self.vcpus)
         if number == layout.MAX_VCPUS:
             raise VcpusFullError(f"a bare guest has {number} vcpus already", "use fewer")
-        self._attachments = [each for each in self._attachments if each.attached]
+        self._attachments = [each for each in self._attachments if each.complete]
         for attachment in self._attachments:
             attachment.check_another()
         # KVM cannot take a vCPU back: one that could not be attached is kept for the next try.
