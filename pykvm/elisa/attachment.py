@@ -9,7 +9,7 @@ from pykvm.elisa.vcpu_attachment import AttachmentCost, AttachmentParts, VcpuAtt
 from pykvm.errors import PykvmError
 from pykvm.kvm import Vcpu
 
-__all__ = ["Attachment", "TooManyVcpusError", "attach_added_vcpu"]
+__all__ = ["Attachment", "TooManyVcpusError", "attach_added_vcpu", "check_vcpus"]
 
 
 class TooManyVcpusError(PykvmError, ValueError):
@@ -42,7 +42,7 @@ class Attachment(Closeable):
             parts: parts of the contexts.
             most: see the attribute.
         """
-        _check_number(len(vcpus), parts, most)
+        check_vcpus(len(vcpus), parts.name, most)
         attachment = cls(parts, free_slot(vcpus), most)
         try:
             for vcpu in vcpus:
@@ -83,7 +83,7 @@ class Attachment(Closeable):
         Raises:
             TooManyVcpusError: it does not.
         """
-        _check_number(len(self._vcpus) + 1, self._parts, self.most)
+        check_vcpus(len(self._vcpus) + 1, self._parts.name, self.most)
 
     def add_vcpu(self, vcpu: Vcpu) -> None:
         """Attach one more vCPU of the guest, which must not be running, at the same slot.
@@ -176,9 +176,19 @@ def attach_added_vcpu(attachments: Iterable[Attachment], vcpu: Vcpu) -> None:
         undo.pop_all()
 
 
-def _check_number(vcpus: int, parts: AttachmentParts, most: int) -> None:
+def check_vcpus(vcpus: int, name: str, most: int) -> None:
+    """Check that so many vCPUs of a guest may be in an object at once.
+
+    Args:
+        vcpus: number of vCPUs.
+        name: name of the object, for the message.
+        most: `SharedObject.vcpus`.
+
+    Raises:
+        TooManyVcpusError: they may not.
+    """
     if vcpus > most:
         raise TooManyVcpusError(
-            f"{vcpus} vcpus of a guest for {parts.name}, whose code may be entered by {most}",
+            f"{vcpus} vcpus of a guest for {name}, whose code may be entered by {most}",
             f"give the guest {most}, or declare the object with vcpus={vcpus} if its code allows",
         )

@@ -29,7 +29,9 @@ from pykvm.machine.bare.boot_info import ATTACHMENTS
 from pykvm.machine.bare.build import build_guest
 from pykvm.machine.bare.failures import AttachmentsFullError
 from pykvm.machine.bare.guest import BareGuest
+from pykvm.measure.connect import connect
 from pykvm.measure.exit_counter import ExitCounter
+from pykvm.measure.programs import SwitchPath
 from pykvm.resources import GUEST_SOURCES
 from pykvm.sizes import PAGE_SIZE
 from pykvm.switch import SwitchConfig
@@ -300,12 +302,17 @@ def test_a_guest_with_more_vcpus_than_the_object_takes(kvm: Kvm) -> None:
                 f"3 vcpus of a guest for counter 0, whose code may be entered by {takes}: "
                 f"give the guest {takes}, or declare the object with vcpus=3 if its code allows"
             )
-    with (
-        HostedSwitch(SwitchConfig(ports=2)) as hosted,
-        guest_of(kvm, 2) as guest,
-        pytest.raises(TooManyVcpusError),
-    ):
-        hosted.instance.attach(guest)
+
+
+@pytest.mark.elisa
+@pytest.mark.parametrize("path", SwitchPath)
+def test_the_switch_takes_one(kvm: Kvm, guest: BareGuest, path: SwitchPath) -> None:
+    """By whatever path it is called."""
+    with HostedSwitch(SwitchConfig(ports=2)) as hosted:
+        with nothing_stays(), pytest.raises(TooManyVcpusError, match="2 vcpus of a guest for sw"):
+            connect(guest, hosted, 0, path)
+        with BareGuest(kvm, Probe()) as single:
+            connect(single, hosted, 0, path)
 
 
 @pytest.mark.elisa
