@@ -5,6 +5,7 @@ import pytest
 from pykvm.closeable import Closeable, ForkedProcessError
 from pykvm.elisa.attachment import Attachment
 from pykvm.elisa.objects import ObjectInstance
+from pykvm.elisa.vcpu_attachment import VcpuAttachment
 from pykvm.kvm import Handle, Vcpu, Vm
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.memory.guest_memory import GuestMemory
@@ -68,7 +69,7 @@ def test_a_forked_process_knows_what_it_has_inherited() -> None:
 OWNERS = (
     Attachment,
     *(BareGuest, Emulator, GuestMemory, Handle, HostedSwitch),
-    *(MemoryFile, ObjectInstance, Region, Vcpu, Vm),
+    *(MemoryFile, ObjectInstance, Region, Vcpu, VcpuAttachment, Vm),
 )
 
 

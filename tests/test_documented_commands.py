@@ -36,6 +36,7 @@ _RUN_HERE: Final = {
     "pykvm testbed --stock -- ls -l /dev/kvm": {0},
     "pykvm testbed -- python3 examples/adder.py": {0},
     "pykvm testbed -- python3 examples/hello.py": {0},
+    "pykvm testbed -- python3 examples/two_vcpus.py": {0},
     "pykvm testbed -- uname -r": {0},
 }
 

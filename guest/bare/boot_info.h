@@ -13,7 +13,7 @@
 
 #define GUEST_CONSOLE_PORT 0xe9 /* bytes to print */
 #define GUEST_FINISH_PORT 0xf0  /* 32 bits: the guest is done, with this status */
-#define GUEST_FAILURE_PORT 0xf4 /* 32 bits: boot_info.failure says what went wrong */
+#define GUEST_FAILURE_PORT 0xf4 /* 32 bits: address of a struct boot_failure, or 0 */
 #define GUEST_MARK_PORT 0xf8    /* 32 bits: tells the VMM where the guest is, and goes on */
 
 #define BOOT_INFO_MAGIC 0x304f464e49544f42ull /* "BOTINFO0" */
@@ -42,6 +42,7 @@ struct boot_failure {
 struct boot_info {
 	/* Written by the VMM */
 	uint64_t magic;
+	uint64_t vcpus;      /* of this guest; more may be added later */
 	uint64_t elisa_call; /* address of the entry page's function, 0 if nothing is attached */
 	struct boot_attachment attachment[BOOT_ATTACHMENTS];
 	struct elisa_env direct; /* for calls of an object that is linked into the guest */
@@ -54,7 +55,7 @@ struct boot_info {
 	uint64_t param[BOOT_PARAMS]; /* see the head of each program */
 	/* Written by the guest */
 	uint64_t result[BOOT_RESULTS];
-	struct boot_failure failure;
+	struct boot_failure failure; /* of the vCPU that failed last */
 };
 
 #endif

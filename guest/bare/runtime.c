@@ -72,11 +72,14 @@ void touch_for_writing(uint64_t start, uint64_t bytes)
 		*(volatile uint8_t *)at = 0;
 }
 
+/* The VMM reads the failure on this vCPU's stack, because another vCPU may fail meanwhile. */
 static _Noreturn void report(const struct boot_failure *failure)
 {
+	uint64_t address = (uint64_t)failure;
+
 	boot_info->failure = *failure;
 	for (;;)
-		out32(GUEST_FAILURE_PORT, 0);
+		out32(GUEST_FAILURE_PORT, address <= UINT32_MAX ? (uint32_t)address : 0);
 }
 
 _Noreturn void fail(const char *file, uint32_t line, const char *expression, uint64_t left,
@@ -138,7 +141,13 @@ void interrupt_handler(uint8_t vector, const void *handler)
 	};
 }
 
-static void install_exception_handlers(void)
+static void set_exception_handlers(void)
+{
+	for (uint32_t vector = 0; vector < 32; vector++)
+		interrupt_handler((uint8_t)vector, exception_stubs[vector]);
+}
+
+static void load_interrupt_table(void)
 {
 	struct {
 		uint16_t limit;
@@ -146,8 +155,6 @@ static void install_exception_handlers(void)
 	} __attribute__((packed)) pointer = {sizeof(interrupt_table) - 1,
 					     (uint64_t)interrupt_table};
 
-	for (uint32_t vector = 0; vector < 32; vector++)
-		interrupt_handler((uint8_t)vector, exception_stubs[vector]);
 	__asm__ volatile("lidt %0" : : "m"(pointer));
 }
 
@@ -164,11 +171,27 @@ static void touch_program(void)
 	}
 }
 
-_Noreturn void runtime_main(struct boot_info *info)
+__attribute__((weak)) uint32_t vcpu_main(uint32_t number)
 {
+	(void)number;
+	return 0;
+}
+
+static uint32_t prepared; /* by vCPU 0, for all */
+
+_Noreturn void runtime_main(struct boot_info *info, uint32_t number)
+{
+	if (number) {
+		while (!__atomic_load_n(&prepared, __ATOMIC_ACQUIRE))
+			__asm__ volatile("pause");
+		load_interrupt_table();
+		finish(vcpu_main(number));
+	}
 	boot_info = info;
-	install_exception_handlers();
+	set_exception_handlers();
+	load_interrupt_table();
 	ASSERT_EQUAL(info->magic, BOOT_INFO_MAGIC);
 	touch_program();
+	__atomic_store_n(&prepared, 1, __ATOMIC_RELEASE);
 	finish(guest_main());
 }

@@ -15,8 +15,14 @@
 
 extern struct boot_info *boot_info;
 
-/* The program; its result becomes the status. */
+/* The program, on vCPU 0; its result becomes the status. */
 uint32_t guest_main(void);
+
+/*
+ * The same on the other vCPUs, from 1 on. A program for several vCPUs defines it; otherwise they
+ * finish at once, with status 0. They begin when vCPU 0 has prepared the guest for all.
+ */
+uint32_t vcpu_main(uint32_t number);
 
 /* Print to the VMM's console, in one exit for each piece. */
 void print_bytes(const void *bytes, uint64_t count);

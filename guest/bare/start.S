@@ -2,6 +2,7 @@
 /*
  * First instructions of a bare-metal guest. The VMM enters here in 64-bit mode with paging on,
  * interrupts enabled (no device raises any), rsp at the top of a stack and rdi at struct boot_info.
+ * Each vCPU enters by itself, with a stack of its own and its number in rsi.
  */
 	.section .text.start, "ax", @progbits
 	.globl	_start

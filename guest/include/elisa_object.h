@@ -17,9 +17,15 @@ struct elisa_env {
 	uint64_t window_size; /* in bytes, a multiple of 4096 */
 	uint32_t id;          /* the calling guest, which can access no window but this one */
 	uint32_t guests;      /* number of windows */
+	uint32_t vcpu;        /* the calling vCPU: its number in its guest, below `vcpus` */
+	uint32_t vcpus;       /* most vCPUs of one guest that may be in the object at the same time */
 };
 
 /*
+ * Guests run the object at the same time, and so do up to `vcpus` vCPUs of each. Every vCPU has a
+ * stack of its own. Memory with one writer belongs to a vCPU: to the pair (id, vcpu), which no two
+ * calls at the same time have in common. vCPUs of one guest share its window.
+ *
  * The object's only entry. a0 to a2 are the guest's, unchecked; the result is returned to it. By
  * convention a negative errno (as uint64_t) means that nothing was done.
  */

@@ -2,17 +2,23 @@
 
 - `objects`: declare, open and attach a shared object. Start there.
 - `guest`: what a guest of any kind offers so that objects can be attached to it.
-- `attachment`: one vCPU's access to one object.
+- `attachment`: a guest's access to one object; `vcpu_attachment`: that of each of its vCPUs.
 - `contexts`, `crossing`: what gate and sub contexts map where, as pure data.
 - `trusted_images`: builds and checks the trusted code; `object_code` has the rules for objects.
 - `protections`: what a build for measurements or controls can leave out.
 - `calls`, `exits`: what the kernel patch adds to KVM. `hidden_features`: what it takes away.
 """
 
-from pykvm.elisa.attachment import Attachment, InsideContextError, SlotsFullError
+from pykvm.elisa.attachment import Attachment, TooManyVcpusError
 from pykvm.elisa.exits import ElisaExit
 from pykvm.elisa.objects import GuestNumberError, ObjectInstance, ObjectSizeError, SharedObject
 from pykvm.elisa.protections import Protection
+from pykvm.elisa.vcpu_attachment import (
+    InsideContextError,
+    SlotsFullError,
+    SlotTakenError,
+    VcpuAttachment,
+)
 
 __all__ = [
     "Attachment",
@@ -23,5 +29,8 @@ __all__ = [
     "ObjectSizeError",
     "Protection",
     "SharedObject",
+    "SlotTakenError",
     "SlotsFullError",
+    "TooManyVcpusError",
+    "VcpuAttachment",
 ]

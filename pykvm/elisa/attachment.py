@@ -1,235 +1,194 @@
-"""One vCPU's access to one shared object: a sub context, a gate context, a slot of its list."""
+"""A guest's access to one shared object, by each of its vCPUs."""
 
-import errno
-import weakref
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import Final, Self
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from typing import Self
 
 from pykvm.closeable import Closeable
-from pykvm.elisa import calls, crossing
-from pykvm.elisa.calls import Context, RegisteredMemory
-from pykvm.elisa.contexts import (
-    ContextCost,
-    ContextPlan,
-    EptpPage,
-    ListPage,
-    UserPages,
-    plan_gate,
-    plan_sub,
-)
+from pykvm.elisa.vcpu_attachment import AttachmentCost, AttachmentParts, VcpuAttachment, free_slot
 from pykvm.errors import PykvmError
-from pykvm.kernel import uapi
-from pykvm.kvm import IoctlError, KvmError, Vcpu, VcpuRunningError
-from pykvm.memory.limits import require_lockable
-from pykvm.memory.regions import MemoryFile, Region
-from pykvm.paging.entries import Access
-from pykvm.sizes import PAGE_SIZE
+from pykvm.kvm import Vcpu
 
-__all__ = ["Attachment", "AttachmentCost", "InsideContextError", "SlotsFullError"]
-
-FIRST_SLOT: Final[int] = uapi.lib.KVM_ELISA_SLOT_FIRST
-SLOTS: Final[int] = uapi.lib.KVM_ELISA_SLOTS
-
-_slots_in_use: "weakref.WeakKeyDictionary[Vcpu, set[int]]" = weakref.WeakKeyDictionary()
+__all__ = ["Attachment", "TooManyVcpusError", "attach_added_vcpu", "check_vcpus"]
 
 
-class SlotsFullError(PykvmError):
-    """The vCPU's EPTP list has no free slot."""
-
-
-class InsideContextError(PykvmError):
-    """The vCPU stopped inside a context; only revoking takes that away from it now."""
-
-
-@dataclass(frozen=True)
-class AttachmentCost:
-    """Pages of the two contexts, and of the memory made for this attachment alone.
-
-    The object's memory is not among them: it is registered once, for all attachments.
-    """
-
-    gate: ContextCost
-    sub: ContextCost
-    own: int
-
-
-def _take_slot(vcpu: Vcpu) -> int:
-    used = _slots_in_use.setdefault(vcpu, set())
-    for slot in range(FIRST_SLOT, SLOTS):
-        if slot not in used:
-            used.add(slot)
-            return slot
-    raise SlotsFullError(f"vcpu {vcpu.id} has {SLOTS - FIRST_SLOT} attachments", "detach one")
-
-
-def _create(
-    vcpu: Vcpu, plan: ContextPlan, sub: Context | None, memory: RegisteredMemory | None
-) -> Context:
-    """Hand a complete plan to the kernel."""
-    pages: list[tuple[int, int, int]] = []
-    for page in plan.pages:
-        match page:
-            case UserPages(address, count):
-                stop = address + count * PAGE_SIZE
-                kind = uapi.lib.KVM_ELISA_PAGE_USER
-                pages.extend((at, kind, 0) for at in range(address, stop, PAGE_SIZE))
-            case ListPage():
-                pages.append((0, uapi.lib.KVM_ELISA_PAGE_LIST, vcpu.id))
-            case EptpPage():
-                assert sub is not None
-                pages.append((0, uapi.lib.KVM_ELISA_PAGE_EPTP, sub.fileno()))
-    parts = [] if memory is None else [(memory, part) for part in range(plan.parts)]
-    return calls.create_context(
-        vcpu.vm,
-        plan.ept.tobytes(),
-        pages,
-        parts=parts,
-        gva=plan.gva,
-        size=plan.size,
-        la57=plan.levels == 5,
-    )
+class TooManyVcpusError(PykvmError, ValueError):
+    """A guest with more vCPUs than an object may be entered by at once."""
 
 
 class Attachment(Closeable):
-    """One vCPU's access to one object: what `ObjectInstance.attach` returns.
+    """A guest's access to one object: what `ObjectInstance.attach` returns.
 
-    slot: of the gate context in the vCPU's EPTP list, the last argument of `elisa_call`.
-    crossing_gva: where the guest maps its entry page (and, 0x3000 further on, its return page).
+    Each vCPU of the guest has contexts of its own, behind the same slot of its own EPTP list. All
+    of them are the same guest to the object, with one window.
+
+    Attributes:
+        slot: slot of the gate contexts in the EPTP lists, the last argument of ``elisa_call``.
+        most: most vCPUs that it takes: `SharedObject.vcpus`.
     """
 
-    def __init__(
-        self, vcpu: Vcpu, slot: int, crossing_gva: int, cost: AttachmentCost, memory: Region
-    ) -> None:
-        self._vcpu = vcpu
-        self._memory = memory
-        self._contexts: list[Context] = []
+    def __init__(self, parts: AttachmentParts, slot: int, most: int) -> None:
+        self._parts = parts
+        self._vcpus: list[VcpuAttachment] = []
         self.slot = slot
-        self.crossing_gva = crossing_gva
-        self.cost = cost
-        self.attached = False
+        self.most = most
 
     @classmethod
-    def make(
-        cls,
-        vcpu: Vcpu,
-        *,
-        name: str,
-        image: Sequence[tuple[int, UserPages, Access]],
-        gate_page: int,
-        memory: RegisteredMemory,
-        env: bytes,
-        crossing_gva: int,
-        user: bool,
-        levels: int,
-    ) -> Self:
-        """Plan both contexts, create them, and put the gate into the vCPU's list."""
-        gate = plan_gate(gate_page, crossing_gva, user=user, levels=levels)
+    def make(cls, vcpus: Sequence[Vcpu], parts: AttachmentParts, *, most: int) -> Self:
+        """Attach all vCPUs of a guest, or none.
 
-        # How many guest tables the sub context needs does not depend on where its pages lie, so
-        # a first plan with placeholders tells how much memory to make.
-        def sub_plan(env_page: int, stack: int) -> ContextPlan:
-            return plan_sub(
-                image, env_page, stack, memory.size, crossing_gva, user=user, levels=levels
-            )
-
-        sub_bytes = sub_plan(0, 0).guest_table_bytes
-        gate_bytes = gate.guest_table_bytes
-        own = sub_bytes + gate_bytes + PAGE_SIZE + crossing.STACK_SIZE
-        require_lockable(own)
-        with MemoryFile(f"{name} contexts", own) as file:
-            region = Region(file, 0, prefault=True)
+        Args:
+            vcpus: the vCPUs, none of which may be running, in the order of their numbers.
+            parts: parts of the contexts.
+            most: see the attribute.
+        """
+        check_vcpus(len(vcpus), parts.name, most)
+        attachment = cls(parts, free_slot(vcpus), most)
         try:
-            base = region.host_address
-            env_at = sub_bytes + gate_bytes
-            region.view(env_at, len(env))[:] = env
-            sub = sub_plan(base + env_at, base + env_at + PAGE_SIZE)
-            sub.place_guest_tables(region.view(0, sub_bytes), base)
-            gate.place_guest_tables(region.view(sub_bytes, gate_bytes), base + sub_bytes)
-            cost = AttachmentCost(gate.cost, sub.cost, own // PAGE_SIZE)
-            attachment = cls(vcpu, _take_slot(vcpu), crossing_gva, cost, region)
+            for vcpu in vcpus:
+                attachment.add_vcpu(vcpu)
         except BaseException:
-            region.close()
-            raise
-        try:
-            attachment._install(sub, gate, memory)
-        except BaseException:
-            _slots_in_use[vcpu].discard(attachment.slot)
             attachment.close()
             raise
         return attachment
 
-    def _install(self, sub: ContextPlan, gate: ContextPlan, memory: RegisteredMemory) -> None:
-        self._contexts.append(_create(self._vcpu, sub, None, memory))
-        self._contexts.append(_create(self._vcpu, gate, self._contexts[0], None))
-        calls.set_slot(self._vcpu, self.slot, self._contexts[1])
-        self.attached = True
+    @property
+    def crossing_gva(self) -> int:
+        """GVA at which the guest maps its entry page, and 0x3000 further on its return page."""
+        return self._parts.crossing_gva
 
-    def detach(self) -> None:
-        """Take the object away from the vCPU, which must not be running. Harmless twice.
+    @property
+    def cost(self) -> AttachmentCost:
+        """Pages that it takes for each vCPU."""
+        return self._vcpus[0].cost
+
+    @property
+    def attached(self) -> bool:
+        """True while any vCPU of the guest can enter the object."""
+        return any(one.attached for one in self._vcpus)
+
+    @property
+    def complete(self) -> bool:
+        """True while all vCPUs of the guest can enter the object; only then it takes another."""
+        return all(one.attached for one in self._vcpus)
+
+    @property
+    def vcpus(self) -> tuple[VcpuAttachment, ...]:
+        """Access of each vCPU, in the order of their numbers."""
+        return tuple(self._vcpus)
+
+    def check_another(self) -> None:
+        """Check that the object takes one vCPU more of this guest.
 
         Raises:
-            InsideContextError: the vCPU stopped inside the object: run it until it is back, or
-                `revoke`.
-            VcpuRunningError: the vCPU runs.
-            ForkedProcessError: the vCPU belongs to the parent process.
+            TooManyVcpusError: it does not.
         """
-        self.require_own(f"detach() from vcpu {self._vcpu.id}")
-        if self.attached:
-            try:
-                calls.set_slot(self._vcpu, self.slot, None)
-            except KvmError as error:
-                if error.errno == errno.EBUSY:
-                    raise InsideContextError(
-                        f"vcpu {self._vcpu.id} stopped inside the object",
-                        "run it until it is back, or revoke() the attachment",
-                    ) from error
-                raise
-            self.attached = False
-            _slots_in_use[self._vcpu].discard(self.slot)
-        self._release()
+        check_vcpus(len(self._vcpus) + 1, self._parts.name, self.most)
+
+    def add_vcpu(self, vcpu: Vcpu) -> None:
+        """Attach one more vCPU of the guest, which must not be running, at the same slot.
+
+        If the call fails, the vCPU does not have the object, and the others keep it.
+
+        Raises:
+            RuntimeError: the object was detached, be it from one vCPU.
+            TooManyVcpusError: the object takes no more vCPUs of a guest.
+            SlotTakenError: another object is at that slot of the vCPU.
+            LockLimitError: this process may not pin enough memory.
+            KvmError: the kernel refuses a call.
+        """
+        if not self.complete:
+            raise RuntimeError("the object was detached: attach it again")
+        self.check_another()
+        number = len(self._vcpus)
+        self._vcpus.append(VcpuAttachment.make(vcpu, number, self.slot, self._parts))
+
+    def remove_vcpu(self, vcpu: Vcpu) -> None:
+        """Take the object away from the vCPU that was added last, and from no other."""
+        if self._vcpus[-1].vcpu is not vcpu:
+            raise ValueError(f"vcpu {vcpu.id} was not the last to be added")
+        self._vcpus.pop().close()
+
+    def detach(self) -> None:
+        """Take the object away from the guest, no vCPU of which may be running. Harmless twice.
+
+        If one vCPU cannot give it up, the others lose it all the same: call again, or `revoke`.
+        The guest's window and number stay taken until no vCPU has the object.
+
+        Raises:
+            InsideContextError: a vCPU stopped inside the object: run it until it is back, or
+                `revoke`.
+            VcpuRunningError: a vCPU runs.
+            ForkedProcessError: the guest belongs to the parent process.
+        """
+        self._each(VcpuAttachment.detach)
 
     def revoke(self) -> None:
-        """Take the object away from the vCPU at once, running or not. Harmless twice.
+        """Take the object away from the guest at once, running or not. Harmless twice.
 
         A vCPU that is inside the object stops there: its run() returns an `ElisaExit` with cause
         ``KVM_ELISA_EXIT_REVOKED``, and the caller decides what becomes of it. It is in its default
         context again, with cleared registers, and whatever the call was about to do to the object
-        is not done. Others go on.
+        is not done. Other guests go on. If a call fails for one vCPU, the others lose the object
+        all the same.
 
         Raises:
             IoctlError: it takes CAP_SYS_ADMIN (EPERM).
-            ForkedProcessError: the vCPU belongs to the parent process.
+            ForkedProcessError: the guest belongs to the parent process.
         """
-        self.require_own(f"revoke() from vcpu {self._vcpu.id}")
-        if self.attached:
-            try:
-                calls.revoke_slot(self._vcpu.vm, self._vcpu.id, self.slot)
-            except IoctlError as error:
-                if error.errno != errno.ENOENT:  # somebody has emptied the slot already
-                    raise
-            self.attached = False
-            _slots_in_use[self._vcpu].discard(self.slot)
-        self._release()
+        self._each(VcpuAttachment.revoke)
 
     def close(self) -> None:
-        """Detach, or revoke if the vCPU is running or stopped inside. Harmless twice.
+        """Detach each vCPU, or revoke where it is running or stopped inside. Harmless twice.
 
-        Without CAP_SYS_ADMIN the kernel keeps what the vCPU still uses until the VM is closed. A
-        forked process gives back its descriptors and mappings; the vCPU keeps the object.
+        Without CAP_SYS_ADMIN the kernel keeps what a vCPU still uses until the VM is closed. A
+        forked process gives back its descriptors and mappings; the guest keeps the object.
         """
-        try:
-            if not self._vcpu.closed and not self.inherited:
-                self.detach()
-        except (InsideContextError, VcpuRunningError):
-            with suppress(IoctlError):
-                self.revoke()
-        finally:
-            self.attached = False
-            self._release()
+        self._each(VcpuAttachment.close)
 
-    def _release(self) -> None:
-        while self._contexts:
-            self._contexts.pop().close()
-        self._memory.close()
+    def _each(self, act: Callable[[VcpuAttachment], None]) -> None:
+        """Do something for each vCPU; raise the first error at the end."""
+        errors: list[Exception] = []
+        for one in self._vcpus:
+            try:
+                act(one)
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+
+def attach_added_vcpu(attachments: Iterable[Attachment], vcpu: Vcpu) -> None:
+    """Attach a vCPU that was added to a guest to all objects that the guest has, or to none.
+
+    Args:
+        attachments: attachments of the guest; those that are not complete do not count.
+        vcpu: the vCPU, which must not be running.
+
+    Raises:
+        PykvmError: see `Attachment.add_vcpu`.
+    """
+    with ExitStack() as undo:
+        for attachment in attachments:
+            if attachment.complete:
+                attachment.add_vcpu(vcpu)
+                undo.callback(attachment.remove_vcpu, vcpu)
+        undo.pop_all()
+
+
+def check_vcpus(vcpus: int, name: str, most: int) -> None:
+    """Check that so many vCPUs of a guest may be in an object at once.
+
+    Args:
+        vcpus: number of vCPUs.
+        name: name of the object, for the message.
+        most: `SharedObject.vcpus`.
+
+    Raises:
+        TooManyVcpusError: they may not.
+    """
+    if vcpus > most:
+        raise TooManyVcpusError(
+            f"{vcpus} vcpus of a guest for {name}, whose code may be entered by {most}",
+            f"give the guest {most}, or declare the object with vcpus={vcpus} if its code allows",
+        )

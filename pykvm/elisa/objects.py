@@ -1,6 +1,7 @@
 """Shared objects: memory that several guests share, and the trusted code that alone accesses it.
 
-An object is declared once, opened once, and attached to any number of guests::
+An object is declared once, opened once, and attached to any number of guests, each with all of its
+vCPUs::
 
     counter = SharedObject("counter", "counter.c", shared=4096, window=4096, guests=2)
     with counter.open() as instance:
@@ -24,6 +25,7 @@ from pykvm.elisa.contexts import READ, READ_EXECUTE, READ_WRITE, UserPages
 from pykvm.elisa.guest import Guest
 from pykvm.elisa.protections import ALL, Protection
 from pykvm.elisa.trusted_images import ImagePart, SubImage, build_object, crossing_images
+from pykvm.elisa.vcpu_attachment import AttachmentParts
 from pykvm.errors import PykvmError
 from pykvm.kvm import Handle, Vcpu
 from pykvm.memory.huge_pages import collapse
@@ -35,10 +37,11 @@ from pykvm.sizes import PAGE_SIZE
 __all__ = ["GuestNumberError", "ObjectInstance", "ObjectSizeError", "SharedObject"]
 
 # struct elisa_env in guest/include/elisa_object.h: shared, its size, windows, size of one,
-# the calling guest's number, number of windows.
-ENV: Final = struct.Struct("<QQQQII")
+# the calling guest's number, number of windows, the calling vCPU's number, most vCPUs of a guest.
+ENV: Final = struct.Struct("<QQQQIIII")
 
 MAX_GUESTS: Final = 64
+MAX_VCPUS: Final = 64  # of one guest
 
 
 class ObjectSizeError(PykvmError, ValueError):
@@ -65,10 +68,14 @@ class SharedObject:
         window: bytes of each guest's window, which that guest's default context maps too, rounded
             up to whole pages.
         guests: number of windows, 1 to 64.
+        vcpus: most vCPUs of one guest that may be in the object at once, 1 to 64. The object's code
+            has to allow for it: what it keeps for its caller, in shared memory or in the window,
+            is then the vCPU's that the environment names, and not the guest's. A guest with more
+            vCPUs is refused.
         without: protections to leave out, for measurements and controls only.
 
     Raises:
-        ObjectSizeError: the sizes or the number of guests are not possible.
+        ObjectSizeError: the sizes, the number of guests or that of vCPUs are not possible.
     """
 
     name: str
@@ -76,11 +83,16 @@ class SharedObject:
     shared: int = PAGE_SIZE
     window: int = PAGE_SIZE
     guests: int = 2
+    vcpus: int = 1
     without: Collection[Protection] = ALL
 
     def __post_init__(self) -> None:
         if not 1 <= self.guests <= MAX_GUESTS:
             raise ObjectSizeError(f"{self.guests} guests for {self.name}", f"use 1 to {MAX_GUESTS}")
+        if not 1 <= self.vcpus <= MAX_VCPUS:
+            raise ObjectSizeError(
+                f"{self.vcpus} vcpus of a guest for {self.name}", f"use 1 to {MAX_VCPUS}"
+            )
         if self.shared < 0 or self.window < 0:
             raise ObjectSizeError(f"negative memory for {self.name}", "use 0 or more bytes")
         if not self.memory_size:
@@ -112,13 +124,14 @@ class SharedObject:
         """Bytes of the object's memory: shared memory, then all windows."""
         return self.windows_offset + self.guests * self.window_size
 
-    def env(self, base: int, guest: int) -> bytes:
-        """Return the ``struct elisa_env`` for one guest.
+    def env(self, base: int, guest: int, vcpu: int = 0) -> bytes:
+        """Return the ``struct elisa_env`` for one vCPU of a guest.
 
         Args:
             base: address of the object's memory where the object runs: in a sub context, in the
                 VMM, or in a guest.
             guest: number of the guest.
+            vcpu: number of the vCPU in the guest.
         """
         return ENV.pack(
             base,
@@ -127,6 +140,8 @@ class SharedObject:
             self.window_size,
             guest,
             self.guests,
+            vcpu,
+            self.vcpus,
         )
 
     def open(self) -> "ObjectInstance":
@@ -275,23 +290,24 @@ class ObjectInstance(Closeable):
         return self._registered
 
     def attach(self, guest: Guest, number: int | None = None, *, user: bool = False) -> Attachment:
-        """Attach a guest: its vCPU gains the object, and it gets its window and its slot.
+        """Attach a guest: its vCPUs gain the object, and it gets its window and its slot.
 
         If the call fails, nothing stays attached.
 
         Args:
-            guest: the guest.
+            guest: the guest, no vCPU of which may be running.
             number: the guest's number in the object; by default the lowest that is free.
             user: whether callers run in user mode (CPL 3), instead of kernel mode.
 
         Raises:
             GuestNumberError: no number is free, or this one is not.
+            TooManyVcpusError: the guest has more vCPUs than the object takes.
             PykvmError: see `attach_vcpu` and the guest's `Guest.join`.
         """
         if number is None:
             number = self._free_number()
-        attachment = self.attach_vcpu(
-            guest.vcpu,
+        attachment = self._attach(
+            guest.vcpus,
             number,
             crossing_gva=guest.crossing_gva,
             user=user,
@@ -302,7 +318,7 @@ class ObjectInstance(Closeable):
             if self.declaration.window:
                 window = self.window_region(number, guest.next_window_gpa())
             images = crossing_images(frozenset(self.declaration.without))
-            guest.join(images, attachment.slot, window, user=user)
+            guest.join(images, attachment, window, user=user)
         except BaseException:
             attachment.close()
             raise
@@ -317,13 +333,13 @@ class ObjectInstance(Closeable):
         user: bool = False,
         levels: int = 4,
     ) -> Attachment:
-        """Give a vCPU access to the object; the guest itself is told nothing.
+        """Attach a guest of one vCPU; the guest itself is told nothing.
 
         If the call fails, nothing stays attached.
 
         Args:
             vcpu: the vCPU.
-            number: the guest's number in the object. Each has one vCPU: a window has one owner.
+            number: the guest's number in the object.
             crossing_gva: GVA at which the guest maps its entry page.
             user: whether callers run in user mode (CPL 3), instead of kernel mode.
             levels: levels of the guest's paging, 5 with CR4.LA57.
@@ -332,10 +348,16 @@ class ObjectInstance(Closeable):
             GuestNumberError: the object has no such guest, or it is attached already.
             CrossingBaseError: the crossing area cannot be there.
             SlotsFullError: the vCPU's EPTP list has no free slot.
+            VcpuRunningError: the vCPU runs.
             LockLimitError: this process may not pin enough memory.
             KvmError: the kernel refuses a call.
             PykvmError: see `pykvm.elisa.trusted_images.build_object`, for callers in user mode.
         """
+        return self._attach([vcpu], number, crossing_gva=crossing_gva, user=user, levels=levels)
+
+    def _attach(
+        self, vcpus: Sequence[Vcpu], number: int, *, crossing_gva: int, user: bool, levels: int
+    ) -> Attachment:
         self._check_guest(number)
         if self._is_attached(number):
             raise GuestNumberError(
@@ -346,18 +368,18 @@ class ObjectInstance(Closeable):
             self._image.add_entry(
                 user, build_object(self.declaration.sources, user=True, without=left_out)
             )
-        env = self.declaration.env(crossing_gva + crossing.SHARED_OFFSET, number)
-        attachment = Attachment.make(
-            vcpu,
+        base = crossing_gva + crossing.SHARED_OFFSET
+        parts = AttachmentParts(
             name=f"{self.declaration.name} {number}",
             image=self._image.parts(user),
             gate_page=self._image.gate_page,
-            memory=self.register(vcpu),
-            env=env,
+            memory=self.register(vcpus[0]),
+            env=lambda vcpu: self.declaration.env(base, number, vcpu),
             crossing_gva=crossing_gva,
             user=user,
             levels=levels,
         )
+        attachment = Attachment.make(vcpus, parts, most=self.declaration.vcpus)
         self._attachments[number] = attachment
         return attachment
 

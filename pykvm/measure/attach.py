@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from pykvm.elisa import calls
-from pykvm.elisa.attachment import AttachmentCost
 from pykvm.elisa.objects import ObjectInstance, SharedObject
+from pykvm.elisa.vcpu_attachment import AttachmentCost
 from pykvm.host.emulation import is_emulated
 from pykvm.kvm import Kvm, Vcpu
 from pykvm.measure.records import Samples, typical

@@ -3,6 +3,7 @@
 from typing import Final
 
 from pykvm.elisa import calls
+from pykvm.elisa.attachment import check_vcpus
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.measure.programs import HC_USER, SwitchPath
@@ -18,16 +19,18 @@ def connect(guest: BareGuest, hosted: HostedSwitch, port: int, path: SwitchPath)
     """Give a guest the window of a port and a path to the switch; enable the port.
 
     Args:
-        guest: the guest.
+        guest: the guest, with one vCPU, to which none is added later: a lane has one writer.
         hosted: the switch.
         port: number of the port.
         path: path by which the guest calls the switch.
 
     Raises:
         PortStateError: the port is in use.
+        TooManyVcpusError: the guest has several vCPUs.
         PykvmError: see `ObjectInstance.attach`.
     """
     instance = hosted.instance
+    check_vcpus(len(guest.vcpus), instance.declaration.name, instance.declaration.vcpus)
     match path:
         case SwitchPath.VMFUNC:
             instance.attach(guest, port)

@@ -39,7 +39,8 @@ CONSTANTS = (
 
 STRUCTS = """
 struct elisa_env {
-    uint64_t shared, shared_size, windows, window_size; uint32_t id, guests; ...; };
+    uint64_t shared, shared_size, windows, window_size; uint32_t id, guests, vcpu, vcpus;
+    ...; };
 struct switch_window_info {
     uint32_t magic, version, port, ports, tx_slots, lane_slots, frame_limit;
     uint64_t lanes_offset, lane_bytes; ...; };

@@ -19,8 +19,9 @@ the default of IEEE 802.1Q."""
 class HostedSwitch(Closeable):
     """A switch that guests reach with VMFUNC, with VMCALL, or in their own memory.
 
-    instance: the shared object; guest number and port number are the same. switch: its host's
-    side, with counters that can be read while guests send. hash_seed: see `Switch`.
+    instance: the shared object; guest number and port number are the same. A lane has one writer,
+    the port's vCPU, so guests with several are refused. switch: its host's side, with counters that
+    can be read while guests send. hash_seed: see `Switch`.
 
     epoch: seconds after which time passes by one epoch for the address table; None, and it stands
     still, as a measurement wants it.

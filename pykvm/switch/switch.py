@@ -217,6 +217,8 @@ class Switch:
                     "window_size": self.config.window_size,
                     "id": port,
                     "guests": self.config.ports,
+                    "vcpu": 0,
+                    "vcpus": 1,
                 },
             )
         return self._envs[port]

@@ -175,7 +175,7 @@ def test_every_byte_of_the_gate(kvm: Kvm, guest: BareGuest) -> None:
     with vault() as instance:
         attachment = join(guest, instance)
         slot = attachment.slot
-        _, gate = attachment._contexts
+        _, gate = attachment.vcpus[0]._contexts
         intruder = Intruder(guest)
         honest = dict.fromkeys(GENERAL, 0) | {"rcx": slot, "rdi": KNOCK}
         with intruder.not_for_ever():

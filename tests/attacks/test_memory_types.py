@@ -64,9 +64,11 @@ def tables(guest: BareGuest, instance: ObjectInstance, memory: HostMemory) -> li
     secret = host_address(instance.memory.host_address)
     assert memory.read(secret, 8) == WORD.to_bytes(8, "little")  # memory is that of the host
     found = both_contexts(memory, gate_eptp)
-    assert found[1].page(crossing.SUB_PRIVATE_GPA + crossing.SHARED_OFFSET) == secret
-    costs = (attachment.cost.gate, attachment.cost.sub)  # every table was found
-    assert [len(each.levels) for each in found] == [cost.ept_tables for cost in costs]
+    assert found[1].page(crossing.SUB_MEMORY_GPA) == secret
+    # Every table was found, those of the object's memory among them.
+    gate, sub = attachment.cost.gate.ept_tables, attachment.cost.sub.ept_tables
+    shared = instance.register(guest.vm).tables
+    assert [len(each.levels) for each in found] == [gate, sub + shared]
     assert all(each.leaves for each in found)
     return list(found)
 

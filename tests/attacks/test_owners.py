@@ -63,11 +63,7 @@ def second_vcpu(guest: BareGuest) -> Vcpu:
 def run_on(guest: BareGuest, vcpu: Vcpu, *leaps: Leap) -> list[Exit]:
     """Replace the leaps and run another of the guest's vCPUs."""
     guest.set_input(Leaper(leaps).input())
-    first, guest.vcpu = guest.vcpu, vcpu
-    try:
-        return run(guest)
-    finally:
-        guest.vcpu = first
+    return run(guest, vcpu=vcpu)
 
 
 @pytest.mark.attack("T28")

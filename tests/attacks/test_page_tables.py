@@ -105,7 +105,7 @@ def craft(guest: BareGuest, instance: ObjectInstance, window_gpa: int) -> tuple[
     """
     gpa = window_gpa + TABLES_AT
     own = guest.memory.read(layout.PAGE_TABLES_GPA, PAGE_SIZE)
-    data = {index(SHARED, 1) + n: SUB + crossing.SHARED_OFFSET + n * PAGE_SIZE for n in range(32)}
+    data = {index(SHARED, 1) + n: crossing.SUB_MEMORY_GPA + n * PAGE_SIZE for n in range(32)}
     pages = []
     at = gpa
     if guest.paging_levels == 5:
@@ -157,7 +157,7 @@ def test_cr3_names_the_window_where_the_sub_context_has_it(kvm: Kvm, guest: Bare
     """A walk would find the tables there, but the gate maps nothing: the guest stops in it."""
     with vault() as instance:
         join(guest, instance)
-        gpa = SUB + crossing.SHARED_OFFSET + SHARED_PAGES * PAGE_SIZE
+        gpa = crossing.SUB_MEMORY_GPA + SHARED_PAGES * PAGE_SIZE
         guest.add_region(instance.window_region(0, gpa))
         cr3, leap = craft(guest, instance, gpa)
         give_leaps(guest, leap)
@@ -212,7 +212,7 @@ def private_pages() -> dict[str, int]:
         "sub environment": sub + crossing.ENV_OFFSET,
         "sub stack": sub + crossing.STACK_OFFSET,
         "object code": sub + crossing.IMAGE_OFFSET,
-        "shared memory": sub + crossing.SHARED_OFFSET,
+        "shared memory": crossing.SUB_MEMORY_GPA,
     }
     for number in range(6):  # as many with five levels, one fewer with four
         gpa = crossing.PRIVATE_TABLES_OFFSET + number * PAGE_SIZE
@@ -277,7 +277,7 @@ def test_a_gate_that_maps_every_gpa_lets_levels_shift(guest: BareGuest) -> None:
         weak = WeakAttachment(guest, instance, change_gate=everywhere, crossing_gva=base)
         slot = weak.enter_through_gate()
         window, shared = (base + n * PAGE_SIZE for n in (0x20, 0x21))
-        data = SUB + crossing.SHARED_OFFSET
+        data = crossing.SUB_MEMORY_GPA
         entries = internal_code(instance, base)
         entries |= {0x20: data + SHARED_PAGES * PAGE_SIZE, 0x21: data}
         notes = [
@@ -352,7 +352,7 @@ def test_writable_tables_are_rewritten(kvm: Kvm) -> None:
         env = C + ALIAS + last * PAGE_SIZE + 8 * index(C + crossing.ENV_OFFSET, 1)
         forged = instance.declaration.env(C + crossing.SHARED_OFFSET, 1)
         instance.window(0)[: len(forged)] = forged
-        window = SUB + crossing.SHARED_OFFSET + PAGE_SIZE
+        window = crossing.SUB_MEMORY_GPA + PAGE_SIZE
         give(
             guest,
             calls(slot, Wild.HELLO),

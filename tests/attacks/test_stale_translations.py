@@ -98,7 +98,7 @@ class Used:
             host_address(self.instance.memory.host_address + page * PAGE_SIZE)
             for page in range(PAGES)
         ]
-        first = crossing.SUB_PRIVATE_GPA + crossing.SHARED_OFFSET
+        first = crossing.SUB_MEMORY_GPA
         assert [sub.page(first + page * PAGE_SIZE) for page in range(PAGES)] == self.frames
         self.touch()
 

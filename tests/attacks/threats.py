@@ -56,6 +56,7 @@ FIVE_LEVELS: Final = "tests/elisa/test_five_levels.py::"
 CONTEXTS: Final = "tests/elisa/test_contexts.py::"
 MEMORY: Final = "tests/elisa/test_registered_memory.py::"
 TOOLCHAIN: Final = "tests/elisa/test_trusted_images.py::"
+SEVERAL: Final = "tests/attacks/test_several_vcpus.py::"
 
 THREATS: Final[tuple[Threat, ...]] = (
     Threat(
@@ -358,6 +359,7 @@ THREATS: Final[tuple[Threat, ...]] = (
             "tests/elisa/test_limits.py::test_pages",
             "tests/elisa/test_limits.py::test_locked_memory",
             CALLS + "test_lock_limit",
+            MEMORY + "test_locked_memory",
             LIFETIME + "test_many_contexts",
         ),
         (
@@ -425,6 +427,7 @@ THREATS: Final[tuple[Threat, ...]] = (
             CALLS + "test_bad_tables",
             CALLS + "test_bad_requests",
             CALLS + "test_bad_slots",
+            MEMORY + "test_bad_registrations",
             CALLS + "test_contexts_that_name_contexts",
             CALLS + "test_without_sys_admin",
             CALLS + "test_a_vm_of_another_process",
@@ -576,5 +579,29 @@ THREATS: Final[tuple[Threat, ...]] = (
         (WEAK + "memory.py::test_executable_memory_runs",),
         residual="the control takes execution alone away. That no page is left behind in a "
         "translation rests on the flush of each context, whose control is T22's",
+    ),
+    Threat(
+        "T37",
+        "a second vCPU of the same guest while the first is in the object: at its stack, its list, "
+        "its gate, its window, and the memory that the object keeps for one caller",
+        "each vCPU has contexts of its own, with a stack, a list page and an environment that "
+        "names the vCPU; an object says by how many vCPUs of a guest it may be entered, and a "
+        "guest with more is refused",
+        (
+            SEVERAL + "test_a_stack_at_the_same_address",
+            SEVERAL + "test_the_transient_slot_while_a_sibling_fills_its_own",
+            SEVERAL + "test_a_list_that_a_sibling_writes_to",
+            SEVERAL + "test_a_siblings_gate",
+            SEVERAL + "test_a_window_that_a_sibling_changes_during_the_call",
+            "tests/elisa/test_several_vcpus.py::test_a_guest_with_more_vcpus_than_the_object_takes",
+            "tests/elisa/test_several_vcpus.py::test_a_vcpu_more_than_the_object_takes",
+        ),
+        (
+            SEVERAL + "test_a_stack_that_vcpus_share_is_overwritten",
+            SEVERAL + "test_an_object_for_one_vcpu_that_two_enter",
+        ),
+        residual="that an object's code allows for the number of vCPUs that its declaration names "
+        "is up to its author; vCPUs of one guest share its window. That a list takes no context "
+        "of another vCPU is the kernel's rule: its control is T28's",
     ),
 )

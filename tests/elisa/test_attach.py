@@ -7,10 +7,10 @@ from contextlib import ExitStack
 import pytest
 
 from pykvm.elisa import crossing
-from pykvm.elisa.attachment import InsideContextError
 from pykvm.elisa.exits import ElisaExit
 from pykvm.elisa.objects import GuestNumberError, ObjectInstance, SharedObject
 from pykvm.elisa.protections import Protection
+from pykvm.elisa.vcpu_attachment import InsideContextError
 from pykvm.kernel import uapi
 from pykvm.kvm import Exit, Io, Kvm, MmioWrite, UnexpectedExitError
 from pykvm.machine.bare import layout
@@ -19,6 +19,7 @@ from pykvm.machine.bare.failures import GuestTimeoutError
 from pykvm.machine.bare.guest import BareGuest
 from pykvm.measure.connect import connect
 from pykvm.measure.programs import SwitchPath
+from pykvm.memory.regions import HUGE_2M
 from pykvm.paging.entries import Access
 from pykvm.resources import GUEST_SOURCES
 from pykvm.sizes import PAGE_SIZE
@@ -246,7 +247,7 @@ UNMAPPED = {
     "the gate's list": (Wild.WRITE, C + crossing.GATE_LIST_OFFSET + 8),
     "below the stack": (Wild.WRITE, C + crossing.STACK_OFFSET - 8),
     "above the stack": (Wild.READ, C + crossing.STACK_OFFSET + crossing.STACK_SIZE),
-    "behind the windows": (Wild.READ, C + crossing.SHARED_OFFSET + 3 * PAGE_SIZE),
+    "behind the windows' large page": (Wild.READ, C + crossing.SHARED_OFFSET + HUGE_2M),
     "its own page tables": (Wild.WRITE, C + crossing.PRIVATE_TABLES_OFFSET),
     "page tables by their GPA": (Wild.WRITE, TABLES_GPA),
     # Mapped, but as user pages: SMEP refuses first; the EPT would too, without X.
@@ -415,7 +416,7 @@ def test_page_tables_where_the_sub_context_has_the_window(guest: BareGuest) -> N
     declaration = SharedObject("counter", OBJECTS / "counter.c", window=6 * PAGE_SIZE, guests=2)
     with declaration.open() as counter:
         slot = counter.attach(guest).slot
-        gpa = crossing.SUB_PRIVATE_GPA + crossing.SHARED_OFFSET + declaration.windows_offset
+        gpa = crossing.SUB_MEMORY_GPA + declaration.windows_offset
         guest.add_region(counter.window_region(0, gpa))
         cr3 = gpa + PAGE_SIZE
         tables = crafted_tables(guest, cr3)

@@ -98,6 +98,8 @@ def test_a_users_object_is_built(tmp_path: Path) -> None:
     [
         (lambda: SharedObject("x", COUNTER, guests=0), "0 guests for x: use 1 to 64"),
         (lambda: SharedObject("x", COUNTER, guests=65), "65 guests for x: use 1 to 64"),
+        (lambda: SharedObject("x", COUNTER, vcpus=0), "0 vcpus of a guest for x: use 1 to 64"),
+        (lambda: SharedObject("x", COUNTER, vcpus=65), "65 vcpus of a guest for x: use 1 to 64"),
         (lambda: SharedObject("x", COUNTER, shared=-1), "negative memory for x"),
         (lambda: SharedObject("x", COUNTER, window=-1), "negative memory for x"),
         (lambda: SharedObject("x", COUNTER, shared=0, window=0), "no memory for x: "),
@@ -140,8 +142,8 @@ def test_geometry(shared: int, window: int, guests: int, pages: tuple[int, int])
     assert declared.window_size % PAGE_SIZE == 0
     base = 0x7000_0000
     environment = ENV.unpack(declared.env(base, guests - 1))
-    window_size = declared.window_size
-    assert environment == (base, offset, base + offset, window_size, guests - 1, guests)
+    memory = (base, offset, base + offset, declared.window_size)
+    assert environment == (*memory, guests - 1, guests, 0, 1)
 
 
 @pytest.mark.unit

@@ -15,14 +15,16 @@ import pytest
 
 from pykvm.elisa.calls import revoke_slot
 from pykvm.elisa.exits import ElisaExit
-from pykvm.elisa.objects import ObjectInstance
+from pykvm.elisa.objects import ObjectInstance, SharedObject
 from pykvm.kernel import uapi
 from pykvm.kvm import Kvm, UnexpectedExitError
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
+from pykvm.resources import GUEST_SOURCES
 from tests.rigs.context_requests import Machine, close, good
 from tests.rigs.host_state import nothing_stays, pinned_pages, quiet_kernel
 from tests.rigs.probe import Probe, calls, give, prepare, probe_guest, results
+from tests.rigs.several import give_each, guest_of, results_of
 from tests.rigs.spinning import LONG, Spin, spin_object
 from tests.rigs.tracefs import kprobes
 from tests.rigs.waiting import wait_for
@@ -41,18 +43,15 @@ def _on_its_own_processor() -> Iterator[None]:
     os.sched_setaffinity(0, before)
 
 
-def start(guest: BareGuest, processor: int = VCPU) -> int:
-    """Start the guest on a processor; return the id of its thread."""
+def start(guest: BareGuest, processor: int = VCPU, *, number: int = 0) -> int:
+    """Start a vCPU of the guest on a processor; return the id of its thread."""
     # The thread takes over where this one may run.
     os.sched_setaffinity(0, {processor})
     try:
-        guest.start()
-        assert guest._thread is not None
-        thread = guest._thread.native_id
+        guest.start(numbers=[number])
+        return guest.threads.native_id(number)
     finally:
         os.sched_setaffinity(0, {VMM})
-    assert thread is not None
-    return thread
 
 
 @contextmanager
@@ -149,6 +148,22 @@ def test_two_guests_in_one_object_at_once(kvm: Kvm) -> None:
         assert first.wait(60) == 0
         assert second.wait(60) == 0
         assert None not in (results(first)[0], results(second)[0])
+
+
+def test_two_vcpus_of_one_guest_at_once(kvm: Kvm) -> None:
+    """Each is on a processor; every moment of a crossing meets every moment of the other's."""
+    source = GUEST_SOURCES / "objects" / "counter.c"
+    with SharedObject("counter", source, vcpus=2).open() as counter, guest_of(kvm, 2) as guest:
+        slot = counter.attach(guest).slot
+        give_each(guest, *[[calls(slot, 1) for _ in range(1000)]] * 2)
+        start(guest, VCPU)
+        start(guest, VMM, number=1)
+        assert guest.wait(60) == 0
+        answers = [results_of(guest, number) for number in (0, 1)]
+        for each in answers:
+            assert each == sorted(each)  # type: ignore[type-var]
+        assert {*answers[0], *answers[1]} == set(range(1, 2001))
+        assert answers != [list(range(1, 1001)), list(range(1001, 2001))]  # not one by one
 
 
 def test_attaching_beside_a_guest_that_calls(kvm: Kvm, counter: ObjectInstance) -> None:

@@ -10,7 +10,7 @@ from enum import IntEnum
 from pykvm.elisa.exits import ElisaExit
 from pykvm.elisa.trusted_images import crossing_images
 from pykvm.kernel import uapi
-from pykvm.kvm import Exit, Io, Kvm
+from pykvm.kvm import Exit, Io, Kvm, Vcpu
 from pykvm.machine.bare import boot_info
 from pykvm.machine.bare.build import build_guest
 from pykvm.machine.bare.guest import BareGuest
@@ -176,26 +176,37 @@ def events(guest: BareGuest) -> list[Event]:
     return [Event(*words[:5]) for words in _EVENT.iter_unpack(data)]
 
 
-def run(guest: BareGuest, on_mark: Callable[[int], object] | None = None) -> list[Exit]:
+def run(
+    guest: BareGuest,
+    on_mark: Callable[[int], object] | None = None,
+    *,
+    vcpu: Vcpu | None = None,
+) -> list[Exit]:
     """Run to the end, skipping each VMFUNC that fails in the default context.
+
+    Args:
+        guest: the guest.
+        on_mark: called with the value of each mark.
+        vcpu: one of its vCPUs; by default the first.
 
     Returns:
         The exits of these VMFUNCs. If any other exit stopped the guest, it comes last; it is
         `Stopped` if a minute has passed.
     """
-    deadline = threading.Timer(60, guest.vcpu.stop)
+    vcpu = vcpu or guest.vcpu
+    deadline = threading.Timer(60, vcpu.stop)
     deadline.daemon = True
     deadline.start()
     try:
-        return _run(guest, on_mark)
+        return _run(vcpu, on_mark)
     finally:
         deadline.cancel()
 
 
-def _run(guest: BareGuest, on_mark: Callable[[int], object] | None) -> list[Exit]:
+def _run(vcpu: Vcpu, on_mark: Callable[[int], object] | None) -> list[Exit]:
     seen: list[Exit] = []
     while True:
-        exit = guest.vcpu.run()
+        exit = vcpu.run()
         match exit:
             case Io(port=boot_info.FINISH_PORT):
                 assert exit.value == 0
@@ -205,7 +216,7 @@ def _run(guest: BareGuest, on_mark: Callable[[int], object] | None) -> list[Exit
                 on_mark(exit.value)
             case ElisaExit(cause=uapi.lib.KVM_ELISA_EXIT_VMFUNC, at=uapi.lib.KVM_ELISA_AT_DEFAULT):
                 seen.append(exit)
-                guest.vcpu.set_regs(rip=exit.rip + 3)
+                vcpu.set_regs(rip=exit.rip + 3)
             case _:
                 seen.append(exit)
                 return seen

@@ -42,6 +42,8 @@ class ElisaEnv(ctypes.LittleEndianStructure):
         window_size: bytes of each window.
         id: number of the calling guest.
         guests: number of windows.
+        vcpu: number of the calling vCPU in its guest.
+        vcpus: most vCPUs of one guest that may be in the object at once.
     """
 
     shared: int
@@ -50,6 +52,8 @@ class ElisaEnv(ctypes.LittleEndianStructure):
     window_size: int
     id: int
     guests: int
+    vcpu: int
+    vcpus: int
 
     _fields_ = (
         ("shared", ctypes.c_uint64),
@@ -58,6 +62,8 @@ class ElisaEnv(ctypes.LittleEndianStructure):
         ("window_size", ctypes.c_uint64),
         ("id", ctypes.c_uint32),
         ("guests", ctypes.c_uint32),
+        ("vcpu", ctypes.c_uint32),
+        ("vcpus", ctypes.c_uint32),
     )
 
 
@@ -120,6 +126,7 @@ class BootInfo(ctypes.LittleEndianStructure):
 
     Attributes:
         magic: `MAGIC`.
+        vcpus: vCPUs of the guest.
         elisa_call: address of the entry page's function; 0 if nothing is attached.
         attachment: the attached objects.
         direct: environment for direct calls of an object that is linked into the guest.
@@ -131,10 +138,11 @@ class BootInfo(ctypes.LittleEndianStructure):
         samples_size: its size.
         param: the program's parameters.
         result: the program's results.
-        failure: why the program failed.
+        failure: why the program failed, on the vCPU that failed last.
     """
 
     magic: int
+    vcpus: int
     elisa_call: int
     attachment: ctypes.Array[BootAttachment]
     direct: ElisaEnv
@@ -150,6 +158,7 @@ class BootInfo(ctypes.LittleEndianStructure):
 
     _fields_ = (
         ("magic", ctypes.c_uint64),
+        ("vcpus", ctypes.c_uint64),
         ("elisa_call", ctypes.c_uint64),
         ("attachment", BootAttachment * ATTACHMENTS),
         ("direct", ElisaEnv),

@@ -3,6 +3,8 @@
 from typing import Final
 
 from pykvm.errors import PykvmError
+from pykvm.machine.bare.boot_info import BootFailure
+from pykvm.memory.guest_memory import GuestMemory
 from pykvm.sizes import PAGE_SIZE
 
 __all__ = [
@@ -12,6 +14,8 @@ __all__ = [
     "GuestTimeoutError",
     "ImageAddressError",
     "InputTooLargeError",
+    "VcpusFullError",
+    "read_failure",
 ]
 
 _VECTORS: Final = {
@@ -77,6 +81,10 @@ class AttachmentsFullError(PykvmError):
     """A bare guest has no room for another object on its page of information."""
 
 
+class VcpusFullError(PykvmError, ValueError):
+    """A bare guest has no room for another vCPU."""
+
+
 class GuestTimeoutError(PykvmError):
     """A guest did not finish in time and was stopped, or was stopped by `BareGuest.stop`."""
 
@@ -87,3 +95,29 @@ class ImageAddressError(PykvmError, ValueError):
 
 class InputTooLargeError(PykvmError, ValueError):
     """More input or parameters than a guest has room for."""
+
+
+def read_failure(
+    memory: GuestMemory, failure: BootFailure, console: str
+) -> GuestAssertionError | GuestFaultError:
+    """Return the error for a failure that a guest has reported.
+
+    Args:
+        memory: the guest's memory, which has the strings.
+        failure: the failure.
+        console: everything that the guest has printed.
+    """
+    if not failure.file:  # an exception, not an assertion
+        return GuestFaultError(failure.left, failure.right, failure.rip, failure.cr2)
+    values = ""
+    if failure.left != failure.right:
+        values = f" ({failure.left:#x} and {failure.right:#x})"
+    expression = _string(memory, failure.expression)
+    file = _string(memory, failure.file)
+    return GuestAssertionError(file, failure.line, expression, values, console)
+
+
+def _string(memory: GuestMemory, address: int) -> str:
+    region = memory.region_at(address)
+    data = bytes(region.view(address - region.gpa, min(4096, region.end - address)))
+    return data.split(b"\0")[0].decode("utf-8", "replace")

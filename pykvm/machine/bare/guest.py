@@ -1,6 +1,6 @@
 """Bare-metal 64-bit guests: construction, run and results.
 
-A guest is one program on one vCPU, without firmware and without an operating system.
+A guest is one program without firmware and without an operating system, on one vCPU or several.
 `BareGuest.__init__` builds the machine from top to bottom in boot order::
 
     program = CrossingProgram(calls=1000, ways=[Way.DIRECT])
@@ -14,38 +14,37 @@ report.
 """
 
 import ctypes
-import threading
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Collection
 from typing import Any, Final, Protocol
 
 from pykvm.closeable import Closeable
 from pykvm.devices.debug_console import DebugConsole
 from pykvm.elisa import calls, crossing
+from pykvm.elisa.attachment import Attachment, attach_added_vcpu
 from pykvm.elisa.trusted_images import CrossingImages
-from pykvm.errors import PykvmError
 from pykvm.kvm import Io, Kvm, MpState, Stopped, Vcpu
 from pykvm.machine.bare import boot_info, layout
-from pykvm.machine.bare.boot_info import BootInfo
+from pykvm.machine.bare.boot_info import BootFailure, BootInfo
 from pykvm.machine.bare.failures import (
     AttachmentsFullError,
-    GuestAssertionError,
-    GuestFaultError,
     GuestTimeoutError,
-    ImageAddressError,
     InputTooLargeError,
+    VcpusFullError,
+    read_failure,
 )
+from pykvm.machine.bare.image import load_image, map_ram
+from pykvm.machine.bare.vcpu_threads import VcpuThreads
 from pykvm.machine.x86 import kvm_pages, long_mode
 from pykvm.memory.guest_memory import GuestMemory, MemorySlot
 from pykvm.memory.regions import Region
 from pykvm.paging.entries import SIZE_2M, Access, X86Entry
 from pykvm.paging.tables import PageTables, TableAddresses
 from pykvm.sizes import PAGE_SIZE
-from pykvm.toolchain import elf
 from pykvm.toolchain.elf import ElfFile
 
 __all__ = ["BareGuest", "Program"]
 
-_READ: Final = Access.READ
 _READ_WRITE: Final = Access.READ | Access.WRITE
 _READ_EXECUTE: Final = Access.READ | Access.EXECUTE
 
@@ -58,7 +57,7 @@ class Program(Protocol):
 
 
 class BareGuest(Closeable):
-    """A virtual machine with one vCPU that runs one program.
+    """A virtual machine that runs one program.
 
     Attach objects (`ObjectInstance.attach`) and add regions before the first `run`.
 
@@ -73,11 +72,14 @@ class BareGuest(Closeable):
         crossing_gva: GVA of the crossing base, around which the guest maps its own pages of the
             crossing if an object is attached.
         paging_levels: 4, or 5 to run with CR4.LA57, which the processor must have.
+        vcpus: number of vCPUs, 1 to `layout.MAX_VCPUS`. They enter the program one by one: vCPU 0
+            runs its ``guest_main``, the others its ``vcpu_main``.
 
     Attributes:
         memory: the guest's memory.
         vm: the handle on the VM.
-        vcpu: the handle on the vCPU.
+        vcpus: the handles on the vCPUs, in the order of their numbers.
+        threads: the threads of started vCPUs.
         info: the page that guest and VMM share; its fields are the guest's memory, and after
             `close` a copy of it.
         crossing_gva: see the argument.
@@ -87,6 +89,7 @@ class BareGuest(Closeable):
     Raises:
         ImageAddressError: a segment of the image lies outside the area for programs.
         InputTooLargeError: the program has more input or parameters than a guest has room for.
+        VcpusFullError: there is no room for so many vCPUs.
         PagingLevelsError: `paging_levels` is 5, and the processor or this KVM has no LA57.
         PykvmError: the memory or the VM cannot be created.
     """
@@ -102,7 +105,10 @@ class BareGuest(Closeable):
         irqchip: bool = False,
         crossing_gva: int = crossing.CROSSING_GVA,
         paging_levels: int = 4,
+        vcpus: int = 1,
     ) -> None:
+        if not 1 <= vcpus <= layout.MAX_VCPUS:
+            raise VcpusFullError(f"{vcpus} vcpus of a guest", f"use 1 to {layout.MAX_VCPUS}")
         image = program.image()
         # Memory, then the machine around it.
         self.memory = GuestMemory.create(max(memory, layout.RAM_SIZE), name=name)
@@ -115,10 +121,13 @@ class BareGuest(Closeable):
         self.info = BootInfo()
         self.elisa_call = 0
         self._crossing: tuple[int, bool] | None = None
-        self._attachments = 0
+        self._announced = 0
+        self._attachments: list[Attachment] = []
         self._slots = 0
-        self._thread: threading.Thread | None = None
-        self._outcome: int | BaseException | None = None
+        self.vcpus: list[Vcpu] = []
+        self.threads = VcpuThreads()
+        self._spare: Vcpu | None = None
+        self._entry = image.entry
         self._irqchip = irqchip
         self._contexts = contexts and calls.version(kvm) > 0
         try:
@@ -133,37 +142,74 @@ class BareGuest(Closeable):
                 self._set_slot(region)
 
             # Content of the memory: program, page tables, descriptors, the page of information.
-            self._load(image)
+            load_image(self.memory, image)
             self._tables = PageTables(
                 X86Entry,
                 TableAddresses(layout.PAGE_TABLES_GPA, layout.PAGE_TABLES_SIZE),
                 levels=paging_levels,
             )
-            self._map_ram(image)
+            map_ram(self._tables, self.memory, image)
             self.memory.write(layout.GDT_GPA, long_mode.descriptors(layout.TSS_GPA))
             self._write_info(program)
 
-            # The processor, in 64-bit mode at the image's first instruction.
-            self.vcpu = self.vm.create_vcpu(0)
-            self.start_vcpu(self.vcpu, image.entry, layout.STACK_TOP_GPA, layout.BOOT_INFO_GPA)
+            # The processors, in 64-bit mode at the image's first instruction.
+            for _ in range(vcpus):
+                self.add_vcpu()
         except BaseException:
             self.close()
             raise
 
     # ---- before it runs ---------------------------------------------------------------------
 
-    def start_vcpu(self, vcpu: Vcpu, entry: int, stack: int, argument: int) -> None:
-        """Set up a vCPU to start in 64-bit mode. The guest's own vCPU is set up already.
+    @property
+    def vcpu(self) -> Vcpu:
+        """The first vCPU."""
+        return self.vcpus[0]
+
+    def add_vcpu(self) -> Vcpu:
+        """Add a vCPU, which starts where the program does, and has all objects of the guest.
+
+        The others may be running. If the call fails, the guest has the vCPUs and the objects that
+        it had.
+
+        Raises:
+            VcpusFullError: there is no room for another one.
+            TooManyVcpusError: an attached object takes no more vCPUs of a guest.
+            PykvmError: see `pykvm.elisa.attachment.attach_added_vcpu`.
+        """
+        number = len(self.vcpus)
+        if number == layout.MAX_VCPUS:
+            raise VcpusFullError(f"a bare guest has {number} vcpus already", "use fewer")
+        self._attachments = [each for each in self._attachments if each.complete]
+        for attachment in self._attachments:
+            attachment.check_another()
+        # KVM cannot take a vCPU back: one that could not be attached is kept for the next try.
+        vcpu = self._spare = self._spare or self.vm.create_vcpu(number)
+        self.start_vcpu(
+            vcpu, self._entry, layout.stack_top(number), layout.BOOT_INFO_GPA, number=number
+        )
+        attach_added_vcpu(self._attachments, vcpu)
+        self._spare = None
+        self.vcpus.append(vcpu)
+        self.info.vcpus = len(self.vcpus)
+        return vcpu
+
+    def start_vcpu(
+        self, vcpu: Vcpu, entry: int, stack: int, argument: int, *, number: int = 0
+    ) -> None:
+        """Set up a vCPU to start in 64-bit mode. The guest's own vCPUs are set up already.
 
         Args:
             vcpu: a vCPU of this VM.
             entry: initial RIP.
             stack: initial RSP.
             argument: initial RDI.
+            number: initial RSI.
         """
         cpuid = long_mode.supported_features(
             self._kvm, contexts=self._contexts, irqchip=self._irqchip
         )
+        long_mode.set_apic_id(cpuid, vcpu.id)
         vcpu.set_cpuid2(cpuid)
         long_mode.enter(
             vcpu,
@@ -176,7 +222,7 @@ class BareGuest(Closeable):
         )
         # RFLAGS.IF is set, because Bochs withholds the host's own interrupts while a guest has it
         # clear.
-        vcpu.set_regs(rip=entry, rsp=stack, rdi=argument, rflags=0x202)
+        vcpu.set_regs(rip=entry, rsp=stack, rdi=argument, rsi=number, rflags=0x202)
         if self._irqchip:  # vCPUs other than the first would wait for INIT and SIPI
             vcpu.set_mp_state(MpState.RUNNABLE)
 
@@ -207,11 +253,14 @@ class BareGuest(Closeable):
     # ---- for ObjectInstance.attach (pykvm.elisa.guest) -------------------------------------
 
     def next_window_gpa(self) -> int:
-        return layout.WINDOW_GPA + self._attachments * layout.WINDOW_STRIDE
+        return layout.WINDOW_GPA + self._announced * layout.WINDOW_STRIDE
 
-    def join(self, images: CrossingImages, slot: int, window: Region | None, *, user: bool) -> None:
+    def join(
+        self, images: CrossingImages, attachment: Attachment, window: Region | None, *, user: bool
+    ) -> None:
         self.map_crossing(images, user=user)
-        self.announce(slot, window)
+        self.announce(attachment.slot, window)
+        self._attachments.append(attachment)
 
     def map_crossing(self, images: CrossingImages, *, user: bool = False) -> None:
         """Map the guest's own pages of the crossing around `crossing_gva`.
@@ -244,19 +293,19 @@ class BareGuest(Closeable):
         Raises:
             AttachmentsFullError: the page of information has no room. The window is closed.
         """
-        if self._attachments == boot_info.ATTACHMENTS:
+        if self._announced == boot_info.ATTACHMENTS:
             if window is not None:
                 window.close()
             raise AttachmentsFullError(
                 f"a bare guest knows {boot_info.ATTACHMENTS} objects", "attach fewer"
             )
-        attachment = self.info.attachment[self._attachments]
+        attachment = self.info.attachment[self._announced]
         attachment.gate_slot = slot
         if window is not None:
             self.add_region(window)
             attachment.window = window.gpa
             attachment.window_size = window.size
-        self._attachments += 1
+        self._announced += 1
 
     def set_direct(self, memory: Region, env: bytes) -> None:
         """Map an object's whole memory, for direct calls of the object's code in the guest.
@@ -284,11 +333,12 @@ class BareGuest(Closeable):
 
     # ---- running ----------------------------------------------------------------------------
 
-    def run(self, on_mark: Callable[[int], object] | None = None) -> int:
-        """Run until the program finishes; return its status.
+    def run(self, on_mark: Callable[[int], object] | None = None, *, number: int = 0) -> int:
+        """Run one vCPU until it finishes the program; return its status.
 
         Args:
-            on_mark: called with the value of each mark, while the guest waits.
+            on_mark: called with the value of each mark, while the vCPU waits.
+            number: number of the vCPU.
 
         Raises:
             GuestAssertionError: an ASSERT of the program failed.
@@ -297,8 +347,9 @@ class BareGuest(Closeable):
             UnexpectedExitError: the guest left with any other exit.
             PykvmError: see `Vcpu.run`.
         """
+        vcpu = self.vcpus[number]
         while True:
-            exit = self.vcpu.run()
+            exit = vcpu.run()
             match exit:
                 case Io(port=boot_info.MARK_PORT, is_write=True):
                     if on_mark is not None:
@@ -306,69 +357,57 @@ class BareGuest(Closeable):
                 case Io(port=boot_info.FINISH_PORT, is_write=True):
                     return exit.value
                 case Io(port=boot_info.FAILURE_PORT, is_write=True):
-                    raise self._failure()
+                    raise read_failure(self.memory, self._failure(exit.value), self.console)
                 case Stopped():
-                    raise GuestTimeoutError(f"the guest was stopped {self._where()}")
+                    raise GuestTimeoutError(f"vcpu {number} was stopped {self._where(vcpu)}")
                 case _:
-                    raise self.vcpu.unexpected(exit)
+                    raise vcpu.unexpected(exit)
 
-    def start(self, on_mark: Callable[[int], object] | None = None) -> None:
-        """Call `run` in a thread of its own; `wait` returns its result.
+    def start(
+        self,
+        on_mark: Callable[[int], object] | None = None,
+        *,
+        numbers: Collection[int] | None = None,
+    ) -> None:
+        """Call `run` for each vCPU in a thread of its own; `wait` returns the result.
 
         Args:
-            on_mark: see `run`; called in that thread.
+            on_mark: see `run`; called in the thread of the vCPU.
+            numbers: numbers of the vCPUs to start; by default all.
 
         Raises:
-            RuntimeError: the guest was started and `wait` has not been called.
+            RuntimeError: a vCPU was started and `wait` has not been called.
         """
-        if self._thread is not None:
-            raise RuntimeError("the guest runs already: wait() for it first")
+        chosen = range(len(self.vcpus)) if numbers is None else numbers
+        self.threads.start(
+            {
+                number: (self.vcpus[number], functools.partial(self.run, on_mark, number=number))
+                for number in chosen
+            }
+        )
 
-        def body() -> None:
-            try:
-                self._outcome = self.run(on_mark)
-            except BaseException as error:
-                self._outcome = error
+    def wait(self, timeout: float | None = None, *, numbers: Collection[int] | None = None) -> int:
+        """Wait until the started vCPUs finish; return the first status that is not 0, or 0.
 
-        self._outcome = None
-        self._thread = threading.Thread(target=body, name="vcpu", daemon=True)
-        self._thread.start()
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Wait until a started guest finishes; return its status.
+        If one of them fails, the others are stopped.
 
         Args:
             timeout: seconds to wait at most; None for no limit.
+            numbers: numbers of the vCPUs to wait for; by default all that were started.
 
         Raises:
             GuestTimeoutError: the guest did not finish in time; it is stopped.
             RuntimeError: the guest was not started.
-            PykvmError: see `run`.
+            PykvmError: see `run`; the first failure of a vCPU.
         """
-        if self._thread is None:
+        waited = self.threads.started if numbers is None else numbers
+        if not waited:
             raise RuntimeError("the guest has not been started: start() it first")
-        self._thread.join(timeout)
-        if self._thread.is_alive():
-            self.vcpu.stop()
-            self._thread.join()
-            self._thread = None
-            if isinstance(self._outcome, int):  # it finished just before the stop
-                return self._outcome
-            raise GuestTimeoutError(
-                f"the guest did not finish in {timeout} s, {self._where()}", "give it more time"
-            ) from (self._outcome if isinstance(self._outcome, BaseException) else None)
-        self._thread = None
-        if isinstance(self._outcome, BaseException):
-            raise self._outcome
-        assert self._outcome is not None
-        return self._outcome
+        return next(filter(None, self.threads.wait(waited, timeout)), 0)
 
     def stop(self) -> None:
-        """Stop a started guest and wait for its thread. Harmless if it does not run."""
-        if self._thread is not None:
-            self.vcpu.stop()
-            self._thread.join()
-            self._thread = None
+        """Stop a started guest and wait for its threads. Harmless if it does not run."""
+        self.threads.stop()
 
     # ---- results ----------------------------------------------------------------------------
 
@@ -409,33 +448,6 @@ class BareGuest(Closeable):
         )
         self._slots += 1
 
-    def _load(self, image: ElfFile) -> None:
-        for segment in image.segments:
-            end = segment.address + segment.size
-            if segment.address < layout.IMAGE_GPA or end > layout.IMAGE_END_GPA:
-                raise ImageAddressError(
-                    f"segment {segment.address:#x}-{end:#x} of the image",
-                    f"link it between {layout.IMAGE_GPA:#x} and {layout.IMAGE_END_GPA:#x}",
-                )
-            self.memory.write(segment.address, segment.data)
-
-    def _map_ram(self, image: ElfFile) -> None:
-        """Map all RAM except page 0 at GVA = GPA.
-
-        Pages of the program have the access of their segment; all others are writable.
-        """
-        first = layout.NULL_PAGE_GPA + PAGE_SIZE
-        self._tables.map(first, first, layout.IMAGE_GPA - first, _READ_WRITE)
-        for segment in image.segments:
-            access = _READ
-            access |= Access.WRITE if segment.flags & elf.PF_W else 0
-            access |= Access.EXECUTE if segment.flags & elf.PF_X else 0
-            size = -(-segment.size // PAGE_SIZE) * PAGE_SIZE
-            self._tables.map(segment.address, segment.address, size, access)
-        first = layout.IMAGE_END_GPA
-        self._tables.map(first, first, self.memory.size - first, _READ_WRITE, max_page=SIZE_2M)
-        self._tables.store(self.memory.write)
-
     def _write_info(self, program: Program) -> None:
         # The fields of the structure are the guest's memory itself.
         view: Any = self.memory.view(layout.BOOT_INFO_GPA, ctypes.sizeof(BootInfo))
@@ -458,24 +470,15 @@ class BareGuest(Closeable):
 
     # ---- reports ----------------------------------------------------------------------------
 
-    def _failure(self) -> PykvmError:
-        failure = self.info.failure
-        if not failure.file:  # an exception, not an assertion
-            return GuestFaultError(failure.left, failure.right, failure.rip, failure.cr2)
-        expression = self._string(failure.expression)
-        values = ""
-        if failure.left != failure.right:
-            values = f" ({failure.left:#x} and {failure.right:#x})"
-        file = self._string(failure.file)
-        return GuestAssertionError(file, failure.line, expression, values, self.console)
+    def _failure(self, address: int) -> BootFailure:
+        """Return the failure at an address of the guest; 0: the one on the page of information."""
+        if not address:
+            return self.info.failure
+        data = self.memory.read(address, ctypes.sizeof(BootFailure))
+        return BootFailure.from_buffer_copy(data)
 
-    def _string(self, address: int) -> str:
-        region = self.memory.region_at(address)
-        data = bytes(region.view(address - region.gpa, min(4096, region.end - address)))
-        return data.split(b"\0")[0].decode("utf-8", "replace")
-
-    def _where(self) -> str:
-        """Return the place at which the guest was stopped, and the last line that it printed."""
+    def _where(self, vcpu: Vcpu) -> str:
+        """Return the place at which a vCPU was stopped, and the last line that it printed."""
         text = self.console.strip().splitlines()
         printed = f' after printing "{text[-1]}"' if text else ""
-        return f"at rip {self.vcpu.get_regs().rip:#x}{printed}"
+        return f"at rip {vcpu.get_regs().rip:#x}{printed}"

@@ -17,6 +17,7 @@ __all__ = [
     "PagingLevelsError",
     "descriptors",
     "enter",
+    "set_apic_id",
     "supported_features",
 ]
 
@@ -70,6 +71,19 @@ def supported_features(kvm: Kvm, *, contexts: bool, irqchip: bool) -> list[Cpuid
     if irqchip and leaf and kvm.check_extension("KVM_CAP_TSC_DEADLINE_TIMER"):
         leaf.ecx |= _TSC_DEADLINE
     return entries
+
+
+def set_apic_id(entries: Sequence[CpuidEntry], apic_id: int) -> None:
+    """Put the APIC id of a vCPU into its CPUID leaves (SDM vol. 2A, CPUID leaves 1, 0BH and 1FH).
+
+    KVM_GET_SUPPORTED_CPUID leaves that of the host's processor there on which it was called, and
+    KVM_SET_CPUID2 refuses other leaves once the vCPU has run.
+    """
+    for entry in entries:
+        if entry.function == 1:
+            entry.ebx = (entry.ebx & 0x00FF_FFFF) | (apic_id & 0xFF) << 24
+        elif entry.function in (0xB, 0x1F):
+            entry.edx = apic_id
 
 
 def descriptors(tss: int) -> bytes:

@@ -272,7 +272,7 @@ def test_pages_come_back(kvm: Kvm) -> None:
         spin = Spin(instance)
         guest.start()
         spin.wait_until_inside()
-        for context in attachment._contexts:  # the slot holds the last reference
+        for context in attachment.vcpus[0]._contexts:  # the slot holds the last reference
             context.close()
         assert pinned_pages() - before[0] == taken
         revoke_slot(guest.vm, 0, attachment.slot)

@@ -72,6 +72,14 @@ def test_deadline_timer(irqchip: int, timer: int) -> None:
 
 
 @pytest.mark.unit
+def test_apic_id() -> None:
+    entries = [CpuidEntry(function, ebx=0x3F00_0800, edx=0x3F) for function in (0, 1, 0xB, 0x1F)]
+    long_mode.set_apic_id(entries, 0x105)
+    assert [entry.ebx for entry in entries] == [0x3F00_0800, 0x0500_0800, *[0x3F00_0800] * 2]
+    assert [entry.edx for entry in entries] == [0x3F, 0x3F, 0x105, 0x105]
+
+
+@pytest.mark.unit
 def test_descriptors() -> None:
     """Source: SDM vol. 3A, figures 3-8 and 8-4."""
     null, code, data, task, task_high = struct.unpack("<5Q", long_mode.descriptors(layout.TSS_GPA))

@@ -6,6 +6,7 @@ from pykvm.elisa import crossing
 from pykvm.elisa.objects import ObjectInstance
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
+from pykvm.memory.regions import HUGE_2M
 from pykvm.paging.entries import Access
 from pykvm.sizes import PAGE_SIZE
 from tests.rigs.attacks.leap import FLAGS, Leap, Leaper, Register
@@ -18,11 +19,12 @@ PAGE_FAULT, GENERAL_PROTECTION = 14, 13
 CODE_SELECTOR = 0x08
 INTERRUPT_GATE, TRAP_GATE = 0x8E, 0x8F  # a trap gate leaves interrupts enabled
 
+ACROSS_THE_END = "across the end of the windows"
 BAD_POINTERS = {
     "null": 0,
     "the guest's memory": layout.IMAGE_GPA,
-    "behind the windows": WINDOW + 2 * WINDOW_PAGES * PAGE_SIZE,
-    "across the end of the windows": WINDOW + 2 * WINDOW_PAGES * PAGE_SIZE - 4,
+    "behind the windows' large page": SHARED + HUGE_2M,
+    ACROSS_THE_END: WINDOW + 2 * WINDOW_PAGES * PAGE_SIZE - 4,
     "not canonical": 1 << 62,
 }
 

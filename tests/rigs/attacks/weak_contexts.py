@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 from unittest import mock
 
-from pykvm.elisa import attachment, calls, contexts, crossing
+from pykvm.elisa import calls, contexts, crossing, vcpu_attachment
 from pykvm.elisa import trusted_images as toolchain
 from pykvm.elisa.calls import Context
 from pykvm.elisa.contexts import ContextPlan, UserPages, plan_gate, plan_sub
@@ -143,8 +143,8 @@ class WeakAttachment:
         change_gate(gate)
         self._place(sub, tables)
         self._place(gate, Access.READ)
-        self.sub: Context = attachment._create(vcpu, sub, None, memory)
-        self.gate: Context = attachment._create(vcpu, gate, self.sub, None)
+        self.sub: Context = vcpu_attachment._create(vcpu, sub, None, memory)
+        self.gate: Context = vcpu_attachment._create(vcpu, gate, self.sub, None)
         self._vcpu, self._crossing_gva = vcpu, crossing_gva
         guest.announce(2, instance.window_region(0, guest.next_window_gpa()))
 
@@ -169,7 +169,7 @@ class WeakAttachment:
         self._view(code, PAGE_SIZE)[:] = crossing_images().gate_page
         plan = plan_gate(code, self._crossing_gva, levels=self._guest.paging_levels)
         self._place(plan, Access.READ)
-        return attachment._create(self._vcpu, plan, self.sub, None)
+        return vcpu_attachment._create(self._vcpu, plan, self.sub, None)
 
     def enter_through_gate(self, slot: int = 2) -> int:
         """Put the gate into the vCPU's list, as the product does."""

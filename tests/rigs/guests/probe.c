@@ -2,11 +2,13 @@
 /*
  * Does what its input says, step by step: calls, VMFUNCs, accesses, privileged instructions.
  *
- * param[0]  1: take interrupts and record them in the samples (events.h), 0: there is no local APIC
- * input     struct step, in order; the guest stores `result`, then 1 in `done`. A step whose `what`
- *           has bit ATTEMPT set may take an exception: `done` is then ATTEMPT_FAULT and its vector
- * result[0] steps done
- * result[1] events taken
+ * param[0]     1: take interrupts and record them in the samples (events.h), 0: there is no local APIC
+ * param[1 + n] steps of vCPU n, for n from 1 on; they are the last ones, vCPU 0 has the rest
+ * input        struct step, in order; the guest stores `result`, then 1 in `done`. A step whose
+ *              `what` has bit ATTEMPT set may take an exception: `done` is then ATTEMPT_FAULT and
+ *              its vector. Only vCPU 0 may have such steps
+ * result[0]    steps done by vCPU 0
+ * result[1]    events taken
  */
 #include "attempt.h"
 #include "events.h"
@@ -35,6 +37,7 @@ enum {
 };
 
 #define EVENTS 1024 /* that are recorded */
+#define VCPUS 8     /* that may have steps */
 
 enum table { GDT, IDT, LDT, TASK };
 
@@ -228,15 +231,22 @@ static uint64_t do_step(const void *argument)
 	}
 }
 
-uint32_t guest_main(void)
+/* Returns the number of the first step of a vCPU, or behind the last step of the vCPU before. */
+static uint64_t first_step(uint32_t vcpu)
+{
+	uint64_t first = boot_info->input_size / sizeof(struct step);
+
+	for (uint32_t later = vcpu; later < VCPUS; later++)
+		first -= later ? boot_info->param[1 + later] : 0;
+	return vcpu ? first : 0;
+}
+
+static void do_steps(uint32_t vcpu)
 {
 	struct step *step = (struct step *)boot_info->input;
-	uint64_t steps = boot_info->input_size / sizeof(*step);
+	uint64_t first = first_step(vcpu), end = first_step(vcpu + 1);
 
-	ASSERT(EVENTS * sizeof(struct event) <= boot_info->samples_size);
-	if (boot_info->param[0])
-		events_open((struct event *)boot_info->samples, EVENTS);
-	for (uint64_t n = 0; n < steps; n++) {
+	for (uint64_t n = first; n < end; n++) {
 		uint64_t result = 0, done = 1;
 
 		if (step[n].what & ATTEMPT) {
@@ -247,7 +257,22 @@ uint32_t guest_main(void)
 		}
 		step[n].result = result;
 		WRITE_ONCE(step[n].done, done);
-		boot_info->result[0] = n + 1;
+		if (!vcpu)
+			boot_info->result[0] = n + 1;
 	}
+}
+
+uint32_t vcpu_main(uint32_t number)
+{
+	do_steps(number);
+	return 0;
+}
+
+uint32_t guest_main(void)
+{
+	ASSERT(EVENTS * sizeof(struct event) <= boot_info->samples_size);
+	if (boot_info->param[0])
+		events_open((struct event *)boot_info->samples, EVENTS);
+	do_steps(0);
 	return 0;
 }

@@ -211,6 +211,7 @@ int main(int count, char **arguments)
 		.window_size = switch_window_size(ports, tx_slots, lane_slots),
 		.id = (uint32_t)atoi(arguments[3]),
 		.guests = ports,
+		.vcpus = 1,
 	};
 	window = (struct switch_window *)(env.windows + env.id * env.window_size);
 	record = (struct record *)map(atoi(arguments[2]), &size) + env.id;

@@ -44,6 +44,7 @@ static void call(uint32_t id, uint8_t mode, uint64_t a0, uint64_t a1, uint64_t a
 		.window_size = window_size,
 		.id = id,
 		.guests = ports,
+		.vcpus = 1,
 	};
 	struct active *active = &actives[depth];
 	struct switch_shared *start = &before[depth];
