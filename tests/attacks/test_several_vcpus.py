@@ -1,4 +1,4 @@
-"""T36: a second vCPU of the same guest, while the first one is in the object."""
+"""T37: a second vCPU of the same guest, while the first one is in the object."""
 
 import errno
 from collections.abc import Iterator
@@ -67,7 +67,7 @@ def meet(guest: BareGuest, slot: int, several: Several) -> list[int | None]:
     return results_of(guest, 0) + results_of(guest, 1)
 
 
-@pytest.mark.attack("T36")
+@pytest.mark.attack("T37")
 def test_a_stack_at_the_same_address(
     guest: BareGuest, both: tuple[ObjectInstance, Several]
 ) -> None:
@@ -104,7 +104,7 @@ def one_stack() -> Iterator[None]:
         yield
 
 
-@pytest.mark.control("T36")
+@pytest.mark.control("T37")
 def test_a_stack_that_vcpus_share_is_overwritten(
     guest: BareGuest, both: tuple[ObjectInstance, Several]
 ) -> None:
@@ -116,7 +116,7 @@ def test_a_stack_that_vcpus_share_is_overwritten(
 # ---- memory with one writer ----------------------------------------------------------------------
 
 
-@pytest.mark.control("T36")
+@pytest.mark.control("T37")
 def test_an_object_for_one_vcpu_that_two_enter(
     guest: BareGuest, both: tuple[ObjectInstance, Several]
 ) -> None:
@@ -134,7 +134,7 @@ def test_an_object_for_one_vcpu_that_two_enter(
 # ---- the list ------------------------------------------------------------------------------------
 
 
-@pytest.mark.attack("T36")
+@pytest.mark.attack("T37")
 def test_the_transient_slot_while_a_sibling_fills_its_own(guest: BareGuest) -> None:
     """The second vCPU finds its slot empty at any moment of the first one's calls."""
     with COUNTER.open() as counter:
@@ -147,7 +147,7 @@ def test_the_transient_slot_while_a_sibling_fills_its_own(guest: BareGuest) -> N
         assert results_of(guest, 0) == list(range(1, CALLS + 1))
 
 
-@pytest.mark.attack("T36")
+@pytest.mark.attack("T37")
 def test_a_list_that_a_sibling_writes_to(guest: BareGuest) -> None:
     """A reckless object writes to the second vCPU's list for it; the first one's stays as it is."""
     with RECKLESS.open() as wild:
@@ -173,7 +173,7 @@ def contexts(one: VcpuAttachment) -> list[calls.Context]:
     return list(one._contexts)
 
 
-@pytest.mark.attack("T36")
+@pytest.mark.attack("T37")
 def test_a_siblings_gate(guest: BareGuest) -> None:
     """The kernel takes neither context of one vCPU for the other, whose slots stay empty."""
     with COUNTER.open() as counter:
@@ -194,7 +194,7 @@ def test_a_siblings_gate(guest: BareGuest) -> None:
 # ---- the window ----------------------------------------------------------------------------------
 
 
-@pytest.mark.attack("T36")
+@pytest.mark.attack("T37")
 def test_a_window_that_a_sibling_changes_during_the_call(guest: BareGuest) -> None:
     """The object's answers are what it counts, whatever is in the window."""
     with COUNTER.open() as counter:

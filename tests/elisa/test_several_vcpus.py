@@ -292,7 +292,7 @@ def test_a_slot_that_is_taken(kvm: Kvm) -> None:
 
 
 @pytest.mark.elisa
-@pytest.mark.attack("T36")
+@pytest.mark.attack("T37")
 def test_a_guest_with_more_vcpus_than_the_object_takes(kvm: Kvm) -> None:
     with guest_of(kvm, 3) as guest, open_counter(2) as two, open_counter(1) as one, nothing_stays():
         for counter, takes in ((two, 2), (one, 1)):
@@ -316,7 +316,7 @@ def test_the_switch_takes_one(kvm: Kvm, guest: BareGuest, path: SwitchPath) -> N
 
 
 @pytest.mark.elisa
-@pytest.mark.attack("T36")
+@pytest.mark.attack("T37")
 def test_a_vcpu_more_than_the_object_takes(kvm: Kvm) -> None:
     with guest_of(kvm, 1) as guest, open_counter(2) as two, open_counter(1) as one:
         two.attach(guest)
