@@ -32,6 +32,7 @@ _OWN: Final = "tests/test_documented_commands.py::test_"
 _RUN_HERE: Final = {
     "pykvm doctor": {0, 1},
     "pykvm testbed --bring notes.txt -- sh -c 'dmesg > notes.txt'": {0},
+    "pykvm testbed --memory 1024 -- grep MemTotal /proc/meminfo": {0},
     "pykvm testbed --series 6.12 -- uname -r": {0},
     "pykvm testbed --stock -- ls -l /dev/kvm": {0},
     "pykvm testbed -- python3 examples/adder.py": {0},

@@ -31,7 +31,7 @@ _MADE: Final = re.compile(r"\.(so|pyc)$")
 TWO: Final = ("--cpus", "2")
 """Options of `pykvm testbed` for what runs on two processors, on one series."""
 
-_ON_TWO: Final = "(attack or control or processors or races)"
+_ON_TWO: Final = "(attack or processors or races)"
 
 # The longest tests of this host, which run at the same time as those on the emulated hosts.
 _LATER: Final = ("tests/switch", "tests/verify")
