@@ -17,6 +17,7 @@ from pykvm.memory.regions import HUGE_2M, MemoryFile
 
 __all__ = ["collapse"]
 
+_MADV_POPULATE_READ: Final = 22  # linux/mman.h, since Linux 5.14
 _MADV_COLLAPSE: Final = 25  # linux/mman.h, since Linux 6.1; not in the mmap module
 _MAP_FIXED: Final = 0x10  # not in the mmap module before Python 3.13
 _FAILED: Final = ctypes.c_void_p(-1).value
@@ -60,6 +61,10 @@ def collapse(file: MemoryFile) -> bool:
         mapped = _libc.mmap(aligned, size, protection, mmap.MAP_SHARED | _MAP_FIXED, file.fd, 0)
         if mapped == _FAILED:
             return False
+        # A block without any page counts as truncated, and is not collapsed.
+        for at in range(aligned, aligned + size, HUGE_2M):
+            if _libc.madvise(at, mmap.PAGESIZE, _MADV_POPULATE_READ):
+                return False
         return bool(_libc.madvise(aligned, size, _MADV_COLLAPSE) == 0)
     finally:
         _libc.munmap(start, room)
