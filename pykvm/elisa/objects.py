@@ -11,7 +11,8 @@ vCPUs::
 """
 
 import struct
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -306,23 +307,35 @@ class ObjectInstance(Closeable):
         """
         if number is None:
             number = self._free_number()
-        attachment = self._attach(
-            guest.vcpus,
-            number,
-            crossing_gva=guest.crossing_gva,
-            user=user,
-            levels=guest.paging_levels,
-        )
-        try:
-            window = None
-            if self.declaration.window:
-                window = self.window_region(number, guest.next_window_gpa())
-            images = crossing_images(frozenset(self.declaration.without))
-            guest.join(images, attachment, window, user=user)
-        except BaseException:
-            attachment.close()
-            raise
+        with self._nothing_stays_registered():
+            attachment = self._attach(
+                guest.vcpus,
+                number,
+                crossing_gva=guest.crossing_gva,
+                user=user,
+                levels=guest.paging_levels,
+            )
+            try:
+                window = None
+                if self.declaration.window:
+                    window = self.window_region(number, guest.next_window_gpa())
+                images = crossing_images(frozenset(self.declaration.without))
+                guest.join(images, attachment, window, user=user)
+            except BaseException:
+                attachment.close()
+                raise
         return attachment
+
+    @contextmanager
+    def _nothing_stays_registered(self) -> Iterator[None]:
+        """Give registered memory back if what is done fails and was the first to need it."""
+        before = self._registered
+        try:
+            yield
+        except BaseException:
+            if self._registered is not None and self._registered is not before:
+                self._registered.close()
+            raise
 
     def attach_vcpu(
         self,
@@ -353,7 +366,8 @@ class ObjectInstance(Closeable):
             KvmError: the kernel refuses a call.
             PykvmError: see `pykvm.elisa.trusted_images.build_object`, for callers in user mode.
         """
-        return self._attach([vcpu], number, crossing_gva=crossing_gva, user=user, levels=levels)
+        with self._nothing_stays_registered():
+            return self._attach([vcpu], number, crossing_gva=crossing_gva, user=user, levels=levels)
 
     def _attach(
         self, vcpus: Sequence[Vcpu], number: int, *, crossing_gva: int, user: bool, levels: int

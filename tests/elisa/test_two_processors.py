@@ -75,6 +75,7 @@ def test_revocation_from_the_other_processor(kvm: Kvm, inside: bool) -> None:
     """When the call returns, the vCPU has made its last turn in the object."""
     pause = random.Random(5)
     with probe_guest(kvm) as guest, spinning() as (instance, spin):
+        instance.register(kvm)
         pinned = pinned_pages()
         for _ in range(20):
             attachment = instance.attach_vcpu(guest.vcpu, 0)

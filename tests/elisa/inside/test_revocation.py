@@ -260,8 +260,9 @@ def test_another_slot_while_inside(guest: BareGuest, instance: ObjectInstance) -
 
 def test_pages_come_back(kvm: Kvm) -> None:
     """The pages come back at once, while VM, object and the VMM's descriptors still exist."""
-    before = (pinned_pages(), locked_kib())
     with event_guest(kvm) as guest, spin_object().open() as instance:
+        instance.register(kvm)  # what stays until the object is closed
+        before = (pinned_pages(), locked_kib())
         attachment = instance.attach(guest)
         taken = pinned_pages() - before[0]
         assert taken > 10
@@ -310,6 +311,7 @@ def test_another_vcpu(guest: BareGuest, instance: ObjectInstance) -> None:
 def test_again_and_again(guest: BareGuest, instance: ObjectInstance) -> None:
     """Revocation at a different moment each time leaks nothing."""
     spin = Spin(instance)
+    instance.register(guest.vm)
     pinned = pinned_pages()
     for number in range(8):
         attachment = instance.attach_vcpu(guest.vcpu, 0)
