@@ -12,6 +12,7 @@ from pykvm.elisa import crossing
 from pykvm.elisa.objects import ObjectInstance, SharedObject
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
+from pykvm.memory.regions import HUGE_2M
 from pykvm.paging.entries import Access
 from pykvm.resources import GUEST_SOURCES
 from pykvm.sizes import PAGE_SIZE
@@ -32,7 +33,7 @@ INVALID_OPCODE = 6
 C = crossing.CROSSING_GVA
 GUESTS = 2
 FIRST = C + crossing.GATE_DATA_OFFSET  # first address that the contexts of these tests map
-END = C + crossing.SHARED_OFFSET + (1 + GUESTS) * PAGE_SIZE  # one shared page and a window each
+END = C + crossing.SHARED_OFFSET + HUGE_2M  # of the large page with all of the object's memory
 
 IDT_LIMIT = 0xFFF
 GDT_SIZE = 5 * 8  # null, code, data, TSS
