@@ -206,7 +206,7 @@ def create_context(
     Args:
         vm: the VM.
         tables: nr_tables * 4096 bytes, table 0 the root. The address field of an entry is the
-            number of a table above level 1, of a page at level 1. A leaf of level 3 at n + 1 GiB
+            number of a table above level 1, of a page at level 1. A leaf of level 3 at (n + 1) GiB
             stands for part n.
         pages: (addr, kind, ref) for each page, the kind one of ``KVM_ELISA_PAGE_*``: (host
             address, PAGE_USER, 0), (0, PAGE_LIST, vCPU id), or (0, PAGE_EPTP, descriptor of a

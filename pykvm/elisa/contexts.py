@@ -200,7 +200,7 @@ class ContextPlan:
                 f"{size >> 20} MiB of memory do not fit behind {gva:#x}",
                 "use a lower crossing base, or give the object less memory",
             ) from error
-        # Part n is named by the address n + 1 GiB, which no number of a page reaches.
+        # Part n is named by the address (n + 1) GiB, which no number of a page reaches.
         self.ept.map(gpa, SIZE_1G, self.parts * SIZE_1G, READ_WRITE, max_page=SIZE_1G)
 
     def _map(self, gpa: int, page: Page, access: Access) -> int:

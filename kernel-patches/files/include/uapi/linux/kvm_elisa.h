@@ -61,8 +61,8 @@ struct kvm_elisa_page {
 };
 
 /*
- * size bytes of the caller's memory from addr on, whole pages, to pin and charge once. The file that
- * is returned keeps them, and so do contexts that map a part.
+ * size bytes of the caller's memory from addr on, whole pages, to pin and charge once. The file
+ * that is returned keeps them, and so do contexts that map a part.
  */
 struct kvm_elisa_memory {
 	__u64 addr;
@@ -81,8 +81,8 @@ struct kvm_elisa_part {
 
 /*
  * tables: nr_tables arrays of 512 EPT entries; table 0 is the root. The address field (bits
- * 12 to 51) of an entry is an index: of another table above level 1, of a page at level 1. A leaf of
- * level 3 (bit 7) at address n + 1 GiB stands for part n, and never for executable memory.
+ * 12 to 51) of an entry is an index: of another table above level 1, of a page at level 1. A leaf
+ * of level 3 (bit 7) at address (n + 1) GiB stands for part n, and never for executable memory.
  * gva, size: the range of guest virtual addresses that the context's guest page table maps; no
  * descriptor table of the guest may touch it while VMFUNC works.
  */

@@ -3,9 +3,9 @@
  * ELISA: memory that is registered once, and that any number of contexts map.
  *
  * Its pages are pinned and charged when it is registered, and its part of an EPT is built then: a
- * level-2 table for each GiB, with 2 MiB leaves where 512 pages lie side by side.  An entry of level
- * 3 in a context leads to such a table, so that a context costs the same whatever the memory's
- * size.  Everything in these tables is readable and writable, and nothing executable.
+ * level-2 table for each GiB, with 2 MiB leaves where 512 pages lie side by side.  An entry of
+ * level 3 in a context leads to such a table, so that a context costs the same whatever the
+ * memory's size.  Everything in these tables is readable and writable, and nothing executable.
  *
  * Lifetime: the file holds a reference, and so does every context with a part of the memory.  A
  * context flushes its translations before it gives its references back, so nothing can translate
