@@ -269,7 +269,8 @@ class ObjectInstance(Closeable):
     def register(self, system: Handle) -> RegisteredMemory:
         """Register the object's memory with the kernel, which pins and charges it once.
 
-        The first attachment does it; call it before to pay for it at another time. The memory
+        The first attachment does it. Call it before to pay for it at another time, or so that
+        processes that are forked afterwards share it, each with guests of its own. The memory
         consists of 2 MiB pages as far as the host has some (`pykvm.memory.huge_pages`).
 
         Args:

@@ -116,7 +116,8 @@ class Vmms:
 @contextmanager
 def vmms() -> Iterator[Vmms]:
     config = SwitchConfig(ports=PORTS, lane_slots=16, tx_slots=16)
-    with HostedSwitch(config, epoch=None) as hosted:
+    with Kvm() as kvm, HostedSwitch(config, epoch=None) as hosted:
+        hosted.instance.register(kvm)  # once, for the guests of all processes
         for port, station in enumerate(STATIONS):
             hosted.switch.pin(":".join(f"{octet:02x}" for octet in station), port)
         started = Vmms(hosted)

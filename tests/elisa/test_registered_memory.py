@@ -344,3 +344,22 @@ def test_messages(kvm: Kvm) -> None:
         calls.register_memory(kvm, 8, PAGE)
     with pytest.raises(IoctlError, match="at most 64 GiB"):
         calls.register_memory(kvm, 0, 1 << 40)
+
+
+def test_a_forked_process_shares_it(kvm: Kvm) -> None:
+    """A child's guest maps the memory that its parent registered; nothing is pinned again."""
+    counter = SharedObject("counter", COUNTER, shared=HUGE_2M, guests=1)
+
+    def body() -> int:
+        before = pinned_pages()
+        with Kvm() as own, BareGuest(own, Probe()) as guest:
+            attachment = instance.attach(guest)
+            assert pinned_pages() - before < 40
+            give(guest, call_steps(attachment.slot, 5))
+            assert run(guest) == []
+            return int(results(guest)[0] or 0)
+
+    with nothing_stays(), counter.open() as instance:
+        instance.register(kvm)
+        assert in_child(body) == 5
+        assert int.from_bytes(instance.shared[:8], "little") == 5
