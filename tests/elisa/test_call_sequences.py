@@ -288,6 +288,7 @@ class Calls(RuleBasedStateMachine):
             memories=[files[part] for part, _ in request.parts],  # type: ignore[misc]
         )
         vm.contexts.append(made)
+        counted["context with a part"] += bool(made.memories)
         return made
 
     @precondition(lambda self: self.vms and len(self.open_memories()) < 3)
@@ -353,6 +354,13 @@ class Calls(RuleBasedStateMachine):
     @rule(index=indices, vcpu_id=st.sampled_from([0, 1, 0, 7, 2**31]), slot=slots)
     def take_away(self, index: int, vcpu_id: int, slot: int) -> None:
         self._revoke(pick(self.open_vms(), index), vcpu_id, slot)
+
+    @precondition(lambda self: any(vcpu.slots and vcpu.vm.file.fds for vcpu in self.open_vcpus()))
+    @rule(index=indices, which=indices)
+    def take_away_what_is_there(self, index: int, which: int) -> None:
+        """Revoke one of a vCPU's filled slots."""
+        vcpu = pick([v for v in self.open_vcpus() if v.slots and v.vm.file.fds], index)
+        self._revoke(vcpu.vm, vcpu.id, pick(sorted(vcpu.slots), which))
 
     @precondition(lambda self: any(vcpu.inside and vcpu.vm.file.fds for vcpu in self.open_vcpus()))
     @rule(index=indices, everything=st.booleans())
@@ -526,5 +534,6 @@ def test_random_sequences(kvm: Kvm) -> None:
     # The sequences must have achieved something.
     for name in ("run: home", "run: empty slot"):
         assert counted[name] > 5, counted
+    assert counted["context with a part"] > 0, counted
     for name in ("create context", "set slot", "revoke", "register memory"):
         assert counted[f"{name}: done"] > 5, counted
