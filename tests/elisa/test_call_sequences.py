@@ -118,7 +118,8 @@ class Calls(RuleBasedStateMachine):
     def begin(self, seed: int, how: str) -> None:
         self.order.seed(seed)
         self._make_vm(how)
-        if how == "ready":  # an object in slot 2, a gate in slot 3
+        if how == "ready":  # an object in slot 2, a gate in slot 3, with registered memory
+            self.register_memory(0, "good")
             self.make_context(0, Kind.OBJECT, 0, 0, 2)
             self._make_context(self.vms[0], Kind.SUB, 0, {}, None)
             self.make_context(0, Kind.GATE, 0, 0, 3)
@@ -262,7 +263,7 @@ class Calls(RuleBasedStateMachine):
             target=target.file.fds[0] if target else NOWHERE,
         )
         request = replace(request, fields=fields)
-        if self.open_memories() and named % 2:
+        if self.open_memories() and named != 4:
             memory = pick(self.open_memories(), named).file.fds[0]
             request = with_part(request, memory if named < 5 else NOWHERE, index=int(named == 3))
         if mutation:
