@@ -8,6 +8,7 @@ import pytest
 from pykvm.elisa.objects import ObjectInstance
 from pykvm.machine.bare.guest import BareGuest
 from tests.rigs.attacks.exceptions import (
+    ACROSS_THE_END,
     BAD_POINTERS,
     GDT_AT,
     GENERAL_PROTECTION,
@@ -43,9 +44,12 @@ def test_a_breakpoint_runs_internal_code(guest: BareGuest, where: str) -> None:
 
 @pytest.mark.weakened
 @pytest.mark.control("T10")
-@pytest.mark.parametrize("name", BAD_POINTERS)
+@pytest.mark.parametrize("name", [name for name in BAD_POINTERS if name != ACROSS_THE_END])
 def test_a_fault_runs_internal_code(guest: BareGuest, name: str) -> None:
-    """The processor delivers the fault by itself, without an exit."""
+    """The processor delivers the fault by itself, without an exit.
+
+    Behind the windows' end, but within their large page, there is a violation of the EPT instead.
+    """
     with weakened(Weaken.TABLES), FAULTY_DECLARATION.open() as instance:
         put(instance.shared, 0, SECRET)
         slot = join(guest, instance).slot
