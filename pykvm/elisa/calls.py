@@ -14,7 +14,7 @@ from typing import ClassVar, Final
 
 from pykvm.kernel.uapi import ffi, lib
 from pykvm.kvm import Capability, Handle, Ioctl, Kvm, Scope, Vcpu
-from pykvm.sizes import GIB, PAGE_SIZE
+from pykvm.sizes import PAGE_SIZE
 
 __all__ = [
     "CALLS",
@@ -114,11 +114,6 @@ class RegisteredMemory(Handle):
     def __init__(self, system: Handle, fd: int, size: int) -> None:
         super().__init__(fd, system)
         self.size = size
-
-    @property
-    def parts(self) -> int:
-        """Number of parts, 1 GiB each; the last one may be smaller."""
-        return -(-self.size // GIB)
 
     @property
     def large_pages(self) -> int:

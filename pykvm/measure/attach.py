@@ -27,7 +27,7 @@ from pykvm.sizes import MIB, PAGE_SIZE
 __all__ = ["ATTACHMENTS", "AttachCost", "measure_attach"]
 
 ATTACHMENTS: Final = 64
-"""How many attachments of an object there are at the end: the most that it can have."""
+"""Number of attachments of an object at the end, the most that it can have."""
 
 # rdtsc; shl $32, %rdx; or %rdx, %rax; ret
 _READ_COUNTER: Final = bytes.fromhex("0f31 48c1e220 4809d0 c3")
