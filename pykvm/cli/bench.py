@@ -12,7 +12,7 @@ from pykvm.errors import PykvmError
 from pykvm.host.emulation import host_kind, is_emulated
 from pykvm.measure.charts import draw_crossing, draw_interrupts, draw_protections, draw_switch
 from pykvm.measure.fingerprint import fingerprint
-from pykvm.measure.records import unit_of_host
+from pykvm.measure.records import extra_protections, unit_of_host
 from pykvm.testbed.bochs import MEMORIES
 
 __all__ = ["add_parser"]
@@ -126,6 +126,7 @@ def run_crossing(options: argparse.Namespace) -> int:
                 f"{name:14} {way['cost']:8.0f} {record['unit']}  "
                 f"{way['vm_exits']:.3f} VM exits  {way['vmfuncs']} VMFUNCs"
             )
+        print(extra_protections(record))
         keep_charts(options.json, partial(draw_crossing, record))
     return 0
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from pykvm.errors import PykvmError
 from pykvm.extras import ExtraMissingError
+from pykvm.measure.records import extra_protections
 
 __all__ = [
     "ChartError",
@@ -110,9 +111,13 @@ def _bars(axes: Any, names: Sequence[str], values: Sequence[float], title: str, 
 
 def _source(record: dict[str, Any]) -> str:
     machine = record["fingerprint"].get("cpu", "unknown processor")
+    where = f"Measured on {machine}."
     if record["host"] == "emulated":
-        return f"Counted on the emulated host ({machine}): instructions, not time."
-    return f"Measured on {machine}."
+        where = f"Counted on the emulated host ({machine}): instructions, not time."
+    crossing = record.get("crossing", record)
+    if "for_weak_processors" not in crossing:
+        return where
+    return f"{where}\n({extra_protections(crossing)})"
 
 
 def draw_demo(record: dict[str, Any], stem: Path) -> list[Path]:

@@ -56,6 +56,7 @@ FIVE_LEVELS: Final = "tests/elisa/test_five_levels.py::"
 CONTEXTS: Final = "tests/elisa/test_contexts.py::"
 MEMORY: Final = "tests/elisa/test_registered_memory.py::"
 TOOLCHAIN: Final = "tests/elisa/test_trusted_images.py::"
+WEAK_PROCESSORS: Final = "tests/attacks/test_weak_processors.py::"
 SEVERAL: Final = "tests/attacks/test_several_vcpus.py::"
 
 THREATS: Final[tuple[Threat, ...]] = (
@@ -603,5 +604,26 @@ THREATS: Final[tuple[Threat, ...]] = (
         residual="that an object's code allows for the number of vCPUs that its declaration names "
         "is up to its author; vCPUs of one guest share its window. That a list takes no context "
         "of another vCPU is the kernel's rule: its control is T28's",
+    ),
+    Threat(
+        "T38",
+        "a processor with weaknesses (L1TF, MDS, MMIO stale data, RFDS, retbleed, ITS): reading "
+        "what an object left in caches and buffers, training its returns; KVM answers them where "
+        "it enters a guest, and a crossing enters none",
+        "without an answer, or the administrator's word for each by name, the kernel makes no "
+        "context; where buffers leak each return of an object clears them (`VERW`), where returns "
+        "can be trained each has a call of its own",
+        (
+            WEAK_PROCESSORS + "test_a_weakness_that_is_left",
+            WEAK_PROCESSORS + "test_the_kernel_and_pykvm_name_what_is_left",
+            WEAK_PROCESSORS + "test_what_is_no_longer_accepted",
+            WEAK_PROCESSORS + "test_objects_with_all_answers",
+            WEAK_PROCESSORS + "test_an_object_without_what_is_needed",
+            "tests/verify/test_planted_faults.py::test_buffers_that_are_not_cleared",
+        ),
+        (WEAK + "processor.py::test_contexts_on_a_weak_processor",),
+        residual="the emulated processor reports weaknesses and has none: that the refusal works "
+        "is shown, what it prevents is not. L1TF has no answer without an exit. That an object's "
+        "code contains the answers is the VMM's word, as is the code itself",
     ),
 )
