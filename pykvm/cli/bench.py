@@ -150,8 +150,9 @@ def run_protections(options: argparse.Namespace) -> int:
         for mode in ("kernel", "user"):
             print(f"{record[mode]['cost']:8.0f} {unit} for a call from {mode} mode")
         for one in record["protections"]:
+            part = "more on" if one["for_weak_processors"] else "of them for"
             print(
-                f"{one['cost']:8.0f} of them for {one['what']}, {one['mode']} mode"
+                f"{one['cost']:8.0f} {part} {one['what']}, {one['mode']} mode"
                 f" ({one['ratio']:.2f}x){'' if one['optional'] else ', not optional'}"
             )
         keep_charts(options.json, partial(draw_protections, record))

@@ -152,7 +152,7 @@ def answer_to(weakness: Weakness) -> Answer:
         buffers and Weak.MICROCODE in present()
     ):
         update = install(["intel-microcode"], "update the processor's microcode")
-        return Answer(f"{text}, which does nothing here", False, f"{update}; then reboot")
+        return Answer("none without newer microcode", False, f"{update}; then reboot")
     if kind == Weak.L1TF:
         return Answer(text, False, f"{weakness.risk}; where that does no harm, {_accept(kind)}")
     seen = weakness.siblings or Weak.SIBLINGS in present()

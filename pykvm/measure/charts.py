@@ -120,6 +120,10 @@ def _source(record: dict[str, Any]) -> str:
     return f"{where}\n({extra_protections(crossing)})"
 
 
+def _caption(figure: Any, record: dict[str, Any]) -> None:
+    figure.text(0.01, 0, _source(record), fontsize=7, color="#555555", verticalalignment="top")
+
+
 def draw_demo(record: dict[str, Any], stem: Path) -> list[Path]:
     """Draw the demo's two costs for each path; return the files written (.svg and .png)."""
     names = [path["name"] for path in record["paths"]]
@@ -134,7 +138,7 @@ def draw_demo(record: dict[str, Any], stem: Path) -> list[Path]:
         "One packet of the capture, sender's side",
         unit,
     )
-    figure.text(0.01, -0.03, _source(record), fontsize=7, color="#555555")
+    _caption(figure, record)
     return _save(figure, stem)
 
 
@@ -144,7 +148,7 @@ def draw_crossing(record: dict[str, Any], stem: Path) -> list[Path]:
     figure = _figure(7.2, 2.6)
     axes = figure.subplots()
     _bars(axes, names, [record[name]["cost"] for name in names], "One empty call", record["unit"])
-    figure.text(0.01, -0.05, _source(record), fontsize=7, color="#555555")
+    _caption(figure, record)
     return _save(figure, stem)
 
 
@@ -171,7 +175,7 @@ def draw_interrupts(record: dict[str, Any], stem: Path) -> list[Path]:
     axes.set_xlabel("ticks of work left when the interrupt comes")
     axes.set_ylabel(record["unit"])
     axes.legend(frameon=False)
-    figure.text(0.01, -0.05, _source(record), fontsize=7, color="#555555")
+    _caption(figure, record)
     return _save(figure, stem)
 
 
@@ -191,7 +195,7 @@ def draw_protections(record: dict[str, Any], stem: Path) -> list[Path]:
     axes.set_xlabel(f"{record['unit']}; grey: an invariant, not an option")
     for row, value in enumerate(values):
         axes.text(value, row, f" {value:,.0f}", va="center")
-    figure.text(0.01, -0.05, _source(record), fontsize=7, color="#555555")
+    _caption(figure, record)
     return _save(figure, stem)
 
 
@@ -238,5 +242,5 @@ def draw_switch(record: dict[str, Any], stem: Path) -> list[Path]:
     figure.supylabel(f"{record['unit']} per packet")
     handles, labels = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
-    figure.text(0.01, -0.03, _source(record), fontsize=7, color="#555555")
+    _caption(figure, record)
     return _save(figure, stem)

@@ -57,7 +57,9 @@ MEASURED: Final = (
     Measured(Protection.GATE_CHECK, False, False, "the gate's check (I2)"),
     Measured(Protection.SLOT_CLEARING, False, False, "emptying the slot on arrival (I1)"),
     Measured(Protection.FLAG_CLEARING, True, True, "RFLAGS.AC cleared for user mode (T10)"),
-    Measured(Protection.BUFFER_CLEARING, False, False, "weak processors: VERW on return (T38)"),
+    Measured(
+        Protection.BUFFER_CLEARING, False, False, "weak processors: VERW before the return (T38)"
+    ),
     Measured(Protection.RETURN_THUNKS, False, False, "weak processors: return thunks (T38)"),
 )
 
