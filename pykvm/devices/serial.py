@@ -67,7 +67,8 @@ class Serial(ForkAware):
         """
         self.require_own("reading of a serial port")
         buffer = ffi.new("char[]", min(size, _TAIL))
-        return ffi.buffer(buffer, lib.serial_tail(self._serial, buffer, len(buffer)))[:]
+        n: int = lib.serial_tail(self._serial, buffer, len(buffer))
+        return bytes(ffi.buffer(buffer, n))
 
     def close(self) -> None:
         """Close the eventfd; remove the port's handler first."""

@@ -10,11 +10,14 @@ import struct
 from dataclasses import dataclass
 from typing import Final
 
-from pykvm.errors import PykvmError
+from pykvm.kvm import Vcpu
+from pykvm.machine.linux import layout, pvh
+from pykvm.machine.linux.boot import BootInfo, KernelError
+from pykvm.machine.x86 import flat
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.memory.regions import AddressError
 
-__all__ = ["ElfKernel", "KernelError"]
+__all__ = ["ElfKernel"]
 
 _HEADER: Final = struct.Struct("<16sHHIQQQIHHHHHH")
 _PROGRAM: Final = struct.Struct("<IIQQQQQQ")
@@ -25,10 +28,6 @@ _EM_X86_64: Final = 62
 _PVH_ENTRY: Final = 18  # XEN_ELFNOTE_PHYS32_ENTRY
 _MOST_HEADERS: Final = 64
 _MOST_NOTES: Final = 1 << 20
-
-
-class KernelError(PykvmError):
-    """A file that is no kernel, or not a whole one, or does not fit into the guest."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +43,20 @@ class ElfKernel:
     """An ELF kernel in an open file.
 
     Attributes:
-        pvh_entry: physical address of its entry point by the PVH protocol; None without one.
-        first: physical address of its first byte.
+        entry: physical address of its entry point by the PVH protocol.
         end: physical address behind its last byte, bss included.
+        longest_line: most bytes of its command line (Linux COMMAND_LINE_SIZE).
 
     Args:
         descriptor: the file; it stays the caller's.
         name: its name, for messages.
 
     Raises:
-        KernelError: it is not an ELF file for x86-64, or it is truncated.
+        KernelError: it is not an ELF file for x86-64, it is truncated, or it has no PVH entry
+            point.
     """
+
+    longest_line: Final = 2047
 
     def __init__(self, descriptor: int, name: str) -> None:
         self._descriptor = descriptor
@@ -78,9 +80,13 @@ class ElfKernel:
         for one in self._loads:
             if one.file_size > one.memory_size or one.offset + one.file_size > self._size:
                 raise KernelError(f"{name} is truncated", "copy it again")
-        self.first = min(one.physical for one in self._loads)
         self.end = max(one.physical + one.memory_size for one in self._loads)
-        self.pvh_entry = self._find_pvh_entry(segments)
+        entry = self._find_pvh_entry(segments)
+        if entry is None:
+            raise KernelError(
+                f"{name} has no PVH entry point", "use a kernel built with CONFIG_PVH, or a bzImage"
+            )
+        self.entry = entry
 
     def load(self, memory: GuestMemory) -> None:
         """Copy the segments into memory that is zero.
@@ -104,6 +110,11 @@ class ElfKernel:
                 if not n:
                     raise KernelError(f"{self._name} has become shorter", "copy it again")
                 done += n
+
+    def start(self, vcpu: Vcpu, memory: GuestMemory, info: BootInfo) -> None:
+        memory.write(layout.START_INFO_GPA, pvh.start_info(layout.START_INFO_GPA, info))
+        memory.write(layout.BOOT_GDT_GPA, flat.boot_gdt(long=False))
+        pvh.enter(vcpu, self.entry, layout.START_INFO_GPA, layout.BOOT_GDT_GPA)
 
     def _read(self, offset: int, size: int) -> bytes:
         data = os.pread(self._descriptor, size, offset) if offset < self._size else b""

@@ -11,6 +11,10 @@ from pykvm.sizes import GIB, KIB, MIB
 __all__ = [
     "ACPI_GPA",
     "ACPI_SIZE",
+    "BOOT_GDT_GPA",
+    "BOOT_PARAMS_GPA",
+    "BOOT_TABLES_GPA",
+    "BOOT_TABLES_SIZE",
     "COMMAND_LINE_GPA",
     "COMMAND_LINE_SIZE",
     "FIRST_MEGABYTE",
@@ -28,7 +32,11 @@ __all__ = [
 
 # ---- the first mebibyte ----
 LOW_RAM_END: Final = 0x9_FC00
-START_INFO_GPA: Final = 0x6000
+BOOT_GDT_GPA: Final = 0x5000
+START_INFO_GPA: Final = 0x6000  # by the PVH protocol
+BOOT_PARAMS_GPA: Final = 0x7000  # by the 64-bit protocol
+BOOT_TABLES_GPA: Final = 0x8000
+BOOT_TABLES_SIZE: Final = 0x8000
 COMMAND_LINE_GPA: Final = 0x2_0000
 COMMAND_LINE_SIZE: Final = 64 * KIB
 ACPI_GPA: Final = 0xE_0000

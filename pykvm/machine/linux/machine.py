@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -13,9 +13,9 @@ from typing import Final
 from pykvm.closeable import Closeable
 from pykvm.devices.serial import COM1_IRQ, COM1_PORT, Serial
 from pykvm.kvm import Exit, Io, Kvm, MmioRead, MmioWrite, Shutdown, Stopped, Vcpu
-from pykvm.machine.linux import layout, pvh
-from pykvm.machine.linux.elf_kernel import ElfKernel, KernelError
-from pykvm.machine.linux.pvh import MemoryKind, MemoryRange
+from pykvm.machine.linux import layout
+from pykvm.machine.linux.boot import BootInfo, KernelError, MemoryKind, MemoryRange
+from pykvm.machine.linux.kernel_file import KernelFile
 from pykvm.machine.x86 import acpi, aml, long_mode
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.memory.regions import AddressError, MemoryFile, Region
@@ -40,7 +40,8 @@ class MachineConfig:
     """What a machine is made of.
 
     Attributes:
-        kernel: an ELF kernel (vmlinux).
+        kernel: a bzImage (vmlinuz), or an ELF kernel with PVH (vmlinux).
+        unpack: whether a bzImage is unpacked by the host, once, instead of by itself at each boot.
         command_line: the kernel's command line.
         initrd: an initial RAM disk.
         memory: bytes of RAM.
@@ -48,6 +49,7 @@ class MachineConfig:
     """
 
     kernel: Path
+    unpack: bool = True
     command_line: str = ""
     initrd: Path | None = None
     memory: int = 512 * MIB
@@ -86,10 +88,10 @@ class LinuxMachine(Closeable):
             self.vm.create_irqchip()
             self.serial.attach(self.vm.handlers)
             self.vm.register_irqfd(self.serial.interrupt, COM1_IRQ)
-            entry = self._load()
+            start = self._load()
             for number in range(config.cpus):
                 self._add_vcpu(number)
-            pvh.enter(self.vcpus[0], entry, layout.START_INFO_GPA)
+            start(self.vcpus[0])
         except BaseException:
             self.close()
             raise
@@ -106,35 +108,29 @@ class LinuxMachine(Closeable):
         for slot in self.memory.slots():
             self.vm.set_memory_slot(slot)
 
-    def _load(self) -> int:
-        """Put kernel, tables and what tells of them into memory; return the entry point."""
+    def _load(self) -> Callable[[Vcpu], None]:
+        """Put the kernel and the tables into memory; return what lets a vCPU start it."""
         config = self.config
-        descriptor = os.open(config.kernel, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            kernel = ElfKernel(descriptor, config.kernel.name)
-            if kernel.pvh_entry is None:
-                raise KernelError(
-                    f"{config.kernel.name} has no PVH entry point",
-                    "use a kernel built with CONFIG_PVH",
-                )
+        with KernelFile(config.kernel, unpack=config.unpack) as file:
+            kernel = file.kernel
             kernel.load(self.memory)
-        finally:
-            os.close(descriptor)
-        line = config.command_line.encode() + b"\0"
-        if len(line) > layout.COMMAND_LINE_SIZE:
-            raise KernelError(f"a command line of {len(line)} bytes", "give a shorter one")
-        self.memory.write(layout.COMMAND_LINE_GPA, line)
+        line = config.command_line.encode()
+        longest = min(kernel.longest_line, layout.COMMAND_LINE_SIZE - 1)
+        if len(line) > longest:
+            raise KernelError(
+                f"a command line of {len(line)} bytes, {config.kernel.name} takes {longest}",
+                "give a shorter one",
+            )
+        self.memory.write(layout.COMMAND_LINE_GPA, line + b"\0")
         tables = acpi.build_tables(layout.ACPI_GPA, self._apic_ids(), _ports(), _devices())
         self.memory.write(layout.ACPI_GPA, tables.data)
-        info = pvh.start_info(
-            layout.START_INFO_GPA,
+        info = BootInfo(
             self._ranges(),
             command_line=layout.COMMAND_LINE_GPA,
             rsdp=tables.rsdp,
             initrd=self._load_initrd(kernel.end),
         )
-        self.memory.write(layout.START_INFO_GPA, info)
-        return kernel.pvh_entry
+        return lambda vcpu: kernel.start(vcpu, self.memory, info)
 
     def _load_initrd(self, kernel_end: int) -> tuple[int, int] | None:
         """Put the initial RAM disk to the end of low memory, where no kernel unpacks itself."""
