@@ -149,7 +149,14 @@ class _Check:
     def _step(self, index: int, state: State) -> None:
         if index not in self.operations:
             following = self.code[index + 1].address if index + 1 < len(self.code) else 0
-            self.operations[index] = Operation.parse(self.code[index], following)
+            try:
+                self.operations[index] = Operation.parse(self.code[index], following)
+            except ValueError as error:
+                raise UnfollowedCodeError(
+                    f"{self.code[index].function} of {self.name} holds `{self.code[index].text}`, "
+                    f"which nothing follows masked indices through: {error}",
+                    "write it in plain C",
+                ) from error
         operation = self.operations[index]
         one = self.code[index]
         where = f"{one.function} of {self.name}, at {one.address:#x} (`{one.text}`),"
