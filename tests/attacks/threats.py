@@ -57,6 +57,8 @@ CONTEXTS: Final = "tests/elisa/test_contexts.py::"
 MEMORY: Final = "tests/elisa/test_registered_memory.py::"
 TOOLCHAIN: Final = "tests/elisa/test_trusted_images.py::"
 SEVERAL: Final = "tests/attacks/test_several_vcpus.py::"
+MASKED: Final = "tests/elisa/test_masked_indices.py::"
+NOTIFY: Final = "tests/attacks/test_notify_exits.py::"
 
 THREATS: Final[tuple[Threat, ...]] = (
     Threat(
@@ -392,7 +394,8 @@ THREATS: Final[tuple[Threat, ...]] = (
     Threat(
         "T23",
         "speculation past the gate's check or an object's bounds check",
-        "LFENCE behind the check; no indirect branch in objects; masked indices in the switch",
+        "LFENCE behind the check; no indirect branch in objects; masked indices in the switch, "
+        "which stay in registers (T38)",
         (
             "tests/guest/test_gate.py::test_every_path_is_safe",
             TOOLCHAIN + "test_branches_that_lead_elsewhere",
@@ -603,5 +606,38 @@ THREATS: Final[tuple[Threat, ...]] = (
         residual="that an object's code allows for the number of vCPUs that its declaration names "
         "is up to its author; vCPUs of one guest share its window. That a list takes no context "
         "of another vCPU is the kernel's rule: its control is T28's",
+    ),
+    Threat(
+        "T38",
+        "speculative store bypass, which a guest allows by SPEC_CTRL: an index that was masked, "
+        "stored and loaded again is speculatively what lay there before, as the guest chose it",
+        "the instructions that bound an index are marked; the toolchain follows what they bound "
+        "along every path of the object, and refuses an object that uses it as an address after "
+        "it was in memory with no LFENCE in between",
+        (
+            MASKED + "test_through_memory",
+            MASKED + "test_through_calls",
+            MASKED + "test_what_bounds_an_index_comes_from_memory",
+            MASKED + "test_what_a_compiler_spills",
+        ),
+        (MASKED + "test_unchecked_the_spill_is_in_the_code",),
+        residual="the emulator does not speculate: the control shows that store, load and use are "
+        "in the code. Pointers and other values that no mask has bounded are not followed, nor "
+        "memory to which two pointers of different origin lead; that an author masks what a guest "
+        "chooses is up to him",
+    ),
+    Threat(
+        "T39",
+        "an exit inside an object that is nobody's fault stopping an innocent guest: a notify VM "
+        "exit of a host that allows few cycles between two interrupt windows, an interrupt of the "
+        "host's, a full log of dirty pages",
+        "exits that need neither the guest's memory nor its instructions are on a list, notify VM "
+        "exits among them; KVM serves them anywhere, and the guest goes on inside the object",
+        (
+            NOTIFY + "test_notify_exits_are_served",
+            NOTIFY + "test_the_list_is_what_the_documentation_says",
+        ),
+        no_control="no emulator has notify VM exits: the tests read the list that the kernel is "
+        "built with, for both series. Exits by the host's interrupts happen in every test inside",
     ),
 )
