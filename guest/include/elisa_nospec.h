@@ -52,7 +52,7 @@ static inline uint64_t elisa_mask_nospec(uint64_t index, uint64_t size)
 	return index;
 }
 
-/* Let nothing behind it begin before all loads and stores ahead of it are done. */
+/* Let no instruction behind it begin before all those ahead of it are done (SDM vol. 2A, LFENCE). */
 static inline void elisa_barrier_nospec(void)
 {
 	__asm__ volatile("lfence" : : : "memory");

@@ -31,7 +31,8 @@ class Protection(Enum):
     REGISTER_CLEARING = "ELISA_NO_REGISTER_CLEARING"
     """Clearing, before the return, the registers that a call may have used (T15)."""
     CODE_CHECK = ""
-    """The toolchain's check of the object's instructions (`pykvm.elisa.object_code`)."""
+    """The toolchain's checks of the object's instructions (`pykvm.elisa.object_code`, T14, T23) and
+    masked indices (`pykvm.elisa.masked_indices`, T38)."""
 
 
 Without = frozenset[Protection]

@@ -30,7 +30,7 @@ UNCHECKED = frozenset({Protection.CODE_CHECK})
 OBJECTS = [
     *sorted((GUEST_SOURCES / "objects").glob("*.c")),
     GUEST_SOURCES / "switch" / "switch.c",
-    PACKAGE.parent / "examples" / "adder.c",
+    *(PACKAGE.parent / "examples" / name for name in ("adder.c", "shelf.c")),
     *sorted((PACKAGE.parent / "tests/rigs/objects").glob("[!w]*.c")),  # wild.c calls by pointer
 ]
 
