@@ -11,6 +11,7 @@ Every mnemonic that `pykvm.elisa.object_code` allows has an effect here. Control
 """
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Hashable, Iterator
 from typing import Final, NamedTuple, Self
@@ -60,12 +61,13 @@ ABSOLUTE: Final = 0
 STACK: Final = 1
 """Symbol of the stack pointer at the object's entry."""
 
-_symbols: dict[Hashable, int] = {"absolute": ABSOLUTE, "stack": STACK}
+_symbols: dict[Hashable, int] = {}
+_numbers: Final = itertools.count(STACK + 1)  # so that no two threads take the same
 
 
 def symbol(*origin: Hashable) -> int:
     """Return the symbol of values of one origin, the same for the same origin."""
-    return _symbols.setdefault(origin, len(_symbols))
+    return _symbols.setdefault(origin, next(_numbers))
 
 
 # ---------------------------------------------------------------- operands
@@ -145,7 +147,6 @@ class Operation(NamedTuple):
         narrow: bytes of the source of an extension.
         prefixes: its prefixes.
         text: all of it.
-        function: the symbol before it.
     """
 
     address: int
@@ -155,7 +156,6 @@ class Operation(NamedTuple):
     narrow: int
     prefixes: tuple[str, ...]
     text: str
-    function: str
 
     @classmethod
     def parse(cls, instruction: Instruction, following: int) -> Self:
@@ -189,7 +189,6 @@ class Operation(NamedTuple):
             narrow,
             instruction.prefixes,
             instruction.text,
-            instruction.function,
         )
 
     def is_mark(self) -> bool:
@@ -268,11 +267,15 @@ class State:
         """
         changed = False
         for name, value in self.registers.items():
+            if value is other.registers[name]:
+                continue
             joined = _join(value, other.registers[name], symbol("join", where, name))
             if joined != value:
                 self.registers[name], changed = joined, True
         for place in self.memory.keys() | other.memory.keys():
             mine, theirs = self.memory.get(place), other.memory.get(place)
+            if mine is theirs:
+                continue
             one, two = mine or theirs, theirs or mine
             assert one
             assert two

@@ -158,23 +158,27 @@ class _Check:
                     "write it in plain C",
                 ) from error
         operation = self.operations[index]
-        one = self.code[index]
-        where = f"{one.function} of {self.name}, at {one.address:#x} (`{one.text}`),"
         for value in operation.addresses(state):
             if stale := value.flow.stale:
                 raise MaskedIndexError(
-                    f"{where} uses a masked index that was in memory: {self._store(stale)}",
+                    f"{self._where(index)} uses a masked index that was in memory: "
+                    f"{self._store(stale)}",
                     "keep it in a register: make the function smaller, mask it again where it is "
                     f"used, or call elisa_barrier_nospec() after {stale:#x}",
                 )
         bound = operation.bound(state)
         if bound and (reloaded := bound.flow.reloaded):
             raise MaskedIndexError(
-                f"{where} bounds an index by a value that was in memory: {self._store(reloaded)}",
+                f"{self._where(index)} bounds an index by a value that was in memory: "
+                f"{self._store(reloaded)}",
                 "use a constant, or read the size from the object's memory next to it, or call "
                 f"elisa_barrier_nospec() after {reloaded:#x}",
             )
         state.execute(operation)
+
+    def _where(self, index: int) -> str:
+        one = self.code[index]
+        return f"{one.function} of {self.name}, at {one.address:#x} (`{one.text}`),"
 
     def _store(self, address: int) -> str:
         one = self.code[self.place[address]]
