@@ -25,8 +25,8 @@ from pykvm.host.advice import install, load_module
 from pykvm.host.commands import as_root, emulated_host, program
 from pykvm.host.emulation import is_emulated
 from pykvm.host.processor import MsrUnreadableError, VmxCapabilities, read_processor
-from pykvm.host.weaknesses import read_weaknesses
-from pykvm.kernel import modules
+from pykvm.host.weaknesses import Weakness, read_weaknesses
+from pykvm.kernel import modules, weaknesses
 from pykvm.kernel import packages as kernel_packages
 from pykvm.kernel import series as kernel_series
 from pykvm.kernel.patch import find_patch
@@ -93,7 +93,7 @@ def run_checks() -> list[Check]:
 
     Inside the emulated host, the checks of the group "emulated host" are left out.
     """
-    checks = [check() for check in _HOST_CHECKS]
+    checks = [check() for check in _HOST_CHECKS] + _weaknesses()
     if not is_emulated():
         checks += [check() for check in _EMULATED_CHECKS]
     return checks
@@ -261,21 +261,22 @@ def _huge_pages() -> Check:
     return Check(HOST, "huge pages", True, ", ".join(pools) or "none", needed=False)
 
 
-def _weaknesses() -> Check:
+def _weaknesses() -> list[Check]:
     name = "processor weaknesses"
     found = read_weaknesses()
     if found is None:
-        return Check(HOST, name, False, "unknown", "mount -t sysfs sysfs /sys", needed=False)
-    names = [f"{weakness.name} ({weakness.kernel})" for weakness in found]
-    risks = "; ".join(dict.fromkeys(weakness.risk for weakness in found if weakness.open))
-    return Check(
-        HOST,
-        name,
-        not risks,
-        "; ".join(names) or "none that matters here",
-        f"attach objects with secrets to guests that you trust only: {risks}",
-        needed=False,
-    )
+        step = "mount -t sysfs sysfs /sys"
+        return [Check(HOST, name, False, "unknown", step, needed=False)]
+    if not found:
+        return [Check(HOST, name, True, "none that matters here", needed=False)]
+    return [_weakness(one) for one in found]
+
+
+def _weakness(weakness: Weakness) -> Check:
+    answer = weaknesses.answer_to(weakness)
+    found = f"{weakness.kernel}; in contexts: {answer.text}"
+    name = f"weakness {weakness.name}"
+    return Check(HOST, name, answer.holds, found, answer.next_step, needed=False)
 
 
 def _kernel_packages() -> Check:
@@ -394,7 +395,6 @@ _HOST_CHECKS: tuple[Callable[[], Check], ...] = (
     _lockable_memory,
     _huge_pages,
     _memory,
-    _weaknesses,
     _kernel_packages,
 )
 _EMULATED_CHECKS: tuple[Callable[[], Check], ...] = (

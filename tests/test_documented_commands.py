@@ -45,6 +45,7 @@ _PATCH = (
     "tests/kernel/test_distribution_source.py::test_the_whole_patch_gives_the_tree_that_is_built"
 )
 _BENCH = "tests/cli/test_bench.py::test_measurement"
+_ACCEPTED = "tests/kernel/test_modules.py::test_what_is_accepted"
 
 # Targets of make in .ci/run, or tests, that run the others.
 _ELSEWHERE: Final = {
@@ -70,6 +71,8 @@ _ELSEWHERE: Final = {
     "pykvm demo --capture FILE": "tests/test_wheel.py::test_demo",
     "pykvm kernel build": "tests/test_wheel.py::test_kernel_build",
     "pykvm kernel load": "tests/kernel/test_modules.py::test_restore_and_load",
+    "pykvm kernel load --accept l1tf": _ACCEPTED,
+    "pykvm kernel load --accept l1tf,siblings": _ACCEPTED,
     "pykvm kernel patch --series 6.12": "tests/cli/test_kernel.py::test_patch_is_printed_whole",
     "pykvm kernel patch --series 6.12 > elisa.patch": "tests/cli/test_kernel.py::"
     "test_patch_is_printed_whole",

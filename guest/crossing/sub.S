@@ -26,7 +26,10 @@
  * State that the guest finds after the return (T15): the result in rax and rdx; rbx, rbp, rsp and
  * r12 to r15 as it left them, by the ABI; all other general registers cleared; arithmetic flags as
  * after an XOR. Vector, x87, segment and debug registers are never written here, so they hold
- * nothing of the object's. Caches and predictors are not cleared.
+ * nothing of the object's. Caches and predictors are not cleared. Where the processor lets a guest
+ * read its buffers (T38), a build with ELISA_BUFFER_CLEARING clears them with VERW, which does so
+ * with a null selector too: that finds no descriptor, so nothing is read from the guest's tables.
+ * Nothing after it touches memory.
  *
  * Speculation (T23). The call of the object is direct, its code has no indirect jump or call (the
  * toolchain refuses them), and each return has its call in this context. So training branch targets
@@ -75,12 +78,23 @@ elisa_sub:
 #else
 	.set	closing, 3
 #endif
-	.org	0x1000 - 16 - closing - clearing, 0xcc
+#ifdef ELISA_BUFFER_CLEARING
+	.set	flushing, 7
+	.p2align 1, 0xcc
+null_selector:
+	.short	0
+#else
+	.set	flushing, 0
+#endif
+	.org	0x1000 - 16 - closing - clearing - flushing, 0xcc
 serve:
 	call	elisa_serve
 	pop	%rsp				# the guest's, saved at the top of the stack
 #if !defined(ELISA_USER) && !defined(ELISA_NO_WINDOW_ACCESS)
 	clac					# the guest gets AC clear, even if it had set it
+#endif
+#ifdef ELISA_BUFFER_CLEARING
+	verw	null_selector(%rip)		# T38
 #endif
 	mov	%rax, %rdx			# the result: VMFUNC takes rax and rcx
 	xor	%eax, %eax			# VM function 0; T15: nothing of the object's leaks

@@ -12,7 +12,7 @@
  * Use one of them wherever a guest's value decides which address is accessed, next to the access.
  * Where the index is used again after a call, bound it again: that costs less than keeping it.
  *
- * A bounded index has to stay in a register (T38). In memory it is not safe: a load may run ahead
+ * A bounded index has to stay in a register (T39). In memory it is not safe: a load may run ahead
  * of the store before it (speculative store bypass), and get what lay there earlier, perhaps the
  * guest's. The guest owns SPEC_CTRL, so nothing else forbids that. Hence the instruction that bounds
  * the index carries a DS prefix, which 64-bit mode ignores, as a mark. The toolchain finds it,

@@ -12,7 +12,7 @@ from pykvm.errors import PykvmError
 from pykvm.host.emulation import host_kind, is_emulated
 from pykvm.measure.charts import draw_crossing, draw_interrupts, draw_protections, draw_switch
 from pykvm.measure.fingerprint import fingerprint
-from pykvm.measure.records import unit_of_host
+from pykvm.measure.records import extra_protections, unit_of_host
 from pykvm.testbed.bochs import MEMORIES
 
 __all__ = ["add_parser"]
@@ -126,6 +126,7 @@ def run_crossing(options: argparse.Namespace) -> int:
                 f"{name:14} {way['cost']:8.0f} {record['unit']}  "
                 f"{way['vm_exits']:.3f} VM exits  {way['vmfuncs']} VMFUNCs"
             )
+        print(extra_protections(record))
         keep_charts(options.json, partial(draw_crossing, record))
     return 0
 
@@ -149,8 +150,9 @@ def run_protections(options: argparse.Namespace) -> int:
         for mode in ("kernel", "user"):
             print(f"{record[mode]['cost']:8.0f} {unit} for a call from {mode} mode")
         for one in record["protections"]:
+            part = "more on" if one["for_weak_processors"] else "of them for"
             print(
-                f"{one['cost']:8.0f} of them for {one['what']}, {one['mode']} mode"
+                f"{one['cost']:8.0f} {part} {one['what']}, {one['mode']} mode"
                 f" ({one['ratio']:.2f}x){'' if one['optional'] else ', not optional'}"
             )
         keep_charts(options.json, partial(draw_protections, record))

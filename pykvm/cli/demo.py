@@ -12,7 +12,7 @@ from pykvm.errors import PykvmError
 from pykvm.host.emulation import host_kind, is_emulated
 from pykvm.measure.charts import draw_demo
 from pykvm.measure.fingerprint import fingerprint
-from pykvm.measure.records import unit_of_host
+from pykvm.measure.records import extra_protections, unit_of_host
 from pykvm.resources import CAPTURE
 from pykvm.switch.capture import Sides, encode_capture, read_capture, split_capture
 from pykvm.switch.capture.sides import REASONS
@@ -185,4 +185,5 @@ def table(record: dict[str, Any]) -> str:
         if record["host"] == "emulated"
         else record["fingerprint"]["cpu"]
     )
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], f"({where})"])
+    notes = [f"({where})", f"({extra_protections(record['crossing'])})"]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *notes])

@@ -7,7 +7,7 @@ from typing import Any
 from pykvm.cli import selftests
 from pykvm.cli.testbed import add_also
 from pykvm.kernel import build as kernel
-from pykvm.kernel import modules
+from pykvm.kernel import modules, weaknesses
 from pykvm.kernel.patch import complete, find_patch
 from pykvm.kernel.series import SERIES, default_series, newest_kernel
 
@@ -46,6 +46,12 @@ def add_parser(subparsers: Any) -> None:
         metavar="DIR",
         help="holds kvm.ko and kvm-intel.ko; default: $PYKVM_MODULES, else what build makes",
     )
+    load.add_argument(
+        "--accept",
+        metavar="NAMES",
+        help="weaknesses of this processor in spite of which there may be contexts, as "
+        "`pykvm doctor` names them; for guests and hosts that may read all objects anyway",
+    )
     load.set_defaults(run=run, action=_load)
 
     status = actions.add_parser("status", help="say which modules are loaded and who uses them")
@@ -73,7 +79,8 @@ def _patch(args: argparse.Namespace) -> None:
 
 
 def _load(args: argparse.Namespace) -> None:
-    _say_lost(modules.load(args.modules))
+    accept = None if args.accept is None else weaknesses.parse(args.accept)
+    _say_lost(modules.load(args.modules, accept=accept))
     _status(args)
 
 
@@ -89,6 +96,11 @@ def _status(_: argparse.Namespace) -> None:
         print(f"built with further patches, for tests only: {status.test_build}")
     if status.elisa:
         print(f"ELISA interface: version {status.elisa}")
+        for title, weak in (
+            ("weaknesses of this processor", weaknesses.present()),
+            ("accepted weaknesses", weaknesses.accepted()),
+        ):
+            print(f"{title}: {', '.join(weaknesses.names_of(weak)) or 'none'}")
     for name, version in status.srcversion.items():
         print(f"module {name}: {version or 'no source version recorded'}")
     print(f"in use by: {', '.join(status.users) or 'nobody'}")

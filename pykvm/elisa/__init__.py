@@ -5,13 +5,20 @@
 - `attachment`: a guest's access to one object; `vcpu_attachment`: that of each of its vCPUs.
 - `contexts`, `crossing`: what gate and sub contexts map where, as pure data.
 - `trusted_images`: builds and checks the trusted code; `object_code` has the rules for objects.
-- `protections`: what a build for measurements or controls can leave out.
+- `protections`: what a build for measurements or controls can leave out, and what weak processors
+  need in addition.
 - `calls`, `exits`: what the kernel patch adds to KVM. `hidden_features`: what it takes away.
 """
 
 from pykvm.elisa.attachment import Attachment, TooManyVcpusError
 from pykvm.elisa.exits import ElisaExit
-from pykvm.elisa.objects import GuestNumberError, ObjectInstance, ObjectSizeError, SharedObject
+from pykvm.elisa.objects import (
+    GuestNumberError,
+    ObjectInstance,
+    ObjectSizeError,
+    SharedObject,
+    UnansweredWeaknessError,
+)
 from pykvm.elisa.protections import Protection
 from pykvm.elisa.vcpu_attachment import (
     InsideContextError,
@@ -32,5 +39,6 @@ __all__ = [
     "SlotTakenError",
     "SlotsFullError",
     "TooManyVcpusError",
+    "UnansweredWeaknessError",
     "VcpuAttachment",
 ]

@@ -12,8 +12,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar, Final
 
+from pykvm.errors import PykvmError
+from pykvm.host.commands import as_root, program
+from pykvm.kernel import weaknesses
 from pykvm.kernel.uapi import ffi, lib
-from pykvm.kvm import Capability, Handle, Ioctl, Kvm, Scope, Vcpu
+from pykvm.kernel.weaknesses import Weak
+from pykvm.kvm import Capability, Handle, Ioctl, IoctlError, Kvm, Scope, Vcpu
 from pykvm.sizes import PAGE_SIZE
 
 __all__ = [
@@ -21,6 +25,7 @@ __all__ = [
     "ELISA",
     "Context",
     "RegisteredMemory",
+    "WeakProcessorError",
     "create_context",
     "enable_contexts",
     "enable_user_hypercalls",
@@ -47,6 +52,7 @@ _CREATE_CONTEXT: Final = Ioctl(
         errno.EBADF: "name open contexts in its pages, and open memory in its parts",
         errno.ENOENT: "name vcpus of this vm in its pages",
         errno.EPERM: _AS_ROOT,
+        errno.EACCES: "look at `pykvm doctor`: this processor has become weaker since the VM began",
     },
     lib.KVM_ELISA_CREATE_CONTEXT,
 )
@@ -88,6 +94,10 @@ _REVOKE: Final = Ioctl(
 
 CALLS: Final = {call.name: call for call in (_REGISTER_MEMORY, _CREATE_CONTEXT, _SET_SLOT, _REVOKE)}
 """The patch's ioctls by macro name, as arguments of `Handle.ioctl`."""
+
+
+class WeakProcessorError(PykvmError):
+    """A processor on which a guest could learn what runs in a context."""
 
 
 class Context(Handle):
@@ -151,20 +161,37 @@ def enable_user_hypercalls(vm: Handle) -> None:
     vm.enable_cap(ELISA, lib.KVM_ELISA_USER_HYPERCALLS)
 
 
-def enable_contexts(vm: Handle, *, contexts: int = 0, pages: int = 0) -> None:
+def enable_contexts(
+    vm: Handle, *, contexts: int = 0, pages: int = 0, answered: Weak = weaknesses.NONE
+) -> None:
     """Let a VM have contexts, before its first vCPU. This disables nested VMX, among others.
 
     Args:
         vm: the VM.
         contexts: most contexts that it may hold; 0 for the kernel's default.
         pages: most table pages and pinned pages that it may hold; 0 for the kernel's default.
+        answered: weaknesses of the processor that the code of all of its contexts answers; see
+            `pykvm.elisa.protections.answers`.
 
     Raises:
         CapabilityMissingError: this is stock KVM.
+        WeakProcessorError: this processor has a weakness that is neither answered nor accepted.
         IoctlError: it takes CAP_SYS_ADMIN (EPERM), or the VM has a vCPU already (EINVAL).
     """
     vm.require(ELISA, "enable_contexts()")
-    vm.enable_cap(ELISA, lib.KVM_ELISA_CONTEXTS, contexts, pages)
+    try:
+        vm.enable_cap(ELISA, lib.KVM_ELISA_CONTEXTS, contexts, pages, answered)
+    except IoctlError as error:
+        if error.errno != errno.EACCES:
+            raise
+        left = weaknesses.unaccepted() & ~answered
+        accept = ",".join(weaknesses.names_of(weaknesses.accepted() | left))
+        raise WeakProcessorError(
+            "on this processor a guest could learn what is in the objects of others: "
+            f"{', '.join(weaknesses.names_of(left))}",
+            f"see {program()} doctor; where that does no harm, "
+            + as_root(f"{program()} kernel load --accept {accept}"),
+        ) from error
 
 
 def register_memory(system: Handle, address: int, size: int) -> RegisteredMemory:

@@ -24,7 +24,7 @@ from pykvm.elisa.attachment import Attachment
 from pykvm.elisa.calls import RegisteredMemory
 from pykvm.elisa.contexts import READ, READ_EXECUTE, READ_WRITE, UserPages
 from pykvm.elisa.guest import Guest
-from pykvm.elisa.protections import ALL, Protection
+from pykvm.elisa.protections import ALL, NOTHING_EXTRA, Extra, Protection, needed
 from pykvm.elisa.trusted_images import ImagePart, SubImage, build_object, crossing_images
 from pykvm.elisa.vcpu_attachment import AttachmentParts
 from pykvm.errors import PykvmError
@@ -35,7 +35,13 @@ from pykvm.memory.regions import MemoryFile, Region
 from pykvm.paging.entries import Access
 from pykvm.sizes import PAGE_SIZE
 
-__all__ = ["GuestNumberError", "ObjectInstance", "ObjectSizeError", "SharedObject"]
+__all__ = [
+    "GuestNumberError",
+    "ObjectInstance",
+    "ObjectSizeError",
+    "SharedObject",
+    "UnansweredWeaknessError",
+]
 
 # struct elisa_env in guest/include/elisa_object.h: shared, its size, windows, size of one,
 # the calling guest's number, number of windows, the calling vCPU's number, most vCPUs of a guest.
@@ -47,6 +53,10 @@ MAX_VCPUS: Final = 64  # of one guest
 
 class ObjectSizeError(PykvmError, ValueError):
     """A shared object with impossible sizes."""
+
+
+class UnansweredWeaknessError(PykvmError):
+    """An object without a protection that this processor needs."""
 
 
 class GuestNumberError(PykvmError, ValueError):
@@ -74,6 +84,8 @@ class SharedObject:
             is then the vCPU's that the environment names, and not the guest's. A guest with more
             vCPUs is refused.
         without: protections to leave out, for measurements and controls only.
+        extra: protections for weak processors; by default those that this one needs when the object
+            is opened.
 
     Raises:
         ObjectSizeError: the sizes, the number of guests or that of vCPUs are not possible.
@@ -86,6 +98,7 @@ class SharedObject:
     guests: int = 2
     vcpus: int = 1
     without: Collection[Protection] = ALL
+    extra: Collection[Protection] | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.guests <= MAX_GUESTS:
@@ -152,7 +165,9 @@ class SharedObject:
             MemoryTooSmallError: there is not enough memory.
             PykvmError: see `pykvm.elisa.trusted_images.build_object`.
         """
-        return ObjectInstance(self, build_object(self.sources, without=frozenset(self.without)))
+        extra = needed() if self.extra is None else frozenset(self.extra)
+        image = build_object(self.sources, without=frozenset(self.without), extra=extra)
+        return ObjectInstance(self, image, extra)
 
 
 @dataclass
@@ -208,12 +223,16 @@ class ObjectInstance(Closeable):
 
     Attributes:
         declaration: its declaration.
+        extra: its protections for weak processors.
         memory: shared memory and windows, mapped in this process.
         symbols: offsets of the object's symbols from the crossing base.
     """
 
-    def __init__(self, declaration: SharedObject, image: SubImage) -> None:
+    def __init__(
+        self, declaration: SharedObject, image: SubImage, extra: Extra = NOTHING_EXTRA
+    ) -> None:
         self.declaration = declaration
+        self.extra = extra
         self.symbols = image.symbols
         self._file = MemoryFile(declaration.name, declaration.memory_size)
         self._registered: RegisteredMemory | None = None
@@ -304,6 +323,7 @@ class ObjectInstance(Closeable):
         Raises:
             GuestNumberError: no number is free, or this one is not.
             TooManyVcpusError: the guest has more vCPUs than the object takes.
+            UnansweredWeaknessError: this processor needs a protection that the object has not.
             PykvmError: see `attach_vcpu` and the guest's `Guest.join`.
         """
         if number is None:
@@ -360,6 +380,7 @@ class ObjectInstance(Closeable):
 
         Raises:
             GuestNumberError: the object has no such guest, or it is attached already.
+            UnansweredWeaknessError: this processor needs a protection that the object has not.
             CrossingBaseError: the crossing area cannot be there.
             SlotsFullError: the vCPU's EPTP list has no free slot.
             VcpuRunningError: the vCPU runs.
@@ -378,11 +399,19 @@ class ObjectInstance(Closeable):
             raise GuestNumberError(
                 f"guest {number} of {self.declaration.name} is attached already", "detach it first"
             )
+        if lacks := needed() - self.extra:
+            raise UnansweredWeaknessError(
+                f"{self.declaration.name} was built without what this processor needs: "
+                f"{', '.join(sorted(one.name.lower() for one in lacks))}",
+                "open it without extra= in its declaration, or accept these weaknesses as "
+                "`pykvm doctor` says",
+            )
         if user and user not in self._image.entries:
             left_out = frozenset(self.declaration.without)
-            self._image.add_entry(
-                user, build_object(self.declaration.sources, user=True, without=left_out)
+            image = build_object(
+                self.declaration.sources, user=True, without=left_out, extra=self.extra
             )
+            self._image.add_entry(user, image)
         base = crossing_gva + crossing.SHARED_OFFSET
         parts = AttachmentParts(
             name=f"{self.declaration.name} {number}",

@@ -21,7 +21,14 @@ from pykvm.elisa.object_code import (
     StrayBranchError,
     find_vmfunc,
 )
-from pykvm.elisa.protections import ALL, Protection, Without, defines_without
+from pykvm.elisa.protections import (
+    ALL,
+    NOTHING_EXTRA,
+    Extra,
+    Protection,
+    Without,
+    defines,
+)
 from pykvm.errors import PykvmError
 from pykvm.resources import GUEST_SOURCES
 from pykvm.sizes import PAGE_SIZE
@@ -162,7 +169,7 @@ def crossing_images(without: Without = ALL) -> CrossingImages:
         "crossing",
         [_CROSSING / name for name in ("entry.S", "gate.S", "return.S")],
         _CROSSING / "pages.ld",
-        defines={**_offsets(), **defines_without(without)},
+        defines={**_offsets(), **defines(without, NOTHING_EXTRA)},
     )
     image = ElfFile.parse(path.read_bytes(), "crossing")
     entry, gate, back = (image.section(f".elisa.{n}").data for n in ("entry", "gate", "return"))
@@ -176,7 +183,11 @@ def crossing_images(without: Without = ALL) -> CrossingImages:
 
 
 def build_object(
-    sources: Sequence[Path], *, user: bool = False, without: Without = ALL
+    sources: Sequence[Path],
+    *,
+    user: bool = False,
+    without: Without = ALL,
+    extra: Extra = NOTHING_EXTRA,
 ) -> SubImage:
     """Compile an object's sources and link them with the sub entry page; cached by content.
 
@@ -184,6 +195,7 @@ def build_object(
         sources: C and assembly sources; they include "elisa_object.h" and define ``elisa_serve``.
         user: whether to take the sub entry page for callers in user mode; nothing else differs.
         without: protections to leave out, for measurements and controls only.
+        extra: protections to add, for weak processors.
 
     Raises:
         MissingEntryError: no source defines ``elisa_serve``.
@@ -201,7 +213,9 @@ def build_object(
     inputs = [*sources, _CROSSING / "sub.S"]
     script = _CROSSING / "object.ld"
     offsets = _offsets()
-    macros = {**offsets, **defines_without(without), **({"ELISA_USER": 1} if user else {})}
+    macros = {**offsets, **defines(without, extra), **({"ELISA_USER": 1} if user else {})}
+    thunks = compiler.RETURN_THUNK_FLAGS if Protection.RETURN_THUNKS in extra else ()
+    flags = (*compiler.OBJECT_FLAGS, *thunks)
     checked = Protection.CODE_CHECK not in without
 
     def make(directory: Path) -> None:
@@ -212,7 +226,7 @@ def build_object(
                     source,
                     Path(scratch) / f"{file}.o",
                     include=_INCLUDE,
-                    flags=compiler.OBJECT_FLAGS,
+                    flags=flags,
                     defines=macros,
                 )
                 for source, file in zip(inputs, names, strict=True)
@@ -227,9 +241,7 @@ def build_object(
             (directory / "image.elf").write_bytes(linked.read_bytes())
 
     rules = _RULES if checked else ()  # what was refused by older ones is refused again
-    key = compiler.content_key(
-        [*inputs, *rules], script, compiler.OBJECT_FLAGS, macros, include=_INCLUDE
-    )
+    key = compiler.content_key([*inputs, *rules], script, flags, macros, include=_INCLUDE)
     path = cache.entry("object", key, make) / "image.elf"
     return _sub_image(ElfFile.parse(path.read_bytes(), name), name)
 

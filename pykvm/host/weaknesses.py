@@ -17,20 +17,22 @@ __all__ = ["DIRECTORY", "Weakness", "read_weaknesses"]
 
 DIRECTORY: Final = Path("/sys/devices/system/cpu/vulnerabilities")
 
+_CACHE: Final = "a guest may read what an object left in the first-level cache"
 _BUFFERS: Final = "a guest may read what an object left in the processor's buffers"
 _RETURNS: Final = "a guest may train where an object's returns lead in speculation"
+_VECTORS: Final = "a guest may read what an object left in vector registers"
 
-# What each lets a guest do, by the kernel's name, and whether its mitigation, which is then one of
-# the processor's microcode, holds for contexts too.
-_KNOWN: Final[Mapping[str, tuple[str, bool]]] = {
-    "l1tf": ("a guest may read what an object left in the first-level cache", False),
-    "mds": (_BUFFERS, False),
-    "tsx_async_abort": (_BUFFERS, False),
-    "mmio_stale_data": (_BUFFERS, False),
-    "reg_file_data_sampling": ("a guest may read what an object left in registers", False),
-    "gather_data_sampling": ("a guest may read what an object left in vector registers", True),
-    "retbleed": (_RETURNS, False),
-    "indirect_target_selection": (_RETURNS, False),
+# What each lets a guest do, by the kernel's name, and the name that the KVM patch has for all of
+# its kind; empty where contexts need no answer of their own.
+_KNOWN: Final[Mapping[str, tuple[str, str]]] = {
+    "l1tf": (_CACHE, "l1tf"),
+    "mds": (_BUFFERS, "buffers"),
+    "mmio_stale_data": (_BUFFERS, "buffers"),
+    "reg_file_data_sampling": ("a guest may read what an object left in registers", "buffers"),
+    "retbleed": (_RETURNS, "returns"),
+    "indirect_target_selection": (_RETURNS, "returns"),
+    "tsx_async_abort": (_BUFFERS, ""),
+    "gather_data_sampling": (_VECTORS, ""),
 }
 
 
@@ -42,13 +44,24 @@ class Weakness:
         name: the kernel's name for it.
         risk: what it lets a guest do to an object.
         kernel: what the kernel says that it does about it.
-        open: whether that leaves contexts without an answer.
+        kind: the KVM patch's name for its kind (`pykvm.kernel.weaknesses`), or empty where nothing
+            depends on it.
     """
 
     name: str
     risk: str
     kernel: str
-    open: bool
+    kind: str
+
+    @property
+    def siblings(self) -> bool:
+        """Whether another thread of the core can use it at once, as far as the kernel says."""
+        return bool(self.kind) and "SMT vulnerable" in self.kernel
+
+    @property
+    def lacks_microcode(self) -> bool:
+        """Whether the processor lacks the microcode with which the kernel would answer."""
+        return "no microcode" in self.kernel.lower()
 
 
 def read_weaknesses(directory: Path = DIRECTORY) -> list[Weakness] | None:
@@ -59,10 +72,9 @@ def read_weaknesses(directory: Path = DIRECTORY) -> list[Weakness] | None:
     if not directory.is_dir():
         return None
     found = []
-    for name, (risk, microcode) in _KNOWN.items():
+    for name, (risk, kind) in _KNOWN.items():
         file = directory / name
         kernel = file.read_text().strip() if file.is_file() else "Not affected"
         if not kernel.startswith("Not affected"):
-            answered = microcode and kernel.startswith("Mitigation")
-            found.append(Weakness(name, risk, kernel, not answered))
+            found.append(Weakness(name, risk, kernel, kind))
     return found

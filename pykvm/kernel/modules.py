@@ -5,7 +5,6 @@ afterwards: where the wanted modules do not load, the ones that do are put back.
 """
 
 import contextlib
-import fcntl
 import os
 import platform
 import re
@@ -21,8 +20,8 @@ from pykvm.host.commands import again_as_root, as_root, emulated_host, program
 from pykvm.host.kvm_users import describe_users
 from pykvm.host.processor import read_processor
 from pykvm.kernel import build as kernel
-from pykvm.kernel import uapi
-from pykvm.kvm import lib
+from pykvm.kernel import uapi, weaknesses
+from pykvm.kernel.extension import check_extension
 
 __all__ = [
     "KvmBuiltInError",
@@ -116,25 +115,17 @@ def elisa_version() -> int:
 
     Source: KVM_CHECK_EXTENSION(KVM_CAP_ELISA), kernel-patches/README.md.
     """
-    try:
-        device = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        return 0
-    try:
-        version: int = fcntl.ioctl(device, lib.KVM_CHECK_EXTENSION, uapi.lib.KVM_CAP_ELISA)
-    except OSError:
-        return 0
-    finally:
-        os.close(device)
-    return version
+    return check_extension(uapi.lib.KVM_CAP_ELISA)
 
 
-def load(directory: Path | None = None) -> list[str]:
+def load(directory: Path | None = None, *, accept: weaknesses.Weak | None = None) -> list[str]:
     """Put the patched modules in place of whatever KVM is loaded.
 
     Args:
         directory: Holds `kvm.ko` and `kvm-intel.ko`; by default `$PYKVM_MODULES`, else what
             `pykvm.kernel.build.build` makes for the running kernel.
+        accept: Weaknesses of the processor to accept, and no others; by default what patched
+            modules that are loaded accept, else none.
 
     Returns:
         The parameters, as `module.name=value`, that the new modules did not take over.
@@ -159,6 +150,9 @@ def load(directory: Path | None = None) -> list[str]:
             raise ModuleLoadError(
                 "the patched KVM offers no EPTP switching on this processor", emulated_host()
             )
+        if accept is not None:
+            # A write of nothing at all would reach no module.
+            weaknesses.PARAMETER.write_text(",".join(weaknesses.names_of(accept)) + "\n")
         return lost
     except ModuleLoadError as error:
         _back_to_stock(saved, error)

@@ -12,6 +12,7 @@ from typing import Any
 
 from pykvm.errors import PykvmError
 from pykvm.extras import ExtraMissingError
+from pykvm.measure.records import extra_protections
 
 __all__ = [
     "ChartError",
@@ -110,9 +111,17 @@ def _bars(axes: Any, names: Sequence[str], values: Sequence[float], title: str, 
 
 def _source(record: dict[str, Any]) -> str:
     machine = record["fingerprint"].get("cpu", "unknown processor")
+    where = f"Measured on {machine}."
     if record["host"] == "emulated":
-        return f"Counted on the emulated host ({machine}): instructions, not time."
-    return f"Measured on {machine}."
+        where = f"Counted on the emulated host ({machine}): instructions, not time."
+    crossing = record.get("crossing", record)
+    if "for_weak_processors" not in crossing:
+        return where
+    return f"{where}\n({extra_protections(crossing)})"
+
+
+def _caption(figure: Any, record: dict[str, Any]) -> None:
+    figure.text(0.01, 0, _source(record), fontsize=7, color="#555555", verticalalignment="top")
 
 
 def draw_demo(record: dict[str, Any], stem: Path) -> list[Path]:
@@ -129,7 +138,7 @@ def draw_demo(record: dict[str, Any], stem: Path) -> list[Path]:
         "One packet of the capture, sender's side",
         unit,
     )
-    figure.text(0.01, -0.03, _source(record), fontsize=7, color="#555555")
+    _caption(figure, record)
     return _save(figure, stem)
 
 
@@ -139,7 +148,7 @@ def draw_crossing(record: dict[str, Any], stem: Path) -> list[Path]:
     figure = _figure(7.2, 2.6)
     axes = figure.subplots()
     _bars(axes, names, [record[name]["cost"] for name in names], "One empty call", record["unit"])
-    figure.text(0.01, -0.05, _source(record), fontsize=7, color="#555555")
+    _caption(figure, record)
     return _save(figure, stem)
 
 
@@ -166,7 +175,7 @@ def draw_interrupts(record: dict[str, Any], stem: Path) -> list[Path]:
     axes.set_xlabel("ticks of work left when the interrupt comes")
     axes.set_ylabel(record["unit"])
     axes.legend(frameon=False)
-    figure.text(0.01, -0.05, _source(record), fontsize=7, color="#555555")
+    _caption(figure, record)
     return _save(figure, stem)
 
 
@@ -186,7 +195,7 @@ def draw_protections(record: dict[str, Any], stem: Path) -> list[Path]:
     axes.set_xlabel(f"{record['unit']}; grey: an invariant, not an option")
     for row, value in enumerate(values):
         axes.text(value, row, f" {value:,.0f}", va="center")
-    figure.text(0.01, -0.05, _source(record), fontsize=7, color="#555555")
+    _caption(figure, record)
     return _save(figure, stem)
 
 
@@ -233,5 +242,5 @@ def draw_switch(record: dict[str, Any], stem: Path) -> list[Path]:
     figure.supylabel(f"{record['unit']} per packet")
     handles, labels = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
-    figure.text(0.01, -0.03, _source(record), fontsize=7, color="#555555")
+    _caption(figure, record)
     return _save(figure, stem)

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from pykvm.elisa.calls import enable_user_hypercalls
 from pykvm.elisa.objects import SharedObject
-from pykvm.elisa.protections import ALL, Without
+from pykvm.elisa.protections import ALL, Extra, Without
 from pykvm.elisa.trusted_images import VMFUNC, crossing_images
 from pykvm.host.emulation import is_emulated
 from pykvm.kvm import NULL_HYPERCALL, Kvm
@@ -65,16 +65,19 @@ class Crossing:
     Attributes:
         ways: cost by the name of the way.
         empty: ticks of reading the counter alone.
+        extra: protections for weak processors that a call by ``VMFUNC`` contains.
     """
 
     ways: dict[str, WayCost]
     empty: Samples
+    extra: Extra
 
     def as_dict(self) -> dict[str, Any]:
         """Return the costs for a record."""
         return {
             **{name: way.as_dict() for name, way in self.ways.items()},
             "empty": self.empty.as_dict(),
+            "for_weak_processors": sorted(one.name.lower() for one in self.extra),
         }
 
 
@@ -85,6 +88,7 @@ def measure_crossing(
     ways: Sequence[Way] = tuple(WAY_NAMES),
     *,
     without: Without = ALL,
+    extra: Extra | None = None,
 ) -> Crossing:
     """Run the crossing guest once, which makes empty calls in one way after the other.
 
@@ -94,12 +98,14 @@ def measure_crossing(
         scale: one tick of the time-stamp counter in the record's unit.
         ways: the ways to call.
         without: protections to leave out of the crossing.
+        extra: protections for weak processors; by default those that this one needs.
 
     Raises:
         PykvmError: see `BareGuest.run` and `ObjectInstance.attach`.
     """
     program = CrossingProgram(calls=calls, ways=[Way.EMPTY, *ways])
-    nop = SharedObject("nop", GUEST_SOURCES / "objects" / "nop.c", guests=1, without=without)
+    source = GUEST_SOURCES / "objects" / "nop.c"
+    nop = SharedObject("nop", source, guests=1, without=without, extra=extra)
     images = crossing_images(without)
     with nop.open() as instance, BareGuest(kvm, program, name="crossing") as guest:
         enable_user_hypercalls(guest.vm)
@@ -126,4 +132,5 @@ def measure_crossing(
             for way in ways
         },
         empty,
+        instance.extra,
     )

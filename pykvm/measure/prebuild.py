@@ -27,6 +27,9 @@ def build_images() -> None:
     nop = [GUEST_SOURCES / "objects" / "nop.c"]
     build_object(nop, user=True)
     for one in MEASURED:
+        if one.added:
+            build_object(nop, extra=frozenset({one.protection}))
+            continue
         without = frozenset({one.protection})
         crossing_images(without)
         # Builds that are measured from user mode are made for kernel mode as well.

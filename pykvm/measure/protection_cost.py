@@ -3,7 +3,8 @@
 Each point is a build of its own with one protection left out, measured as in
 `pykvm.measure.crossing_cost`, in the same run and on the same machine. A protection is optional if
 it is a second layer, or if it matters only to some objects. The figure of any other is the price of
-an invariant.
+an invariant. Protections for weak processors are measured the other way: a call with one of them,
+against the one without any.
 
 On the emulated host the figures are counts. There an LFENCE counts as one like any other
 instruction; how long the processor waits for it shows only on hardware.
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from pykvm.elisa.objects import SharedObject
-from pykvm.elisa.protections import Protection
+from pykvm.elisa.protections import FOR_WEAK_PROCESSORS, NOTHING_EXTRA, Protection
 from pykvm.host.emulation import is_emulated
 from pykvm.kvm import Kvm
 from pykvm.machine.bare.guest import BareGuest
@@ -43,6 +44,11 @@ class Measured:
     optional: bool
     what: str
 
+    @property
+    def added(self) -> bool:
+        """Whether it is for weak processors: measured by adding it."""
+        return self.protection in FOR_WEAK_PROCESSORS
+
 
 MEASURED: Final = (
     Measured(Protection.GATE_BARRIER, False, True, "LFENCE behind the gate's check (T23)"),
@@ -51,65 +57,83 @@ MEASURED: Final = (
     Measured(Protection.GATE_CHECK, False, False, "the gate's check (I2)"),
     Measured(Protection.SLOT_CLEARING, False, False, "emptying the slot on arrival (I1)"),
     Measured(Protection.FLAG_CLEARING, True, True, "RFLAGS.AC cleared for user mode (T10)"),
+    Measured(
+        Protection.BUFFER_CLEARING, False, False, "weak processors: VERW before the return (T38)"
+    ),
+    Measured(Protection.RETURN_THUNKS, False, False, "weak processors: return thunks (T38)"),
 )
 
 
 @dataclass(frozen=True)
 class ProtectionCost:
-    """Cost of one empty call with all protections but one.
+    """Cost of one empty call with and without one protection.
 
     Attributes:
-        measured: the protection that is left out.
-        samples: ticks of a call without it.
-        whole: cost of a call with all protections, in the record's unit.
+        measured: the protection.
+        samples: ticks of the call that differs: without it, or with it if it is for weak
+            processors.
+        usual: cost of a call with all protections but those for weak processors, in the record's
+            unit.
     """
 
     measured: Measured
     samples: Samples
-    whole: float
+    usual: float
+
+    @property
+    def call_without(self) -> float:
+        """Cost of a call without the protection."""
+        return self.usual if self.measured.added else self.samples.cost
+
+    @property
+    def call_with(self) -> float:
+        """Cost of a call with the protection."""
+        return self.samples.cost if self.measured.added else self.usual
 
     @property
     def cost(self) -> float:
         """Cost that the protection adds to a call, in the record's unit."""
-        return self.whole - self.samples.cost
+        return self.call_with - self.call_without
 
     def as_dict(self) -> dict[str, Any]:
         """Return the cost for a record.
 
-        ``ratio`` is that of a call with all protections to one without this protection.
+        ``ratio`` is that of a call with this protection to one without it.
         """
         return {
             "name": self.measured.protection.name.lower(),
             "what": self.measured.what,
             "mode": "user" if self.measured.user else "kernel",
             "optional": self.measured.optional,
-            "call_without": self.samples.cost,
+            "for_weak_processors": self.measured.added,
+            "call_without": self.call_without,
             "cost": self.cost,
-            "ratio": self.whole / self.samples.cost,
+            "ratio": self.call_with / self.call_without,
             **self.samples.as_dict(),
         }
 
 
 @dataclass(frozen=True)
 class Protections:
-    """Cost of an empty call with all protections and without each of them.
+    """Cost of an empty call with all protections, without each of them, and with further ones.
 
     Attributes:
-        kernel: ticks of a call from kernel mode, with all protections.
-        user: ticks of a call from user mode, with all protections.
-        without: cost without each protection.
+        kernel: ticks of a call from kernel mode, with all protections but those for weak
+            processors.
+        user: the same from user mode.
+        costs: cost of each protection.
     """
 
     kernel: Samples
     user: Samples
-    without: list[ProtectionCost]
+    costs: list[ProtectionCost]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the costs for a record."""
         return {
             "kernel": {"cost": self.kernel.cost, **self.kernel.as_dict()},
             "user": {"cost": self.user.cost, **self.user.as_dict()},
-            "protections": [one.as_dict() for one in self.without],
+            "protections": [one.as_dict() for one in self.costs],
         }
 
 
@@ -127,20 +151,21 @@ def measure_protections(kvm: Kvm, calls: int, scale: float) -> Protections:
         PykvmError: see `BareGuest.run` and `ObjectInstance.attach`.
     """
 
-    def cost(user: bool, without: frozenset[Protection]) -> Samples:
+    def cost(user: bool, only: Measured | None = None) -> Samples:
+        chosen = frozenset({only.protection}) if only else frozenset()
+        without = NOTHING_EXTRA if only and only.added else chosen
+        extra = chosen if only and only.added else NOTHING_EXTRA
         if user:
             return _from_user_mode(kvm, calls, scale, without)
-        crossing = measure_crossing(kvm, calls, scale, [Way.VMFUNC], without=without)
+        ways = [Way.VMFUNC]
+        crossing = measure_crossing(kvm, calls, scale, ways, without=without, extra=extra)
         return crossing.ways["vmfunc"].samples
 
-    whole = {user: cost(user, frozenset()) for user in (False, True)}
+    usual = {user: cost(user) for user in (False, True)}
     return Protections(
-        whole[False],
-        whole[True],
-        [
-            ProtectionCost(one, cost(one.user, frozenset({one.protection})), whole[one.user].cost)
-            for one in MEASURED
-        ],
+        usual[False],
+        usual[True],
+        [ProtectionCost(one, cost(one.user, one), usual[one.user].cost) for one in MEASURED],
     )
 
 

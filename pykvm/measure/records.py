@@ -10,7 +10,7 @@ import json
 import os
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from pykvm.errors import PykvmError
 __all__ = [
     "RecordError",
     "Samples",
+    "extra_protections",
     "read_record",
     "require_writable",
     "typical",
@@ -141,3 +142,13 @@ def read_record(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise RecordError(f"{path} is not a record", "measure again")
     return record
+
+
+def extra_protections(crossing: Mapping[str, Any]) -> str:
+    """Return a line that says what a crossing's figures contain for weak processors.
+
+    Args:
+        crossing: a record of `pykvm.measure.crossing_cost`.
+    """
+    names = ", ".join(crossing["for_weak_processors"]) or "none"
+    return f"protections for weak processors in a call by VMFUNC: {names}"

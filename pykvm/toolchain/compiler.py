@@ -50,6 +50,9 @@ _COMMON_FLAGS: Final = (
 OBJECT_FLAGS: Final = ("-fPIE", "-fvisibility=hidden", "-fno-jump-tables")
 """Options for shared objects, which run at any crossing base, and may have no indirect branch that
 a guest could train."""
+RETURN_THUNK_FLAGS: Final = ("-mfunction-return=thunk-inline",)
+"""Options for objects on processors on which a guest could train returns: each return is preceded
+by a call of its own, so that the return stack is never empty and the prediction is that call's."""
 
 
 class CompilerMissingError(PykvmError):

@@ -181,6 +181,7 @@ def load(state: State, solver: Solver, address: Expression, bits: int) -> tuple[
         AccessFault: the read cannot succeed.
     """
     size = bits // 8
+    state = replace(state, buffers_clear=False)
     relative = state.relative(address)
     offset = solver.constant(state.conditions, relative)
     symbol = fresh(MAPPED, bits)
@@ -230,7 +231,7 @@ def store(state: State, solver: Solver, address: Expression, content: Expression
     slot = SLOT_OFFSETS.get(found.offset)
     if slot is not None and not slot <= offset <= offset + size <= slot + 8:
         raise StrayWrite(f"to byte {offset - found.offset} of the EPTP list")
-    return replace(state, memory=state.memory.with_bytes(offset, content))
+    return replace(state, memory=state.memory.with_bytes(offset, content), buffers_clear=False)
 
 
 def read(

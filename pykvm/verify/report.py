@@ -1,5 +1,6 @@
 """Verification of all pages of the crossing, and its report."""
 
+import itertools
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Final
 
 from pykvm.elisa import crossing
 from pykvm.elisa.object_code import VMFUNC, find_vmfunc
+from pykvm.elisa.protections import NOTHING_EXTRA, Protection
 from pykvm.elisa.trusted_images import build_object, crossing_images
 from pykvm.resources import GUEST_SOURCES
 from pykvm.sizes import PAGE_SIZE
@@ -30,6 +32,7 @@ _PREFIXES: Final = {
 }
 
 _OBJECTS = ("nop.c", "counter.c")
+_EXTRA = (NOTHING_EXTRA, frozenset({Protection.BUFFER_CLEARING}))
 
 
 @dataclass(frozen=True)
@@ -128,9 +131,10 @@ def _subs(seed: int) -> list[Section]:
     for user in (False, True):
         findings: list[str] = []
         steps = questions = calls = instructions = 0
-        for name in _OBJECTS:
-            image = build_object([Path(GUEST_SOURCES / "objects" / name)], user=user)
-            proof = prove_sub(image, user=user)
+        for name, extra in itertools.product(_OBJECTS, _EXTRA):
+            source = Path(GUEST_SOURCES / "objects" / name)
+            image = build_object([source], user=user, extra=extra)
+            proof = prove_sub(image, user=user, clears=bool(extra))
             emulated = check_sub(image, user=user, seed=seed)
             official = crossing.SUB_ENTRY_OFFSET + PAGE_SIZE - len(VMFUNC)
             code = [(part.offset, part.data) for part in image.parts if part.executable]
@@ -144,7 +148,8 @@ def _subs(seed: int) -> list[Section]:
             instructions += emulated.instructions
         kind = "user" if user else "kernel"
         covered = [
-            f"{len(_OBJECTS)} objects, {steps} instructions, {questions} questions to z3",
+            f"{len(_OBJECTS)} objects, without and with VERW, {steps} instructions, "
+            f"{questions} questions to z3",
             f"emulated: {calls} calls, {instructions} instructions",
         ]
         claim = f"I1: sub entry page for callers in {kind} mode, start and return"

@@ -305,6 +305,12 @@ class _Execution:
         extend = z3.ZeroExt if self.name == "MOVZX" else z3.SignExt
         return [Step(self._write(state, 0, extend(bits - content.size(), content)))]
 
+    def _verw(self, state: State) -> list[Step]:
+        # ZF depends on a descriptor, unless the selector is null; here it may be anything.
+        state, _ = self._read(state, 0)
+        state = state.set_flags(zf=fresh_flag(MAPPED))
+        return [Step(replace(state, buffers_clear=True))]
+
     def _lea(self, state: State) -> list[Step]:
         bits = operand_bits(self.instruction, 0)
         raw = self.raw
@@ -471,6 +477,7 @@ _HANDLERS: Final[dict[str, Callable[[_Execution, State], list[Step]]]] = {
     "CLAC": _set(ac=False),
     "STAC": _set(ac=True),
     "CMC": lambda _, state: [Step(state.set_flags(cf=z3.Not(state.flags["cf"])))],
+    "VERW": _Execution._verw,
     "LFENCE": lambda _, state: [Step(replace(state, fenced=True))],
     "MFENCE": lambda _, state: [Step(state)],
     "INT1": lambda _, state: [Step(state, Event.TRAP)],

@@ -180,6 +180,7 @@ class State:
         trace: offsets of the instructions so far.
         loads: reads of memory whose content the model leaves open.
         fenced: whether an LFENCE has run.
+        buffers_clear: whether a VERW has run, and no access to memory after it.
         opaque: whether the content of memory has changed state that the model does not follow
             (x87).
     """
@@ -193,6 +194,7 @@ class State:
     trace: tuple[int, ...] = ()
     loads: tuple[Load, ...] = ()
     fenced: bool = False
+    buffers_clear: bool = False
     opaque: bool = False
 
     @classmethod

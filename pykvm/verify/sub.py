@@ -13,7 +13,7 @@ import z3
 from pykvm.elisa import crossing
 from pykvm.elisa.trusted_images import SubImage
 from pykvm.sizes import PAGE_SIZE
-from pykvm.verify.decode import Page
+from pykvm.verify.decode import Page, mnemonic_name
 from pykvm.verify.explore import End, Finding, Path, Symptom, explore, symbols_in
 from pykvm.verify.semantics import Event, step
 from pykvm.verify.state import (
@@ -86,7 +86,7 @@ class SubProof:
         return sum(len(path.state.trace) for path in (*self.calls, *self.returns))
 
 
-def prove_sub(image: SubImage, *, user: bool = False) -> SubProof:
+def prove_sub(image: SubImage, *, user: bool = False, clears: bool = False) -> SubProof:
     """Follow a call through the sub entry page of a built object.
 
     Args:
@@ -94,6 +94,8 @@ def prove_sub(image: SubImage, *, user: bool = False) -> SubProof:
         user: whether it was built for callers in user mode. RFLAGS.AC then has to be clear while
             the object runs. For callers in kernel mode it has to be set, or SMAP would keep the
             object from its windows.
+        clears: whether it was built with `Protection.BUFFER_CLEARING`. VERW then has to run with a
+            null selector of the page's own, and nothing after it may touch memory.
     """
     (part,) = (part for part in image.parts if part.offset == crossing.SUB_ENTRY_OFFSET)
     page = Page(crossing.SUB_ENTRY_OFFSET, part.data)
@@ -101,7 +103,7 @@ def prove_sub(image: SubImage, *, user: bool = False) -> SubProof:
     proof = SubProof()
     memory = Memory(sub_regions(image)).with_word(SLOT, z3.BitVec("slot", 64))
     start = State.arbitrary(crossing.SUB_ENTRY_OFFSET, memory).set_flags(df=truth(False))
-    judge = _Judge(proof, solver, image, user)
+    judge = _Judge(proof, solver, image, user, page if clears else None)
     judge.first(start, page)
     proof.calls = explore(start, page, solver, _vmfunc)
     for path in proof.calls:
@@ -152,11 +154,14 @@ def _after_object(state: State, solver: Solver) -> State:
 
 
 class _Judge:
-    def __init__(self, proof: SubProof, solver: Solver, image: SubImage, user: bool) -> None:
+    def __init__(
+        self, proof: SubProof, solver: Solver, image: SubImage, user: bool, clears: Page | None
+    ) -> None:
         self.proof = proof
         self.solver = solver
         self.image = image
         self.user = user
+        self.clears = clears  # the page that has to clear buffers
 
     def found(self, symptom: Symptom, note: str) -> None:
         self.proof.findings.append(Finding(symptom, crossing.SUB_ENTRY_OFFSET, note))
@@ -239,6 +244,20 @@ class _Judge:
             names = [str(one) for one in symbols_in(state.flags[flag])]
             if any(name.startswith(f"{_OBJECT}!") for name in names):
                 self.found(Symptom.LEAK, f"{flag} is as the object left it")
+        if self.clears is not None:
+            self.cleared(state, self.clears)
         for flag in ("df", "ac"):
             clear = z3.Not(state.flags[flag])
             self.require(state, clear, Symptom.ENVIRONMENT, f"{flag} may be set on the return")
+
+    def cleared(self, state: State, page: Page) -> None:
+        """Check that the processor's buffers hold nothing of the object's."""
+        if not state.buffers_clear:
+            self.found(Symptom.LEAK, "memory is accessed after the buffers are cleared")
+        for instruction in map(page.at, state.trace):
+            if mnemonic_name(instruction) != "VERW":
+                continue
+            raw = instruction.raw
+            at = raw.ip_rel_memory_address - page.offset if raw.is_ip_rel_memory_operand else -1
+            if page.code[at : at + 2] != bytes(2) or at < 0:
+                self.found(Symptom.LEAK, f"the selector of {instruction} may not be null")

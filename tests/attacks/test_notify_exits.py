@@ -1,4 +1,4 @@
-"""Exits inside an object that no guest can help, and that therefore stop none (T39).
+"""Exits inside an object that no guest can help, and that therefore stop none (T40).
 
 No emulator has notify VM exits, so the list of such exits is read where the kernel has it.
 """
@@ -53,7 +53,7 @@ def test_every_series() -> None:
     assert set(SERIES) == {"6.1", "6.12"}
 
 
-@pytest.mark.attack("T39")
+@pytest.mark.attack("T40")
 @pytest.mark.parametrize("series", SERIES)
 def test_notify_exits_are_served(series: str) -> None:
     """They are on the list, and an exit on the list goes on to KVM's own handlers."""
@@ -74,7 +74,7 @@ def test_notify_exits_are_served(series: str) -> None:
     )
 
 
-@pytest.mark.attack("T39")
+@pytest.mark.attack("T40")
 @pytest.mark.parametrize("series", SERIES)
 def test_the_list_is_what_the_documentation_says(series: str) -> None:
     always, sometimes = harmless(added(series))

@@ -56,6 +56,7 @@ FIVE_LEVELS: Final = "tests/elisa/test_five_levels.py::"
 CONTEXTS: Final = "tests/elisa/test_contexts.py::"
 MEMORY: Final = "tests/elisa/test_registered_memory.py::"
 TOOLCHAIN: Final = "tests/elisa/test_trusted_images.py::"
+WEAK_PROCESSORS: Final = "tests/attacks/test_weak_processors.py::"
 SEVERAL: Final = "tests/attacks/test_several_vcpus.py::"
 MASKED: Final = "tests/elisa/test_masked_indices.py::"
 NOTIFY: Final = "tests/attacks/test_notify_exits.py::"
@@ -395,7 +396,7 @@ THREATS: Final[tuple[Threat, ...]] = (
         "T23",
         "speculation past the gate's check or an object's bounds check",
         "LFENCE behind the check; no indirect branch in objects; masked indices in the switch, "
-        "which stay in registers (T38)",
+        "which stay in registers (T39)",
         (
             "tests/guest/test_gate.py::test_every_path_is_safe",
             TOOLCHAIN + "test_branches_that_lead_elsewhere",
@@ -609,6 +610,27 @@ THREATS: Final[tuple[Threat, ...]] = (
     ),
     Threat(
         "T38",
+        "a processor with weaknesses (L1TF, MDS, MMIO stale data, RFDS, retbleed, ITS): reading "
+        "what an object left in caches and buffers, training its returns; KVM answers them where "
+        "it enters a guest, and a crossing enters none",
+        "without an answer, or the administrator's word for each by name, the kernel makes no "
+        "context; where buffers leak each return of an object clears them (`VERW`), where returns "
+        "can be trained each has a call of its own",
+        (
+            WEAK_PROCESSORS + "test_a_weakness_that_is_left",
+            WEAK_PROCESSORS + "test_the_kernel_and_pykvm_name_what_is_left",
+            WEAK_PROCESSORS + "test_what_is_no_longer_accepted",
+            WEAK_PROCESSORS + "test_objects_with_all_answers",
+            WEAK_PROCESSORS + "test_an_object_without_what_is_needed",
+            "tests/verify/test_planted_faults.py::test_buffers_that_are_not_cleared",
+        ),
+        (WEAK + "processor.py::test_contexts_on_a_weak_processor",),
+        residual="the emulated processor reports weaknesses and has none: that the refusal works "
+        "is shown, what it prevents is not. L1TF has no answer without an exit. That an object's "
+        "code contains the answers is the VMM's word, as is the code itself",
+    ),
+    Threat(
+        "T39",
         "speculative store bypass, which a guest allows by SPEC_CTRL: an index that was masked, "
         "stored and loaded again is speculatively what lay there before, as the guest chose it",
         "the instructions that bound an index are marked; the toolchain follows what they bound "
@@ -627,7 +649,7 @@ THREATS: Final[tuple[Threat, ...]] = (
         "chooses is up to him",
     ),
     Threat(
-        "T39",
+        "T40",
         "an exit inside an object that is nobody's fault stopping an innocent guest: a notify VM "
         "exit of a host that allows few cycles between two interrupt windows, an interrupt of the "
         "host's, a full log of dirty pages",

@@ -9,7 +9,7 @@ import pytest
 from pykvm.elisa import crossing, data_flow
 from pykvm.elisa.masked_indices import MaskedIndexError, UnfollowedCodeError
 from pykvm.elisa.object_code import Instruction
-from pykvm.elisa.protections import ALL, Protection, Without
+from pykvm.elisa.protections import ALL, NOTHING_EXTRA, Extra, Protection, Without
 from pykvm.elisa.trusted_images import SubImage, build_object
 from pykvm.resources import GUEST_SOURCES, PACKAGE
 from tests.rigs.masked_code import (
@@ -27,6 +27,7 @@ from tests.rigs.masked_code import (
 pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("own_cache")]
 
 UNCHECKED = frozenset({Protection.CODE_CHECK})
+THUNKS = frozenset({Protection.RETURN_THUNKS})
 OBJECTS = [
     *sorted((GUEST_SOURCES / "objects").glob("*.c")),
     GUEST_SOURCES / "switch" / "switch.c",
@@ -44,13 +45,13 @@ def refused(tmp_path: Path, body: str, callee: str = "") -> MaskedIndexError:
     return caught.value
 
 
-@pytest.mark.attack("T38")
+@pytest.mark.attack("T39")
 @pytest.mark.parametrize("body", THROUGH_MEMORY.values(), ids=THROUGH_MEMORY)
 def test_through_memory(tmp_path: Path, body: str) -> None:
     refused(tmp_path, body)
 
 
-@pytest.mark.attack("T38")
+@pytest.mark.attack("T39")
 @pytest.mark.parametrize(("body", "callee"), THROUGH_CALLS.values(), ids=THROUGH_CALLS)
 def test_through_calls(tmp_path: Path, body: str, callee: str) -> None:
     refused(tmp_path, body, callee)
@@ -78,7 +79,7 @@ def test_kept_by_calls(tmp_path: Path, body: str, callee: str) -> None:
     assert assembled(tmp_path, body, callee)
 
 
-@pytest.mark.attack("T38")
+@pytest.mark.attack("T39")
 @pytest.mark.parametrize("body", BOUNDS.values(), ids=BOUNDS)
 def test_what_bounds_an_index_comes_from_memory(tmp_path: Path, body: str) -> None:
     error = refused(tmp_path, body)
@@ -207,21 +208,24 @@ MENDED = {
 }
 
 
-def compiled(tmp_path: Path, body: str, without: Without = ALL) -> SubImage:
+def compiled(
+    tmp_path: Path, body: str, without: Without = ALL, extra: Extra = NOTHING_EXTRA
+) -> SubImage:
     source = tmp_path / "object.c"
     source.write_text(C % body)
-    return build_object([source], without=without)
+    return build_object([source], without=without, extra=extra)
 
 
-@pytest.mark.attack("T38")
+@pytest.mark.attack("T39")
+@pytest.mark.parametrize("extra", [NOTHING_EXTRA, THUNKS], ids=["plain", "thunks"])
 @pytest.mark.parametrize("name", SPILLS)
-def test_what_a_compiler_spills(tmp_path: Path, name: str) -> None:
+def test_what_a_compiler_spills(tmp_path: Path, name: str, extra: Extra) -> None:
     with pytest.raises(MaskedIndexError, match=r"elisa_serve of object\.c"):
-        compiled(tmp_path, SPILLS[name])
-    assert compiled(tmp_path, MENDED[name])
+        compiled(tmp_path, SPILLS[name], extra=extra)
+    assert compiled(tmp_path, MENDED[name], extra=extra)
 
 
-@pytest.mark.control("T38")
+@pytest.mark.control("T39")
 def test_unchecked_the_spill_is_in_the_code(tmp_path: Path) -> None:
     """The index goes to the stack after it was masked, and is used as it comes back."""
     objdump = shutil.which("objdump")
@@ -251,9 +255,10 @@ def test_unchecked_the_spill_is_in_the_code(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ objects
 
 
+@pytest.mark.parametrize("extra", [NOTHING_EXTRA, THUNKS], ids=["plain", "thunks"])
 @pytest.mark.parametrize("path", OBJECTS, ids=lambda path: path.name)
-def test_objects_of_the_repository(path: Path) -> None:
-    assert build_object([path])
+def test_objects_of_the_repository(path: Path, extra: Extra) -> None:
+    assert build_object([path], extra=extra)
 
 
 def test_the_switch_without_its_second_masks(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from pykvm.elisa import crossing
 from pykvm.elisa import trusted_images as toolchain
 from pykvm.elisa.object_code import find_vmfunc
-from pykvm.elisa.protections import Protection
+from pykvm.elisa.protections import FOR_WEAK_PROCESSORS, Protection
 from pykvm.elisa.trusted_images import VMFUNC, SubImage, build_object
 from pykvm.resources import GUEST_SOURCES
 from pykvm.sizes import PAGE_SIZE
@@ -146,7 +146,38 @@ def test_what_the_two_sub_entries_do(tmp_path: Path) -> None:
     assert user == [*start, "pushf", "andl", "popf", "lea", "jmp", "call", "pop", *end]
 
 
-@pytest.mark.parametrize("protection", Protection)
+@pytest.mark.parametrize("user", [False, True])
+def test_builds_for_weak_processors(tmp_path: Path, user: bool) -> None:
+    """VERW is one instruction of the sub entry page; thunks are two for each return."""
+    nop = GUEST_SOURCES / "objects" / "nop.c"
+
+    def built(*extra: Protection) -> tuple[list[str], list[str]]:
+        image = build_object([nop], user=user, extra=frozenset(extra))
+        page, text = (image.parts[at].data for at in (0, 1))
+        return instructions(page, tmp_path / "page"), instructions(text, tmp_path / "text")
+
+    page, text = built()
+    with_verw, same_text = built(Protection.BUFFER_CLEARING)
+    same_page, with_thunk = built(Protection.RETURN_THUNKS)
+    assert (same_page, same_text) == (page, text)
+    assert with_verw.count("verw") == 1
+    at = with_verw.index("verw")
+    assert with_verw[at + 1 :] == page[-len(with_verw[at + 1 :]) :]
+    assert with_verw[at + 1 :] == ["mov", *["xor"] * 8, "vmfunc"]
+    assert text == ["xor", "ret"]
+    assert with_thunk == ["xor", "call", "pause", "lfence", "jmp", "lea", "ret"]
+    assert built(*FOR_WEAK_PROCESSORS) == (with_verw, with_thunk)
+
+
+def test_protections_of_the_other_kind() -> None:
+    nop = [GUEST_SOURCES / "objects" / "nop.c"]
+    with pytest.raises(ValueError, match="BUFFER_CLEARING"):
+        build_object(nop, without=frozenset({Protection.BUFFER_CLEARING}))
+    with pytest.raises(ValueError, match="GATE_CHECK"):
+        build_object(nop, extra=frozenset({Protection.GATE_CHECK}))
+
+
+@pytest.mark.parametrize("protection", sorted(set(Protection) - set(FOR_WEAK_PROCESSORS), key=str))
 def test_builds_without_a_protection(tmp_path: Path, protection: Protection) -> None:
     """Each build lacks some instructions and nothing else; the pages keep their form."""
     cost = {

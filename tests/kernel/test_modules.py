@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from pykvm import doctor as checks
+from pykvm.cli.main import main
 from pykvm.host.emulation import is_emulated
 from pykvm.host.processor import Processor
-from pykvm.kernel import modules
+from pykvm.kernel import modules, weaknesses
+from pykvm.kernel.weaknesses import Weak
 
 # Each exchange takes seconds on the emulated host, so these tests make as few as they can.
 
@@ -32,6 +34,7 @@ def patched() -> Iterator[modules.Status]:
     assert before.state == "patched"
     apicv = PARAMETERS / "kvm_intel/parameters/enable_apicv"
     usual = apicv.read_text()
+    accepted = weaknesses.accepted()  # which the distribution's modules do not keep
     yield before
     if modules.status().state != "patched":
         modules.load(directory)
@@ -39,6 +42,7 @@ def patched() -> Iterator[modules.Status]:
         subprocess.run(["/sbin/rmmod", "kvm_intel"], check=True)
         module = directory / "kvm-intel.ko"
         subprocess.run(["/sbin/insmod", module, f"enable_apicv={usual.strip()}"], check=True)
+    weaknesses.PARAMETER.write_text(",".join(weaknesses.names_of(accepted)) + "\n")
     assert modules.status().srcversion == before.srcversion
 
 
@@ -93,6 +97,22 @@ def test_parameters_survive(built: Path) -> None:
     assert modules.status().state == "absent"
     assert modules.load() == []  # from nothing, with nothing to carry over
     assert fixed.read_text() == usual
+
+
+@pytest.mark.elisa
+@pytest.mark.usefixtures("patched")
+def test_what_is_accepted(capsys: pytest.CaptureFixture[str]) -> None:
+    for names in ("l1tf", "l1tf,siblings"):
+        assert main(["kernel", "load", "--accept", names]) == 0
+        assert weaknesses.PARAMETER.read_text() == f"{names}\n"
+        shown = names.replace(",", ", ")
+        assert f"accepted weaknesses: {shown}\n" in capsys.readouterr().out
+    assert modules.load() == []
+    assert weaknesses.accepted() == Weak.L1TF | Weak.SIBLINGS
+    assert main(["kernel", "load", "--accept", "mds"]) != 0  # and nothing is loaded anew
+    assert weaknesses.accepted() == Weak.L1TF | Weak.SIBLINGS
+    assert modules.load(accept=weaknesses.NONE) == []
+    assert weaknesses.PARAMETER.read_text() == "\n"
 
 
 @pytest.mark.elisa

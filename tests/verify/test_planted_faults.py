@@ -8,7 +8,7 @@ import pytest
 
 from pykvm.elisa import crossing
 from pykvm.elisa.object_code import VMFUNC
-from pykvm.elisa.protections import Protection
+from pykvm.elisa.protections import ALL, NOTHING_EXTRA, Extra, Protection, Without
 from pykvm.elisa.trusted_images import ImagePart, SubImage, build_object, crossing_images
 from pykvm.resources import GUEST_SOURCES
 from pykvm.sizes import PAGE_SIZE
@@ -204,8 +204,12 @@ def test_the_barrier_is_told_apart_from_the_check(gate: Planter) -> None:
 # ---- the sub entry page ----
 
 
-def image(user: bool, without: frozenset[Protection] = frozenset()) -> SubImage:
-    return build_object([GUEST_SOURCES / "objects" / "nop.c"], user=user, without=without)
+CLEARS = frozenset({Protection.BUFFER_CLEARING})
+
+
+def image(user: bool, without: Without = ALL, extra: Extra = NOTHING_EXTRA) -> SubImage:
+    source = GUEST_SOURCES / "objects" / "nop.c"
+    return build_object([source], user=user, without=without, extra=extra)
 
 
 def with_page(built: SubImage, change: bytes, at: int) -> SubImage:
@@ -288,3 +292,28 @@ def test_each_register_left_on_the_return(user: bool) -> None:
         assert sub_symptoms(changed, user), one.text
         tried += 1
     assert tried >= 9
+
+
+@pytest.mark.attack("T38")
+@pytest.mark.parametrize("user", [False, True])
+def test_buffers_that_are_not_cleared(user: bool) -> None:
+    """VERW is left out, comes before an access to memory, or takes a selector of the guest's."""
+    assert not prove_sub(image(user), user=user, clears=True).holds
+    built = image(user, extra=CLEARS)
+    assert prove_sub(built, user=user, clears=True).holds
+
+    page = next(p.data for p in built.parts if p.offset == crossing.SUB_ENTRY_OFFSET)
+    at = page.index(b"\x0f\x00\x2d")
+    length = 7
+    left_out = with_page(built, NOP * length, at)
+    other_memory = page[at : at + 3] + (crossing.ENV_OFFSET - crossing.SUB_ENTRY_OFFSET).to_bytes(
+        4, "little"
+    )
+    elsewhere = with_page(built, other_memory, at)
+    null = at + length + int.from_bytes(page[at + 3 : at + length], "little", signed=True)
+    selector = with_page(built, b"\x08", null)
+    # `mov (%rsp), %edx` in place of `mov %rax, %rdx`.
+    late = with_page(built, b"\x8b\x14\x24", at + length)
+    for wrong in (left_out, elsewhere, selector, late):
+        proof = prove_sub(wrong, user=user, clears=True)
+        assert Symptom.LEAK in symptoms(proof.findings)

@@ -22,6 +22,7 @@ from pykvm.closeable import Closeable
 from pykvm.devices.debug_console import DebugConsole
 from pykvm.elisa import calls, crossing
 from pykvm.elisa.attachment import Attachment, attach_added_vcpu
+from pykvm.elisa.protections import answers, needed
 from pykvm.elisa.trusted_images import CrossingImages
 from pykvm.kvm import Io, Kvm, MpState, Stopped, Vcpu
 from pykvm.machine.bare import boot_info, layout
@@ -132,7 +133,7 @@ class BareGuest(Closeable):
         self._contexts = contexts and calls.version(kvm) > 0
         try:
             if self._contexts:
-                calls.enable_contexts(self.vm)
+                calls.enable_contexts(self.vm, answered=answers(needed()))
             if irqchip:
                 self.vm.create_irqchip()
             self.vm.set_identity_map_address(kvm_pages.IDENTITY_MAP_GPA)

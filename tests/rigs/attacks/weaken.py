@@ -34,6 +34,7 @@ class Weaken(IntFlag):
     STATE = 0x8000  # T33: the VMM may set the state of a vCPU that is in a context
     EJECT = 0x10000  # T29: what a process does wrong goes to the VMM
     PARTS = 0x20000  # T36: registered memory is executable
+    PROCESSOR = 0x40000  # T38: contexts on any processor
 
 
 class NotWeakenedError(Exception):

@@ -25,12 +25,25 @@
  * USER_HYPERCALLS: KVM_HC_ELISA_USER and those behind it leave to user space.
  * CONTEXTS: before the first vCPU; the VM may have contexts from then on, and does without what
  * nobody has checked together with them. args[1]: most contexts, args[2]: most pages (table pages
- * and pinned pages) that it may hold at a time; 0 for the defaults.
+ * and pinned pages) that it may hold at a time; 0 for the defaults. args[3]: weaknesses of the
+ * processor that the code of all of its contexts answers itself, KVM_ELISA_BUFFERS and _RETURNS.
  */
 #define KVM_ELISA_USER_HYPERCALLS	(1 << 0)
 #define KVM_ELISA_CONTEXTS		(1 << 1)
 #define KVM_ELISA_DEFAULT_CONTEXTS	1024
 #define KVM_ELISA_DEFAULT_PAGES		262144
+
+/*
+ * KVM_CHECK_EXTENSION: weaknesses of this processor that let a guest learn what runs in a context,
+ * because KVM's answers to them are where it enters guests. Where one is left that neither the
+ * contexts' code answers nor the parameter elisa_accept of kvm_intel takes, there are no contexts.
+ */
+#define KVM_CAP_ELISA_WEAKNESSES	0x45c2
+#define KVM_ELISA_L1TF			(1 << 0)	/* the first-level cache; no answer */
+#define KVM_ELISA_BUFFERS		(1 << 1)	/* answered by VERW before each return */
+#define KVM_ELISA_RETURNS		(1 << 2)	/* answered by returns that cannot be trained */
+#define KVM_ELISA_MICROCODE		(1 << 3)	/* VERW does not clear the buffers here */
+#define KVM_ELISA_SIBLINGS		(1 << 4)	/* another thread shares cache and buffers */
 
 /* Hypercalls of the baseline; the numbers stay clear of linux/kvm_para.h. */
 #define KVM_HC_ELISA_NULL		0x4500	/* answered in the kernel with 0 */

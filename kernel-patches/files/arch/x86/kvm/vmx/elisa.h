@@ -71,6 +71,10 @@ int vmx_elisa_check_cpuid(struct kvm_vcpu *vcpu, struct kvm_cpuid_entry2 *entrie
 void vmx_elisa_create_vcpu(struct kvm_vcpu *vcpu);
 void vmx_elisa_after_set_cpuid(struct kvm_vcpu *vcpu);
 
+/* elisa_weaknesses.c */
+u32 vmx_elisa_weaknesses(void);
+int elisa_check_weaknesses(u32 answered);
+
 /* elisa_context.c */
 void vmx_elisa_init_vm(struct kvm *kvm);
 int vmx_elisa_enable_vm(struct kvm *kvm, struct kvm_enable_cap *cap);

@@ -534,19 +534,24 @@ void vmx_elisa_init_vm(struct kvm *kvm)
 int vmx_elisa_enable_vm(struct kvm *kvm, struct kvm_enable_cap *cap)
 {
 	struct kvm_elisa_vm *vm = &kvm->arch.elisa;
-	int r = -EINVAL;
+	int r;
 
 	if (!capable(CAP_SYS_ADMIN))
 		return -EPERM;
 	if (!vmx_elisa_version())
 		return -EOPNOTSUPP;
-	if (cap->args[3])
+	if (cap->args[3] & ~(u64)(KVM_ELISA_BUFFERS | KVM_ELISA_RETURNS))
 		return -EINVAL;
+	r = elisa_check_weaknesses(cap->args[3]);
+	if (r)
+		return r;
 
+	r = -EINVAL;
 	mutex_lock(&kvm->lock);
 	if (!kvm->created_vcpus) {
 		vm->max_contexts = cap->args[1] ?: KVM_ELISA_DEFAULT_CONTEXTS;
 		vm->max_pages = cap->args[2] ?: KVM_ELISA_DEFAULT_PAGES;
+		vm->answered = cap->args[3];
 		vm->contexts = true;
 		/* APICv delivers interrupts without an exit, into contexts as well. */
 		kvm_set_apicv_inhibit(kvm, APICV_INHIBIT_REASON_ELISA);
@@ -560,7 +565,7 @@ int vmx_elisa_create_context(struct kvm *kvm, void __user *argp)
 {
 	struct kvm_elisa_create arg;
 	struct elisa_context *ctx;
-	int fd;
+	int fd, r;
 
 	/* A gate page writes EPTPs: whoever supplies it is trusted as root is. */
 	if (!capable(CAP_SYS_ADMIN))
@@ -579,6 +584,9 @@ int vmx_elisa_create_context(struct kvm *kvm, void __user *argp)
 	if (arg.nr_tables > KVM_ELISA_MAX_TABLES || arg.nr_pages > KVM_ELISA_MAX_PAGES ||
 	    arg.nr_parts > KVM_ELISA_MAX_PARTS)
 		return -E2BIG;
+	r = elisa_check_weaknesses(kvm->arch.elisa.answered);
+	if (r)
+		return r;
 
 	ctx = elisa_context_build(kvm, &arg);
 	if (IS_ERR(ctx))
