@@ -132,6 +132,8 @@ def run(jobs: Sequence[Job], processors: int = 1, interval: float = 0.2) -> list
             while not shown.ended():
                 shown.show()
                 start_more()
+                for one in running[number + 1 :]:
+                    one.ended()  # notes how long it took
                 time.sleep(interval)
             shown.show()
             print(f"==== {job.name}: {_ending(shown)}", flush=True)

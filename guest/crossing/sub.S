@@ -34,7 +34,7 @@
  * Speculation (T23). The call of the object is direct, its code has no indirect jump or call (the
  * toolchain refuses them), and each return has its call in this context. So training branch targets
  * or the return stack misleads nothing here, unless calls nest deeper than the return stack (16 on
- * older processors). Checking bounds is up to the object: see elisa_index_nospec.
+ * older processors). Checking bounds is up to the object: see elisa_nospec.h.
  *
  * ELISA_NO_SLOT_CLEARING, ELISA_NO_WINDOW_ACCESS, ELISA_NO_FLAG_CLEARING and
  * ELISA_NO_REGISTER_CLEARING are for measurements and for controls of tests

@@ -21,9 +21,11 @@
 #pragma GCC target("general-regs-only")
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "elisa_memory.h"
+#include "elisa_nospec.h"
 #include "elisa_object.h"
 #include "switch.h"
 
@@ -170,11 +172,17 @@ static __attribute__((noinline)) void learn(const struct call *call, uint64_t *l
 				    __ATOMIC_RELAXED);
 }
 
+/* The station's line of the table. The number is in bounds by itself, but lest it is spilled. */
+static inline uint64_t *line_of(struct switch_shared *shared, uint64_t station)
+{
+	return shared->table[elisa_mask_nospec(switch_station_line(station), SWITCH_TABLE_LINES)];
+}
+
 /* Note that the station is behind the calling port. */
 static inline void note_source(const struct call *call, uint64_t station)
 {
 	struct switch_shared *shared = call->shared;
-	uint64_t *line = shared->table[switch_station_line(station)];
+	uint64_t *line = line_of(shared, station);
 	uint64_t epoch = READ_ONCE(shared->epoch) & SWITCH_ENTRY_EPOCH_MASK;
 	uint64_t wanted = switch_station_rest(station) | SWITCH_ENTRY_VALID |
 			  epoch << SWITCH_ENTRY_EPOCH_SHIFT | call->id;
@@ -185,9 +193,9 @@ static inline void note_source(const struct call *call, uint64_t station)
 }
 
 /* The port behind which the station is, or FLOOD. */
-static uint32_t look_up(const struct switch_shared *shared, uint64_t station)
+static uint32_t look_up(struct switch_shared *shared, uint64_t station)
 {
-	const uint64_t *line = shared->table[switch_station_line(station)];
+	const uint64_t *line = line_of(shared, station);
 	uint64_t rest = switch_station_rest(station), epoch = READ_ONCE(shared->epoch);
 
 	for (unsigned int way = 0; way < SWITCH_TABLE_WAYS; way++) {
@@ -200,10 +208,10 @@ static uint32_t look_up(const struct switch_shared *shared, uint64_t station)
 }
 
 /* The port to which `address` is pinned, or FLOOD. */
-static uint32_t look_up_pin(const struct switch_shared *shared, uint64_t address)
+static uint32_t look_up_pin(struct switch_shared *shared, uint64_t address)
 {
 	uint64_t station = switch_station(shared, address, SWITCH_ANY_VLAN);
-	const uint64_t *line = shared->table[switch_station_line(station)];
+	const uint64_t *line = line_of(shared, station);
 	uint64_t rest = switch_station_rest(station);
 
 	for (unsigned int way = 0; way < SWITCH_TABLE_WAYS; way++) {
@@ -288,17 +296,34 @@ struct open_lane {
 	bool bad_tail;      /* no room because the receiver's tail makes no sense */
 };
 
+static inline struct switch_window *window_of(const struct call *call, uint32_t port)
+{
+	return (struct switch_window *)(call->env->windows + port * call->env->window_size);
+}
+
+/* What resolve() said, when it was a port number. */
+static inline uint32_t masked_port(uint32_t port)
+{
+	return (uint32_t)elisa_mask_nospec(port, SWITCH_MAX_PORTS);
+}
+
+/* Set the two pointers; again where they may have been in memory since. */
+static inline void find_lane(struct open_lane *open, const struct call *call, uint32_t destination)
+{
+	open->lane = &call->shared->lane[call->id][destination];
+	open->control = &window_of(call, destination)->lane[call->id];
+}
+
 static inline struct open_lane open_lane(const struct call *call, uint32_t destination)
 {
 	const struct switch_shared *shared = call->shared;
-	uint8_t *base = (uint8_t *)(call->env->windows + destination * call->env->window_size);
-	struct switch_window *window = (struct switch_window *)base;
-	struct open_lane open = {
-		.lane = &call->shared->lane[call->id][destination],
-		.control = &window->lane[call->id],
-		.slots = base + switch_lane_offset(shared->tx_slots, shared->lane_slots, call->id),
-	};
+	struct open_lane open;
 	uint32_t used;
+
+	find_lane(&open, call, destination);
+	open.slots = (uint8_t *)open.control - call->id * sizeof(*open.control) -
+		     offsetof(struct switch_window, lane) +
+		     switch_lane_offset(shared->tx_slots, shared->lane_slots, call->id);
 
 	open.delivered = open.lane->delivered;
 	open.head = (uint32_t)(open.delivered - open.lane->start);
@@ -330,26 +355,44 @@ static inline void count_refused(const struct open_lane *open)
 	*(open->bad_tail ? &open->lane->bad_tail : &open->lane->full) += 1;
 }
 
-/* Frames too short for put_frame's overlapping moves, or long enough for a string move. */
-static __attribute__((noinline)) void put_odd_frame(uint8_t *to, const uint8_t *from,
-						    struct header header, uint32_t length)
+/* The slot of a position in the caller's ring of transmit slots, and the frame in a slot. */
+static inline uint32_t transmit_slot(const struct switch_shared *shared, uint32_t position)
 {
-	((word *)to)[0] = header.low;
-	if (length >= STRING_MOVE_BYTES) {
-		uint64_t words = (length - 16) / 8;
-		word last = *(const word *)(from + length - 8);
+	return (uint32_t)elisa_mask_nospec(position, shared->tx_slots);
+}
 
-		((word *)to)[1] = header.high;
-		*(word *)(to + length - 8) = last;
+static inline const uint8_t *transmit_frame(const struct switch_window *window, uint32_t index)
+{
+	return window->tx_frame + (uint64_t)index * SWITCH_SLOT_BYTES;
+}
+
+/* A length that was checked, in bounds also where the check is mispredicted. */
+static inline uint64_t masked_length(uint32_t length)
+{
+	return elisa_mask_nospec(length, SWITCH_SLOT_BYTES);
+}
+
+/*
+ * Of a frame that is too short for put_frame's overlapping moves, or long enough for a string move:
+ * what comes behind the header's first 8 bytes. `high` are the next ones. It takes few registers, so
+ * that none of its caller's masked pointers has to go to memory for the call.
+ */
+static __attribute__((noinline)) void put_odd_frame(uint8_t *to, const uint8_t *from, uint64_t high,
+						    uint64_t length)
+{
+	if (length >= STRING_MOVE_BYTES) {
+		*(word *)(to + length - 8) = *(const word *)(from + length - 8);
+		*(word *)(to + 8) = high;
 		to += 16;
 		from += 16;
-		__asm__ volatile("rep movsq" : "+D"(to), "+S"(from), "+c"(words) : : "memory");
+		length = (length - 16) / 8;
+		__asm__ volatile("rep movsq" : "+D"(to), "+S"(from), "+c"(length) : : "memory");
 		return;
 	}
-	for (uint32_t at = 8; at < 16 && at < length; at++)
-		to[at] = (uint8_t)(header.high >> (at - 8) * 8);
-	for (uint32_t at = 16; at < length; at++)
-		to[at] = ((const volatile uint8_t *)from)[at];
+	for (uint64_t at = 8; at < length; at++) {
+		to[at] = at < 16 ? (uint8_t)high : ((const volatile uint8_t *)from)[at];
+		high >>= 8;
+	}
 }
 
 /*
@@ -357,17 +400,17 @@ static __attribute__((noinline)) void put_odd_frame(uint8_t *to, const uint8_t *
  * of older frames in the sender's slot. The header comes from the caller, not from the window.
  */
 static inline void put_frame(struct switch_slot *slot, const uint8_t *from, struct header header,
-			     uint32_t length)
+			     uint64_t length)
 {
 	uint8_t *to = slot->frame;
-	uint64_t at = 16, last = (uint64_t)length - 16;
+	uint64_t at = 16, last = length - 16;
 
-	slot->length = length;
-	if (UNLIKELY(length - 32 >= STRING_MOVE_BYTES - 32)) {
-		put_odd_frame(to, from, header, length);
+	slot->length = (uint32_t)length;
+	((word *)to)[0] = header.low;
+	if (UNLIKELY((uint32_t)length - 32 >= STRING_MOVE_BYTES - 32)) {
+		put_odd_frame(to, from, header.high, length);
 		return;
 	}
-	((word *)to)[0] = header.low;
 	((word *)to)[1] = header.high;
 	for (; at < last; at += 16) {
 		uint64_t first = *(const word *)(from + at), second = *(const word *)(from + at + 8);
@@ -380,9 +423,10 @@ static inline void put_frame(struct switch_slot *slot, const uint8_t *from, stru
 	*(word *)(to + last + 8) = *(const word *)(from + last + 8);
 }
 
-static __attribute__((noinline)) void flood(const struct call *call, const uint8_t *frame,
+static __attribute__((noinline)) void flood(const struct call *call, uint32_t position,
 					    struct header header, uint32_t length)
 {
+	struct switch_window *window = window_of(call, call->id);
 	uint64_t others = call->enabled & ~(1ULL << call->id);
 	uint32_t slot_mask = call->shared->lane_slots - 1;
 
@@ -395,7 +439,9 @@ static __attribute__((noinline)) void flood(const struct call *call, const uint8
 			count_refused(&open);
 			continue;
 		}
-		put_frame((struct switch_slot *)(open.slots + slot), frame, header, length);
+		put_frame((struct switch_slot *)(open.slots + slot),
+			  transmit_frame(window, transmit_slot(call->shared, position)), header,
+			  masked_length(length));
 		close_lane(&open, 1, length);
 	}
 }
@@ -407,52 +453,95 @@ static inline uint32_t smaller(uint32_t a, uint32_t b)
 	return a < b ? a : b;
 }
 
+/* What all frames of a run have in common. */
+struct run {
+	struct header header; /* of the first one */
+	struct format format;
+};
+
+struct put {
+	uint64_t frames;
+	uint64_t bytes;
+};
+
+/*
+ * Put a run into a lane: frames with the same addresses, type and VLAN, which go there without
+ * looking anything up, up to `most`. One that differs, or has no usual length, ends the run; nothing
+ * that was read of it here is kept. A function of its own, with the run in memory, so that the
+ * masked pointers and lengths stay in registers.
+ */
+static __attribute__((noinline)) struct put put_run(struct switch_slot *slot, const uint8_t *frame,
+						    const uint32_t *lengths, uint32_t most,
+						    uint32_t length, const struct run *run)
+{
+	struct header header = run->header;
+	uint32_t left = most;
+	uint64_t masked, bytes = 0;
+
+	for (;;) {
+		masked = masked_length(length);
+		put_frame(slot, frame, header, masked);
+		bytes += masked;
+		if (--left == 0)
+			break;
+		frame += SWITCH_SLOT_BYTES;
+		slot++;
+		lengths++;
+		length = READ_ONCE(*lengths);
+		if (UNLIKELY(length - run->format.shortest > run->format.spread))
+			break;
+		header.low = READ_ONCE(((const word *)frame)[0]);
+		header.high = READ_ONCE(((const word *)frame)[1]);
+		if (UNLIKELY(header.low != run->header.low ||
+			     ((header.high ^ run->header.high) & run->format.bits)))
+			break;
+	}
+	return (struct put){ most - left, bytes };
+}
+
 /* Send `count` frames from slot `first` on; how many were dealt with. */
 static uint32_t send(const struct call *call, uint32_t first, uint32_t count, bool wait)
 {
 	const struct switch_shared *shared = call->shared;
 	struct switch_port *port = call->port;
-	uint8_t *base = (uint8_t *)(call->env->windows + call->id * call->env->window_size);
-	struct switch_window *window = (struct switch_window *)base;
+	struct switch_window *window = window_of(call, call->id);
 	uint32_t done = 0;
 
 	while (done < count) {
-		uint32_t index = (first + done) & (shared->tx_slots - 1);
-		const uint8_t *frame = window->tx_frame + (uint64_t)index * SWITCH_SLOT_BYTES;
-		const uint32_t *lengths = &window->tx_length[index];
-		uint32_t length = READ_ONCE(*lengths);
-		struct header header, run;
-		struct format format;
+		uint32_t index = transmit_slot(shared, first + done);
+		const uint8_t *frame = transmit_frame(window, index);
+		uint32_t length = READ_ONCE(window->tx_length[index]);
 		struct open_lane open;
 		struct switch_slot *slot;
-		const uint8_t *start, *end;
-		uint32_t to, at, frames;
-		uint64_t *kind, bytes = 0;
+		uint32_t to, at, most;
+		uint64_t *kind;
+		struct run run;
+		struct put put;
 
-		header.low = READ_ONCE(((const word *)frame)[0]);
-		header.high = READ_ONCE(((const word *)frame)[1]);
-		format = format_of(shared, header);
+		run.header.low = READ_ONCE(((const word *)frame)[0]);
+		run.header.high = READ_ONCE(((const word *)frame)[1]);
+		run.format = format_of(shared, run.header);
 		/* Less the shortest, so that one unsigned comparison refuses both ends. */
-		if (UNLIKELY(length - format.shortest > format.spread) &&
-		    (length < format.shortest || length > SWITCH_MAX_FRAME ||
-		     format.bits == UNTAGGED_BITS || !has_tags_for(shared, frame, length))) {
-			*(length < format.shortest ? &port->too_short : &port->too_long) += 1;
+		if (UNLIKELY(length - run.format.shortest > run.format.spread) &&
+		    (length < run.format.shortest || length > SWITCH_MAX_FRAME ||
+		     run.format.bits == UNTAGGED_BITS || !has_tags_for(shared, frame, length))) {
+			*(length < run.format.shortest ? &port->too_short : &port->too_long) += 1;
 			done++;
 			continue;
 		}
-		length &= SWITCH_SLOT_BYTES - 1; /* also when the branch above is mispredicted */
-		to = resolve(call, header, format.vlan, &kind);
+		to = resolve(call, run.header, run.format.vlan, &kind);
+		/* The calls may have put into memory what was masked: from here on it is not used. */
 		if (to >= FLOOD) {
 			if (to == FLOOD) {
 				*kind += 1;
-				flood(call, frame, header, length);
+				flood(call, first + done, run.header, length);
 			}
 			port->bytes += length;
 			done++;
 			continue;
 		}
 
-		open = open_lane(call, to);
+		open = open_lane(call, masked_port(to));
 		if (!open.room) {
 			if (wait && !open.bad_tail) {
 				port->waited++;
@@ -461,47 +550,25 @@ static uint32_t send(const struct call *call, uint32_t first, uint32_t count, bo
 			port->copies++;
 			*kind += 1;
 			port->bytes += length;
+			find_lane(&open, call, masked_port(to));
 			count_refused(&open);
 			done++;
 			continue;
 		}
-		/*
-		 * A run: frames with the same addresses, type and VLAN go to the same lane, without
-		 * looking anything up, until a ring wraps. One that differs, or has no usual
-		 * length, ends the run and is read afresh above; nothing that was read of it here
-		 * is kept.
-		 */
+		/* A run ends where a ring wraps. */
 		at = open.head & (shared->lane_slots - 1);
 		slot = (struct switch_slot *)open.slots + at;
-		frames = smaller(smaller(count - done, open.room),
-				 smaller(shared->lane_slots - at, shared->tx_slots - index));
-		start = frame;
-		end = frame + (uint64_t)frames * SWITCH_SLOT_BYTES;
-		run = header;
-		for (;;) {
-			put_frame(slot, frame, header, length);
-			bytes += length;
-			frame += SWITCH_SLOT_BYTES;
-			if (frame == end)
-				break;
-			slot++;
-			lengths++;
-			length = READ_ONCE(*lengths);
-			if (UNLIKELY(length - format.shortest > format.spread))
-				break;
-			length &= SWITCH_SLOT_BYTES - 1;
-			header.low = READ_ONCE(((const word *)frame)[0]);
-			header.high = READ_ONCE(((const word *)frame)[1]);
-			if (UNLIKELY(header.low != run.low ||
-				     ((header.high ^ run.high) & format.bits)))
-				break;
-		}
-		frames = (uint32_t)((uint64_t)(frame - start) / SWITCH_SLOT_BYTES);
-		port->copies += frames;
-		*kind += frames;
-		port->bytes += bytes;
-		close_lane(&open, frames, bytes);
-		done += frames;
+		index = transmit_slot(shared, first + done);
+		most = smaller(smaller(count - done, open.room),
+			       smaller(shared->lane_slots - at, shared->tx_slots - index));
+		put = put_run(slot, transmit_frame(window, index), &window->tx_length[index], most,
+			      length, &run);
+		port->copies += put.frames;
+		*kind += put.frames;
+		port->bytes += put.bytes;
+		find_lane(&open, call, masked_port(to));
+		close_lane(&open, (uint32_t)put.frames, put.bytes);
+		done += (uint32_t)put.frames;
 	}
 	port->frames += done;
 	return done;

@@ -32,8 +32,11 @@ __all__ = [
     "VMFUNC",
     "ForbiddenInstructionError",
     "IndirectBranchError",
+    "Instruction",
     "StrayBranchError",
+    "branch_target",
     "check_instructions",
+    "disassemble",
     "find_vmfunc",
 ]
 
@@ -86,9 +89,21 @@ class StrayBranchError(PykvmError):
     """Object code with a branch to something other than one of its instructions."""
 
 
-class _Instruction(NamedTuple):
+class Instruction(NamedTuple):
+    """A decoded instruction, in AT&T's syntax.
+
+    Attributes:
+        address: address in the linked file.
+        text: all of it, as objdump writes it.
+        prefixes: prefixes that the mnemonic does not tell, such as "ds" and "rep".
+        mnemonic: without prefixes and branch hints.
+        operands: sources first, separated by commas.
+        function: the symbol before it.
+    """
+
     address: int
-    text: str  # with prefixes, as objdump writes it
+    text: str
+    prefixes: tuple[str, ...]
     mnemonic: str
     operands: str
     function: str
@@ -129,7 +144,7 @@ def check_instructions(image: Path, name: str, section: str = ".text") -> None:
         StrayBranchError: a branch leads to no instruction of the listing.
         CompilerMissingError: there is no objdump, which comes with the compiler.
     """
-    listing = list(_decode(image, section))
+    listing = list(disassemble(image, section))
     starts = {instruction.address for instruction in listing}
     for one in listing:
         where = f"{one.function} of {name}"
@@ -146,15 +161,25 @@ def check_instructions(image: Path, name: str, section: str = ".text") -> None:
                 f"{where} holds `{one.text}`, which a guest could train to speculate anywhere",
                 "call functions by name, choose between them with if or switch",
             )
-        target = _TARGET.match(one.operands)
-        if not target or int(target[1], 16) not in starts:
+        if branch_target(one) not in starts:
             raise StrayBranchError(
                 f"{where} holds `{one.text}`, which leads to no instruction of the object",
                 "branch to labels of its own code",
             )
 
 
-def _decode(image: Path, section: str) -> Iterator[_Instruction]:
+def branch_target(instruction: Instruction) -> int | None:
+    """Return where a direct jump or call leads, or None."""
+    target = _TARGET.match(instruction.operands)
+    return int(target[1], 16) if target else None
+
+
+def disassemble(image: Path, section: str = ".text") -> Iterator[Instruction]:
+    """Yield the instructions of a section, from symbol to symbol.
+
+    Raises:
+        CompilerMissingError: there is no objdump, which comes with the compiler.
+    """
     objdump = shutil.which("objdump")
     if objdump is None:
         raise CompilerMissingError("no objdump on this machine", install(["binutils"]))
@@ -176,7 +201,8 @@ def _decode(image: Path, section: str) -> Iterator[_Instruction]:
             continue
         text = re.sub(r"\s+", " ", found[2].split("#")[0]).strip()
         bare = _PREFIXES.sub("", text, count=1)
+        prefixes = tuple(text[: len(text) - len(bare)].split())
         mnemonic, _, operands = bare.partition(" ")
         # A conditional branch may have a hint, as in `jne,pt`.
         mnemonic = mnemonic.partition(",")[0]
-        yield _Instruction(int(found[1], 16), text, mnemonic, operands.strip(), function)
+        yield Instruction(int(found[1], 16), text, prefixes, mnemonic, operands.strip(), function)

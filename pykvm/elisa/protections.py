@@ -53,7 +53,8 @@ class Protection(Enum):
     RETURN_THUNKS = "ELISA_RETURN_THUNKS"
     """Returns of an object that go where their call says, also in speculation (T38)."""
     CODE_CHECK = ""
-    """The toolchain's check of the object's instructions (`pykvm.elisa.object_code`)."""
+    """The toolchain's checks of the object's instructions (`pykvm.elisa.object_code`, T14, T23) and
+    masked indices (`pykvm.elisa.masked_indices`, T39)."""
 
 
 Without = frozenset[Protection]

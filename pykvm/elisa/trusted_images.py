@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from pykvm import cache
-from pykvm.elisa import crossing, object_code
+from pykvm.elisa import crossing, data_flow, masked_indices, object_code
 from pykvm.elisa.object_code import (
     VMFUNC,
     ForbiddenInstructionError,
@@ -55,6 +55,9 @@ __all__ = [
 
 _CROSSING: Final = GUEST_SOURCES / "crossing"
 _INCLUDE: Final = (GUEST_SOURCES / "include",)
+_RULES: Final = tuple(
+    Path(str(module.__file__)) for module in (object_code, masked_indices, data_flow)
+)
 _OFFSETS: Final = (
     "ENTRY_OFFSET",
     "GATE_OFFSET",
@@ -201,8 +204,9 @@ def build_object(
         WritableCodeError: a section is writable and executable.
         ForeignVmfuncError: the bytes of VMFUNC occur in the object.
         ImageTooLargeError: code and data are too large.
-        PykvmError: see `pykvm.toolchain.compiler.build` and
-            `pykvm.elisa.object_code.check_instructions`.
+        PykvmError: see `pykvm.toolchain.compiler.build`,
+            `pykvm.elisa.object_code.check_instructions` and
+            `pykvm.elisa.masked_indices.check_masked_indices`.
     """
     sources = [source.resolve() for source in sources]  # the compiler runs elsewhere
     name = sources[0].name if sources else "object"
@@ -230,13 +234,14 @@ def build_object(
             _check_compiled(inputs, [ElfFile.parse(file.read_bytes()) for file in compiled])
             linked = Path(scratch) / "image.elf"
             compiler.link(compiled, script, linked, symbols=offsets)
-            _sub_image(ElfFile.parse(linked.read_bytes(), name), name)  # refuse before caching
+            image = _sub_image(ElfFile.parse(linked.read_bytes(), name), name)
             if checked:
                 object_code.check_instructions(linked, name)
+                masked_indices.check_masked_indices(linked, name, image.symbols["elisa_serve"])
             (directory / "image.elf").write_bytes(linked.read_bytes())
 
-    rules = Path(object_code.__file__) if checked else script  # what was refused by older ones
-    key = compiler.content_key([*inputs, rules], script, flags, macros, include=_INCLUDE)
+    rules = _RULES if checked else ()  # what was refused by older ones is refused again
+    key = compiler.content_key([*inputs, *rules], script, flags, macros, include=_INCLUDE)
     path = cache.entry("object", key, make) / "image.elf"
     return _sub_image(ElfFile.parse(path.read_bytes(), name), name)
 

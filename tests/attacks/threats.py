@@ -58,6 +58,8 @@ MEMORY: Final = "tests/elisa/test_registered_memory.py::"
 TOOLCHAIN: Final = "tests/elisa/test_trusted_images.py::"
 WEAK_PROCESSORS: Final = "tests/attacks/test_weak_processors.py::"
 SEVERAL: Final = "tests/attacks/test_several_vcpus.py::"
+MASKED: Final = "tests/elisa/test_masked_indices.py::"
+NOTIFY: Final = "tests/attacks/test_notify_exits.py::"
 
 THREATS: Final[tuple[Threat, ...]] = (
     Threat(
@@ -393,7 +395,8 @@ THREATS: Final[tuple[Threat, ...]] = (
     Threat(
         "T23",
         "speculation past the gate's check or an object's bounds check",
-        "LFENCE behind the check; no indirect branch in objects; masked indices in the switch",
+        "LFENCE behind the check; no indirect branch in objects; masked indices in the switch, "
+        "which stay in registers (T39)",
         (
             "tests/guest/test_gate.py::test_every_path_is_safe",
             TOOLCHAIN + "test_branches_that_lead_elsewhere",
@@ -625,5 +628,38 @@ THREATS: Final[tuple[Threat, ...]] = (
         residual="the emulated processor reports weaknesses and has none: that the refusal works "
         "is shown, what it prevents is not. L1TF has no answer without an exit. That an object's "
         "code contains the answers is the VMM's word, as is the code itself",
+    ),
+    Threat(
+        "T39",
+        "speculative store bypass, which a guest allows by SPEC_CTRL: an index that was masked, "
+        "stored and loaded again is speculatively what lay there before, as the guest chose it",
+        "the instructions that bound an index are marked; the toolchain follows what they bound "
+        "along every path of the object, and refuses an object that uses it as an address after "
+        "it was in memory with no LFENCE in between",
+        (
+            MASKED + "test_through_memory",
+            MASKED + "test_through_calls",
+            MASKED + "test_what_bounds_an_index_comes_from_memory",
+            MASKED + "test_what_a_compiler_spills",
+        ),
+        (MASKED + "test_unchecked_the_spill_is_in_the_code",),
+        residual="the emulator does not speculate: the control shows that store, load and use are "
+        "in the code. Pointers and other values that no mask has bounded are not followed, nor "
+        "memory to which two pointers of different origin lead; that an author masks what a guest "
+        "chooses is up to him",
+    ),
+    Threat(
+        "T40",
+        "an exit inside an object that is nobody's fault stopping an innocent guest: a notify VM "
+        "exit of a host that allows few cycles between two interrupt windows, an interrupt of the "
+        "host's, a full log of dirty pages",
+        "exits that need neither the guest's memory nor its instructions are on a list, notify VM "
+        "exits among them; KVM serves them anywhere, and the guest goes on inside the object",
+        (
+            NOTIFY + "test_notify_exits_are_served",
+            NOTIFY + "test_the_list_is_what_the_documentation_says",
+        ),
+        no_control="no emulator has notify VM exits: the tests read the list that the kernel is "
+        "built with, for both series. Exits by the host's interrupts happen in every test inside",
     ),
 )

@@ -13,7 +13,7 @@ from pykvm.errors import PykvmError
 from pykvm.kvm import Kvm
 from pykvm.machine.bare import layout
 from pykvm.machine.bare.guest import BareGuest
-from pykvm.resources import GUEST_SOURCES
+from pykvm.resources import GUEST_SOURCES, PACKAGE
 from pykvm.sizes import PAGE_SIZE
 from pykvm.toolchain.compiler import CompileError, SourceMissingError
 from tests.rigs.messages import one_line
@@ -21,6 +21,7 @@ from tests.rigs.probe import WILD, Probe, Step, What, calls, give, results, run
 
 UNCHECKED = frozenset({Protection.CODE_CHECK})
 COUNTER = GUEST_SOURCES / "objects" / "counter.c"
+SHELF = PACKAGE.parent / "examples" / "shelf.c"
 
 # A mailbox: a guest leaves a word for another guest, which finds it in its window.
 MAILBOX = """
@@ -77,9 +78,29 @@ def test_an_object_of_a_users_own(tmp_path: Path) -> None:
         attachment.detach()
 
 
+@pytest.mark.elisa
+def test_the_example_with_masked_indices() -> None:
+    """docs/object-code.md shows it."""
+    shelf = SharedObject("shelf", SHELF, shared=4096, window=0)
+    with shelf.open() as instance, Kvm() as kvm, BareGuest(kvm, Probe()) as guest:
+        slot = instance.attach(guest).slot
+        put, look = 0, 1
+        give(
+            guest,
+            calls(slot, put, 63, 42),
+            calls(slot, look, 63, 0),
+            calls(slot, look, 0, 0),
+            calls(slot, look, 64, 0),
+            calls(slot, 2, 0, 0),
+        )
+        assert run(guest) == []
+        assert results(guest) == [0, 42, 0, 2**64 - 22, 2**64 - 22]
+
+
 @pytest.mark.unit
 def test_objects_of_these_tests_are_built() -> None:
     """Building fills the cache for the emulated host, which would take long to compile."""
+    assert "elisa_serve" in build_object([SHELF]).symbols
     assert Probe().image().entry == layout.IMAGE_GPA
     assert "elisa_serve" in build_object([WILD], without=UNCHECKED).symbols
 

@@ -15,6 +15,9 @@ pytestmark = pytest.mark.unit
 SOURCE = """
 #include "elisa_nospec.h"
 uint64_t at(uint64_t index, uint64_t size) { return elisa_index_nospec(index, size); }
+uint64_t masked(uint64_t index, uint64_t size) { return elisa_mask_nospec(index, size); }
+uint64_t constant(uint64_t index) { return elisa_mask_nospec(index, 64); }
+void barrier(void) { elisa_barrier_nospec(); }
 """
 TOP = 2**64 - 1
 
@@ -43,13 +46,33 @@ def test_values(library: Path) -> None:
         assert at(index, size) == (index if index < size else 0), (index, size)
 
 
-def test_no_branch(library: Path) -> None:
+def test_values_of_masks(library: Path) -> None:
+    functions = ctypes.CDLL(str(library))
+    for function in (functions.masked, functions.constant):
+        function.argtypes, function.restype = [ctypes.c_uint64] * 2, ctypes.c_uint64
+    for index in (0, 1, 63, 64, 2**31 + 5, 2**32 - 1, 2**32, 2**63, TOP):
+        for bits in range(64):
+            size = 1 << bits
+            assert functions.masked(index, size) == index % size, (index, size)
+        assert functions.constant(index, 0) == index % 64
+
+
+def code(library: Path, function: str) -> list[str]:
+    """Return the instructions of a function, with a mark as a word before the mnemonic."""
     listing = subprocess.run(
-        ["objdump", "-d", "--no-show-raw-insn", "--disassemble=at", str(library)],
+        ["objdump", "-d", "--no-show-raw-insn", f"--disassemble={function}", str(library)],
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    code = re.findall(r"^ +[0-9a-f]+:\t(\w+)", listing, re.MULTILINE)
-    assert {"cmp", "sbb", "and"} <= set(code)
-    assert not [one for one in code if one.startswith(("j", "call", "cmov"))]
+    return re.findall(r"^ +[0-9a-f]+:\t((?:ds )?\w+)", listing, re.MULTILINE)
+
+
+def test_no_branch(library: Path) -> None:
+    """There is no branch; the instructions that bound an index are marked for the toolchain."""
+    assert {"ds cmp", "sbb", "ds and"} <= set(code(library, "at"))
+    assert "ds and" in code(library, "masked")
+    assert code(library, "constant") == ["mov", "ds and", "ret"]
+    assert code(library, "barrier") == ["lfence", "ret"]
+    for function in ("at", "masked", "constant"):
+        assert not [one for one in code(library, function) if one.startswith(("j", "call", "cmov"))]

@@ -15,32 +15,33 @@ SECONDS = 300  # at most: a fault is found in a few, by an idle processor
 
 FAULTS = {
     "a frame longer than the limit": (
-        "if (UNLIKELY(length - format.shortest > format.spread) &&",
-        "if (length < format.shortest &&",
+        "if (UNLIKELY(length - run.format.shortest > run.format.spread) &&",
+        "if (length < run.format.shortest &&",
     ),
     "a longer frame in the middle of a run": (
-        "if (UNLIKELY(length - format.shortest > format.spread))",
-        "if (length < format.shortest)",
+        "if (UNLIKELY(length - run->format.shortest > run->format.spread))",
+        "if (length < run->format.shortest)",
     ),
     "the length read again after it was checked": (
-        "length &= SWITCH_SLOT_BYTES - 1; /* also when the branch above is mispredicted */",
-        "length = READ_ONCE(*lengths) & (SWITCH_SLOT_BYTES - 1);",
+        "\t\tto = resolve(call, run.header, run.format.vlan, &kind);\n",
+        "\t\tto = resolve(call, run.header, run.format.vlan, &kind);\n"
+        "\t\tlength = READ_ONCE(window->tx_length[index]);\n",
     ),
     "the header read again when it is copied": (
-        "\t((word *)to)[0] = header.low;\n\t((word *)to)[1]",
-        "\t((word *)to)[0] = ((const volatile word *)from)[0];\n\t((word *)to)[1]",
+        "\t((word *)to)[0] = header.low;\n",
+        "\t((word *)to)[0] = ((const volatile word *)from)[0];\n",
     ),
     "only the first frame of a run looked up": (
-        "if (UNLIKELY(header.low != run.low ||",
-        "if (0 && UNLIKELY(header.low != run.low ||",
+        "if (UNLIKELY(header.low != run->header.low ||",
+        "if (0 && UNLIKELY(header.low != run->header.low ||",
     ),
     "a receiver's tail believed": (
         "open.bad_tail = used > shared->lane_slots;",
         "open.bad_tail = false;",
     ),
     "a transmit slot that does not exist": (
-        "uint32_t index = (first + done) & (shared->tx_slots - 1);",
-        "uint32_t index = first + done;",
+        "return (uint32_t)elisa_mask_nospec(position, shared->tx_slots);",
+        "return position;",
     ),
     "a lane slot that does not exist": (
         "uint64_t slot = (uint64_t)(open.head & slot_mask) * SWITCH_SLOT_BYTES;",
@@ -71,7 +72,7 @@ FAULTS = {
         ".shortest = SWITCH_MIN_FRAME,",
     ),
     "a longer frame without a tag": (
-        "format.bits == UNTAGGED_BITS || !has_tags_for",
+        "run.format.bits == UNTAGGED_BITS || !has_tags_for",
         "!has_tags_for",
     ),
     "a longer frame with fewer tags than that takes": (
@@ -83,8 +84,8 @@ FAULTS = {
         "found = look_up(shared, switch_station(shared, destination, 0));",
     ),
     "frames of two VLANs in one run": (
-        "((header.high ^ run.high) & format.bits)",
-        "(uint32_t)(header.high ^ run.high)",
+        "((header.high ^ run->header.high) & run->format.bits)",
+        "(uint32_t)(header.high ^ run->header.high)",
     ),
     "a frame for the link alone": (
         "if (is_link_local(shared, destination)) {",
@@ -95,8 +96,9 @@ FAULTS = {
         "if (source == 0) {",
     ),
     "frames published before they are counted": (
-        "\t\tport->copies += frames;\n",
-        "\t\tclose_lane(&open, frames, bytes);\n\t\tport->copies += frames;\n",
+        "\t\tport->copies += put.frames;\n",
+        "\t\tclose_lane(&open, (uint32_t)put.frames, put.bytes);\n"
+        "\t\tport->copies += put.frames;\n",
     ),
 }
 

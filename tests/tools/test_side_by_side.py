@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,16 @@ def test_outputs_follow_one_another(capfdbinary: pytest.CaptureFixture[bytes]) -
     assert sorted(shown[3:]) == ["b", "c"]
     assert lines[0] == "==== one"
     assert lines[4].startswith("==== one: well, ")
+
+
+def test_each_took_its_own_time(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that ends while another one's output is shown took no longer than it did."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    jobs = [_python("slow", "time.sleep(3)"), _python("quick", "")]
+    assert side_by_side.run(jobs, interval=0.01) == [0, 0]
+    assert re.search(r"==== quick: well, [012] s", capfd.readouterr().out)
 
 
 def test_statuses_and_environment(capfd: pytest.CaptureFixture[str]) -> None:

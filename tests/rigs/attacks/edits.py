@@ -8,7 +8,10 @@ NO_CLD: Edit = (r"^\tcld\b.*$", "\tnop")
 NO_STACK: Edit = (r"^\tlea\tstack \+ ELISA_STACK_SIZE - 16\(%rip\), %rsp.*$", "")
 
 # The vault.
-NO_BOUND: Edit = (r"^\t\tif \(a1 >= NOTES\)\n\t\t\treturn .*;$", "")
+NO_BOUND: Edit = (
+    r"^\t\tif \(a1 >= NOTES\)\n\t\t\treturn .*;\n\t\ta1 = elisa_mask_nospec\(.*;$",
+    "",
+)
 _KNOCK = r"return __atomic_add_fetch\(&vault->knocks, 1, __ATOMIC_RELAXED\);"
 BY_GS: Edit = (_KNOCK, r'__asm__("mov %%gs:0, %0" : "=r"(a1)); return a1;')
 BY_SSE: Edit = (  # the lower half, as an integer

@@ -9,12 +9,12 @@
  *   a0 POST:  keeps the first a1 bytes of the caller's window
  */
 #include "elisa_memory.h"
+#include "elisa_nospec.h"
 #include "elisa_object.h"
 
 enum { KNOCK, OPEN, NOTE, POST };
 
 #define NOTES 512
-
 
 struct vault {
 	uint64_t secret;
@@ -51,16 +51,19 @@ uint64_t elisa_serve(uint64_t a0, uint64_t a1, uint64_t a2, const struct elisa_e
 		__asm__ volatile(".globl vault_opened\nvault_opened:");
 		if (a2 > env->window_size - sizeof(vault->secret))
 			return ELISA_ERROR(ELISA_EINVAL);
+		a2 = elisa_index_nospec(a2, env->window_size - sizeof(vault->secret) + 1);
 		vault_copy((uint64_t *)(window + a2), &vault->secret);
 		return 0;
 	case NOTE:
 		if (a1 >= NOTES)
 			return ELISA_ERROR(ELISA_EINVAL);
+		a1 = elisa_mask_nospec(a1, NOTES);
 		WRITE_ONCE(vault_notes[a1], a2);
 		return 0;
 	case POST:
 		if (a1 > sizeof(vault->letter))
 			return ELISA_ERROR(ELISA_EINVAL);
+		a1 = elisa_index_nospec(a1, sizeof(vault->letter) + 1);
 		memcpy(vault->letter, (const void *)window, a1);
 		return 0;
 	default:
