@@ -1,19 +1,38 @@
 """What every boot protocol tells a kernel, and what a kernel of any kind can do."""
 
+import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from pathlib import Path
 from typing import Protocol
 
 from pykvm.errors import PykvmError
 from pykvm.kvm import Vcpu
 from pykvm.memory.guest_memory import GuestMemory
 
-__all__ = ["BootInfo", "Kernel", "KernelError", "MemoryKind", "MemoryRange"]
+__all__ = ["BootInfo", "Kernel", "KernelError", "MemoryKind", "MemoryRange", "open_file"]
 
 
 class KernelError(PykvmError):
     """A file that is no kernel, or not a whole one, or does not fit into the guest."""
+
+
+def open_file(path: Path) -> int:
+    """Return a descriptor of a regular file that a machine is made of.
+
+    Raises:
+        KernelError: there is no such file, or it cannot be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise KernelError(f"{path} cannot be read: {error.strerror}", "check its name") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise KernelError(f"{path} is no regular file", "name a file")
+    return descriptor
 
 
 class MemoryKind(IntEnum):

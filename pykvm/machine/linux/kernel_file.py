@@ -5,14 +5,13 @@ here once and kept in the cache, which is faster from the second boot on.
 """
 
 import os
-import stat
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final, Self
 
 from pykvm import cache
 from pykvm.closeable import Closeable
-from pykvm.machine.linux.boot import Kernel, KernelError
+from pykvm.machine.linux.boot import Kernel, KernelError, open_file
 from pykvm.machine.linux.bzimage import HEADER_SIZE, BzImage, is_bzimage
 from pykvm.machine.linux.compression import compression_of, decompress
 from pykvm.machine.linux.elf_kernel import ElfKernel
@@ -44,17 +43,16 @@ class KernelFile(Closeable):
     Raises:
         KernelError: it is no kernel for x86-64, or not a whole one.
         CompressionError: it cannot be unpacked.
-        OSError: it cannot be read.
     """
 
     def __init__(self, path: Path, *, unpack: bool = False) -> None:
         with ExitStack() as stack:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = open_file(path)
             stack.callback(os.close, descriptor)
             head = _head(descriptor, path)
             self.kernel: Kernel
             if is_bzimage(head) and unpack:
-                descriptor = os.open(unpacked(path), os.O_RDONLY | os.O_CLOEXEC)
+                descriptor = open_file(unpacked(path))
                 stack.callback(os.close, descriptor)
                 self.kernel = ElfKernel(descriptor, path.name)
             elif is_bzimage(head):
@@ -82,11 +80,10 @@ def unpacked(path: Path) -> Path:
     Raises:
         KernelError: it is no bzImage, or there is no ELF kernel in it.
         CompressionError: it cannot be unpacked.
-        OSError: it cannot be read.
     """
 
     def make(directory: Path) -> None:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = open_file(path)
         try:
             kernel = decompress(BzImage(descriptor, path.name).payload(), path.name)
         finally:
@@ -99,9 +96,6 @@ def unpacked(path: Path) -> Path:
 
 
 def _head(descriptor: int, path: Path) -> bytes:
-    mode = os.fstat(descriptor).st_mode
-    if stat.S_ISDIR(mode):
-        raise KernelError(f"{path} is a directory, not a kernel", _GIVE)
     head = os.pread(descriptor, HEADER_SIZE, 0)
     if not head:
         raise KernelError(f"{path.name} is empty", _GIVE)

@@ -21,6 +21,8 @@ __all__ = [
     "HIGH_RAM",
     "IDENTITY_MAP_GPA",
     "LOW_RAM_END",
+    "MAX_CPUS",
+    "MIN_MEMORY",
     "RAM_HOLE",
     "RESET_PORT",
     "RESET_VALUE",
@@ -29,6 +31,9 @@ __all__ = [
     "START_INFO_GPA",
     "TSS_GPA",
 ]
+
+MAX_CPUS: Final = 64
+MIN_MEMORY: Final = 64 * MIB
 
 # ---- the first mebibyte ----
 LOW_RAM_END: Final = 0x9_FC00

@@ -12,16 +12,17 @@ from typing import Final
 
 from pykvm.closeable import Closeable
 from pykvm.devices.serial import COM1_IRQ, COM1_PORT, Serial
+from pykvm.errors import PykvmError
 from pykvm.kvm import Exit, Io, Kvm, MmioRead, MmioWrite, Shutdown, Stopped, Vcpu
 from pykvm.machine.linux import layout
-from pykvm.machine.linux.boot import BootInfo, KernelError, MemoryKind, MemoryRange
+from pykvm.machine.linux.boot import BootInfo, KernelError, MemoryKind, MemoryRange, open_file
 from pykvm.machine.linux.kernel_file import KernelFile
 from pykvm.machine.x86 import acpi, aml, long_mode
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.memory.regions import AddressError, MemoryFile, Region
 from pykvm.sizes import MIB, PAGE_SIZE
 
-__all__ = ["End", "LinuxMachine", "MachineConfig"]
+__all__ = ["End", "LinuxMachine", "MachineConfig", "MachineConfigError", "MachineCrashedError"]
 
 _ONES: Final = b"\xff" * 8
 
@@ -55,6 +56,34 @@ class MachineConfig:
     memory: int = 512 * MIB
     cpus: int = 1
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.cpus <= layout.MAX_CPUS:
+            raise MachineConfigError(
+                f"{self.cpus} processors", f"use 1 to {layout.MAX_CPUS} (--cpus)"
+            )
+        if self.memory < layout.MIN_MEMORY or self.memory % PAGE_SIZE:
+            raise MachineConfigError(
+                f"{self.memory} bytes of memory",
+                f"use {layout.MIN_MEMORY >> 20} MiB or more, in whole pages (--memory)",
+            )
+
+    def described(self) -> str:
+        """Return what the machine is made of, a line for each part."""
+        how = "unpacked here, PVH" if self.unpack else "as it is"
+        lines = [f"kernel    {self.kernel} ({how})"]
+        lines += [f"initrd    {self.initrd}"] if self.initrd else []
+        lines += [f"append    {self.command_line}"]
+        lines += [f"cpus      {self.cpus}", f"memory    {self.memory >> 20} MiB"]
+        return "\n".join(lines)
+
+
+class MachineConfigError(PykvmError, ValueError):
+    """A machine that cannot be."""
+
+
+class MachineCrashedError(PykvmError):
+    """A guest that ended with a triple fault; the message ends with registers and last exits."""
+
 
 class LinuxMachine(Closeable):
     """A machine, ready to run.
@@ -67,7 +96,6 @@ class LinuxMachine(Closeable):
     Raises:
         KernelError: the kernel, the initial RAM disk or the command line cannot be used.
         MemoryTooSmallError: the host has not so much memory.
-        OSError: a file cannot be opened.
         KvmError: KVM refuses a call.
     """
 
@@ -79,6 +107,7 @@ class LinuxMachine(Closeable):
         self.vcpus: list[Vcpu] = []
         self._end: End | None = None
         self._failure: BaseException | None = None
+        self._crash: MachineCrashedError | None = None
         self._lock = threading.Lock()
         self._kvm = kvm
         try:
@@ -136,7 +165,7 @@ class LinuxMachine(Closeable):
         """Put the initial RAM disk to the end of low memory, where no kernel unpacks itself."""
         if self.config.initrd is None:
             return None
-        descriptor = os.open(self.config.initrd, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = open_file(self.config.initrd)
         try:
             size = os.fstat(descriptor).st_size
             end = min(self.config.memory, layout.RAM_HOLE)
@@ -208,6 +237,11 @@ class LinuxMachine(Closeable):
         assert self._end is not None
         return self._end
 
+    def crash(self) -> MachineCrashedError:
+        """Return the error that tells of the triple fault with which the machine ended."""
+        assert self._crash is not None
+        return self._crash
+
     def stop(self) -> None:
         """End the machine as it is. From any thread."""
         self._finish(End.STOPPED)
@@ -245,6 +279,7 @@ class LinuxMachine(Closeable):
             case Io() | MmioWrite():
                 pass  # nothing is there
             case Shutdown():
+                self._crash = MachineCrashedError(str(vcpu.unexpected(exit)))
                 return End.CRASH
             case Stopped():
                 return End.STOPPED
