@@ -29,9 +29,7 @@ _STATE: Final = "checkout"
 _MADE: Final = re.compile(r"\.(so|pyc)$")
 
 TWO: Final = ("--cpus", "2")
-"""Options of `pykvm testbed` for what runs on two processors, on one series."""
-
-_ON_TWO: Final = "(attack or processors or races)"
+"""Options of `pykvm testbed` for the series whose tests run on two processors."""
 
 # The longest tests of this host, which run at the same time as those on the emulated hosts.
 _LATER: Final = ("tests/switch", "tests/verify")
@@ -83,15 +81,11 @@ def jobs() -> list[Job]:
         _on_this_host(first, "host", [file for file in all_files() if file not in later]),
         _on_this_host("on this host, what takes long", "host-later", sorted(later)),
     ]
-    # The default series last, because its parts take as long, and other hosts have it alone.
-    for series in sorted(offered_series(), key=lambda series: series == default_series()):
-        # The jobs on this host build guests and objects, which takes longer inside.
-        fast = f"({_WITH_KVM}) and not counted"
-        # Two processors take twice as long: what they can change runs there, on one series.
-        if series == default_series():
-            found.append(_on_emulated_host(series, f"{fast} and {_ON_TWO}", first, *TWO))
-            fast += f" and not {_ON_TWO}"
-        found.append(_on_emulated_host(series, fast, first, "--fast"))
+    # The jobs on this host build guests and objects, which takes longer inside. The default series
+    # first, because two processors take twice as long; the other one has one processor.
+    for series in sorted(offered_series(), key=lambda series: series != default_series()):
+        options = TWO if series == default_series() else ("--fast",)
+        found.append(_on_emulated_host(series, f"({_WITH_KVM}) and not counted", first, *options))
         found.append(_on_emulated_host(series, "counted", first))
     return [*found, _with_this_kvm()]
 

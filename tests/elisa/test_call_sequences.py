@@ -82,7 +82,7 @@ from tests.rigs.tiny_guest import (
     set_slot,
 )
 
-pytestmark = [pytest.mark.elisa, pytest.mark.races]
+pytestmark = pytest.mark.elisa
 
 CONTEXTS = uapi.lib.KVM_ELISA_CONTEXTS
 

@@ -24,7 +24,7 @@ from tests.rigs.context_requests import (
 )
 from tests.rigs.tracefs import kprobes
 
-pytestmark = [pytest.mark.elisa, pytest.mark.races]
+pytestmark = pytest.mark.elisa
 
 
 def cpus() -> int:

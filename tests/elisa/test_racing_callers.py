@@ -40,7 +40,7 @@ from tests.rigs.tiny_guest import (
     set_slot,
 )
 
-pytestmark = [pytest.mark.elisa, pytest.mark.races]
+pytestmark = pytest.mark.elisa
 
 ROUNDS = 12
 ACTIONS = 14

@@ -108,7 +108,6 @@ def test_one_slot_that_is_free_on_all(kvm: Kvm, guest: BareGuest) -> None:
 
 
 @pytest.mark.elisa
-@pytest.mark.races
 def test_one_window_with_an_answer_for_each(kvm: Kvm, guest: BareGuest) -> None:
     """counter.c: vCPUs of two guests add at the same time."""
     with open_counter(2) as counter, guest_of(kvm, 2, name="other") as other:
@@ -131,7 +130,6 @@ def test_one_window_with_an_answer_for_each(kvm: Kvm, guest: BareGuest) -> None:
 
 
 @pytest.mark.elisa
-@pytest.mark.races
 def test_inside_at_the_same_time(guest: BareGuest, both: tuple[ObjectInstance, Several]) -> None:
     """Each has a stack of its own, at the same address, and what belongs to a vCPU has one user."""
     instance, several = both
@@ -164,7 +162,6 @@ def test_a_list_page_for_each(guest: BareGuest) -> None:
 
 
 @pytest.mark.elisa
-@pytest.mark.races
 def test_a_number_for_each_whatever_processor_the_vmm_is_on(guest: BareGuest) -> None:
     """CPUID has the APIC id of the vCPU, so that it can be set again from another processor."""
     processors = os.sched_getaffinity(0)
@@ -213,7 +210,6 @@ def test_cost(kvm: Kvm, guest: BareGuest, both: tuple[ObjectInstance, Several]) 
 
 
 @pytest.mark.elisa
-@pytest.mark.races
 def test_a_vcpu_added_later(kvm: Kvm) -> None:
     """It has the guest's objects at their slots, while the first vCPU works in one of them."""
     with (
@@ -418,7 +414,6 @@ def told(guest: BareGuest, number: int) -> ElisaExit:
 
 
 @pytest.mark.elisa
-@pytest.mark.races
 @pytest.mark.parametrize("how", ["revoke", "close"])
 def test_revoked_while_both_are_inside(
     kvm: Kvm, guest: BareGuest, both: tuple[ObjectInstance, Several], how: str
@@ -451,7 +446,6 @@ def test_revoked_while_both_are_inside(
 
 
 @pytest.mark.elisa
-@pytest.mark.races
 def test_revoked_from_all_but_one(guest: BareGuest, both: tuple[ObjectInstance, Several]) -> None:
     """The call for the first fails: the second stops all the same. The next call is for both."""
     slot = stay(guest, *both)
@@ -477,7 +471,6 @@ def test_revoked_from_all_but_one(guest: BareGuest, both: tuple[ObjectInstance, 
 
 
 @pytest.mark.elisa
-@pytest.mark.races
 def test_detached_while_one_runs(guest: BareGuest, both: tuple[ObjectInstance, Several]) -> None:
     """The one at rest loses the object, the other when it is back."""
     instance, several = both

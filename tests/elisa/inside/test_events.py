@@ -45,7 +45,7 @@ from tests.rigs.spinning import (
     event_guest,
 )
 
-pytestmark = [pytest.mark.elisa, pytest.mark.races]
+pytestmark = pytest.mark.elisa
 
 SHORT = 1000  # turns: with interrupts off, the emulated host has to wait
 

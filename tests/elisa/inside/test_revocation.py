@@ -32,7 +32,7 @@ from tests.rigs.probe import (
 from tests.rigs.spinning import LONG, C, Spin, event_guest, spin_object
 from tests.rigs.waiting import wait_for
 
-pytestmark = [pytest.mark.elisa, pytest.mark.races]
+pytestmark = pytest.mark.elisa
 
 GENERAL = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", *(f"r{n}" for n in range(8, 16)))
 
