@@ -1,6 +1,7 @@
 """Launch a machine that boots a Linux kernel, with its console here."""
 
 import argparse
+import platform
 import sys
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +18,7 @@ _EPILOG = """\
 The guest's console is this terminal; Ctrl-] leaves and ends the machine. Exit status: 0 after the
 guest has powered off, or reset itself with --no-reboot; 1 after a triple fault.
 examples:
-  pykvm run --kernel /boot/vmlinuz --initrd /boot/initrd.img
+  pykvm run --initrd rootfs.cpio.gz
   pykvm run --kernel vmlinuz --initrd rootfs.cpio.gz --append "quiet" --cpus 2 --memory 1G
   pykvm run --kernel vmlinuz --dry-run
 """
@@ -33,7 +34,11 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--kernel", type=Path, required=True, metavar="FILE", help="a bzImage or an ELF vmlinux"
+        "--kernel",
+        type=Path,
+        default=Path("/boot") / f"vmlinuz-{platform.release()}",
+        metavar="FILE",
+        help="a bzImage or an ELF vmlinux (default: this host's own)",
     )
     parser.add_argument(
         "--unpack",

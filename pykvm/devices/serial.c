@@ -41,6 +41,7 @@ struct serial {
 	pthread_mutex_t lock;	/* between vCPUs, and whoever feeds or reads the tail */
 	int output;
 	int interrupt;
+	int stopping;		/* set without the lock */
 	uint8_t ier, fcr, lcr, mcr, scr, overrun;
 	uint16_t divisor;
 	int sent;		/* the interrupt of an empty holding register is pending */
@@ -68,6 +69,11 @@ void serial_free(struct serial *serial)
 	free(serial);	/* its lock owns no memory */
 }
 
+void serial_stop(struct serial *serial)
+{
+	__atomic_store_n(&serial->stopping, 1, __ATOMIC_RELEASE);
+}
+
 static void write_out(struct serial *serial, const uint8_t *data, size_t size)
 {
 	while (size && serial->output >= 0) {
@@ -77,8 +83,11 @@ static void write_out(struct serial *serial, const uint8_t *data, size_t size)
 		if (n > 0) {
 			data += n;
 			size -= n;
+		} else if (n < 0 && (errno == EAGAIN || errno == EINTR) &&
+			   __atomic_load_n(&serial->stopping, __ATOMIC_ACQUIRE)) {
+			return;
 		} else if (n < 0 && errno == EAGAIN) {
-			poll(&wait, 1, -1);
+			poll(&wait, 1, -1);	/* a signal ends it too */
 		} else if (n < 0 && errno != EINTR) {
 			serial->output = -1;	/* nobody reads any more */
 		}

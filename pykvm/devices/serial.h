@@ -21,6 +21,12 @@ struct serial;
 struct serial *serial_new(int output, int interrupt);
 void serial_free(struct serial *serial);
 
+/*
+ * Output that waits for a reader is given up at the next signal of its thread, and no further
+ * output waits. Any thread; takes no lock.
+ */
+void serial_stop(struct serial *serial);
+
 /* Bytes for the guest; returns how many there was room for. Any thread. */
 size_t serial_feed(struct serial *serial, const char *data, size_t size);
 

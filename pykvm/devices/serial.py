@@ -50,6 +50,10 @@ class Serial(ForkAware):
         function = ffi.addressof(lib, "serial_access")
         return handlers.add_ports(port, lib.SERIAL_PORTS, function, self._serial)
 
+    def stop(self) -> None:
+        """Let no vCPU wait for a reader of the output any more; then stop the vCPUs."""
+        lib.serial_stop(self._serial)
+
     def feed(self, data: bytes) -> int:
         """Send bytes to the guest; return how many of them there was room for.
 

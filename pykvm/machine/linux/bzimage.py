@@ -93,7 +93,7 @@ class BzImage:
         self._start = (self._head[_SETUP_SECTORS] or 4) * 512 + 512
         self._size = os.fstat(descriptor).st_size - self._start
         offset, length = struct.unpack_from("<II", self._head, _PAYLOAD)
-        if offset + length > self._size:
+        if offset + length > self._size or self._size <= _ENTRY_64:
             raise KernelError(f"{name} is truncated", "copy it again")
         self.end = max(_LOAD_GPA + self._size, preferred) + init_size
 

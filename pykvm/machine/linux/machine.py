@@ -250,6 +250,7 @@ class LinuxMachine(Closeable):
         with self._lock:
             if self._end is None:
                 self._end, self._failure = end, failure
+        self.serial.stop()
         for vcpu in self.vcpus:
             vcpu.stop()
 
