@@ -99,7 +99,9 @@ def run(options: argparse.Namespace) -> int:
             if end is not End.RESET or options.no_reboot:
                 break
     if end is End.CRASH:
-        raise machine.crash()
+        crash = machine.crash()
+        print(crash.report, file=sys.stderr)
+        raise crash
     return 0
 
 

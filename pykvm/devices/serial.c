@@ -238,6 +238,9 @@ size_t serial_feed(struct serial *serial, const char *data, size_t size)
 
 	pthread_mutex_lock(&serial->lock);
 	n = INPUT_SIZE - serial->in_count < size ? INPUT_SIZE - serial->in_count : size;
+	/* A driver that starts throws away what it finds: wait until it listens. */
+	if (!(serial->ier & IER_RECEIVED))
+		n = 0;
 	for (size_t i = 0; i < n; i++)
 		put_in(serial, (uint8_t)data[i]);
 	raise_interrupt(serial);

@@ -27,7 +27,10 @@ void serial_free(struct serial *serial);
  */
 void serial_stop(struct serial *serial);
 
-/* Bytes for the guest; returns how many there was room for. Any thread. */
+/*
+ * Bytes for the guest; returns how many it takes now: none before it asks for interrupts of received
+ * bytes, and later what there is room for. Any thread.
+ */
 size_t serial_feed(struct serial *serial, const char *data, size_t size);
 
 /* The end of what the guest has written, at most size bytes; returns their number. */

@@ -55,7 +55,10 @@ class Serial(ForkAware):
         lib.serial_stop(self._serial)
 
     def feed(self, data: bytes) -> int:
-        """Send bytes to the guest; return how many of them there was room for.
+        """Send bytes to the guest; return how many of them it takes now.
+
+        These are none before it asks for interrupts of received bytes, because a driver that starts
+        throws away what it finds, and later as many as there is room for.
 
         Raises:
             ForkedProcessError: the port belongs to the parent process.

@@ -41,6 +41,8 @@ _DEBIAN_PACKAGES = (
     "diffutils",
     "findutils",
     "gcc",
+    "lz4",
+    "zstd",
     "grep",
     "iproute2",
     "kmod",

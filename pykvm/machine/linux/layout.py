@@ -26,6 +26,7 @@ __all__ = [
     "RAM_HOLE",
     "RESET_PORT",
     "RESET_VALUE",
+    "RESET_VECTOR_GPA",
     "SLEEP_CONTROL_PORT",
     "SLEEP_STATUS_PORT",
     "START_INFO_GPA",
@@ -45,7 +46,8 @@ BOOT_TABLES_SIZE: Final = 0x8000
 COMMAND_LINE_GPA: Final = 0x2_0000
 COMMAND_LINE_SIZE: Final = 64 * KIB
 ACPI_GPA: Final = 0xE_0000
-ACPI_SIZE: Final = 128 * KIB
+ACPI_SIZE: Final = 128 * KIB  # with the reset vector at its end
+RESET_VECTOR_GPA: Final = 0xF_FFF0
 FIRST_MEGABYTE: Final = 1 * MIB
 
 # ---- above it ----

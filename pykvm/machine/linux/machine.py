@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,12 @@ from pykvm.sizes import MIB, PAGE_SIZE
 __all__ = ["End", "LinuxMachine", "MachineConfig", "MachineConfigError", "MachineCrashedError"]
 
 _ONES: Final = b"\xff" * 8
+
+# mov dx, RESET_PORT; mov al, RESET_VALUE; out dx, al; hlt. With reduced hardware Linux resets by
+# EFI, and without that by a jump to the reset vector in real mode (arch/x86/kernel/reboot.c).
+_RESET_CODE: Final = struct.pack(
+    "<BHBBBB", 0xBA, layout.RESET_PORT, 0xB0, layout.RESET_VALUE, 0xEE, 0xF4
+)
 
 
 class End(Enum):
@@ -82,7 +89,15 @@ class MachineConfigError(PykvmError, ValueError):
 
 
 class MachineCrashedError(PykvmError):
-    """A guest that ended with a triple fault; the message ends with registers and last exits."""
+    """A guest that ended with a triple fault.
+
+    Attributes:
+        report: the processor's registers, its last instructions and its last exits.
+    """
+
+    def __init__(self, report: str) -> None:
+        super().__init__("the guest ended with a triple fault", "look at what it did before")
+        self.report = report
 
 
 class LinuxMachine(Closeable):
@@ -153,6 +168,7 @@ class LinuxMachine(Closeable):
         self.memory.write(layout.COMMAND_LINE_GPA, line + b"\0")
         tables = acpi.build_tables(layout.ACPI_GPA, self._apic_ids(), _ports(), _devices())
         self.memory.write(layout.ACPI_GPA, tables.data)
+        self.memory.write(layout.RESET_VECTOR_GPA, _RESET_CODE)
         info = BootInfo(
             self._ranges(),
             command_line=layout.COMMAND_LINE_GPA,
@@ -280,7 +296,7 @@ class LinuxMachine(Closeable):
             case Io() | MmioWrite():
                 pass  # nothing is there
             case Shutdown():
-                self._crash = MachineCrashedError(str(vcpu.unexpected(exit)))
+                self._crash = MachineCrashedError(vcpu.unexpected(exit).report)
                 return End.CRASH
             case Stopped():
                 return End.STOPPED
