@@ -13,6 +13,7 @@ __all__ = ["add_parser", "run"]
 
 _UNITS: Final = {"K": KIB, "M": MIB, "G": GIB, "": MIB}
 _CONSOLE: Final = "console=ttyS0"
+_STDOUT: Final = 1
 
 _EPILOG = """\
 The guest's console is this terminal; Ctrl-] leaves and ends the machine. Exit status: 0 after the
@@ -92,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
     with Kvm() as kvm:
         while True:
             with (
-                LinuxMachine(kvm, config, sys.stdout.fileno()) as machine,
+                LinuxMachine(kvm, config, _STDOUT) as machine,
                 Console(machine.serial, machine.stop),
             ):
                 end = machine.run()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import select
-import sys
 import termios
 import threading
 import tty
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -18,6 +18,7 @@ __all__ = ["ESCAPE", "ESCAPE_NAME", "Console"]
 ESCAPE: Final = b"\x1d"
 ESCAPE_NAME: Final = "Ctrl-]"
 
+_STDIN: Final = 0
 _CHUNK: Final = 1024
 _POLL: Final = 0.02  # seconds, while a guest has no room for more input
 
@@ -34,10 +35,12 @@ class Console:
         descriptor: where input comes from.
     """
 
-    def __init__(self, serial: Serial, leave: Any, descriptor: int | None = None) -> None:
+    def __init__(
+        self, serial: Serial, leave: Callable[[], object], descriptor: int = _STDIN
+    ) -> None:
         self._serial = serial
         self._leave = leave
-        self._descriptor = sys.stdin.fileno() if descriptor is None else descriptor
+        self._descriptor = descriptor
         self._settings: list[Any] | None = None
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC)
         self._thread = threading.Thread(target=self._copy, name="console", daemon=True)
