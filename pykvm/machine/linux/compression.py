@@ -13,7 +13,7 @@ from typing import Final
 from pykvm.errors import PykvmError
 from pykvm.host.advice import install
 
-__all__ = ["CompressionError", "compression_of", "decompress"]
+__all__ = ["KernelCompressionError", "compression_of", "decompress_payload"]
 
 # First bytes, and the name. Those with a program are unpacked by it, the others by Python.
 _MAGICS: Final = (
@@ -28,7 +28,7 @@ _MAGICS: Final = (
 _PROGRAMS: Final = ("lz4", "zstd", "lzop")
 
 
-class CompressionError(PykvmError):
+class KernelCompressionError(PykvmError):
     """Data that cannot be unpacked."""
 
 
@@ -37,43 +37,56 @@ def compression_of(data: bytes) -> str | None:
     return next((name for magic, name in _MAGICS if data.startswith(magic)), None)
 
 
-def decompress(data: bytes, name: str) -> bytes:
-    """Return the data unpacked. What lies behind the packed data is ignored.
+def decompress_payload(data: bytes, name: str) -> bytes:
+    """Return the payload of a bzImage unpacked.
+
+    Behind all but gzip's data lies the size of the result, for the kernel's own decompressor.
 
     Args:
-        data: packed data of any kind that kernels are compressed with.
+        data: the payload.
         name: name of the file, for messages.
 
     Raises:
-        CompressionError: the compression is unknown, the data is broken, or the program that
+        KernelCompressionError: the compression is unknown, the data is broken, or the program that
             unpacks it is missing.
     """
     kind = compression_of(data)
     try:
         match kind:
             case None:
-                raise CompressionError(
+                raise KernelCompressionError(
                     f"{name} is packed with something unknown ({data[:4].hex()})",
                     "give an uncompressed kernel (vmlinux)",
                 )
             case "gzip":
-                return zlib.decompressobj(wbits=31).decompress(data)
+                return gzip.decompress(data)
             case "bzip2":
-                return bz2.BZ2Decompressor().decompress(data)
+                return _whole(bz2.BZ2Decompressor(), data, name)
             case "xz" | "lzma":
-                return lzma.LZMADecompressor().decompress(data)
+                return _whole(lzma.LZMADecompressor(), data, name)
             case program:
-                return _filtered(program, data, name)
+                return _filtered(program, data[:-4], name)
     except (zlib.error, lzma.LZMAError, OSError, EOFError, gzip.BadGzipFile) as error:
-        raise CompressionError(f"{name} cannot be unpacked: {error}", "copy it again") from error
+        raise KernelCompressionError(
+            f"{name} cannot be unpacked: {error}", "copy it again"
+        ) from error
+
+
+def _whole(
+    decompressor: bz2.BZ2Decompressor | lzma.LZMADecompressor, data: bytes, name: str
+) -> bytes:
+    content = decompressor.decompress(data)
+    if not decompressor.eof:
+        raise KernelCompressionError(f"{name} cannot be unpacked: it is truncated", "copy it again")
+    return content
 
 
 def _filtered(program: str, data: bytes, name: str) -> bytes:
     try:
         done = subprocess.run([program, "-d", "-c"], input=data, capture_output=True, check=False)
     except FileNotFoundError as error:
-        raise CompressionError(f"no program {program}", install([program])) from error
-    if done.returncode and not done.stdout:
+        raise KernelCompressionError(f"no program {program}", install([program])) from error
+    if done.returncode:
         said = " ".join(done.stderr.decode(errors="replace").split())
-        raise CompressionError(f"{name} cannot be unpacked: {said}", "copy it again")
+        raise KernelCompressionError(f"{name} cannot be unpacked: {said}", "copy it again")
     return done.stdout

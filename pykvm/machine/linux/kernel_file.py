@@ -13,7 +13,7 @@ from pykvm import cache
 from pykvm.closeable import Closeable
 from pykvm.machine.linux.boot import Kernel, KernelError, open_file
 from pykvm.machine.linux.bzimage import HEADER_SIZE, BzImage, is_bzimage
-from pykvm.machine.linux.compression import compression_of, decompress
+from pykvm.machine.linux.compression import compression_of, decompress_payload
 from pykvm.machine.linux.elf_kernel import ElfKernel
 
 __all__ = ["KernelFile", "unpacked"]
@@ -42,7 +42,7 @@ class KernelFile(Closeable):
 
     Raises:
         KernelError: it is no kernel for x86-64, or not a whole one.
-        CompressionError: it cannot be unpacked.
+        KernelCompressionError: it cannot be unpacked.
     """
 
     def __init__(self, path: Path, *, unpack: bool = False) -> None:
@@ -79,13 +79,13 @@ def unpacked(path: Path) -> Path:
 
     Raises:
         KernelError: it is no bzImage, or there is no ELF kernel in it.
-        CompressionError: it cannot be unpacked.
+        KernelCompressionError: it cannot be unpacked.
     """
 
     def make(directory: Path) -> None:
         descriptor = open_file(path)
         try:
-            kernel = decompress(BzImage(descriptor, path.name).payload(), path.name)
+            kernel = decompress_payload(BzImage(descriptor, path.name).payload(), path.name)
         finally:
             os.close(descriptor)
         if not kernel.startswith(b"\x7fELF"):
