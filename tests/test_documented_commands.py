@@ -44,7 +44,7 @@ _RUN_HERE: Final = {
 _PATCH = (
     "tests/kernel/test_distribution_source.py::test_the_whole_patch_gives_the_tree_that_is_built"
 )
-_BOOT = "tests/machine/linux/test_boot.py::test_it_talks_and_powers_off"
+_BOOT = "tests/machine/linux/test_boot.py::test_it_boots_talks_and_ends"
 _BENCH = "tests/cli/test_bench.py::test_measurement"
 _ACCEPTED = "tests/kernel/test_modules.py::test_what_is_accepted"
 

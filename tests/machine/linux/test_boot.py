@@ -56,18 +56,17 @@ def boot(directory: Path, *options: str, words: str, given: str = "") -> tuple[i
 
 
 @pytest.mark.kvm
-def test_it_talks_and_powers_off(tmp_path: Path) -> None:
-    """By PVH, with two processors."""
-    status, said = boot(tmp_path, "--unpack", "--cpus", "2", words="echo poweroff", given="hi\n")
-    assert "init: 02 processors" in said
+def test_it_boots_talks_and_ends(tmp_path: Path) -> None:
+    """By PVH with two processors to power-off, or by the 64-bit protocol with one to a reset.
+
+    One boot for each series of the host's kernel, because it takes a minute on the emulated host.
+    """
+    by_pvh = platform.release().startswith("6.1.")
+    options = ["--unpack", "--cpus", "2"] if by_pvh else ["--no-reboot"]
+    status, said = boot(
+        tmp_path, *options, words="echo poweroff" if by_pvh else "echo reboot", given="hi\n"
+    )
+    assert f"init: {'02' if by_pvh else '01'} processors" in said, said
     assert "init: got hi" in said
     assert "init: ends" not in said
-    assert status == 0, said
-
-
-@pytest.mark.kvm
-def test_it_resets_itself(tmp_path: Path) -> None:
-    """By the 64-bit protocol, with one processor."""
-    status, said = boot(tmp_path, "--no-reboot", words="reboot")
-    assert "init: 01 processors" in said
     assert status == 0, said
