@@ -44,6 +44,7 @@ _RUN_HERE: Final = {
 _PATCH = (
     "tests/kernel/test_distribution_source.py::test_the_whole_patch_gives_the_tree_that_is_built"
 )
+_BOOT = "tests/machine/linux/test_boot.py::test_it_boots_talks_and_ends"
 _BENCH = "tests/cli/test_bench.py::test_measurement"
 _ACCEPTED = "tests/kernel/test_modules.py::test_what_is_accepted"
 
@@ -77,6 +78,11 @@ _ELSEWHERE: Final = {
     "pykvm kernel patch --series 6.12 > elisa.patch": "tests/cli/test_kernel.py::"
     "test_patch_is_printed_whole",
     "pykvm kernel selftests": "make selftests",
+    "pykvm run --initrd rootfs.cpio.gz": _BOOT,
+    "pykvm run --kernel vmlinuz --dry-run": "tests/cli/test_run.py::test_what_would_be_started",
+    'pykvm run --kernel vmlinuz --initrd rootfs.cpio.gz --append "quiet" --cpus 2 --memory 1G': (
+        _BOOT
+    ),
     "pykvm testbed": f"{_OWN}shell",
     "pykvm testbed --cpu sapphire_rapids -- uname -r": "make attacks",
     "pykvm testbed --cpus 2 -- nproc": "make test",

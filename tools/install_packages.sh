@@ -9,7 +9,7 @@ set -eu
 packages="
 	python3 python3-venv python3-dev
 	gcc libc6-dev libelf-dev make patch clang llvm
-	git tar xz-utils lz4 zstd cpio kmod e2fsprogs util-linux
+	git tar xz-utils lz4 zstd cpio kmod e2fsprogs util-linux acpica-tools
 	bochs bochsbios vgabios xorriso
 "
 

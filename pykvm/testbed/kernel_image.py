@@ -3,8 +3,6 @@
 The package is fetched and unpacked into the cache; it is not installed on this machine.
 """
 
-import gzip
-import lzma
 import struct
 import subprocess
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from pykvm.errors import PykvmError
 from pykvm.host import debian_packages
 from pykvm.host.advice import install
 from pykvm.kernel.series import HostKernel
+from pykvm.machine.linux.compression import decompress_payload
 from pykvm.testbed import rootfs
 
 __all__ = ["FlatKernel", "KernelImageError", "flatten", "unpacked"]
@@ -110,8 +109,8 @@ def flatten(bzimage: bytes) -> FlatKernel:
         bzimage: content of the kernel's file, /boot/vmlinuz-RELEASE.
 
     Raises:
-        KernelImageError: it is not a bzImage, its compression is unknown, or the program that
-            unpacks it is missing or fails.
+        KernelImageError: it is not a bzImage, or holds no ELF kernel.
+        KernelCompressionError: it cannot be unpacked.
     """
     elf = _decompressed(bzimage)
     if elf[:4] != b"\x7fELF":
@@ -134,28 +133,5 @@ def _decompressed(bzimage: bytes) -> bytes:
     setup = (bzimage[_SETUP_SECTORS] + 1) * 512
     (offset,) = struct.unpack_from("<I", bzimage, _PAYLOAD_OFFSET)
     (length,) = struct.unpack_from("<I", bzimage, _PAYLOAD_LENGTH)
-    # The last four bytes are the size of the result, for the kernel's own decompressor.
     payload = bzimage[setup + offset : setup + offset + length]
-    match payload[:4]:
-        case b"\x02\x21\x4c\x18":
-            return _filtered("lz4", payload[:-4])
-        case b"\x28\xb5\x2f\xfd":
-            return _filtered("zstd", payload[:-4])
-        case b"\xfd7zX":
-            return lzma.LZMADecompressor().decompress(payload)
-        case magic if magic[:2] == b"\x1f\x8b":
-            return gzip.decompress(payload[:-4])
-        case magic:
-            raise KernelImageError(f"unknown compression of the kernel (starts {magic.hex()})")
-
-
-def _filtered(program: str, data: bytes) -> bytes:
-    try:
-        result = subprocess.run([program, "-d", "-c"], input=data, capture_output=True, check=False)
-    except FileNotFoundError as error:
-        raise KernelImageError(f"no program {program}", install([program])) from error
-    if result.returncode:
-        raise KernelImageError(
-            f"{program} cannot unpack the kernel ({result.stderr.decode().strip()})"
-        )
-    return result.stdout
+    return decompress_payload(payload, "the kernel")

@@ -41,6 +41,8 @@ _DEBIAN_PACKAGES = (
     "diffutils",
     "findutils",
     "gcc",
+    "lz4",
+    "zstd",
     "grep",
     "iproute2",
     "kmod",
@@ -184,6 +186,8 @@ def _populate(tree: Path, kernel: Path, version: str) -> None:
     modules = tree / "usr/lib/modules" / version
     shutil.copytree(kernel / "lib/modules" / version, modules, dirs_exist_ok=True)
     run_depmod(tree, version)
+    (tree / "boot").mkdir()
+    shutil.copy(kernel / "boot" / f"vmlinuz-{version}", tree / "boot")
     _write(tree / "etc/passwd", "root:x:0:0:root:/root:/bin/bash\n")
     _write(tree / "etc/group", "root:x:0:\ntty:x:5:\nkvm:x:103:\n")
     _write(tree / "etc/hostname", "testbed\n")

@@ -18,6 +18,7 @@ __all__ = [
     "descriptors",
     "enter",
     "set_apic_id",
+    "set_hypervisor",
     "supported_features",
 ]
 
@@ -36,6 +37,7 @@ _EFER_NXE: Final = 1 << 11
 
 # CPUID bits: leaf 1, ECX; leaf 7, EBX, EBX and ECX.
 _TSC_DEADLINE: Final = 1 << 24
+_HYPERVISOR: Final = 1 << 31
 _SMEP: Final = 1 << 7
 _SMAP: Final = 1 << 20
 _LA57: Final = 1 << 16
@@ -84,6 +86,15 @@ def set_apic_id(entries: Sequence[CpuidEntry], apic_id: int) -> None:
             entry.ebx = (entry.ebx & 0x00FF_FFFF) | (apic_id & 0xFF) << 24
         elif entry.function in (0xB, 0x1F):
             entry.edx = apic_id
+
+
+def set_hypervisor(entries: Sequence[CpuidEntry]) -> None:
+    """Tell a guest that it runs on a hypervisor, so that it looks for KVM's own leaves.
+
+    KVM_GET_SUPPORTED_CPUID leaves that to user space (Linux Documentation/virt/kvm/x86/cpuid.rst).
+    """
+    if leaf := find_leaf(entries, 1):
+        leaf.ecx |= _HYPERVISOR
 
 
 def descriptors(tss: int) -> bytes:

@@ -1,0 +1,93 @@
+"""A guest's console on this process's standard input and output."""
+
+from __future__ import annotations
+
+import os
+import select
+import termios
+import threading
+import tty
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Final, Self
+
+from pykvm.devices.serial import Serial
+
+__all__ = ["ESCAPE", "ESCAPE_NAME", "Console"]
+
+ESCAPE: Final = b"\x1d"
+ESCAPE_NAME: Final = "Ctrl-]"
+
+_STDIN: Final = 0
+_CHUNK: Final = 1024
+_POLL: Final = 0.02  # seconds, while a guest has no room for more input
+
+
+class Console:
+    """Input of a guest's serial port, from a descriptor, for the duration of a with.
+
+    A terminal is put into raw mode, so that every key is the guest's but `ESCAPE`, and is restored
+    at the end. The end of other input ends nothing.
+
+    Args:
+        serial: the port.
+        leave: called once when the escape is typed.
+        descriptor: where input comes from.
+    """
+
+    def __init__(
+        self, serial: Serial, leave: Callable[[], object], descriptor: int = _STDIN
+    ) -> None:
+        self._serial = serial
+        self._leave = leave
+        self._descriptor = descriptor
+        self._settings: list[Any] | None = None
+        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC)
+        self._thread = threading.Thread(target=self._copy, name="console", daemon=True)
+
+    def __enter__(self) -> Self:
+        if os.isatty(self._descriptor):
+            self._settings = termios.tcgetattr(self._descriptor)
+            tty.setraw(self._descriptor)
+            # Output stays cooked: a newline of ours goes to the first column.
+            changed = termios.tcgetattr(self._descriptor)
+            changed[1] |= termios.OPOST | termios.ONLCR
+            termios.tcsetattr(self._descriptor, termios.TCSANOW, changed)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        os.close(self._wake_write)
+        self._thread.join()
+        os.close(self._wake_read)
+        if self._settings is not None:
+            termios.tcsetattr(self._descriptor, termios.TCSADRAIN, self._settings)
+
+    def _copy(self) -> None:
+        while True:
+            ready, _, _ = select.select([self._descriptor, self._wake_read], [], [])
+            if self._wake_read in ready:
+                return
+            try:
+                data = os.read(self._descriptor, _CHUNK)
+            except OSError:
+                return
+            if not data:
+                return
+            if self._settings is not None and ESCAPE in data:
+                self._leave()
+                return
+            if not self._feed(data):
+                return
+
+    def _feed(self, data: bytes) -> bool:
+        """Give the guest all of it; return whether the console is still wanted."""
+        while data := data[self._serial.feed(data) :]:
+            if select.select([self._wake_read], [], [], _POLL)[0]:
+                return False
+        return True

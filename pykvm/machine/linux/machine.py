@@ -1,0 +1,329 @@
+"""A machine that boots a Linux kernel: memory, processors, tables and devices around them."""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Final
+
+from pykvm.closeable import Closeable
+from pykvm.devices.serial import COM1_IRQ, COM1_PORT, Serial
+from pykvm.errors import PykvmError
+from pykvm.kvm import Exit, Io, Kvm, MmioRead, MmioWrite, Shutdown, Stopped, Vcpu
+from pykvm.machine.linux import layout
+from pykvm.machine.linux.boot import BootInfo, KernelError, MemoryKind, MemoryRange, open_file
+from pykvm.machine.linux.kernel_file import KernelFile
+from pykvm.machine.x86 import acpi, aml, long_mode
+from pykvm.memory.guest_memory import GuestMemory
+from pykvm.memory.regions import AddressError, MemoryFile, Region
+from pykvm.sizes import MIB, PAGE_SIZE
+
+__all__ = ["End", "LinuxMachine", "MachineConfig", "MachineConfigError", "MachineCrashedError"]
+
+_ONES: Final = b"\xff" * 8
+
+# mov dx, RESET_PORT; mov al, RESET_VALUE; out dx, al; hlt. With reduced hardware Linux resets by
+# EFI, and without that by a jump to the reset vector in real mode (arch/x86/kernel/reboot.c).
+_RESET_CODE: Final = struct.pack(
+    "<BHBBBB", 0xBA, layout.RESET_PORT, 0xB0, layout.RESET_VALUE, 0xEE, 0xF4
+)
+
+
+class End(Enum):
+    """Why a machine has ended."""
+
+    POWER_OFF = "power off"
+    RESET = "reset"
+    CRASH = "triple fault"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True)
+class MachineConfig:
+    """What a machine is made of.
+
+    Attributes:
+        kernel: a bzImage (vmlinuz), or an ELF kernel with PVH (vmlinux).
+        unpack: whether a bzImage is unpacked by the host, once, instead of by itself at each boot.
+        command_line: the kernel's command line.
+        initrd: an initial RAM disk.
+        memory: bytes of RAM.
+        cpus: number of processors.
+    """
+
+    kernel: Path
+    unpack: bool = True
+    command_line: str = ""
+    initrd: Path | None = None
+    memory: int = 512 * MIB
+    cpus: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.cpus <= layout.MAX_CPUS:
+            raise MachineConfigError(
+                f"{self.cpus} processors", f"use 1 to {layout.MAX_CPUS} (--cpus)"
+            )
+        if self.memory < layout.MIN_MEMORY or self.memory % PAGE_SIZE:
+            raise MachineConfigError(
+                f"{self.memory} bytes of memory",
+                f"use {layout.MIN_MEMORY >> 20} MiB or more, in whole pages (--memory)",
+            )
+
+    def described(self) -> str:
+        """Return what the machine is made of, a line for each part."""
+        how = "unpacked here, PVH" if self.unpack else "as it is"
+        lines = [f"kernel    {self.kernel} ({how})"]
+        lines += [f"initrd    {self.initrd}"] if self.initrd else []
+        lines += [f"append    {self.command_line}"]
+        lines += [f"cpus      {self.cpus}", f"memory    {self.memory >> 20} MiB"]
+        return "\n".join(lines)
+
+
+class MachineConfigError(PykvmError, ValueError):
+    """A machine that cannot be."""
+
+
+class MachineCrashedError(PykvmError):
+    """A guest that ended with a triple fault.
+
+    Attributes:
+        report: the processor's registers, its last instructions and its last exits.
+    """
+
+    def __init__(self, report: str) -> None:
+        super().__init__("the guest ended with a triple fault", "look at what it did before")
+        self.report = report
+
+
+class LinuxMachine(Closeable):
+    """A machine, ready to run.
+
+    Args:
+        kvm: an open ``/dev/kvm``.
+        config: what it is made of.
+        output: descriptor to which its first serial port writes; None drops the output.
+
+    Raises:
+        KernelError: the kernel, the initial RAM disk or the command line cannot be used.
+        MemoryTooSmallError: the host has not so much memory.
+        KvmError: KVM refuses a call.
+    """
+
+    def __init__(self, kvm: Kvm, config: MachineConfig, output: int | None = None) -> None:
+        self.config = config
+        self.vm = kvm.create_vm()
+        self.memory = GuestMemory()
+        self.serial = Serial(output)
+        self.vcpus: list[Vcpu] = []
+        self._end: End | None = None
+        self._failure: BaseException | None = None
+        self._crash: MachineCrashedError | None = None
+        self._lock = threading.Lock()
+        self._kvm = kvm
+        try:
+            self._make_memory()
+            self.vm.set_identity_map_address(layout.IDENTITY_MAP_GPA)
+            self.vm.set_tss_address(layout.TSS_GPA)
+            self.vm.create_irqchip()
+            self.serial.attach(self.vm.handlers)
+            self.vm.register_irqfd(self.serial.interrupt, COM1_IRQ)
+            start = self._load()
+            for number in range(config.cpus):
+                self._add_vcpu(number)
+            start(self.vcpus[0])
+        except BaseException:
+            self.close()
+            raise
+
+    # ---- construction -----------------------------------------------------------------------
+
+    def _make_memory(self) -> None:
+        size = self.config.memory
+        low = min(size, layout.RAM_HOLE)
+        parts = [(0, low)] + ([(layout.HIGH_RAM, size - low)] if size > low else [])
+        for gpa, part in parts:
+            with MemoryFile("ram", part) as file:
+                self.memory.add(Region(file, gpa))
+        for slot in self.memory.slots():
+            self.vm.set_memory_slot(slot)
+
+    def _load(self) -> Callable[[Vcpu], None]:
+        """Put the kernel and the tables into memory; return what lets a vCPU start it."""
+        config = self.config
+        with KernelFile(config.kernel, unpack=config.unpack) as file:
+            kernel = file.kernel
+            kernel.load(self.memory)
+        line = config.command_line.encode()
+        longest = min(kernel.longest_line, layout.COMMAND_LINE_SIZE - 1)
+        if len(line) > longest:
+            raise KernelError(
+                f"a command line of {len(line)} bytes, {config.kernel.name} takes {longest}",
+                "give a shorter one",
+            )
+        self.memory.write(layout.COMMAND_LINE_GPA, line + b"\0")
+        tables = acpi.build_tables(layout.ACPI_GPA, self._apic_ids(), _ports(), _devices())
+        self.memory.write(layout.ACPI_GPA, tables.data)
+        self.memory.write(layout.RESET_VECTOR_GPA, _RESET_CODE)
+        info = BootInfo(
+            self._ranges(),
+            command_line=layout.COMMAND_LINE_GPA,
+            rsdp=tables.rsdp,
+            initrd=self._load_initrd(kernel.end),
+        )
+        return lambda vcpu: kernel.start(vcpu, self.memory, info)
+
+    def _load_initrd(self, kernel_end: int) -> tuple[int, int] | None:
+        """Put the initial RAM disk to the end of low memory, where no kernel unpacks itself."""
+        if self.config.initrd is None:
+            return None
+        descriptor = open_file(self.config.initrd)
+        try:
+            size = os.fstat(descriptor).st_size
+            end = min(self.config.memory, layout.RAM_HOLE)
+            gpa = (end - size) // PAGE_SIZE * PAGE_SIZE
+            if not size or gpa < kernel_end:
+                raise KernelError(
+                    f"{self.config.initrd.name} has {size} bytes, which do not fit behind the "
+                    "kernel",
+                    "give the guest more memory" if size else "give another file",
+                )
+            view = self.memory.view(gpa, size)
+            done = 0
+            while done < size and (n := os.preadv(descriptor, [view[done:]], done)):
+                done += n
+        except AddressError as error:
+            raise KernelError("the initial RAM disk does not fit", "give more memory") from error
+        finally:
+            os.close(descriptor)
+        return gpa, size
+
+    def _ranges(self) -> list[MemoryRange]:
+        low = min(self.config.memory, layout.RAM_HOLE)
+        ranges = [
+            MemoryRange(0, layout.LOW_RAM_END, MemoryKind.RAM),
+            MemoryRange(layout.ACPI_GPA, layout.ACPI_SIZE, MemoryKind.ACPI),
+            MemoryRange(layout.FIRST_MEGABYTE, low - layout.FIRST_MEGABYTE, MemoryKind.RAM),
+        ]
+        if self.config.memory > low:
+            high = self.config.memory - low
+            ranges.append(MemoryRange(layout.HIGH_RAM, high, MemoryKind.RAM))
+        return ranges
+
+    def _apic_ids(self) -> Sequence[int]:
+        return range(self.config.cpus)
+
+    def _add_vcpu(self, number: int) -> None:
+        vcpu = self.vm.create_vcpu(number)
+        cpuid = long_mode.supported_features(self._kvm, contexts=False, irqchip=True)
+        long_mode.set_hypervisor(cpuid)
+        long_mode.set_apic_id(cpuid, number)
+        vcpu.set_cpuid2(cpuid)
+        self.vcpus.append(vcpu)
+
+    # ---- running ----------------------------------------------------------------------------
+
+    def run(self) -> End:
+        """Run the machine until it ends; return why.
+
+        Raises:
+            UnexpectedExitError: a processor left with an exit that no machine has a use for.
+            PykvmError: see `Vcpu.run`.
+        """
+        threads = [
+            threading.Thread(target=self._run_vcpu, args=(vcpu,), name=f"vcpu {vcpu.id}")
+            for vcpu in self.vcpus
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException:
+            self.stop()
+            for thread in threads:
+                thread.join()
+            raise
+        if self._failure is not None:
+            raise self._failure
+        assert self._end is not None
+        return self._end
+
+    def crash(self) -> MachineCrashedError:
+        """Return the error that tells of the triple fault with which the machine ended."""
+        assert self._crash is not None
+        return self._crash
+
+    def stop(self) -> None:
+        """End the machine as it is. From any thread."""
+        self._finish(End.STOPPED)
+
+    def _finish(self, end: End, failure: BaseException | None = None) -> None:
+        with self._lock:
+            if self._end is None:
+                self._end, self._failure = end, failure
+        self.serial.stop()
+        for vcpu in self.vcpus:
+            vcpu.stop()
+
+    def _run_vcpu(self, vcpu: Vcpu) -> None:
+        try:
+            while True:
+                end = self._serve(vcpu, vcpu.run())
+                if end is not None:
+                    self._finish(end)
+                    return
+        except BaseException as error:
+            self._finish(End.STOPPED, error)
+
+    def _serve(self, vcpu: Vcpu, exit: Exit) -> End | None:
+        """Serve an exit that no device has served; return whether it ends the machine."""
+        match exit:
+            case Io(port=layout.SLEEP_CONTROL_PORT, is_write=True) if (
+                exit.data[0] == acpi.POWER_OFF
+            ):
+                return End.POWER_OFF
+            case Io(port=layout.RESET_PORT, is_write=True) if exit.data[0] == layout.RESET_VALUE:
+                return End.RESET
+            case Io(is_write=False):
+                vcpu.reply(_ONES[: exit.size] * exit.count)
+            case MmioRead():
+                vcpu.reply(_ONES[: exit.size])
+            case Io() | MmioWrite():
+                pass  # nothing is there
+            case Shutdown():
+                self._crash = MachineCrashedError(vcpu.unexpected(exit).report)
+                return End.CRASH
+            case Stopped():
+                return End.STOPPED
+            case _:
+                raise vcpu.unexpected(exit)
+        return None
+
+    def close(self) -> None:
+        """End the machine and give everything back. Harmless twice."""
+        self.vm.close()
+        self.serial.close()
+        self.memory.close()
+
+
+def _ports() -> acpi.Ports:
+    return acpi.Ports(
+        sleep_control=layout.SLEEP_CONTROL_PORT,
+        sleep_status=layout.SLEEP_STATUS_PORT,
+        reset=layout.RESET_PORT,
+        reset_value=layout.RESET_VALUE,
+    )
+
+
+def _devices() -> bytes:
+    return aml.device(
+        "COM1",
+        aml.name("_HID", aml.eisa_id("PNP0501")),
+        aml.name("_UID", aml.integer(1)),
+        aml.name("_CRS", aml.resources(aml.ports(COM1_PORT, 8), aml.interrupt(COM1_IRQ))),
+    )

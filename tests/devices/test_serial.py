@@ -1,0 +1,180 @@
+"""pykvm.devices.serial: registers, interrupts, input and output of a 16550A."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from pykvm.devices.serial import COM1_PORT, Serial
+from pykvm.kvm import Handlers, Hlt, Kvm
+from tests.rigs.native_device import NativeDevice
+from tests.rigs.real_mode import RealModeGuest, run
+
+pytestmark = pytest.mark.unit
+
+DATA, IER, IIR, LCR, MCR, LSR, MSR, SCRATCH = range(8)
+FCR = IIR
+RECEIVED, SENT = 0x04, 0x02
+NOTHING = 0x01
+READY, EMPTY, OVERRUN = 0x01, 0x60, 0x02
+
+
+@pytest.fixture
+def output() -> Iterator[tuple[int, int]]:
+    """The two ends of a pipe."""
+    ends = os.pipe2(os.O_NONBLOCK)
+    yield ends
+    for end in ends:
+        os.close(end)
+
+
+@pytest.fixture
+def serial(output: tuple[int, int]) -> Iterator[Serial]:
+    made = Serial(output[1])
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def device(serial: Serial) -> NativeDevice:
+    return NativeDevice(serial.attach(Handlers()))
+
+
+def pulses(serial: Serial) -> int:
+    """Number of pulses on the interrupt line since the last call."""
+    try:
+        return os.eventfd_read(serial.interrupt)
+    except BlockingIOError:
+        return 0
+
+
+def test_output_is_written_at_once(device: NativeDevice, output: tuple[int, int]) -> None:
+    for byte in b"hello":
+        assert device.write(DATA, byte)
+    assert os.read(output[0], 100) == b"hello"
+    assert device.write(DATA, b"line\n", count=5)
+    assert os.read(output[0], 100) == b"line\n"
+    assert device.read(LSR) == bytes([EMPTY])
+
+
+def test_the_tail_is_kept(device: NativeDevice, serial: Serial, output: tuple[int, int]) -> None:
+    text = b"".join(b"%06d\n" % n for n in range(12_000))
+    for start in range(0, len(text), 7000):
+        part = text[start : start + 7000]
+        device.write(DATA, part, count=len(part))
+        while len(part) > 0:
+            part = part[len(os.read(output[0], 1 << 16)) :]
+    assert serial.tail() == text[-65536:]
+    assert serial.tail(7) == b"011999\n"
+
+
+def test_nobody_reads(serial: Serial, device: NativeDevice, output: tuple[int, int]) -> None:
+    """A reader that has gone ends nothing; a port without output keeps the tail."""
+    reader, writer = os.pipe()
+    other = Serial(writer)
+    port = NativeDevice(other.attach(Handlers()))
+    os.close(reader)
+    assert port.write(DATA, b"lost", count=4)
+    assert port.write(DATA, b"too", count=3)
+    assert other.tail() == b"losttoo"
+    other.close()
+    os.close(writer)
+
+
+def test_input(device: NativeDevice, serial: Serial) -> None:
+    assert device.read(DATA) == b"\0"
+    assert serial.feed(b"ab") == 0  # nobody listens
+    device.write(IER, 0x01)
+    assert pulses(serial) == 0
+    assert serial.feed(b"ab") == 2
+    assert pulses(serial) == 1
+    assert device.read(LSR) == bytes([EMPTY | READY])
+    assert device.read(IIR) == bytes([RECEIVED])
+    assert device.read(DATA) + device.read(DATA) == b"ab"
+    assert device.read(IIR) == bytes([NOTHING])
+    assert device.read(LSR) == bytes([EMPTY])
+
+
+def test_too_much_input(device: NativeDevice, serial: Serial) -> None:
+    device.write(IER, 0x01)
+    assert serial.feed(b"x" * 5000) == 4096
+    assert serial.feed(b"y") == 0
+    assert device.read(LSR) == bytes([EMPTY | READY])  # nothing was lost: the sender keeps it
+    assert b"".join(device.read(DATA) for _ in range(4097)) == b"x" * 4096 + b"\0"
+    assert serial.feed(b"y") == 1
+    device.write(FCR, 0x03)  # clear the receiver's FIFO
+    assert device.read(LSR) == bytes([EMPTY])
+
+
+def test_the_interrupt_of_an_empty_register(device: NativeDevice, serial: Serial) -> None:
+    device.write(IER, 0x02)
+    assert pulses(serial) == 1
+    assert device.read(IIR) == bytes([SENT])
+    assert device.read(IIR) == bytes([NOTHING])  # reading it ends it
+    device.write(DATA, b"z")
+    assert pulses(serial) == 1
+    assert device.read(IIR) == bytes([SENT])
+    device.write(IER, 0)
+    device.write(DATA, b"z")
+    assert pulses(serial) == 0
+
+
+def test_the_divisor(device: NativeDevice, output: tuple[int, int]) -> None:
+    device.write(LCR, 0x83)
+    device.write(DATA, 0x0C)
+    device.write(IER, 0x34)
+    assert (device.read(DATA), device.read(IER)) == (b"\x0c", b"\x34")
+    device.write(LCR, 0x03)
+    assert device.read(LCR) == b"\x03"
+    assert device.read(IER) == b"\0"
+    with pytest.raises(BlockingIOError):
+        os.read(output[0], 1)
+
+
+@pytest.mark.parametrize(("out", "into"), [(0x01, 0x20), (0x02, 0x10), (0x04, 0x40), (0x08, 0x80)])
+def test_the_loop(device: NativeDevice, output: tuple[int, int], out: int, into: int) -> None:
+    """What Linux looks for a 16550A with: the port connected to itself."""
+    assert device.read(MSR) == b"\xb0"
+    device.write(MCR, 0x10 | out)
+    assert device.read(MSR) == bytes([into])
+    device.write(DATA, b"q")
+    assert device.read(DATA) == b"q"
+    for byte in b"r" * 4097:
+        device.write(DATA, byte)
+    assert device.read(LSR) == bytes([EMPTY | READY | OVERRUN])
+    assert device.read(LSR) == bytes([EMPTY | READY])
+    with pytest.raises(BlockingIOError):
+        os.read(output[0], 1)
+
+
+def test_a_guest_writes_anything(device: NativeDevice, serial: Serial) -> None:
+    """Accesses of every size at every port, with every value."""
+    for offset in range(8):
+        for size in (1, 2, 4, 8):
+            for value in (0, 0x55, 0xFF):
+                device.write(offset, bytes([value]) * size)
+                assert len(device.read(offset, size)) == size
+        device.write(offset, b"\xff" * 8, count=2)
+        device.read(offset, 4, count=3)
+    device.write(SCRATCH, 0x5A)
+    assert device.read(SCRATCH) == b"\x5a"
+    assert serial.feed(b"still there") >= 0
+
+
+@pytest.mark.kvm
+def test_in_a_guest(output: tuple[int, int]) -> None:
+    with Kvm() as kvm, kvm.create_vm() as vm:
+        guest = RealModeGuest(vm)
+        serial = Serial(output[1])
+        serial.attach(vm.handlers, COM1_PORT)
+        guest.memory[0x6000:0x6006] = b"hello "
+        guest.load("""
+            BE 00 60     ; mov si, 0x6000
+            B9 06 00     ; mov cx, 6
+            BA F8 03     ; mov dx, 0x3F8
+            F3 6E        ; rep outsb
+            F4           ; hlt
+        """)
+        assert run(guest.vcpu) == Hlt()
+        assert os.read(output[0], 100) == b"hello "
+        serial.close()
