@@ -22,7 +22,7 @@ __all__ = ["ABSOLUTE", "STACK", "Flow", "Operation", "State", "Value", "symbol"]
 
 
 class Flow(NamedTuple):
-    """What happened to a value on its way.
+    """History of a value.
 
     Attributes:
         masked: derived from an index that a marked instruction has bounded.

@@ -55,12 +55,12 @@ class Weakness:
 
     @property
     def siblings(self) -> bool:
-        """Whether another thread of the core can use it at once, as far as the kernel says."""
+        """True if the kernel says that another thread of the core can use it at once."""
         return bool(self.kind) and "SMT vulnerable" in self.kernel
 
     @property
     def lacks_microcode(self) -> bool:
-        """Whether the processor lacks the microcode with which the kernel would answer."""
+        """True if the processor lacks the microcode with which the kernel would answer."""
         return "no microcode" in self.kernel.lower()
 
 

@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 PARAMETER: Final = Path("/sys/module/kvm_intel/parameters/elisa_accept")
-"""What the administrator accepts: names with commas in between, or ``all``."""
+"""Parameter with the accepted weaknesses: names with commas in between, or ``all``."""
 
 
 class Weak(IntFlag):
@@ -127,7 +127,7 @@ _ANSWERS: Final = {
 
 @dataclass(frozen=True)
 class Answer:
-    """What contexts do about a weakness of this processor.
+    """Answer of contexts to a weakness of this processor.
 
     Attributes:
         text: what is done, and what it costs.

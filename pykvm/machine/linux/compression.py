@@ -15,7 +15,7 @@ from pykvm.host.advice import install
 
 __all__ = ["KernelCompressionError", "compression_of", "decompress_payload"]
 
-# First bytes, and the name. Those with a program are unpacked by it, the others by Python.
+# First bytes, and the name.
 _MAGICS: Final = (
     (b"\x1f\x8b", "gzip"),
     (b"\xfd7zXZ\0", "xz"),
@@ -25,7 +25,6 @@ _MAGICS: Final = (
     (b"\x28\xb5\x2f\xfd", "zstd"),
     (b"\x89LZO\0", "lzop"),
 )
-_PROGRAMS: Final = ("lz4", "zstd", "lzop")
 
 
 class KernelCompressionError(PykvmError):

@@ -13,10 +13,9 @@ from typing import Any, Final, Self
 
 from pykvm.devices.serial import Serial
 
-__all__ = ["ESCAPE", "ESCAPE_NAME", "Console"]
+__all__ = ["ESCAPE", "Console"]
 
-ESCAPE: Final = b"\x1d"
-ESCAPE_NAME: Final = "Ctrl-]"
+ESCAPE: Final = b"\x1d"  #: Ctrl-]
 
 _STDIN: Final = 0
 _CHUNK: Final = 1024

@@ -7,7 +7,7 @@ here once and kept in the cache, which is faster from the second boot on.
 import os
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Final, Self
+from typing import Final
 
 from pykvm import cache
 from pykvm.closeable import Closeable
@@ -28,6 +28,7 @@ _OTHERS: Final = (
 )
 _ARM64: Final = (0x38, b"ARM\x64")
 _PE: Final = b"MZ"
+_GIVE: Final = "give a vmlinuz (bzImage) or a vmlinux (ELF) for x86-64"
 
 
 class KernelFile(Closeable):
@@ -63,15 +64,9 @@ class KernelFile(Closeable):
                 raise KernelError(f"{path.name} is {_kind(head)}, not a kernel", _GIVE)
             self._files = stack.pop_all()
 
-    def __enter__(self) -> Self:
-        return self
-
     def close(self) -> None:
         """Close the file. Harmless twice."""
         self._files.close()
-
-
-_GIVE: Final = "give a vmlinuz (bzImage) or a vmlinux (ELF) for x86-64"
 
 
 def unpacked(path: Path) -> Path:
