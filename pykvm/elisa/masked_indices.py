@@ -23,8 +23,10 @@ from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
-from pykvm.elisa.data_flow import ABSOLUTE, Operation, State, Value
+from pykvm.elisa import instruction_effects
+from pykvm.elisa.data_flow import ABSOLUTE, State, Value
 from pykvm.elisa.object_code import Instruction, branch_target, disassemble
+from pykvm.elisa.operations import Operation
 from pykvm.errors import PykvmError
 
 __all__ = ["MaskedIndexError", "UnfollowedCodeError", "check_masked_indices"]
@@ -163,7 +165,7 @@ class _Check:
         if index not in self.operations:
             following = self.code[index + 1].address if index + 1 < len(self.code) else 0
             try:
-                self.operations[index] = Operation.parse(self.code[index], following)
+                self.operations[index] = instruction_effects.parse(self.code[index], following)
             except ValueError as error:
                 raise UnfollowedCodeError(
                     f"{self.code[index].function} of {self.name} holds `{self.code[index].text}`, "
@@ -171,7 +173,7 @@ class _Check:
                     "write it in plain C",
                 ) from error
         operation = self.operations[index]
-        for value in operation.addresses(state):
+        for value in instruction_effects.addresses_of(operation, state):
             if stale := value.flow.stale:
                 raise MaskedIndexError(
                     f"{self._where(index)} uses a masked index that was in memory: "
@@ -179,7 +181,7 @@ class _Check:
                     "keep it in a register: make the function smaller, mask it again where it is "
                     f"used, or call elisa_barrier_nospec() after {stale:#x}",
                 )
-        bound = operation.bound(state)
+        bound = instruction_effects.bound_of(operation, state)
         if bound and (reloaded := bound.flow.reloaded):
             raise MaskedIndexError(
                 f"{self._where(index)} bounds an index by a value that was in memory: "
@@ -187,7 +189,7 @@ class _Check:
                 "use a constant, or read the size from the object's memory next to it, or call "
                 f"elisa_barrier_nospec() after {reloaded:#x}",
             )
-        state.execute(operation)
+        instruction_effects.execute(operation, state)
 
     def _where(self, index: int) -> str:
         one = self.code[index]

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Final
 
 from pykvm import cache
-from pykvm.elisa import crossing, data_flow, masked_indices, object_code
+from pykvm.elisa import (
+    crossing,
+    data_flow,
+    instruction_effects,
+    masked_indices,
+    object_code,
+    operations,
+)
 from pykvm.elisa.object_code import (
     VMFUNC,
     ForbiddenInstructionError,
@@ -56,7 +63,8 @@ __all__ = [
 _CROSSING: Final = GUEST_SOURCES / "crossing"
 _INCLUDE: Final = (GUEST_SOURCES / "include",)
 _RULES: Final = tuple(
-    Path(str(module.__file__)) for module in (object_code, masked_indices, data_flow)
+    Path(str(module.__file__))
+    for module in (object_code, masked_indices, instruction_effects, data_flow, operations)
 )
 _OFFSETS: Final = (
     "ENTRY_OFFSET",

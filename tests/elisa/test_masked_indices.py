@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pykvm.elisa import crossing, data_flow
+from pykvm.elisa import crossing, data_flow, instruction_effects
 from pykvm.elisa.masked_indices import MaskedIndexError, UnfollowedCodeError
 from pykvm.elisa.object_code import Instruction
 from pykvm.elisa.protections import ALL, NOTHING_EXTRA, Extra, Protection, Without
@@ -138,7 +138,7 @@ def test_every_instruction_of_objects_has_an_effect(tmp_path: Path, text: str) -
 
 
 def test_an_instruction_without_an_effect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(data_flow._EFFECTS, "bswap")
+    monkeypatch.delitem(instruction_effects._EFFECTS, "bswap")
     with pytest.raises(UnfollowedCodeError, match="holds `bswap %rax`, which nothing follows"):
         assembled(tmp_path, "bswap %rax")
 
@@ -150,7 +150,7 @@ def test_an_instruction_without_an_effect(tmp_path: Path, monkeypatch: pytest.Mo
 def test_forms_that_are_not_known(mnemonic: str, operands: str, says: str) -> None:
     odd = Instruction(0, f"{mnemonic} {operands}", (), mnemonic, operands, "f")
     with pytest.raises(ValueError, match=says):
-        data_flow.Operation.parse(odd, 8)
+        instruction_effects.parse(odd, 8)
 
 
 # ------------------------------------------------------------------------ C
