@@ -16,8 +16,8 @@ _CONSOLE: Final = "console=ttyS0"
 _STDOUT: Final = 1
 
 _EPILOG = """\
-The guest's console is this terminal; Ctrl-] leaves and ends the machine. Exit status: 0 after the
-guest has powered off, or reset itself with --no-reboot; 1 after a triple fault.
+The guest's console is this terminal; Ctrl-] ends the machine. Exit status: 0 after that, after the
+guest has powered off, or has reset itself with --no-reboot; 1 after a triple fault.
 examples:
   pykvm run --initrd rootfs.cpio.gz
   pykvm run --kernel vmlinuz --initrd rootfs.cpio.gz --append "quiet" --cpus 2 --memory 1G
@@ -71,11 +71,16 @@ def run(options: argparse.Namespace) -> int:
     """Run the machine until it ends; return the exit status.
 
     Raises:
-        PykvmError: see `pykvm.machine.linux.machine.LinuxMachine`.
+        PykvmError: see `pykvm.machine.linux.machine.LinuxMachine` and its `run`.
     """
-    from pykvm.kvm import Kvm  # noqa: PLC0415  (--help needs none of it)
+    from pykvm.kvm import Kvm, UnexpectedExitError  # noqa: PLC0415  (--help needs none of it)
     from pykvm.machine.linux.console import Console  # noqa: PLC0415
-    from pykvm.machine.linux.machine import End, LinuxMachine, MachineConfig  # noqa: PLC0415
+    from pykvm.machine.linux.machine import (  # noqa: PLC0415
+        End,
+        LinuxMachine,
+        MachineConfig,
+        MachineCrashedError,
+    )
 
     config = MachineConfig(
         kernel=options.kernel,
@@ -96,14 +101,13 @@ def run(options: argparse.Namespace) -> int:
                 LinuxMachine(kvm, config, _STDOUT) as machine,
                 Console(machine.serial, machine.stop),
             ):
-                end = machine.run()
+                try:
+                    end = machine.run()
+                except (MachineCrashedError, UnexpectedExitError) as error:
+                    print(error.report, file=sys.stderr)
+                    raise
             if end is not End.RESET or options.no_reboot:
-                break
-    if end is End.CRASH:
-        crash = machine.crash()
-        print(crash.report, file=sys.stderr)
-        raise crash
-    return 0
+                return 0
 
 
 def _size(text: str) -> int:

@@ -5,7 +5,7 @@
 - `attachment`: a guest's access to one object; `vcpu_attachment`: that of each of its vCPUs.
 - `contexts`, `crossing`: what gate and sub contexts map where, as pure data.
 - `trusted_images`: builds and checks the trusted code; `object_code` has the rules for objects, and
-  `masked_indices` those for what bounds an index (`operations`, `data_flow`, `instruction_effects`).
+  `masked_indices` those for bounded indices (`operations`, `data_flow`, `instruction_effects`).
 - `protections`: what a build for measurements or controls can leave out, and what weak processors
   need in addition.
 - `calls`, `exits`: what the kernel patch adds to KVM. `hidden_features`: what it takes away.

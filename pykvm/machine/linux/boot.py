@@ -12,7 +12,15 @@ from pykvm.errors import PykvmError
 from pykvm.kvm import Vcpu
 from pykvm.memory.guest_memory import GuestMemory
 
-__all__ = ["BootInfo", "Kernel", "KernelError", "MemoryKind", "MemoryRange", "open_file"]
+__all__ = [
+    "BootInfo",
+    "Kernel",
+    "KernelError",
+    "MemoryKind",
+    "MemoryRange",
+    "open_file",
+    "read_into",
+]
 
 
 class KernelError(PykvmError):
@@ -33,6 +41,26 @@ def open_file(path: Path) -> int:
         os.close(descriptor)
         raise KernelError(f"{path} is no regular file", "name a file")
     return descriptor
+
+
+def read_into(descriptor: int, offset: int, view: memoryview, name: str) -> None:
+    """Fill a view of the guest's memory from a file, without a copy in this process.
+
+    Args:
+        descriptor: the file.
+        offset: first byte to read.
+        view: where the bytes go.
+        name: name of the file, for messages.
+
+    Raises:
+        KernelError: the file ends before.
+    """
+    done = 0
+    while done < len(view):
+        n = os.preadv(descriptor, [view[done:]], offset + done)
+        if not n:
+            raise KernelError(f"{name} has become shorter", "copy it again")
+        done += n
 
 
 class MemoryKind(IntEnum):

@@ -9,8 +9,16 @@ from typing import Final
 
 from pykvm.kvm import Vcpu
 from pykvm.machine.linux import layout
-from pykvm.machine.linux.boot import BootInfo, KernelError
+from pykvm.machine.linux.boot import BootInfo, KernelError, read_into
 from pykvm.machine.x86 import flat
+from pykvm.machine.x86.control_registers import (
+    CR0_ET,
+    CR0_PE,
+    CR0_PG,
+    CR4_PAE,
+    EFER_LMA,
+    EFER_LME,
+)
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.memory.regions import AddressError
 from pykvm.paging.entries import Access, X86Entry
@@ -48,13 +56,6 @@ _UNREGISTERED_LOADER: Final = 0xFF
 
 _LOAD_GPA: Final = 1 * MIB
 _ENTRY_64: Final = 0x200  # from the start of the protected-mode part
-
-_CR0_PE: Final = 1 << 0
-_CR0_ET: Final = 1 << 4
-_CR0_PG: Final = 1 << 31
-_CR4_PAE: Final = 1 << 5
-_EFER_LME: Final = 1 << 8
-_EFER_LMA: Final = 1 << 10
 
 
 def is_bzimage(head: bytes) -> bool:
@@ -111,12 +112,7 @@ class BzImage:
                 f"{self._name} needs {self.end >> 20} MiB to unpack itself",
                 f"give the guest {(self.end >> 20) + 64} MiB or more",
             ) from error
-        done = 0
-        while done < self._size:
-            n = os.preadv(self._descriptor, [view[done:]], self._start + done)
-            if not n:
-                raise KernelError(f"{self._name} has become shorter", "copy it again")
-            done += n
+        read_into(self._descriptor, self._start, view, self._name)
 
     def start(self, vcpu: Vcpu, memory: GuestMemory, info: BootInfo) -> None:
         memory.write(layout.BOOT_PARAMS_GPA, self._params(info))
@@ -129,9 +125,9 @@ class BzImage:
         tables.store(memory.write)
         sregs = vcpu.get_sregs()
         flat.set_flat_segments(sregs, layout.BOOT_GDT_GPA, long=True)
-        sregs.cr0 = _CR0_PE | _CR0_ET | _CR0_PG
-        sregs.cr3, sregs.cr4 = tables.root, _CR4_PAE
-        sregs.efer = _EFER_LME | _EFER_LMA
+        sregs.cr0 = CR0_PE | CR0_ET | CR0_PG
+        sregs.cr3, sregs.cr4 = tables.root, CR4_PAE
+        sregs.efer = EFER_LME | EFER_LMA
         vcpu.set_sregs(sregs)
         vcpu.set_regs(rip=_LOAD_GPA + _ENTRY_64, rsi=layout.BOOT_PARAMS_GPA, rflags=2)
 

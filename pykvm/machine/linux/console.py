@@ -8,9 +8,9 @@ import termios
 import threading
 import tty
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
+from pykvm.closeable import Closeable
 from pykvm.devices.serial import Serial
 
 __all__ = ["ESCAPE", "Console"]
@@ -22,11 +22,11 @@ _CHUNK: Final = 1024
 _POLL: Final = 0.02  # seconds, while a guest has no room for more input
 
 
-class Console:
-    """Input of a guest's serial port, from a descriptor, for the duration of a with.
+class Console(Closeable):
+    """Input of a guest's serial port, from a descriptor, until it is closed.
 
     A terminal is put into raw mode, so that every key is the guest's but `ESCAPE`, and is restored
-    at the end. The end of other input ends nothing.
+    by close(). The end of other input ends nothing.
 
     Args:
         serial: the port.
@@ -41,26 +41,23 @@ class Console:
         self._leave = leave
         self._descriptor = descriptor
         self._settings: list[Any] | None = None
+        self._closed = False
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC)
         self._thread = threading.Thread(target=self._copy, name="console", daemon=True)
-
-    def __enter__(self) -> Self:
-        if os.isatty(self._descriptor):
-            self._settings = termios.tcgetattr(self._descriptor)
-            tty.setraw(self._descriptor)
+        if os.isatty(descriptor):
+            self._settings = termios.tcgetattr(descriptor)
+            tty.setraw(descriptor)
             # Output stays cooked: a newline of ours goes to the first column.
-            changed = termios.tcgetattr(self._descriptor)
+            changed = termios.tcgetattr(descriptor)
             changed[1] |= termios.OPOST | termios.ONLCR
-            termios.tcsetattr(self._descriptor, termios.TCSANOW, changed)
+            termios.tcsetattr(descriptor, termios.TCSANOW, changed)
         self._thread.start()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Read no more input, and restore the terminal. Harmless twice."""
+        if self._closed:
+            return
+        self._closed = True
         os.close(self._wake_write)
         self._thread.join()
         os.close(self._wake_read)

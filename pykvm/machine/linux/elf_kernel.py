@@ -12,7 +12,7 @@ from typing import Final
 
 from pykvm.kvm import Vcpu
 from pykvm.machine.linux import layout, pvh
-from pykvm.machine.linux.boot import BootInfo, KernelError
+from pykvm.machine.linux.boot import BootInfo, KernelError, read_into
 from pykvm.machine.x86 import flat
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.memory.regions import AddressError
@@ -104,12 +104,7 @@ class ElfKernel:
                     f"{one.physical + one.memory_size:#x}, which the guest has not",
                     f"give the guest {(self.end >> 20) + 64} MiB or more",
                 ) from error
-            done = 0
-            while done < one.file_size:
-                n = os.preadv(self._descriptor, [view[done:]], one.offset + done)
-                if not n:
-                    raise KernelError(f"{self._name} has become shorter", "copy it again")
-                done += n
+            read_into(self._descriptor, one.offset, view, self._name)
 
     def start(self, vcpu: Vcpu, memory: GuestMemory, info: BootInfo) -> None:
         memory.write(layout.START_INFO_GPA, pvh.start_info(layout.START_INFO_GPA, info))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -16,11 +16,18 @@ from pykvm.devices.serial import COM1_IRQ, COM1_PORT, Serial
 from pykvm.errors import PykvmError
 from pykvm.kvm import Exit, Io, Kvm, MmioRead, MmioWrite, Shutdown, Stopped, Vcpu
 from pykvm.machine.linux import layout
-from pykvm.machine.linux.boot import BootInfo, KernelError, MemoryKind, MemoryRange, open_file
+from pykvm.machine.linux.boot import (
+    BootInfo,
+    KernelError,
+    MemoryKind,
+    MemoryRange,
+    open_file,
+    read_into,
+)
 from pykvm.machine.linux.kernel_file import KernelFile
 from pykvm.machine.x86 import acpi, aml, long_mode
 from pykvm.memory.guest_memory import GuestMemory
-from pykvm.memory.regions import AddressError, MemoryFile, Region
+from pykvm.memory.regions import MemoryFile, Region
 from pykvm.sizes import MIB, PAGE_SIZE
 
 __all__ = ["End", "LinuxMachine", "MachineConfig", "MachineConfigError", "MachineCrashedError"]
@@ -39,7 +46,6 @@ class End(Enum):
 
     POWER_OFF = "power off"
     RESET = "reset"
-    CRASH = "triple fault"
     STOPPED = "stopped"
 
 
@@ -96,7 +102,7 @@ class MachineCrashedError(PykvmError):
     """
 
     def __init__(self, report: str) -> None:
-        super().__init__("the guest ended with a triple fault", "look at what it did before")
+        super().__init__("the guest ended with a triple fault", "see its report")
         self.report = report
 
 
@@ -122,7 +128,6 @@ class LinuxMachine(Closeable):
         self.vcpus: list[Vcpu] = []
         self._end: End | None = None
         self._failure: BaseException | None = None
-        self._crash: MachineCrashedError | None = None
         self._lock = threading.Lock()
         self._kvm = kvm
         try:
@@ -166,7 +171,7 @@ class LinuxMachine(Closeable):
                 "give a shorter one",
             )
         self.memory.write(layout.COMMAND_LINE_GPA, line + b"\0")
-        tables = acpi.build_tables(layout.ACPI_GPA, self._apic_ids(), _ports(), _devices())
+        tables = acpi.build_tables(layout.ACPI_GPA, range(config.cpus), _ports(), _devices())
         self.memory.write(layout.ACPI_GPA, tables.data)
         self.memory.write(layout.RESET_VECTOR_GPA, _RESET_CODE)
         info = BootInfo(
@@ -192,12 +197,7 @@ class LinuxMachine(Closeable):
                     "kernel",
                     "give the guest more memory" if size else "give another file",
                 )
-            view = self.memory.view(gpa, size)
-            done = 0
-            while done < size and (n := os.preadv(descriptor, [view[done:]], done)):
-                done += n
-        except AddressError as error:
-            raise KernelError("the initial RAM disk does not fit", "give more memory") from error
+            read_into(descriptor, 0, self.memory.view(gpa, size), self.config.initrd.name)
         finally:
             os.close(descriptor)
         return gpa, size
@@ -214,9 +214,6 @@ class LinuxMachine(Closeable):
             ranges.append(MemoryRange(layout.HIGH_RAM, high, MemoryKind.RAM))
         return ranges
 
-    def _apic_ids(self) -> Sequence[int]:
-        return range(self.config.cpus)
-
     def _add_vcpu(self, number: int) -> None:
         vcpu = self.vm.create_vcpu(number)
         cpuid = long_mode.supported_features(self._kvm, contexts=False, irqchip=True)
@@ -231,6 +228,7 @@ class LinuxMachine(Closeable):
         """Run the machine until it ends; return why.
 
         Raises:
+            MachineCrashedError: the guest ended with a triple fault.
             UnexpectedExitError: a processor left with an exit that no machine has a use for.
             PykvmError: see `Vcpu.run`.
         """
@@ -252,11 +250,6 @@ class LinuxMachine(Closeable):
             raise self._failure
         assert self._end is not None
         return self._end
-
-    def crash(self) -> MachineCrashedError:
-        """Return the error that tells of the triple fault with which the machine ended."""
-        assert self._crash is not None
-        return self._crash
 
     def stop(self) -> None:
         """End the machine as it is. From any thread."""
@@ -296,8 +289,7 @@ class LinuxMachine(Closeable):
             case Io() | MmioWrite():
                 pass  # nothing is there
             case Shutdown():
-                self._crash = MachineCrashedError(vcpu.unexpected(exit).report)
-                return End.CRASH
+                raise MachineCrashedError(vcpu.unexpected(exit).report)
             case Stopped():
                 return End.STOPPED
             case _:

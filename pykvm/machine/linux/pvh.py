@@ -9,6 +9,10 @@ from typing import Final
 from pykvm.kvm import Vcpu
 from pykvm.machine.linux.boot import BootInfo
 from pykvm.machine.x86 import flat
+from pykvm.machine.x86.control_registers import (
+    CR0_ET,
+    CR0_PE,
+)
 
 __all__ = ["enter", "start_info"]
 
@@ -16,9 +20,6 @@ _MAGIC: Final = 0x336EC578
 _INFO: Final = struct.Struct("<IIIIQQQQII")
 _MODULE: Final = struct.Struct("<QQQQ")
 _RANGE: Final = struct.Struct("<QQII")
-
-_CR0_PE: Final = 1 << 0
-_CR0_ET: Final = 1 << 4
 
 
 def start_info(gpa: int, info: BootInfo) -> bytes:
@@ -45,6 +46,6 @@ def enter(vcpu: Vcpu, entry: int, info: int, gdt: int) -> None:
     """
     sregs = vcpu.get_sregs()
     flat.set_flat_segments(sregs, gdt, long=False)
-    sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = _CR0_PE | _CR0_ET, 0, 0, 0
+    sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = CR0_PE | CR0_ET, 0, 0, 0
     vcpu.set_sregs(sregs)
     vcpu.set_regs(rip=entry, rbx=info, rflags=2)

@@ -10,6 +10,20 @@ from typing import Final
 from pykvm.elisa.hidden_features import without_hidden_features
 from pykvm.errors import PykvmError
 from pykvm.kvm import CpuidEntry, Kvm, Vcpu, find_leaf
+from pykvm.machine.x86.control_registers import (
+    CR0_ET,
+    CR0_NE,
+    CR0_PE,
+    CR0_PG,
+    CR0_WP,
+    CR4_LA57,
+    CR4_PAE,
+    CR4_SMAP,
+    CR4_SMEP,
+    EFER_LMA,
+    EFER_LME,
+    EFER_NXE,
+)
 
 __all__ = [
     "CODE_SELECTOR",
@@ -22,18 +36,6 @@ __all__ = [
     "supported_features",
 ]
 
-_CR0_PE: Final = 1 << 0
-_CR0_ET: Final = 1 << 4
-_CR0_NE: Final = 1 << 5
-_CR0_WP: Final = 1 << 16
-_CR0_PG: Final = 1 << 31
-_CR4_PAE: Final = 1 << 5
-_CR4_LA57: Final = 1 << 12
-_CR4_SMEP: Final = 1 << 20
-_CR4_SMAP: Final = 1 << 21
-_EFER_LME: Final = 1 << 8
-_EFER_LMA: Final = 1 << 10
-_EFER_NXE: Final = 1 << 11
 
 # CPUID bits: leaf 1, ECX; leaf 7, EBX, EBX and ECX.
 _TSC_DEADLINE: Final = 1 << 24
@@ -153,10 +155,10 @@ def enter(
     task.type, task.present, task.s, task.g, task.unusable = 0xB, 1, 0, 0, 0
     sregs.gdt.base, sregs.gdt.limit = gdt, len(descriptors(tss)) - 1
     sregs.idt.base, sregs.idt.limit = idt, 0
-    sregs.cr0 = _CR0_PE | _CR0_ET | _CR0_NE | _CR0_WP | _CR0_PG
+    sregs.cr0 = CR0_PE | CR0_ET | CR0_NE | CR0_WP | CR0_PG
     sregs.cr3 = page_tables
-    sregs.cr4 = _CR4_PAE | (_CR4_LA57 if levels == 5 else 0)
-    sregs.cr4 |= _CR4_SMEP if features & _SMEP else 0
-    sregs.cr4 |= _CR4_SMAP if features & _SMAP else 0
-    sregs.efer = _EFER_LME | _EFER_LMA | _EFER_NXE
+    sregs.cr4 = CR4_PAE | (CR4_LA57 if levels == 5 else 0)
+    sregs.cr4 |= CR4_SMEP if features & _SMEP else 0
+    sregs.cr4 |= CR4_SMAP if features & _SMAP else 0
+    sregs.efer = EFER_LME | EFER_LMA | EFER_NXE
     vcpu.set_sregs(sregs)
