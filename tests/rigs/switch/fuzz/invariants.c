@@ -102,8 +102,21 @@ void check_sums(uint32_t id)
 					port->link_local);
 }
 
-void check_delivered(const struct active *active, const struct switch_shared *before,
-			    uint32_t to)
+/*
+ * Whether a frame may have been sent to everybody though its destination was known to be behind the
+ * caller, and is: a port's stations displace each other, so that an earlier frame of the call may
+ * have had it forgotten, and a later one known again.
+ */
+static bool was_displaced(const struct active *active, const struct switch_shared *before,
+			  uint64_t destination, uint32_t was, uint32_t is)
+{
+	uint64_t frames = shared->port[active->id].frames - before->port[active->id].frames;
+
+	return was == active->id && is == active->id && frames >= 2 &&
+	       pinned_port(before, destination) == UNKNOWN;
+}
+
+void check_delivered(const struct active *active, const struct switch_shared *before, uint32_t to)
 {
 	const uint8_t *base = (uint8_t *)window_of(to);
 	const struct switch_lane *lane = &shared->lane[active->id][to];
@@ -144,7 +157,8 @@ void check_delivered(const struct active *active, const struct switch_shared *be
 			continue;
 		was = known_port(before, destination, vlan_of(slot->frame));
 		is = known_port(shared, destination, vlan_of(slot->frame));
-		REQUIRE(was == UNKNOWN || was == to || is == UNKNOWN || is == to);
+		REQUIRE(was == UNKNOWN || was == to || is == UNKNOWN || is == to ||
+			was_displaced(active, before, destination, was, is));
 	}
 }
 
