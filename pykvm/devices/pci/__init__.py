@@ -1,0 +1,1 @@
+"""PCI functions: configuration space, base address registers, message-signalled interrupts."""
