@@ -110,7 +110,7 @@ class Device(Closeable):
         """Start the data plane.
 
         Args:
-            features: what the driver has accepted, a part of `features`.
+            features: what the driver has accepted, a part of `features`, and VERSION_1.
             rings: those that the driver has enabled.
 
         Raises:

@@ -23,6 +23,9 @@ __all__ = [
     "LOW_RAM_END",
     "MAX_CPUS",
     "MIN_MEMORY",
+    "PCI_ECAM_GPA",
+    "PCI_WINDOW_GPA",
+    "PCI_WINDOW_SIZE",
     "RAM_HOLE",
     "RESET_PORT",
     "RESET_VALUE",
@@ -53,6 +56,9 @@ FIRST_MEGABYTE: Final = 1 * MIB
 # ---- above it ----
 RAM_HOLE: Final = 3 * GIB
 HIGH_RAM: Final = 4 * GIB
+PCI_ECAM_GPA: Final = 0xC000_0000  # bus 0's configuration space
+PCI_WINDOW_GPA: Final = 0xC100_0000  # base address registers
+PCI_WINDOW_SIZE: Final = 16 * MIB
 IDENTITY_MAP_GPA: Final = 0xFFFB_C000  # KVM's own, on Intel
 TSS_GPA: Final = 0xFFFB_D000
 

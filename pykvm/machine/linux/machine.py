@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import Final
 
 from pykvm.closeable import Closeable
+from pykvm.devices.pci.bus import ECAM_SIZE, PciBus
+from pykvm.devices.pci.msix import MsiRoutes
 from pykvm.devices.serial import COM1_IRQ, COM1_PORT, Serial
+from pykvm.devices.virtio.device import Device
+from pykvm.devices.virtio.pci import VirtioPci
 from pykvm.errors import PykvmError
 from pykvm.kvm import Exit, Io, Kvm, MmioRead, MmioWrite, Shutdown, Stopped, Vcpu
 from pykvm.machine.linux import layout
@@ -25,7 +29,7 @@ from pykvm.machine.linux.boot import (
     read_into,
 )
 from pykvm.machine.linux.kernel_file import KernelFile
-from pykvm.machine.x86 import acpi, aml, long_mode
+from pykvm.machine.x86 import acpi, aml, interrupt_pins, long_mode
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.memory.regions import MemoryFile, Region
 from pykvm.sizes import MIB, PAGE_SIZE
@@ -126,6 +130,9 @@ class LinuxMachine(Closeable):
         self.memory = GuestMemory()
         self.serial = Serial(output)
         self.vcpus: list[Vcpu] = []
+        window = (layout.PCI_WINDOW_GPA, layout.PCI_WINDOW_SIZE)
+        self.pci = PciBus(layout.PCI_ECAM_GPA, window)
+        self._owned: list[Closeable] = []
         self._end: End | None = None
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
@@ -137,6 +144,7 @@ class LinuxMachine(Closeable):
             self.vm.create_irqchip()
             self.serial.attach(self.vm.handlers)
             self.vm.register_irqfd(self.serial.interrupt, COM1_IRQ)
+            self._routes = MsiRoutes(self.vm, interrupt_pins.default_routes())
             start = self._load()
             for number in range(config.cpus):
                 self._add_vcpu(number)
@@ -171,7 +179,9 @@ class LinuxMachine(Closeable):
                 "give a shorter one",
             )
         self.memory.write(layout.COMMAND_LINE_GPA, line + b"\0")
-        tables = acpi.build_tables(layout.ACPI_GPA, range(config.cpus), _ports(), _devices())
+        tables = acpi.build_tables(
+            layout.ACPI_GPA, range(config.cpus), _ports(), _devices(), layout.PCI_ECAM_GPA
+        )
         self.memory.write(layout.ACPI_GPA, tables.data)
         self.memory.write(layout.RESET_VECTOR_GPA, _RESET_CODE)
         info = BootInfo(
@@ -208,6 +218,7 @@ class LinuxMachine(Closeable):
             MemoryRange(0, layout.LOW_RAM_END, MemoryKind.RAM),
             MemoryRange(layout.ACPI_GPA, layout.ACPI_SIZE, MemoryKind.ACPI),
             MemoryRange(layout.FIRST_MEGABYTE, low - layout.FIRST_MEGABYTE, MemoryKind.RAM),
+            MemoryRange(layout.PCI_ECAM_GPA, ECAM_SIZE, MemoryKind.RESERVED),
         ]
         if self.config.memory > low:
             high = self.config.memory - low
@@ -221,6 +232,18 @@ class LinuxMachine(Closeable):
         long_mode.set_apic_id(cpuid, number)
         vcpu.set_cpuid2(cpuid)
         self.vcpus.append(vcpu)
+
+    def add_device(self, device: Device) -> None:
+        """Put a virtio device on the PCI bus, before `run`. The machine closes it.
+
+        Raises:
+            PciBusFullError: there is no room.
+            VectorsExhaustedError: KVM routes no more interrupts.
+        """
+        self._owned.append(device)
+        function = VirtioPci(device, self._routes, self.vm)
+        self._owned[-1] = function
+        self.pci.add(function)
 
     # ---- running ----------------------------------------------------------------------------
 
@@ -285,8 +308,10 @@ class LinuxMachine(Closeable):
             case Io(is_write=False):
                 vcpu.reply(_ONES[: exit.size] * exit.count)
             case MmioRead():
-                vcpu.reply(_ONES[: exit.size])
-            case Io() | MmioWrite():
+                vcpu.reply(self.pci.read(exit.address, exit.size) or _ONES[: exit.size])
+            case MmioWrite():
+                self.pci.write(exit.address, exit.data)
+            case Io():
                 pass  # nothing is there
             case Shutdown():
                 raise MachineCrashedError(vcpu.unexpected(exit).report)
@@ -298,6 +323,8 @@ class LinuxMachine(Closeable):
 
     def close(self) -> None:
         """End the machine and give everything back. Harmless twice."""
+        while self._owned:
+            self._owned.pop().close()
         self.vm.close()
         self.serial.close()
         self.memory.close()
@@ -313,7 +340,8 @@ def _ports() -> acpi.Ports:
 
 
 def _devices() -> bytes:
-    return aml.device(
+    window = (layout.PCI_WINDOW_GPA, layout.PCI_WINDOW_SIZE)
+    return acpi.pci_root(layout.PCI_ECAM_GPA, ECAM_SIZE, window) + aml.device(
         "COM1",
         aml.name("_HID", aml.eisa_id("PNP0501")),
         aml.name("_UID", aml.integer(1)),

@@ -10,7 +10,7 @@ from typing import Final
 
 from pykvm.machine.x86 import aml
 
-__all__ = ["POWER_OFF", "AcpiTables", "Ports", "build_tables"]
+__all__ = ["POWER_OFF", "AcpiTables", "Ports", "build_tables", "pci_root"]
 
 _OEM: Final = b"PYKVM "
 _OEM_TABLE: Final = b"PYKVM   "
@@ -63,7 +63,37 @@ class AcpiTables:
     rsdp: int
 
 
-def build_tables(gpa: int, apic_ids: Sequence[int], ports: Ports, devices: bytes) -> AcpiTables:
+def pci_root(ecam: int, ecam_size: int, window: tuple[int, int]) -> bytes:
+    """Return the AML of a PCI bus without bridges, whose configuration space is reserved.
+
+    Args:
+        ecam: GPA of the configuration space.
+        ecam_size: its bytes.
+        window: GPA and bytes of where BARs lie.
+    """
+    reserved = aml.device(
+        "ECAM",
+        aml.name("_HID", aml.eisa_id("PNP0C02")),
+        aml.name("_CRS", aml.resources(aml.fixed_memory(ecam, ecam_size))),
+    )
+    return aml.device(
+        "PCI0",
+        aml.name("_HID", aml.eisa_id("PNP0A08")),
+        aml.name("_CID", aml.eisa_id("PNP0A03")),
+        aml.name("_SEG", aml.integer(0)),
+        aml.name("_BBN", aml.integer(0)),
+        aml.name("_CRS", aml.resources(aml.buses(0, 1), aml.memory(*window))),
+        reserved,
+    )
+
+
+def build_tables(
+    gpa: int,
+    apic_ids: Sequence[int],
+    ports: Ports,
+    devices: bytes,
+    ecam: int | None = None,
+) -> AcpiTables:
     """Return the tables of a machine.
 
     Args:
@@ -71,6 +101,7 @@ def build_tables(gpa: int, apic_ids: Sequence[int], ports: Ports, devices: bytes
         apic_ids: APIC id of each processor.
         ports: the machine's ports.
         devices: AML terms of its devices.
+        ecam: GPA of the configuration space of PCI bus 0, if there is one.
     """
     placed = bytearray(64)  # the RSDP comes first, and is written last
 
@@ -83,6 +114,8 @@ def build_tables(gpa: int, apic_ids: Sequence[int], ports: Ports, devices: bytes
     off = aml.package(*map(aml.integer, (_SLEEP_TYPE_OFF, _SLEEP_TYPE_OFF, 0, 0)))
     dsdt = place(_table(b"DSDT", 2, aml.name("\\_S5", off) + aml.scope("\\_SB", devices)))
     entries = [place(_fadt(dsdt, ports)), place(_madt(apic_ids))]
+    if ecam is not None:
+        entries.append(place(_mcfg(ecam)))
     xsdt = place(_table(b"XSDT", 1, struct.pack(f"<{len(entries)}Q", *entries)))
     placed[:36] = _rsdp(xsdt)
     return AcpiTables(bytes(placed), gpa)
@@ -132,3 +165,8 @@ def _madt(apic_ids: Sequence[int]) -> bytes:
     )
     io_apic = struct.pack("<BBBBII", 1, 12, 0, 0, _IO_APIC_GPA, 0)
     return _table(b"APIC", 5, struct.pack("<II", _LOCAL_APIC_GPA, 0) + processors + io_apic)
+
+
+def _mcfg(ecam: int) -> bytes:
+    """Return the table of PCI Firmware Specification 3.2, 4.1.2, for bus 0 alone."""
+    return _table(b"MCFG", 1, struct.pack("<8xQHBB4x", ecam, 0, 0, 0))

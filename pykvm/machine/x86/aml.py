@@ -8,10 +8,13 @@ import struct
 from collections.abc import Iterable
 
 __all__ = [
+    "buses",
     "device",
     "eisa_id",
+    "fixed_memory",
     "integer",
     "interrupt",
+    "memory",
     "name",
     "package",
     "ports",
@@ -19,6 +22,9 @@ __all__ = [
     "scope",
     "string",
 ]
+
+# Flags of an address space descriptor (6.4.3.5): both ends are fixed.
+_FIXED = 0x0C
 
 
 def name(path: str, value: bytes) -> bytes:
@@ -77,6 +83,23 @@ def ports(first: int, count: int) -> bytes:
 def interrupt(gsi: int, *, edge: bool = True) -> bytes:
     """Return the descriptor of an active-high interrupt (6.4.3.6)."""
     return struct.pack("<BHBBI", 0x89, 6, 0x01 | (0x02 if edge else 0), 1, gsi)
+
+
+def fixed_memory(first: int, size: int) -> bytes:
+    """Return the descriptor of a range of memory below 4 GiB, for one device (6.4.3.4)."""
+    return struct.pack("<BHBII", 0x86, 9, 1, first, size)
+
+
+def buses(first: int, count: int) -> bytes:
+    """Return the descriptor of the bus numbers that a bridge passes on (6.4.3.5.3)."""
+    fields = (0, first, first + count - 1, 0, count)
+    return struct.pack("<BHBBB5H", 0x88, 13, 2, _FIXED, 0, *fields)
+
+
+def memory(first: int, size: int) -> bytes:
+    """Return the descriptor of memory that a bridge passes on, not prefetchable (6.4.3.5.1)."""
+    fields = (0, first, first + size - 1, 0, size)
+    return struct.pack("<BHBBB5Q", 0x8A, 43, 0, _FIXED, 1, *fields)
 
 
 def _path(path: str) -> bytes:

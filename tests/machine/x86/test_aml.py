@@ -140,3 +140,17 @@ def test_every_table_adds_up_to_zero() -> None:
     for one in (table(xsdt), *found, dsdt):
         assert sum(one) & 0xFF == 0
     assert dsdt[:4] == b"DSDT"
+
+
+def test_a_pci_bus(tmp_path: Path) -> None:
+    bus = acpi.pci_root(0xC000_0000, 1 << 20, (0xC100_0000, 16 << 20))
+    tables = acpi.build_tables(0xE0000, [0], PORTS, bus, 0xC000_0000)
+    mcfg = disassembled(table_of(tables, b"MCFG"), tmp_path)
+    assert "Base Address : 00000000C0000000" in mcfg
+    assert "End Bus Number : 00" in mcfg
+    text = " ".join(disassembled(table_of(tables, b"DSDT"), tmp_path).split())
+    assert 'Name (_HID, EisaId ("PNP0A08")' in text
+    assert "WordBusNumber (ResourceProducer, MinFixed, MaxFixed, PosDecode" in text
+    assert "QWordMemory (ResourceProducer, PosDecode, MinFixed, MaxFixed, NonCacheable" in text
+    assert "0x00000000C1000000, // Range Minimum 0x00000000C1FFFFFF, // Range Maximum" in text
+    assert "Memory32Fixed (ReadWrite, 0xC0000000, // Address Base 0x00100000" in text
