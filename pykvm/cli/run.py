@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
     config = MachineConfig(
         kernel=options.kernel,
         unpack=options.unpack,
-        initrd=options.initrd,
+        initrds=(options.initrd,) if options.initrd else (),
         command_line=f"{_CONSOLE} {options.append}".strip(),
         memory=options.memory,
         cpus=options.cpus,

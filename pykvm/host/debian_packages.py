@@ -31,6 +31,7 @@ __all__ = [
     "installed_version",
     "known_versions",
     "lists_fingerprint",
+    "offers",
     "unpack",
     "unpack_release",
 ]
@@ -82,6 +83,16 @@ def closure(names: Iterable[str]) -> list[Package]:
     key = cache.key("closure", *wanted, lists_fingerprint())
     kept = cache.entry("testbed-packages", key, resolve) / "packages.json"
     return [Package(file, size) for file, size in json.loads(kept.read_text())]
+
+
+def offers(name: str) -> bool:
+    """Return whether apt knows a package. The answer is kept as that of `closure` is."""
+
+    def look(directory: Path) -> None:
+        (directory / "versions").write_text(" ".join(known_versions([name]).get(name, ())))
+
+    key = cache.key("offers", name, lists_fingerprint())
+    return bool((cache.entry("testbed-packages", key, look) / "versions").read_text())
 
 
 def exact(name: str, version: str) -> Package:

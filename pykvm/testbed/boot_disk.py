@@ -9,7 +9,7 @@ from pykvm.errors import PykvmError
 from pykvm.host.advice import install
 from pykvm.testbed.kernel_image import FlatKernel
 
-__all__ = ["BootDiskError", "cpio", "write"]
+__all__ = ["BootDiskError", "write"]
 
 _SECTOR = 512
 _TABLE = 0x180  # in boot_sector.S
@@ -85,25 +85,6 @@ def write(
         disk.truncate(-(-disk.tell() // _CYLINDER) * _CYLINDER)
         disk.seek(0)
         disk.write(sector[:_TABLE] + table + sector[_TABLE + len(table) :])
-
-
-def cpio(files: list[tuple[str, bytes | None, int]]) -> bytes:
-    """An initramfs archive ("newc") of `files`: path, content (None for a directory), mode bits.
-
-    Shape: Linux Documentation/driver-api/early-userspace/buffer-format.rst.
-    """
-    archive = bytearray()
-    entries = [*files, ("TRAILER!!!", b"", 0)]
-    for inode, (name, content, mode) in enumerate(entries, start=1):
-        kind = 0o040000 if content is None else 0o100000
-        data = content or b""
-        fields = (inode, kind | mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name) + 1, 0)
-        archive += b"070701" + b"".join(b"%08X" % field for field in fields)
-        archive += name.encode() + b"\0"
-        archive += b"\0" * (-len(archive) % 4)
-        archive += data
-        archive += b"\0" * (-len(archive) % 4)
-    return bytes(archive)
 
 
 def _boot_parameters(initramfs: int, size: int, command_line: str, memory: int) -> bytes:

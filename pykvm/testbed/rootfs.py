@@ -27,7 +27,6 @@ __all__ = [
     "RootfsError",
     "build_image",
     "fingerprint",
-    "modules_in_order",
     "run_depmod",
 ]
 
@@ -44,9 +43,13 @@ _DEBIAN_PACKAGES = (
     "lz4",
     "zstd",
     "grep",
+    "e2fsprogs",
+    "iperf3",
     "iproute2",
+    "iputils-ping",
     "kmod",
     "libc6-dev",
+    "memcached",
     "mount",
     "procps",
     "python3",
@@ -54,6 +57,13 @@ _DEBIAN_PACKAGES = (
     "tar",
     "util-linux",
 )
+
+# The server of a guest's root file system is a package since Debian 13. Before, it is in one whose
+# other programs need half a desktop: it is taken out, with what it is linked with itself.
+_FILE_SERVER = "virtiofsd"
+_WITH_FILE_SERVER = "qemu-system-common"
+_FILE_SERVER_PROGRAM = "usr/lib/qemu/virtiofsd"
+_FILE_SERVER_NEEDS = ("libcap-ng0", "libglib2.0-bin", "libnuma1", "libseccomp2")
 
 # Third-party Python packages that pykvm imports, and those that its tests do, which an
 # installation need not have; what they require comes along.
@@ -95,7 +105,7 @@ def fingerprint() -> str:
         PackageError: apt cannot resolve the packages.
         RootfsError: a Python package is missing.
     """
-    debian = [package.file for package in debian_packages.closure(_DEBIAN_PACKAGES)]
+    debian = [package.file for part in _packages() for package in part]
     python = [f"{dist.name} {dist.version}" for dist in _distributions()]
     return cache.key(Path(__file__), *debian, *python)
 
@@ -123,34 +133,6 @@ def build_image(image: Path, kernel: Path, version: str) -> None:
         shutil.rmtree(tree, ignore_errors=True)
 
 
-def modules_in_order(modules: Path, names: list[str]) -> list[Path]:
-    """The files of the kernel modules `names` and of all they need, in the order to load them.
-
-    `modules` is a `lib/modules/VERSION` directory that depmod has been over. What is built into
-    the kernel is left out.
-
-    Raises:
-        RootfsError: a name is neither a module nor built in.
-    """
-    needs: dict[str, list[str]] = {}
-    for line in (modules / "modules.dep").read_text().splitlines():
-        path, _, rest = line.partition(":")
-        needs[path] = rest.split()
-    by_name = {_module_name(path): path for path in needs}
-    built_in = {_module_name(p) for p in (modules / "modules.builtin").read_text().split()}
-    order: list[str] = []
-    for name in names:
-        if name in by_name:
-            path = by_name[name]
-            # depmod lists what a module needs from the nearest to the farthest.
-            for each in [*reversed(needs[path]), path]:
-                if each not in order:
-                    order.append(each)
-        elif name not in built_in:
-            raise RootfsError(f"the kernel has no module {name}", "use a distribution kernel")
-    return [modules / path for path in order]
-
-
 def run_depmod(root: Path, version: str) -> None:
     """Write the module lists of kernel `version` below `root` (its `lib/modules`).
 
@@ -158,6 +140,16 @@ def run_depmod(root: Path, version: str) -> None:
         RootfsError: depmod is missing or fails.
     """
     _run("depmod", "-b", str(root), version)
+
+
+def _packages() -> tuple[list[debian_packages.Package], list[debian_packages.Package]]:
+    """Return the packages that are unpacked, and those of which only the file server is."""
+    if debian_packages.offers(_FILE_SERVER):
+        return debian_packages.closure([*_DEBIAN_PACKAGES, _FILE_SERVER]), []
+    server = debian_packages.closure([_WITH_FILE_SERVER])
+    return debian_packages.closure([*_DEBIAN_PACKAGES, *_FILE_SERVER_NEEDS]), [
+        package for package in server if package.file.startswith(f"{_WITH_FILE_SERVER}_")
+    ]
 
 
 def _require_debian_python() -> None:
@@ -174,8 +166,16 @@ def _populate(tree: Path, kernel: Path, version: str) -> None:
     for name in _MERGED_USR:
         (tree / "usr" / name).mkdir(parents=True)
         (tree / name).symlink_to(f"usr/{name}")
-    for archive in debian_packages.fetch(debian_packages.closure(_DEBIAN_PACKAGES)):
+    whole, parts = _packages()
+    for archive in debian_packages.fetch(whole):
         debian_packages.unpack(archive, tree)
+    for archive in debian_packages.fetch(parts):
+        aside = tree / "aside"
+        aside.mkdir()
+        debian_packages.unpack(archive, aside)
+        (tree / _FILE_SERVER_PROGRAM).parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(aside / _FILE_SERVER_PROGRAM, tree / _FILE_SERVER_PROGRAM)
+        shutil.rmtree(aside)
     for unwanted in (path for pattern in _UNWANTED for path in tree.glob(pattern)):
         if unwanted.is_dir():
             shutil.rmtree(unwanted)
@@ -291,10 +291,6 @@ def _disk_usage(tree: Path) -> Iterator[int]:
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
-
-
-def _module_name(path: str) -> str:
-    return Path(path).name.split(".")[0].replace("-", "_")
 
 
 def _run(program: str, *arguments: str, optional: bool = False) -> None:

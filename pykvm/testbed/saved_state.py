@@ -20,7 +20,9 @@ from pykvm.cache import pruning as cache_pruning
 from pykvm.cache import scratch
 from pykvm.errors import PykvmError
 from pykvm.host import debian_packages
+from pykvm.kernel import module_files
 from pykvm.kernel.series import HostKernel
+from pykvm.machine.linux import cpio
 from pykvm.testbed import bochs, boot_disk, kernel_image, payload, requirements, rootfs
 from pykvm.testbed.bochs import Emulator, Machine
 
@@ -198,15 +200,15 @@ def _make_boot_disk(path: Path, image: Path, release: str, machine: Machine) -> 
         (busybox,) = debian_packages.fetch(debian_packages.closure(["busybox-static"])[:1])
         debian_packages.unpack(busybox, Path(directory))
         program = next(Path(directory).glob("**/bin/busybox")).read_bytes()
-    files: list[tuple[str, bytes | None, int]] = [("modules", None, 0o755)]
-    for index, module in enumerate(rootfs.modules_in_order(modules, _INITRAMFS_MODULES)):
-        files.append((f"modules/{index:02}-{module.name}", module.read_bytes(), 0o644))
-    files.append(("busybox", program, 0o755))
-    files.append(("agent.py", (_INSIDE / "agent.py").read_bytes(), 0o644))
-    files.append(("init", (_INSIDE / "init.sh").read_bytes(), 0o755))
+    entries = [cpio.directory("modules")]
+    for index, module in enumerate(module_files.in_order(modules, _INITRAMFS_MODULES)):
+        entries.append(cpio.file(f"modules/{index:02}-{module.name}", module.read_bytes()))
+    entries.append(cpio.file("busybox", program, 0o755))
+    entries.append(cpio.file("agent.py", (_INSIDE / "agent.py").read_bytes()))
+    entries.append(cpio.file("init", (_INSIDE / "init.sh").read_bytes(), 0o755))
     flat = kernel_image.flatten((image / "boot" / f"vmlinuz-{release}").read_bytes())
     levels = bochs.CPUS[machine.cpu].levels
-    archive = boot_disk.cpio(files)
+    archive = cpio.archive(*entries)
     boot_disk.write(path, flat, archive, _COMMAND_LINE, machine.memory << 20, levels=levels)
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "build",
     "compile_source",
     "link",
+    "run_gcc",
 ]
 
 _INCLUDE: Final = re.compile(r'^[ \t]*#[ \t]*include[ \t]*["<]([^">]+)[">]', re.MULTILINE)
@@ -155,7 +156,7 @@ def compile_source(
         CompileError: GCC refuses the source.
         CompilerMissingError: there is no GCC.
     """
-    done = _run(
+    done = run_gcc(
         [
             *("-c", *_COMMON_FLAGS, *flags),
             *(f"-D{name}={value}" for name, value in (defines or {}).items()),
@@ -185,7 +186,7 @@ def link(
         CompilerMissingError: there is no GCC.
     """
     numbers = {name: value for name, value in (symbols or {}).items() if isinstance(value, int)}
-    done = _run(
+    done = run_gcc(
         [
             *("-static", "-nostdlib", "-no-pie", "-T", str(script)),
             *("-Wl,--gc-sections", "-Wl,--orphan-handling=error", "-Wl,--build-id=none"),
@@ -199,7 +200,12 @@ def link(
     return target
 
 
-def _run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+def run_gcc(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run GCC in an empty directory.
+
+    Raises:
+        CompilerMissingError: there is no GCC.
+    """
     gcc = shutil.which("gcc")
     if gcc is None:
         raise CompilerMissingError("no gcc on this machine", install(["gcc"]))

@@ -1,8 +1,6 @@
-"""The boot disk's sectors, read back independently, and the initramfs, read by cpio."""
+"""The boot disk's sectors, read back independently."""
 
-import shutil
 import struct
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -79,20 +77,3 @@ def test_kernel_and_initramfs_must_fit() -> None:
 def test_command_line_must_fit(tmp_path: Path) -> None:
     with pytest.raises(boot_disk.BootDiskError, match="too long"):
         boot_disk.write(tmp_path / "disk", _KERNEL, b"", "x" * 4000, _MEMORY)
-
-
-@pytest.mark.skipif(shutil.which("cpio") is None, reason="no cpio to read the archive with")
-def test_cpio_reads_the_archive(tmp_path: Path) -> None:
-    files: list[tuple[str, bytes | None, int]] = [
-        ("modules", None, 0o755),
-        ("modules/a.ko", b"\x7fELF" + b"a" * 1001, 0o644),
-        ("init", b"#!/busybox sh\n", 0o755),
-        ("empty", b"", 0o600),
-    ]
-    archive = boot_disk.cpio(files)
-    subprocess.run(["cpio", "-i", "--quiet"], cwd=tmp_path, input=archive, check=True)
-
-    assert (tmp_path / "modules/a.ko").read_bytes() == files[1][1]
-    assert (tmp_path / "init").stat().st_mode & 0o777 == 0o755
-    assert (tmp_path / "empty").read_bytes() == b""
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "init", "modules"]

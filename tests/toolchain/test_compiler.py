@@ -47,6 +47,7 @@ SOURCES = [
     for directory in (GUEST_SOURCES, GUESTS, OBJECTS)
     for source in sorted(directory.rglob("*.[cS]"))
     if source.parent.name != "crossing"  # it needs the crossing's own offsets
+    and source.parent != GUEST_SOURCES / "linux"  # programs with a C library
 ]
 
 

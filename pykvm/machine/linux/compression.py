@@ -13,7 +13,7 @@ from typing import Final
 from pykvm.errors import PykvmError
 from pykvm.host.advice import install
 
-__all__ = ["KernelCompressionError", "compression_of", "decompress_payload"]
+__all__ = ["KernelCompressionError", "compression_of", "decompress", "decompress_payload"]
 
 # First bytes, and the name.
 _MAGICS: Final = (
@@ -25,6 +25,8 @@ _MAGICS: Final = (
     (b"\x28\xb5\x2f\xfd", "zstd"),
     (b"\x89LZO\0", "lzop"),
 )
+
+_PROGRAMS: Final = ("lz4", "zstd", "lzop")
 
 
 class KernelCompressionError(PykvmError):
@@ -49,14 +51,26 @@ def decompress_payload(data: bytes, name: str) -> bytes:
         KernelCompressionError: the compression is unknown, the data is broken, or the program that
             unpacks it is missing.
     """
+    if compression_of(data) is None:
+        raise KernelCompressionError(
+            f"{name} is packed with something unknown ({data[:4].hex()})",
+            "give an uncompressed kernel (vmlinux)",
+        )
+    # The others' unpackers end with their data; these programs refuse what follows it.
+    return decompress(data[:-4] if compression_of(data) in _PROGRAMS else data, name)
+
+
+def decompress(data: bytes, name: str) -> bytes:
+    """Return data unpacked, or as it is if nothing has packed it.
+
+    Raises:
+        KernelCompressionError: the data is broken, or the program that unpacks it is missing.
+    """
     kind = compression_of(data)
     try:
         match kind:
             case None:
-                raise KernelCompressionError(
-                    f"{name} is packed with something unknown ({data[:4].hex()})",
-                    "give an uncompressed kernel (vmlinux)",
-                )
+                return data
             case "gzip":
                 return gzip.decompress(data)
             case "bzip2":
@@ -64,7 +78,7 @@ def decompress_payload(data: bytes, name: str) -> bytes:
             case "xz" | "lzma":
                 return _whole(lzma.LZMADecompressor(), data, name)
             case program:
-                return _filtered(program, data[:-4], name)
+                return _filtered(program, data, name)
     except (zlib.error, lzma.LZMAError, OSError, EOFError, gzip.BadGzipFile) as error:
         raise KernelCompressionError(
             f"{name} cannot be unpacked: {error}", "copy it again"

@@ -6,6 +6,7 @@ import os
 import struct
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -61,7 +62,7 @@ class MachineConfig:
         kernel: a bzImage (vmlinuz), or an ELF kernel with PVH (vmlinux).
         unpack: whether a bzImage is unpacked by the host, once, instead of by itself at each boot.
         command_line: the kernel's command line.
-        initrd: an initial RAM disk.
+        initrds: initial RAM disks, which the kernel finds one behind the other.
         memory: bytes of RAM.
         cpus: number of processors.
     """
@@ -69,7 +70,7 @@ class MachineConfig:
     kernel: Path
     unpack: bool = True
     command_line: str = ""
-    initrd: Path | None = None
+    initrds: tuple[Path, ...] = ()
     memory: int = 512 * MIB
     cpus: int = 1
 
@@ -88,7 +89,7 @@ class MachineConfig:
         """Return what the machine is made of, a line for each part."""
         how = "unpacked here, PVH" if self.unpack else "as it is"
         lines = [f"kernel    {self.kernel} ({how})"]
-        lines += [f"initrd    {self.initrd}"] if self.initrd else []
+        lines += [f"initrd    {initrd}" for initrd in self.initrds]
         lines += [f"append    {self.command_line}"]
         lines += [f"cpus      {self.cpus}", f"memory    {self.memory >> 20} MiB"]
         return "\n".join(lines)
@@ -188,29 +189,34 @@ class LinuxMachine(Closeable):
             self._ranges(),
             command_line=layout.COMMAND_LINE_GPA,
             rsdp=tables.rsdp,
-            initrd=self._load_initrd(kernel.end),
+            initrd=self._load_initrds(kernel.end),
         )
         return lambda vcpu: kernel.start(vcpu, self.memory, info)
 
-    def _load_initrd(self, kernel_end: int) -> tuple[int, int] | None:
-        """Put the initial RAM disk to the end of low memory, where no kernel unpacks itself."""
-        if self.config.initrd is None:
+    def _load_initrds(self, kernel_end: int) -> tuple[int, int] | None:
+        """Put the initial RAM disks to the end of low memory, where no kernel unpacks itself."""
+        if not self.config.initrds:
             return None
-        descriptor = open_file(self.config.initrd)
-        try:
-            size = os.fstat(descriptor).st_size
+        with ExitStack() as stack:
+            files = []
+            for path in self.config.initrds:
+                descriptor = open_file(path)
+                stack.callback(os.close, descriptor)
+                files.append((descriptor, path.name, os.fstat(descriptor).st_size))
+            # An archive begins at a multiple of 4 bytes.
+            total = sum((size + 3) & ~3 for _, _, size in files)
             end = min(self.config.memory, layout.RAM_HOLE)
-            gpa = (end - size) // PAGE_SIZE * PAGE_SIZE
-            if not size or gpa < kernel_end:
-                raise KernelError(
-                    f"{self.config.initrd.name} has {size} bytes, which do not fit behind the "
-                    "kernel",
-                    "give the guest more memory" if size else "give another file",
-                )
-            read_into(descriptor, 0, self.memory.view(gpa, size), self.config.initrd.name)
-        finally:
-            os.close(descriptor)
-        return gpa, size
+            gpa = (end - total) // PAGE_SIZE * PAGE_SIZE
+            at = gpa
+            for descriptor, name, size in files:
+                if not size or gpa < kernel_end:
+                    raise KernelError(
+                        f"{name} has {size} bytes, which do not fit behind the kernel",
+                        "give the guest more memory" if size else "give another file",
+                    )
+                read_into(descriptor, 0, self.memory.view(at, size), name)
+                at += (size + 3) & ~3
+        return gpa, total
 
     def _ranges(self) -> list[MemoryRange]:
         low = min(self.config.memory, layout.RAM_HOLE)
