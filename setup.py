@@ -31,6 +31,7 @@ setup(
     cffi_modules=[
         "pykvm/kvm/native/build_kvm.py:ffibuilder",
         "pykvm/devices/build_devices.py:ffibuilder",
+        "pykvm/devices/virtio/build_virtio.py:ffibuilder",
         "pykvm/kernel/build_uapi.py:ffibuilder",
         "pykvm/switch/build_native.py:ffibuilder",
     ],
