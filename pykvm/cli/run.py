@@ -14,10 +14,12 @@ __all__ = ["add_parser", "run"]
 _UNITS: Final = {"K": KIB, "M": MIB, "G": GIB, "": MIB}
 _CONSOLE: Final = "console=ttyS0"
 _STDOUT: Final = 1
+_PANIC_STATUS: Final = 70
 
 _EPILOG = """\
 The guest's console is this terminal; Ctrl-] ends the machine. Exit status: 0 after that, after the
-guest has powered off, or has reset itself with --no-reboot; 1 after a triple fault.
+guest has powered off, or has reset itself with --no-reboot; 70 after a panic of its kernel; 1 after
+a triple fault.
 examples:
   pykvm run --initrd rootfs.cpio.gz
   pykvm run --kernel vmlinuz --initrd rootfs.cpio.gz --append "quiet" --cpus 2 --memory 1G
@@ -74,11 +76,11 @@ def run(options: argparse.Namespace) -> int:
         PykvmError: see `pykvm.machine.linux.machine.LinuxMachine` and its `run`.
     """
     from pykvm.kvm import Kvm, UnexpectedExitError  # noqa: PLC0415  (--help needs none of it)
+    from pykvm.machine.linux.config import MachineConfig  # noqa: PLC0415
     from pykvm.machine.linux.console import Console  # noqa: PLC0415
     from pykvm.machine.linux.machine import (  # noqa: PLC0415
         End,
         LinuxMachine,
-        MachineConfig,
         MachineCrashedError,
     )
 
@@ -106,6 +108,9 @@ def run(options: argparse.Namespace) -> int:
                 except (MachineCrashedError, UnexpectedExitError) as error:
                     print(error.report, file=sys.stderr)
                     raise
+            if end is End.PANIC:
+                print("pykvm run: the guest's kernel has panicked", file=sys.stderr)
+                return _PANIC_STATUS
             if end is not End.RESET or options.no_reboot:
                 return 0
 

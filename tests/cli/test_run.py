@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pykvm.cli.main import main
-from pykvm.machine.linux.machine import MachineConfig, MachineConfigError
+from pykvm.machine.linux.config import MachineConfig, MachineConfigError
 from pykvm.sizes import GIB, MIB
 from tests.rigs.kernel_files import elf
 

@@ -7,14 +7,13 @@ import struct
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 from typing import Final
 
 from pykvm.closeable import Closeable
 from pykvm.devices.pci.bus import ECAM_SIZE, PciBus
 from pykvm.devices.pci.msix import MsiRoutes
+from pykvm.devices.pci.pvpanic import Pvpanic
 from pykvm.devices.serial import COM1_IRQ, COM1_PORT, Serial
 from pykvm.devices.virtio.device import Device
 from pykvm.devices.virtio.pci import VirtioPci
@@ -29,13 +28,17 @@ from pykvm.machine.linux.boot import (
     open_file,
     read_into,
 )
+from pykvm.machine.linux.config import MachineConfig
 from pykvm.machine.linux.kernel_file import KernelFile
 from pykvm.machine.x86 import acpi, aml, interrupt_pins, long_mode
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.memory.regions import MemoryFile, Region
-from pykvm.sizes import MIB, PAGE_SIZE
+from pykvm.sizes import PAGE_SIZE
 
-__all__ = ["End", "LinuxMachine", "MachineConfig", "MachineConfigError", "MachineCrashedError"]
+__all__ = ["End", "LinuxMachine", "MachineCrashedError"]
+
+# What a kernel says, on every console, before it resets the machine or stops.
+_PANIC: Final = b"Kernel panic - not syncing"
 
 _ONES: Final = b"\xff" * 8
 
@@ -51,52 +54,8 @@ class End(Enum):
 
     POWER_OFF = "power off"
     RESET = "reset"
+    PANIC = "kernel panic"
     STOPPED = "stopped"
-
-
-@dataclass(frozen=True)
-class MachineConfig:
-    """What a machine is made of.
-
-    Attributes:
-        kernel: a bzImage (vmlinuz), or an ELF kernel with PVH (vmlinux).
-        unpack: whether a bzImage is unpacked by the host, once, instead of by itself at each boot.
-        command_line: the kernel's command line.
-        initrds: initial RAM disks, which the kernel finds one behind the other.
-        memory: bytes of RAM.
-        cpus: number of processors.
-    """
-
-    kernel: Path
-    unpack: bool = True
-    command_line: str = ""
-    initrds: tuple[Path, ...] = ()
-    memory: int = 512 * MIB
-    cpus: int = 1
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.cpus <= layout.MAX_CPUS:
-            raise MachineConfigError(
-                f"{self.cpus} processors", f"use 1 to {layout.MAX_CPUS} (--cpus)"
-            )
-        if self.memory < layout.MIN_MEMORY or self.memory % PAGE_SIZE:
-            raise MachineConfigError(
-                f"{self.memory} bytes of memory",
-                f"use {layout.MIN_MEMORY >> 20} MiB or more, in whole pages (--memory)",
-            )
-
-    def described(self) -> str:
-        """Return what the machine is made of, a line for each part."""
-        how = "unpacked here, PVH" if self.unpack else "as it is"
-        lines = [f"kernel    {self.kernel} ({how})"]
-        lines += [f"initrd    {initrd}" for initrd in self.initrds]
-        lines += [f"append    {self.command_line}"]
-        lines += [f"cpus      {self.cpus}", f"memory    {self.memory >> 20} MiB"]
-        return "\n".join(lines)
-
-
-class MachineConfigError(PykvmError, ValueError):
-    """A machine that cannot be."""
 
 
 class MachineCrashedError(PykvmError):
@@ -133,6 +92,7 @@ class LinuxMachine(Closeable):
         self.vcpus: list[Vcpu] = []
         window = (layout.PCI_WINDOW_GPA, layout.PCI_WINDOW_SIZE)
         self.pci = PciBus(layout.PCI_ECAM_GPA, window)
+        self.pci.add(Pvpanic(lambda: self._finish(End.PANIC)))
         self._owned: list[Closeable] = []
         self._end: End | None = None
         self._failure: BaseException | None = None
@@ -278,6 +238,8 @@ class LinuxMachine(Closeable):
         if self._failure is not None:
             raise self._failure
         assert self._end is not None
+        if self._end is End.RESET and _PANIC in self.serial.tail():
+            return End.PANIC  # before a driver for pvpanic was there
         return self._end
 
     def stop(self) -> None:

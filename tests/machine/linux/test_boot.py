@@ -70,3 +70,15 @@ def test_it_boots_talks_and_ends(tmp_path: Path) -> None:
     assert "init: got hi" in said
     assert "init: ends" not in said
     assert status == 0, said
+
+
+@pytest.mark.kvm
+def test_a_panic_has_a_status_of_its_own(tmp_path: Path) -> None:
+    """The first process ends, and no driver for pvpanic is there yet."""
+    if not platform.release().startswith("6.1."):
+        pytest.skip("one boot is enough, and this series takes longer")
+    status, said = boot(tmp_path, "--unpack", words="end")
+    assert "init: ends" in said
+    assert "Kernel panic - not syncing: Attempted to kill init!" in said
+    assert said.rstrip().endswith("pykvm run: the guest's kernel has panicked")
+    assert status == 70

@@ -1,0 +1,55 @@
+"""What a Linux machine is made of, as its user has written it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pykvm.errors import PykvmError
+from pykvm.machine.linux import layout
+from pykvm.sizes import MIB, PAGE_SIZE
+
+__all__ = ["MachineConfig", "MachineConfigError"]
+
+
+@dataclass(frozen=True)
+class MachineConfig:
+    """What a machine is made of.
+
+    Attributes:
+        kernel: a bzImage (vmlinuz), or an ELF kernel with PVH (vmlinux).
+        unpack: whether a bzImage is unpacked by the host, once, instead of by itself at each boot.
+        command_line: the kernel's command line.
+        initrds: initial RAM disks, which the kernel finds one behind the other.
+        memory: bytes of RAM.
+        cpus: number of processors.
+    """
+
+    kernel: Path
+    unpack: bool = True
+    command_line: str = ""
+    initrds: tuple[Path, ...] = ()
+    memory: int = 512 * MIB
+    cpus: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.cpus <= layout.MAX_CPUS:
+            raise MachineConfigError(
+                f"{self.cpus} processors", f"use 1 to {layout.MAX_CPUS} (--cpus)"
+            )
+        if self.memory < layout.MIN_MEMORY or self.memory % PAGE_SIZE:
+            raise MachineConfigError(
+                f"{self.memory} bytes of memory",
+                f"use {layout.MIN_MEMORY >> 20} MiB or more, in whole pages (--memory)",
+            )
+
+    def described(self) -> str:
+        """Return what the machine is made of, a line for each part."""
+        how = "unpacked here, PVH" if self.unpack else "as it is"
+        lines = [f"kernel    {self.kernel} ({how})"]
+        lines += [f"initrd    {initrd}" for initrd in self.initrds]
+        lines += [f"append    {self.command_line}"]
+        lines += [f"cpus      {self.cpus}", f"memory    {self.memory >> 20} MiB"]
+        return "\n".join(lines)
+
+
+class MachineConfigError(PykvmError, ValueError):
+    """A machine that cannot be."""
