@@ -16,6 +16,7 @@ import threading
 from collections.abc import Sequence
 from typing import Final
 
+from pykvm.closeable import Closeable
 from pykvm.devices.virtio import vhost_user_messages as messages
 from pykvm.devices.virtio.device import NO_CALL, Device, DeviceType, Feature, Ring
 from pykvm.devices.virtio.ring_memory import check_rings
@@ -55,6 +56,7 @@ class VhostUserDevice(Device):
         features: the part of `PASSED_ON` that may be offered.
         config_size: bytes of configuration that come from the back end; 0 for a device that
             overrides `config`.
+        process: what has to be closed after the connection.
 
     Raises:
         BackendError: the back end is gone, hangs, or lacks what the device needs.
@@ -70,12 +72,14 @@ class VhostUserDevice(Device):
         queue_sizes: Sequence[int],
         features: int = PASSED_ON,
         config_size: int = 0,
+        process: Closeable | None = None,
     ) -> None:
         super().__init__()
         self.type = type
         self.queue_sizes = tuple(queue_sizes)
         self._connection = connection
         self._memory = memory
+        self._process = process
         self._config = bytes(config_size)
         self._config_is_old = config_size > 0
         self._failure = ""
@@ -86,7 +90,7 @@ class VhostUserDevice(Device):
         # Back ends write to the eventfd of a ring whose driver polls; some do not bear its absence.
         self._nobody = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._watch = VhostUserWatch(
-            connection.fileno(), connection.name, self.fail, self._config_changed
+            connection.fileno(), connection.name, self._gone, self._config_changed
         )
         try:
             offered = self._negotiate()
@@ -236,6 +240,9 @@ class VhostUserDevice(Device):
 
     # ---- its end ------------------------------------------------------------------------------
 
+    def _gone(self, reason: str) -> None:
+        self.fail(self._connection.explain() or reason)
+
     def fail(self, reason: str) -> None:
         """Take note that the back end cannot go on; tell it once. From any thread."""
         with self._lock:
@@ -256,6 +263,8 @@ class VhostUserDevice(Device):
             self._closed = True
         self._watch.close()
         self._connection.close()
+        if self._process is not None:
+            self._process.close()
         os.close(self._nobody)
 
 

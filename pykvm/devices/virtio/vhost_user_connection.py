@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -66,11 +66,13 @@ class VhostUserConnection(Closeable):
 
     Attributes:
         acknowledges: whether REPLY_ACK was negotiated.
+        explain: returns what is known about the end of a back end that is gone, or "".
     """
 
     def __init__(self, sock: socket.socket, name: str, timeout: float = REPLY_SECONDS) -> None:
         self.name = name
         self.acknowledges = False
+        self.explain: Callable[[], str] = str
         self._socket = sock
         self._timeout = timeout
         self._lock = threading.Lock()
@@ -150,9 +152,8 @@ class VhostUserConnection(Closeable):
                 )
             except OSError as error:
                 reason = (error.strerror or str(error)).lower()
-                self._broken = BackendGoneError(
-                    f"{self.name} is gone at {code.name} ({reason})", "see its own messages"
-                )
+                what = self.explain() or f"{self.name} is gone at {code.name} ({reason})"
+                self._broken = BackendGoneError(what, "see its own messages")
             except MalformedMessageError as error:
                 self._broken = MalformedMessageError(f"{self.name} at {code.name}: {error.problem}")
             raise self._broken
