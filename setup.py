@@ -32,6 +32,7 @@ setup(
         "pykvm/kvm/native/build_kvm.py:ffibuilder",
         "pykvm/devices/build_devices.py:ffibuilder",
         "pykvm/devices/virtio/build_virtio.py:ffibuilder",
+        "pykvm/devices/virtio/build_vhost.py:ffibuilder",
         "pykvm/kernel/build_uapi.py:ffibuilder",
         "pykvm/switch/build_native.py:ffibuilder",
     ],

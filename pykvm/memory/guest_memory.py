@@ -62,6 +62,7 @@ class GuestMemory(Closeable):
         name: str = "guest",
         huge_page: int | None = None,
         prefault: bool = False,
+        shareable: bool = False,
     ) -> Self:
         """Create memory of `size` bytes from `gpa` on, in a file of its own.
 
@@ -71,6 +72,7 @@ class GuestMemory(Closeable):
             name: name of the file, shown in /proc/PID/maps.
             huge_page: page size, see `MemoryFile`.
             prefault: whether to allocate every page now.
+            shareable: see `Region`.
 
         Raises:
             RegionError: an address or size is not valid.
@@ -79,7 +81,7 @@ class GuestMemory(Closeable):
         """
         memory = cls()
         with MemoryFile(name, size, huge_page=huge_page) as file:
-            memory.add(Region(file, gpa, prefault=prefault))
+            memory.add(Region(file, gpa, prefault=prefault, shareable=shareable))
         return memory
 
     @property

@@ -143,6 +143,7 @@ class Region(Closeable):
         size: bytes; by default the rest of the file.
         prefault: whether to allocate every page now, so that no page fault disturbs a measurement.
         read_only: whether the guest may only read; this process may always write.
+        shareable: whether `fd` stays, so that other processes can map the region too.
 
     Raises:
         RegionError: an address or size is not aligned, or the file is too small.
@@ -159,6 +160,7 @@ class Region(Closeable):
         size: int | None = None,
         prefault: bool = False,
         read_only: bool = False,
+        shareable: bool = False,
     ) -> None:
         size = file.size - offset if size is None else size
         for what, value in (("gpa", gpa), ("offset", offset), ("size", size)):
@@ -178,6 +180,7 @@ class Region(Closeable):
         self.offset = offset
         self.page_size = file.page_size
         self.read_only = read_only
+        self._fd = -1
         if prefault and file.page_size == PAGE_SIZE:
             require_memory(size, "MemAvailable")
         try:
@@ -196,12 +199,14 @@ class Region(Closeable):
             ) from error
         # The temporary array has to be gone before close() can unmap: it is an exported buffer.
         self._host_address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        if prefault:
-            try:
+        try:
+            if shareable:
+                self._fd = fcntl.fcntl(file.fd, fcntl.F_DUPFD_CLOEXEC, 0)
+            if prefault:
                 self._prefault()
-            except BaseException:
-                self.close()
-                raise
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def end(self) -> int:
@@ -217,6 +222,25 @@ class Region(Closeable):
         """
         self._mapping()
         return self._host_address
+
+    @property
+    def fd(self) -> int:
+        """Descriptor of the file, for another process, which finds the region at `offset`.
+
+        Raises:
+            RegionError: the region is not shareable.
+            ClosedMemoryError: the region is closed.
+        """
+        self._mapping()
+        if not self.shareable:
+            raise RegionError(
+                f"no other process can map region {self.name}", "make it with shareable=True"
+            )
+        return self._fd
+
+    @property
+    def shareable(self) -> bool:
+        return self._fd >= 0
 
     @property
     def closed(self) -> bool:
@@ -243,10 +267,17 @@ class Region(Closeable):
     def close(self) -> None:
         """Unmap the region, or leave that to the last view in use."""
         mapping, self._map = self._map, None
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
         if mapping is not None:
             # BufferError: there are views. They hold the mapping, which unmaps itself when they go.
             with contextlib.suppress(BufferError):
                 mapping.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            self.close()
 
     def _mapping(self) -> mmap.mmap:
         if self._map is None:

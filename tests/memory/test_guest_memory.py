@@ -331,3 +331,21 @@ def test_lock_limit_of_this_process() -> None:
         require_lockable(limit)
         with pytest.raises(LockLimitError):
             require_lockable(limit + 1)
+
+
+def test_a_region_for_other_processes() -> None:
+    with MemoryFile("ram", 8192) as file:
+        region = Region(file, 0, offset=4096, shareable=True)
+        alone = Region(file, 0)
+    region.view()[:5] = b"hello"
+    assert region.shareable
+    assert os.pread(region.fd, 5, region.offset) == b"hello"
+    fd = region.fd
+    region.close()
+    assert not region.shareable
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+    with pytest.raises(ClosedMemoryError):
+        _ = region.fd
+    with alone, pytest.raises(RegionError, match="make it with shareable=True"):
+        _ = alone.fd
