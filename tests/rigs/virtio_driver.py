@@ -92,6 +92,14 @@ class VirtioDriver(Closeable):
         for index, base in device.stop().items():
             self.queues[index].base = base
 
+    def reset(self) -> None:
+        """Forget everything, as a driver does after it has reset its device."""
+        for queue in self.queues:
+            queue.reset()
+        for request in self._pending.values():
+            self.release(request.buffers)
+        self._pending = {}
+
     def allocate(self, size: int) -> int:
         """Return the GPA of unused memory."""
         rounded = max(64, 1 << (size - 1).bit_length()) if size else 64

@@ -85,10 +85,15 @@ class DriverQueue(ABC):
         self.words = memory.view(at, self.tables - at).cast("H")
         self.kick = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.call = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.base = self.fresh_base
-        self.calls = True
         self.kicks = 0
         """How often the eventfd was written."""
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew, as a driver does after it has reset its device."""
+        self.base = self.fresh_base
+        self.calls = True
+        self.words[:] = memoryview(bytes(self.words.nbytes)).cast("H")
 
     def ring(self) -> Ring:
         """Return the queue as a device is told of it; `base` says where it begins."""
@@ -172,18 +177,9 @@ class SplitQueue(DriverQueue):
 
     fresh_base = 0
 
-    def __init__(
-        self,
-        memory: GuestMemory,
-        at: int,
-        size: int,
-        features: int = 0,
-        *,
-        index: int = 0,
-        table: int = 64,
-    ) -> None:
-        super().__init__(memory, at, size, features, index=index, table=table)
-        self.free = list(range(size))
+    def reset(self) -> None:
+        super().reset()
+        self.free = list(range(self.size))
         self.chains: dict[int, list[int]] = {}
         self.next = self.told = self.seen = 0
         self.avail, self.used = self.word(self.driver), self.word(self.device)
@@ -258,19 +254,10 @@ class PackedQueue(DriverQueue):
 
     fresh_base = 0x8000_8000  # both wrap counters begin at 1
 
-    def __init__(
-        self,
-        memory: GuestMemory,
-        at: int,
-        size: int,
-        features: int = 0,
-        *,
-        index: int = 0,
-        table: int = 64,
-    ) -> None:
-        super().__init__(memory, at, size, features, index=index, table=table)
-        self.free = list(range(size))
-        self.room = size
+    def reset(self) -> None:
+        super().reset()
+        self.free = list(range(self.size))
+        self.room = self.size
         self.chains: dict[int, int] = {}
         self.next = self.seen = self.added = 0
         self.next_wrap = self.seen_wrap = True
