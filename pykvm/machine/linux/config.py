@@ -7,7 +7,39 @@ from pykvm.errors import PykvmError
 from pykvm.machine.linux import layout
 from pykvm.sizes import MIB, PAGE_SIZE
 
-__all__ = ["MachineConfig", "MachineConfigError"]
+__all__ = ["MachineConfig", "MachineConfigError", "Share"]
+
+
+@dataclass(frozen=True)
+class Share:
+    """A directory of the host that the guest can mount (``mount -t virtiofs TAG /mnt``).
+
+    Attributes:
+        tag: its name for the guest.
+        directory: the directory.
+        read_only: whether the guest cannot change it.
+    """
+
+    tag: str
+    directory: Path
+    read_only: bool = True
+
+    @classmethod
+    def parse(cls, text: str) -> "Share":
+        """Return what ``TAG=DIRECTORY`` or ``TAG=DIRECTORY,rw`` describes.
+
+        Raises:
+            MachineConfigError: it describes none.
+        """
+        tag, equals, rest = text.partition("=")
+        directory, comma, mode = rest.rpartition(",")
+        if mode not in ("ro", "rw") or not comma:
+            directory, mode = rest, "ro"
+        if not (tag and equals and directory):
+            raise MachineConfigError(
+                f"{text!r} is no shared directory", "write --share TAG=DIRECTORY, or ...,rw"
+            )
+        return cls(tag, Path(directory), mode == "ro")
 
 
 @dataclass(frozen=True)
@@ -21,6 +53,7 @@ class MachineConfig:
         initrds: initial RAM disks, which the kernel finds one behind the other.
         memory: bytes of RAM.
         cpus: number of processors.
+        shares: directories of the host that it can mount.
     """
 
     kernel: Path
@@ -29,6 +62,7 @@ class MachineConfig:
     initrds: tuple[Path, ...] = ()
     memory: int = 512 * MIB
     cpus: int = 1
+    shares: tuple[Share, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.cpus <= layout.MAX_CPUS:
@@ -48,6 +82,9 @@ class MachineConfig:
         lines += [f"initrd    {initrd}" for initrd in self.initrds]
         lines += [f"append    {self.command_line}"]
         lines += [f"cpus      {self.cpus}", f"memory    {self.memory >> 20} MiB"]
+        for share in self.shares:
+            how = "read-only" if share.read_only else "writable"
+            lines.append(f"share     {share.tag}: {share.directory} ({how})")
         return "\n".join(lines)
 
 

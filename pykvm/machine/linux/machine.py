@@ -106,6 +106,7 @@ class LinuxMachine(Closeable):
             self.serial.attach(self.vm.handlers)
             self.vm.register_irqfd(self.serial.interrupt, COM1_IRQ)
             self._routes = MsiRoutes(self.vm, interrupt_pins.default_routes())
+            self._add_devices()
             start = self._load()
             for number in range(config.cpus):
                 self._add_vcpu(number)
@@ -122,7 +123,8 @@ class LinuxMachine(Closeable):
         parts = [(0, low)] + ([(layout.HIGH_RAM, size - low)] if size > low else [])
         for gpa, part in parts:
             with MemoryFile("ram", part) as file:
-                self.memory.add(Region(file, gpa))
+                # Servers of virtio devices, in processes of their own, map it too.
+                self.memory.add(Region(file, gpa, shareable=True))
         for slot in self.memory.slots():
             self.vm.set_memory_slot(slot)
 
@@ -198,6 +200,14 @@ class LinuxMachine(Closeable):
         long_mode.set_apic_id(cpuid, number)
         vcpu.set_cpuid2(cpuid)
         self.vcpus.append(vcpu)
+
+    def _add_devices(self) -> None:
+        for share in self.config.shares:
+            from pykvm.devices.virtio.fs import VirtioFs  # noqa: PLC0415  (only where it is used)
+
+            self.add_device(
+                VirtioFs(share.tag, share.directory, self.memory, read_only=share.read_only)
+            )
 
     def add_device(self, device: Device) -> None:
         """Put a virtio device on the PCI bus, before `run`. The machine closes it.
