@@ -10,8 +10,10 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 FOLDER = "pykvm/devices/virtio"
 
-PARTS = ("chain", "queue", "loop", "entropy")
+PARTS = ("chain", "queue", "loop", "entropy", "console")
 """Names of the C sources and their headers; a header comes after those that it includes."""
+
+SOURCES = (*PARTS, "console_control", "console_output")
 
 SYSTEM = "struct iovec { void *iov_base; size_t iov_len; };\n"
 """What the headers take from the system's."""
@@ -35,8 +37,8 @@ ffibuilder.set_source(
     "pykvm.devices.virtio._virtio",
     "#include <sys/uio.h>\n" + "".join(f'#include "{part}.h"\n' for part in PARTS),
     # setuptools requires paths relative to the directory of setup.py, where it runs.
-    sources=[f"{FOLDER}/{part}.c" for part in PARTS],
-    depends=[f"{FOLDER}/{part}.h" for part in PARTS],
+    sources=[f"{FOLDER}/{name}.c" for name in SOURCES],
+    depends=[f"{FOLDER}/{path.name}" for path in sorted(HERE.glob("*.h"))],
     include_dirs=[FOLDER],
     extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-pthread"],
     extra_link_args=["-pthread"],

@@ -96,7 +96,10 @@ void virtio_loop_nudge(struct virtio_loop *loop);
 typedef int64_t virtio_answer(struct virtio_device *device, struct virtio_loop *loop,
 			      uint32_t index, struct virtio_chain *chain);
 
-/* Takes what is available and puts what answer() has answered; a broken queue fails the device. */
+/*
+ * Takes what is available and puts what answer() has answered; a broken queue fails the device.
+ * When answer() serves another queue, its own chain's iovecs are overwritten.
+ */
 void virtio_loop_serve(struct virtio_loop *loop, uint32_t index, virtio_answer *answer);
 
 /* Calls kicked() again soon, as if the driver had kicked; harmless if the queue is not there. */

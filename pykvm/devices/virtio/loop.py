@@ -57,13 +57,13 @@ class NativeDevice(Device):
             raise MemoryError(f"no memory for a device: {name}")
         self.name = name
         self._memory = memory
-        self._device = ffi.gc(raw, free)
+        self._device: Any = ffi.gc(raw, free)
         self._loop: Any = None
         self._table: MemoryTable | None = None
         self._rings: list[int] = []
         self._events = -1
         self._lock = threading.Lock()
-        """Between start, stop and whoever uses the loop from another thread."""
+        """Between start, stop, close and whoever uses `_loop` or `_device` in another thread."""
 
     @property
     def running(self) -> bool:
@@ -78,6 +78,8 @@ class NativeDevice(Device):
             ForkedProcessError: the device belongs to the parent process.
         """
         self.require_own(f"the {self.name} device")
+        if self._device is None:
+            raise DataPlaneError(f"the {self.name} device is closed", "make another one")
         self.stop()
         self._watch()
         self._device.features = features
@@ -109,6 +111,10 @@ class NativeDevice(Device):
     def close(self) -> None:
         """Stop the thread, and close what the device has open."""
         self.stop()
+        with self._lock:
+            device, self._device = self._device, None
+        if device is not None:
+            ffi.release(device)
         events, self._events = self._events, -1
         if events >= 0 and not self.inherited:
             os.eventfd_write(events, 1)  # the thread that waits for it closes it
@@ -119,7 +125,10 @@ class NativeDevice(Device):
         """Do what has to be done before the thread starts."""
 
     def _noticed(self) -> None:
-        """Look at what the C device has told, in a thread of its own."""
+        """Look at what the C device has told, in a thread of its own.
+
+        Hold `_lock` while using `_device`, which is None once the device is closed.
+        """
 
     def _nudge(self) -> None:
         """Call the C device's nudged(), if it runs."""
