@@ -114,6 +114,9 @@ class VirtioFs(VhostUserDevice):
         program: the virtiofsd; by default the one that `find_virtiofsd` finds.
         timeout: seconds that each of its replies may take.
 
+    Attributes:
+        pid: process ID of its virtiofsd.
+
     Raises:
         ShareError: the tag or the directory cannot be used.
         BackendMissingError: no virtiofsd is installed.
@@ -144,6 +147,7 @@ class VirtioFs(VhostUserDevice):
             user_namespace=not is_root and not program.rust,
             timeout=timeout,
         )
+        self.pid = process.pid
         self._tag = encoded
         super().__init__(
             DeviceType.FS,

@@ -152,8 +152,11 @@ class VhostUserConnection(Closeable):
                 )
             except OSError as error:
                 reason = (error.strerror or str(error)).lower()
-                what = self.explain() or f"{self.name} is gone at {code.name} ({reason})"
-                self._broken = BackendGoneError(what, "see its own messages")
+                known = self.explain()
+                self._broken = BackendGoneError(
+                    known or f"{self.name} is gone at {code.name} ({reason})",
+                    "" if known else "see its own messages",
+                )
             except MalformedMessageError as error:
                 self._broken = MalformedMessageError(f"{self.name} at {code.name}: {error.problem}")
             raise self._broken

@@ -1,0 +1,69 @@
+"""A thread that waits for the failure of what has no thread of ours: a kernel's data plane."""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from pykvm.closeable import Closeable
+
+__all__ = ["FailureWatch"]
+
+
+_MILLISECONDS: Final = 1000
+
+
+class FailureWatch(Closeable):
+    """A thread that reports the first failure of a device.
+
+    Args:
+        name: the device, for the thread's name.
+        on_failure: called, once and from the thread, with the reason.
+        written: descriptors and the reason of a failure when one can be read.
+        broken: descriptors and the reason of a failure when one has an error or was hung up. They
+            are looked at every second: a TAP that is removed wakes readers alone, and so does each
+            frame (drivers/net/tun.c, tun_detach_all).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        on_failure: Callable[[str], None],
+        written: Mapping[int, str],
+        broken: Mapping[int, str],
+    ) -> None:
+        self._on_failure = on_failure
+        self._reasons = {**written, **broken}
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
+        self._poll = select.poll()
+        self._poll.register(self._wake, select.POLLIN)
+        for fd in written:
+            self._poll.register(fd, select.POLLIN)
+        for fd in broken:
+            self._poll.register(fd, 0)  # errors and hang-ups are reported without being asked for
+        self._milliseconds = _MILLISECONDS if broken else None
+        self._thread = threading.Thread(
+            target=self._run, args=(self._wake,), name=f"watch of {name}", daemon=True
+        )
+        self._thread.start()
+
+    def _run(self, wake: int) -> None:
+        ready: list[int] = []
+        while not ready:
+            ready = [fd for fd, _ in self._poll.poll(self._milliseconds)]
+        if wake not in ready:
+            self._on_failure(self._reasons[ready[0]])
+
+    def close(self) -> None:
+        """Stop to watch; the descriptors stay open. Harmless twice."""
+        wake, self._wake = self._wake, -1
+        if wake < 0:
+            return
+        if not self.inherited:
+            os.eventfd_write(wake, 1)
+            if self._thread is not threading.current_thread():
+                self._thread.join()
+        os.close(wake)
