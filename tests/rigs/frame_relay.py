@@ -38,6 +38,10 @@ class FrameRelay:
                 f"route add default via {gateway}",
             ):
                 subprocess.run(["ip", *command.split()], check=True)
+            # passt believes the last frame's source, and those may have an earlier address.
+            with contextlib.suppress(BlockingIOError):
+                while os.read(self._tap.descriptors[0], 70000):
+                    pass
         self._ended, self._end = os.pipe()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
