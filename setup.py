@@ -34,6 +34,7 @@ setup(
         "pykvm/devices/virtio/build_virtio.py:ffibuilder",
         "pykvm/devices/virtio/build_vhost.py:ffibuilder",
         "pykvm/kernel/build_uapi.py:ffibuilder",
+        "pykvm/network/build_tun.py:ffibuilder",
         "pykvm/switch/build_native.py:ffibuilder",
     ],
     # cffi keeps to the stable ABI: one wheel for every Python that pyproject.toml allows.

@@ -1,0 +1,182 @@
+"""User-mode networks: passt turns a guest's frames into sockets of this user, without privileges.
+
+Frames go over a stream socket, each with its length in front (32 bits, big endian), as QEMU's
+``-netdev stream`` has them. passt ends when the socket is closed.
+
+Source: passt(1); QEMU net/stream.c.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import shutil
+import socket
+import struct
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from pykvm.closeable import Closeable
+from pykvm.errors import PykvmError
+from pykvm.host.commands import as_root
+from pykvm.network.addresses import StaticAddress
+from pykvm.network.child_process import ChildProcess
+from pykvm.network.specification import Forward
+
+__all__ = ["PasstError", "UserNetwork"]
+
+_GUEST: Final = "10.0.2.15/24"
+_GATEWAY: Final = "10.0.2.2"
+_RESOLVER: Final = "10.0.2.3"
+_GATEWAY_MAC: Final = "02:50:56:00:00:02"
+_MTU: Final = 65520  # the largest that passt takes; large frames are its substitute for offloads
+_SECONDS_TO_START: Final = 10.0
+_LENGTH: Final = struct.Struct("!I")
+_LARGEST_FRAME: Final = 65535
+
+
+class PasstError(PykvmError):
+    """passt is missing, does not start, or has ended."""
+
+
+class UserNetwork(Closeable):
+    """A network of one guest, with the host's connections to the world.
+
+    The guest is 10.0.2.15, its gateway 10.0.2.2, its resolver 10.0.2.3 (the host's); passt tells it
+    so by DHCP, too. IPv4 only.
+
+    Attributes:
+        socket: stream socket; each frame follows its length (32 bits, big endian).
+        mtu: bytes of payload in a frame.
+        fd: becomes readable when passt has ended; `complaint` says why.
+
+    Args:
+        mac: the guest's MAC address.
+        forwards: ports of the host that lead to the guest.
+        host: whether the guest reaches the host's 127.0.0.1, as its gateway.
+        mtu: the largest frame's payload.
+
+    Raises:
+        PasstError: passt is not installed, or refuses a port.
+    """
+
+    def __init__(
+        self,
+        mac: str,
+        *,
+        forwards: Sequence[Forward] = (),
+        host: bool = False,
+        mtu: int | None = None,
+    ) -> None:
+        self.mtu = mtu or _MTU
+        program = shutil.which("passt")
+        if program is None:
+            raise PasstError(
+                "--net user needs passt, which is not installed",
+                f"type `{as_root('apt-get install passt')}`",
+            )
+        self.socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with other:
+            command = [program, *_arguments(other.fileno(), forwards, host, self.mtu)]
+            self._child = ChildProcess(
+                command, ends_with=other.fileno(), is_noise=lambda line: "to syslog" in line
+            )
+        try:
+            self._wait_until_it_answers(bytes.fromhex(mac.replace(":", "")))
+        except BaseException:
+            self.close()
+            raise
+        self.socket.setblocking(False)
+
+    @property
+    def fd(self) -> int:
+        """A pidfd of passt."""
+        return self._child.fd
+
+    @property
+    def address(self) -> StaticAddress:
+        """The guest's address, for a kernel command line."""
+        return StaticAddress(
+            ipaddress.IPv4Interface(_GUEST),
+            ipaddress.IPv4Address(_GATEWAY),
+            (ipaddress.IPv4Address(_RESOLVER),),
+        )
+
+    def complaint(self) -> str:
+        """Return why passt has ended; empty while it runs."""
+        if self._child.alive:
+            return ""
+        return f"passt has ended: {self._child.complaint() or 'it does not say why'}"
+
+    def close(self) -> None:
+        """Close the socket, by which passt ends."""
+        self.socket.close()
+        self._child.close()
+
+    def _wait_until_it_answers(self, mac: bytes) -> None:
+        """Ask for the gateway's MAC address (RFC 826) and wait for the answer."""
+        addresses = [ipaddress.IPv4Address(text).packed for text in (_GUEST[:-3], _GATEWAY)]
+        question = struct.pack(
+            "!6s6sHHHBBH6s4s6s4s",
+            *(b"\xff" * 6, mac, 0x0806, 1, 0x0800, 6, 4, 1, mac, addresses[0], bytes(6)),
+            addresses[1],
+        ).ljust(60, b"\0")
+        deadline = time.monotonic() + _SECONDS_TO_START
+        try:
+            self.socket.sendall(_LENGTH.pack(len(question)) + question)
+            while not _is_answer(self._receive(deadline), addresses[1]):
+                pass
+        except (OSError, EOFError):
+            self._child.wait(1)
+            reason = self._child.complaint() or "it does not answer"
+            raise PasstError(
+                f"passt does not start: {reason}", "choose other ports, or try --net tap"
+            ) from None
+
+    def _receive(self, deadline: float) -> bytes:
+        size: int = _LENGTH.unpack(self._exactly(_LENGTH.size, deadline))[0]
+        if size > _LARGEST_FRAME:
+            raise EOFError
+        return self._exactly(size, deadline)
+
+    def _exactly(self, size: int, deadline: float) -> bytes:
+        data = b""
+        while len(data) < size:
+            self.socket.settimeout(max(deadline - time.monotonic(), 0.001))
+            part = self.socket.recv(size - len(data))
+            if not part:
+                raise EOFError
+            data += part
+        return data
+
+
+def _is_answer(frame: bytes, gateway: bytes) -> bool:
+    """Return whether a frame is the ARP reply of the gateway."""
+    return frame[12:14] == b"\x08\x06" and frame[20:22] == b"\0\2" and frame[28:32] == gateway
+
+
+def _arguments(descriptor: int, forwards: Sequence[Forward], host: bool, mtu: int) -> list[str]:
+    arguments = ["--foreground", "--stderr", "--fd", str(descriptor), "--ipv4-only"]
+    address, _, prefix = _GUEST.partition("/")
+    arguments += ["--address", address, "--netmask", prefix, "--gateway", _GATEWAY]
+    arguments += ["--mac-addr", _GATEWAY_MAC, "--mtu", str(mtu)]
+    arguments += ["--dns", _RESOLVER, "--dns-forward", _RESOLVER]
+    if not host:
+        arguments += ["--no-map-gw"]
+    if not _has_default_route():
+        arguments += ["--interface", "lo"]  # it insists on one, and then hardly uses it
+    for one in forwards:
+        where = f"{one.address}/" if one.address else ""
+        arguments += [f"--{one.protocol}-ports", f"{where}{one.host_port}:{one.guest_port}"]
+    return arguments
+
+
+def _has_default_route() -> bool:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/thread-self/net/route").read_text().splitlines()[1:]:
+            _, destination, *_, mask = line.split()[:8]
+            if destination == mask == "00000000":
+                return True
+    return False
