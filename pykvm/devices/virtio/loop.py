@@ -87,7 +87,12 @@ class NativeDevice(Device):
         raw = lib.virtio_loop_new(self._device, len(self.queue_sizes), self._events)
         if raw == ffi.NULL:
             raise self._refused(ffi.errno)
-        loop = ffi.gc(raw, lib.virtio_loop_free)
+        held = self._device, table  # a loop that nobody stops outlives neither
+
+        def free(raw: Any, _held: Any = held) -> None:
+            lib.virtio_loop_free(raw)
+
+        loop = ffi.gc(raw, free)
         for ring in rings:
             self._add(loop, table, ring)
         self._prepare(rings)
