@@ -1,13 +1,21 @@
-"""Launch a machine that boots a Linux kernel, with its console here."""
+"""Run a command in a Linux guest, or a shell, or launch a machine with its console here."""
+
+from __future__ import annotations
 
 import argparse
 import platform
+import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pykvm.cli.signals import exit_on_signals
+from pykvm.errors import PykvmError
 from pykvm.sizes import GIB, KIB, MIB
+
+if TYPE_CHECKING:
+    from pykvm.machine.linux.config import MachineConfig
 
 __all__ = ["add_parser", "run"]
 
@@ -15,12 +23,19 @@ _UNITS: Final = {"K": KIB, "M": MIB, "G": GIB, "": MIB}
 _CONSOLE: Final = "console=ttyS0"
 _STDOUT: Final = 1
 _PANIC_STATUS: Final = 70
+_SHELL: Final = ("/bin/sh", "-i")
 
 _EPILOG = """\
-The guest's console is this terminal; Ctrl-] ends the machine. Exit status: 0 after that, after the
-guest has powered off, or has reset itself with --no-reboot; 70 after a panic of its kernel; 1 after
-a triple fault.
+Without --initrd, a guest sees this host's root file system, or that of --root, and runs COMMAND in
+it, or a shell. What it writes stays in its memory and is gone afterwards. Streams and exit status
+are the command's.
+With --initrd, the guest is what that makes of it, and its console is this terminal.
+Ctrl-] on a terminal ends the guest. Exit status: the command's; 0 after the guest has powered off,
+or reset itself with --no-reboot; 70 after a panic of its kernel; 1 after an error.
 examples:
+  pykvm run -- uname -r
+  pykvm run --memory 1G -- make test
+  pykvm run                                          (a shell)
   pykvm run --initrd rootfs.cpio.gz
   pykvm run --kernel vmlinuz --initrd rootfs.cpio.gz --append "quiet" --cpus 2 --memory 1G
   pykvm run --kernel vmlinuz --dry-run
@@ -48,10 +63,15 @@ def add_parser(subparsers: Any) -> None:
         action="store_true",
         help="unpack a bzImage here, once; booting it again then takes less time",
     )
-    parser.add_argument("--initrd", type=Path, metavar="FILE", help="initial RAM disk")
     parser.add_argument(
-        "--append", default="", metavar="LINE", help=f"command line, behind {_CONSOLE}"
+        "--initrd",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="initial RAM disk (may be given several times)",
     )
+    parser.add_argument("--append", default="", metavar="LINE", help="end of the command line")
     parser.add_argument("--cpus", type=int, default=1, metavar="N", help="1 to 64 (default 1)")
     parser.add_argument(
         "--memory",
@@ -61,11 +81,28 @@ def add_parser(subparsers: Any) -> None:
         help="as 512M or 2G (default 512M)",
     )
     parser.add_argument(
+        "--root",
+        type=Path,
+        metavar="DIR",
+        help="directory that is the command's root file system (default: /)",
+    )
+    parser.add_argument(
+        "--share",
+        action="append",
+        default=[],
+        metavar="TAG=DIR[,rw]",
+        help="directory that the guest can mount: mount -t virtiofs TAG /mnt",
+    )
+    parser.add_argument(
         "--no-reboot",
         action="store_true",
         help="end when the guest resets itself, as it would boot again",
     )
+    parser.add_argument(
+        "--verbose", action="store_true", help="the kernel's messages, on standard error"
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be started")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND")
     parser.set_defaults(run=run)
 
 
@@ -75,8 +112,33 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         PykvmError: see `pykvm.machine.linux.machine.LinuxMachine` and its `run`.
     """
+    from pykvm.machine.linux.config import MachineConfig, Share  # noqa: PLC0415
+
+    words = options.command[1:] if options.command[:1] == ["--"] else options.command
+    config = MachineConfig(
+        kernel=options.kernel,
+        unpack=options.unpack,
+        initrds=tuple(options.initrd),
+        command_line=options.append,
+        memory=options.memory,
+        cpus=options.cpus,
+        shares=tuple(map(Share.parse, options.share)),
+    )
+    if options.initrd:
+        if words or options.root:
+            raise PykvmError(
+                "--initrd goes with neither a command nor --root",
+                "leave out --initrd, or the others",
+            )
+        return _run_machine(replace(config, command_line=f"{_CONSOLE} {options.append}"), options)
+    return _run_command(config, words, options)
+
+
+def _run_machine(config: MachineConfig, options: argparse.Namespace) -> int:
+    if options.dry_run:
+        print(config.described())
+        return 0
     from pykvm.kvm import Kvm, UnexpectedExitError  # noqa: PLC0415  (--help needs none of it)
-    from pykvm.machine.linux.config import MachineConfig  # noqa: PLC0415
     from pykvm.machine.linux.console import Console  # noqa: PLC0415
     from pykvm.machine.linux.machine import (  # noqa: PLC0415
         End,
@@ -84,24 +146,13 @@ def run(options: argparse.Namespace) -> int:
         MachineCrashedError,
     )
 
-    config = MachineConfig(
-        kernel=options.kernel,
-        unpack=options.unpack,
-        initrds=(options.initrd,) if options.initrd else (),
-        command_line=f"{_CONSOLE} {options.append}".strip(),
-        memory=options.memory,
-        cpus=options.cpus,
-    )
-    if options.dry_run:
-        print(config.described())
-        return 0
     exit_on_signals()
     sys.stdout.flush()
     with Kvm() as kvm:
         while True:
             with (
                 LinuxMachine(kvm, config, _STDOUT) as machine,
-                Console(machine.serial, machine.stop),
+                Console(machine.serial.feed, machine.stop),
             ):
                 try:
                     end = machine.run()
@@ -113,6 +164,35 @@ def run(options: argparse.Namespace) -> int:
                 return _PANIC_STATUS
             if end is not End.RESET or options.no_reboot:
                 return 0
+
+
+def _run_command(config: MachineConfig, words: list[str], options: argparse.Namespace) -> int:
+    from pykvm.machine.linux.command import Command  # noqa: PLC0415
+    from pykvm.machine.linux.command_run import ROOT_TAG, is_terminal, run_command  # noqa: PLC0415
+
+    root = options.root or Path("/")
+    command = Command(
+        words or _SHELL,
+        f"virtiofs:{ROOT_TAG}",
+        directory=str(Path.cwd()) if options.root is None else "/",
+        terminal=is_terminal(),
+    )
+    if options.dry_run:
+        print(config.described())
+        print(f"root      {root} (what is written is gone afterwards)")
+        print(f"command   {shlex.join(command.words)}")
+        return 0
+    from pykvm.kvm import Kvm, UnexpectedExitError  # noqa: PLC0415
+    from pykvm.machine.linux.machine import MachineCrashedError  # noqa: PLC0415
+
+    exit_on_signals()
+    sys.stdout.flush()
+    with Kvm() as kvm:
+        try:
+            return run_command(kvm, config, command, root, verbose=options.verbose)
+        except (MachineCrashedError, UnexpectedExitError) as error:
+            print(error.report, file=sys.stderr)
+            raise
 
 
 def _size(text: str) -> int:

@@ -34,7 +34,12 @@ __all__ = [
 ]
 
 _JOB = Path(__file__).with_name("inside") / "job.py"
-_BUILT_KINDS = ("crossing", "object", "bare-guest")  # kinds of cache entries to carry in
+_BUILT_KINDS = (
+    "crossing",
+    "object",
+    "bare-guest",
+    "guest-program",
+)  # kinds of cache entries to carry in
 _CAPACITY = 640 << 20  # bytes of an image
 # Parts of a checkout that a copy of this pykvm consists of.
 _OWN_PARTS = ("pykvm", "guest", "kernel-patches", "pyproject.toml")

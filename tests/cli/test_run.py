@@ -24,7 +24,34 @@ def test_what_would_be_started(capsys: pytest.CaptureFixture[str]) -> None:
         "memory    1024 MiB\n"
     )
     assert main(["run", "--dry-run"]) == 0
-    assert f"kernel    /boot/vmlinuz-{platform.release()} (as it is)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"kernel    /boot/vmlinuz-{platform.release()} (as it is)" in said
+    assert said.endswith("root      / (what is written is gone afterwards)\ncommand   /bin/sh -i\n")
+
+
+def test_a_command_that_would_be_run(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--root", "/srv/debian", "--share", "data=/srv/data,rw"]
+    assert main(["run", "--dry-run", *options, "--", "printf", "%s", "a b"]) == 0
+    said = capsys.readouterr().out
+    assert "share     data: /srv/data (writable)\n" in said
+    assert "root      /srv/debian (what is written is gone afterwards)\n" in said
+    assert said.endswith("command   printf %s 'a b'\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--initrd", "x", "--", "true"], "--initrd goes with neither a command nor --root"),
+        (["--initrd", "x", "--root", "/"], "--initrd goes with neither a command nor --root"),
+        (["--share", "data"], "'data' is no shared directory: write --share TAG=DIRECTORY"),
+        (["--share", "=/srv"], "is no shared directory"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "--dry-run", *options]) == 1
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -70,12 +97,16 @@ def test_memory_in_parts_of_pages() -> None:
     [
         (["--kernel", "none"], "none cannot be read: No such file or directory"),
         (["--kernel", "."], "is no regular file"),
-        (["--kernel", "text"], "text is of an unknown kind, not a kernel"),
+        (["--kernel", "text"], "text does not say its release: give a bzImage"),
+        (["--initrd", "small", "--kernel", "text"], "text is of an unknown kind, not a kernel"),
         (["--initrd", "none"], "none cannot be read: No such file or directory"),
         (["--initrd", "empty"], "empty has 0 bytes, which do not fit behind the kernel"),
         (["--initrd", "large"], "which do not fit behind the kernel: give the guest more memory"),
-        (["--append", "x" * 3000], "a command line of 3014 bytes, kernel takes 2047"),
-        (["--memory", "999999G"], "do not fit into"),
+        (
+            ["--initrd", "small", "--append", "x" * 3000],
+            "a command line of 3014 bytes, kernel takes 2047",
+        ),
+        (["--initrd", "small", "--memory", "999999G"], "do not fit into"),
     ],
 )
 def test_files_that_cannot_be_used(
@@ -89,6 +120,7 @@ def test_files_that_cannot_be_used(
     Path("kernel").write_bytes(elf([(16 * MIB, b"x", 4096)]))
     Path("text").write_text("text\n")
     Path("empty").touch()
+    Path("small").write_text("small")
     with open("large", "wb") as file:
         file.truncate(100 * MIB)
     assert main(["run", "--kernel", "kernel", "--memory", "64M", *options]) == 1

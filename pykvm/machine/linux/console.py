@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from pykvm.closeable import Closeable
-from pykvm.devices.serial import Serial
 
 __all__ = ["ESCAPE", "Console"]
 
@@ -23,21 +22,24 @@ _POLL: Final = 0.02  # seconds, while a guest has no room for more input
 
 
 class Console(Closeable):
-    """Input of a guest's serial port, from a descriptor, until it is closed.
+    """Input of a guest's port, from a descriptor, until it is closed.
 
     A terminal is put into raw mode, so that every key is the guest's but `ESCAPE`, and is restored
     by close(). The end of other input ends nothing.
 
     Args:
-        serial: the port.
+        feed: takes bytes for the guest, and returns how many of them it has taken now.
         leave: called once when the escape is typed.
         descriptor: where input comes from.
     """
 
     def __init__(
-        self, serial: Serial, leave: Callable[[], object], descriptor: int = _STDIN
+        self,
+        feed: Callable[[bytes], int],
+        leave: Callable[[], object],
+        descriptor: int = _STDIN,
     ) -> None:
-        self._serial = serial
+        self._feed_guest = feed
         self._leave = leave
         self._descriptor = descriptor
         self._settings: list[Any] | None = None
@@ -83,7 +85,7 @@ class Console(Closeable):
 
     def _feed(self, data: bytes) -> bool:
         """Give the guest all of it; return whether the console is still wanted."""
-        while data := data[self._serial.feed(data) :]:
+        while data := data[self._feed_guest(data) :]:
             if select.select([self._wake_read], [], [], _POLL)[0]:
                 return False
         return True

@@ -49,7 +49,7 @@ def test_a_terminal(serial: Serial, device: NativeDevice) -> None:
     keyboard, terminal = pty.openpty()
     before = termios.tcgetattr(terminal)
     left = threading.Event()
-    with Console(serial, left.set, terminal):
+    with Console(serial.feed, left.set, terminal):
         raw = termios.tcgetattr(terminal)
         assert not raw[3] & (termios.ECHO | termios.ICANON | termios.ISIG)
         os.write(keyboard, b"a\x03\x04")
@@ -69,7 +69,7 @@ def test_other_input(serial: Serial, device: NativeDevice) -> None:
     text = bytes(range(256)) * 40
     device.write(IER, 1)
     left = threading.Event()
-    with Console(serial, left.set, reader):
+    with Console(serial.feed, left.set, reader):
         with os.fdopen(writer, "wb") as file:
             file.write(text)
         assert receive(device, len(text)) == text
@@ -80,7 +80,7 @@ def test_other_input(serial: Serial, device: NativeDevice) -> None:
 def test_a_guest_that_never_listens(serial: Serial) -> None:
     reader, writer = os.pipe()
     os.write(writer, b"x" * 5000)
-    with Console(serial, lambda: None, reader):
+    with Console(serial.feed, lambda: None, reader):
         pass
     os.close(reader)
     os.close(writer)
