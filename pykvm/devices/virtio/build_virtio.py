@@ -10,7 +10,7 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 FOLDER = "pykvm/devices/virtio"
 
-PARTS = ("chain", "queue", "loop", "entropy")
+PARTS = ("chain", "queue", "loop", "entropy", "net", "net_receive")
 """Names of the C sources and their headers; a header comes after those that it includes."""
 
 SYSTEM = "struct iovec { void *iov_base; size_t iov_len; };\n"
