@@ -19,6 +19,7 @@ from pykvm.network.bridge import (
     BridgePort,
     NotABridgeError,
 )
+from pykvm.network.frame_stream import FrameStream
 from pykvm.network.links import (
     InterfaceNameError,
     NetworkBusyError,
@@ -32,7 +33,7 @@ from pykvm.network.specification import (
     NetworkSpecification,
     NetworkSpecificationError,
 )
-from pykvm.network.tap import Tap, TapExistsError, TunMissingError
+from pykvm.network.tap import Offload, Tap, TapExistsError, TunMissingError
 from pykvm.network.user_network import PasstError, UserNetwork
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "DhcpServer",
     "DnsmasqError",
     "Forward",
+    "FrameStream",
     "InterfaceNameError",
     "MacAddressError",
     "NetworkBusyError",
@@ -53,6 +55,7 @@ __all__ = [
     "NetworkSpecification",
     "NetworkSpecificationError",
     "NotABridgeError",
+    "Offload",
     "PasstError",
     "StaticAddress",
     "Tap",

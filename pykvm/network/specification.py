@@ -9,12 +9,13 @@ from enum import StrEnum
 from typing import Final
 
 from pykvm.errors import PykvmError
+from pykvm.network.frame_stream import LARGEST_MTU
 from pykvm.network.links import InterfaceNameError, check_interface_name
 from pykvm.network.mac_address import MacAddressError, parse_mac
 
 __all__ = ["Forward", "NetworkKind", "NetworkSpecification", "NetworkSpecificationError"]
 
-_MTU: Final = (68, 65520)  # RFC 791, 3.2; the largest frame that passt takes
+_MTU: Final = (68, LARGEST_MTU)  # RFC 791, 3.2
 _QUEUES: Final = (1, 16)
 _LOOPBACK: Final = "127.0.0.1"
 

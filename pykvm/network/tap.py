@@ -11,6 +11,7 @@ import errno
 import fcntl
 import os
 import struct
+from enum import IntFlag
 from typing import Any, Final
 
 from pykvm.closeable import Closeable
@@ -27,7 +28,7 @@ from pykvm.network.links import (
     netlink,
 )
 
-__all__ = ["NO_BRIDGE", "VNET_HEADER_SIZE", "Tap", "TapExistsError", "TunMissingError"]
+__all__ = ["NO_BRIDGE", "VNET_HEADER_SIZE", "Offload", "Tap", "TapExistsError", "TunMissingError"]
 
 NO_BRIDGE: Final = "none"
 """`bridge` of a TAP that is to be no port."""
@@ -38,8 +39,16 @@ VNET_HEADER_SIZE: Final = 12
 _DEVICE: Final = "/dev/net/tun"
 _AUTOMATIC: Final = "pykvm-tap%d"  # the kernel puts a number
 _FLAGS: Final[int] = lib.IFF_TAP | lib.IFF_NO_PI | lib.IFF_VNET_HDR
-_OFFLOADS: Final[int] = lib.TUN_F_CSUM | lib.TUN_F_TSO4 | lib.TUN_F_TSO6 | lib.TUN_F_TSO_ECN
 _IFREQ: Final = "16sH22x"  # struct ifreq: a name, and its flags in a union of 24 bytes
+
+
+class Offload(IntFlag):
+    """What may be left undone in frames that are read from a TAP (TUN_F_ in linux/if_tun.h)."""
+
+    CSUM = lib.TUN_F_CSUM
+    TSO4 = lib.TUN_F_TSO4
+    TSO6 = lib.TUN_F_TSO6
+    TSO_ECN = lib.TUN_F_TSO_ECN
 
 
 class TunMissingError(PykvmError, FileNotFoundError):
@@ -63,7 +72,7 @@ class Tap(Closeable):
         descriptors: one for each queue, non-blocking; each frame has a struct virtio_net_hdr_v1
             (little endian) in front.
         mtu: bytes of payload in a frame.
-        offloads: TUN_F_ bits that `set_offloads` takes.
+        offloads: what `set_offloads` takes.
         port: the port in a bridge; None if there is none.
 
     Args:
@@ -94,7 +103,7 @@ class Tap(Closeable):
     ) -> None:
         self.descriptors: tuple[int, ...] = ()
         self.port: BridgePort | None = None
-        self.offloads = 0
+        self.offloads = Offload(0)
         if name is not None:
             check_interface_name(name)
         try:
@@ -107,11 +116,12 @@ class Tap(Closeable):
             self.close()
             raise
 
-    def set_offloads(self, offloads: int) -> None:
+    def set_offloads(self, offloads: Offload) -> None:
         """Say which unfinished frames the reader of the descriptors takes.
 
         Args:
-            offloads: TUN_F_ bits: checksums that are missing, TCP segments that are too large.
+            offloads: checksums that are missing, TCP segments that are too large; segments need
+                checksums.
 
         Raises:
             NetworkError: the kernel does not have all of them.
@@ -119,7 +129,7 @@ class Tap(Closeable):
         self.require_own(f"offloads of {self.name}")
         for descriptor in self.descriptors:
             try:
-                fcntl.ioctl(descriptor, lib.TUNSETOFFLOAD, offloads)
+                fcntl.ioctl(descriptor, lib.TUNSETOFFLOAD, int(offloads))
             except OSError as error:
                 raise NetworkError(f"set the offloads of {self.name}", error.errno or 0) from error
 
@@ -210,12 +220,12 @@ class Tap(Closeable):
                 fcntl.ioctl(descriptor, lib.TUNSETVNETLE, word.pack(1))
         except OSError as error:
             raise NetworkError(f"set the header of {self.name}", error.errno or 0) from error
-        for offloads in (_OFFLOADS, lib.TUN_F_CSUM):
+        for offloads in (~Offload(0), Offload.CSUM):
             with contextlib.suppress(NetworkError):
                 self.set_offloads(offloads)
                 self.offloads = offloads
                 break
-        self.set_offloads(0)  # until a driver says what it takes
+        self.set_offloads(Offload(0))  # until a driver says what it takes
 
     def _connect(self, bridge: str | None, address: str | None, mtu: int | None) -> None:
         """Put the interface into the bridge and switch it on."""

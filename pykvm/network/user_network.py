@@ -1,9 +1,8 @@
 """User-mode networks: passt turns a guest's frames into sockets of this user, without privileges.
 
-Frames go over a stream socket, each with its length in front (32 bits, big endian), as QEMU's
-``-netdev stream`` has them. passt ends when the socket is closed.
+passt ends when the socket is closed.
 
-Source: passt(1); QEMU net/stream.c.
+Source: passt(1).
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from pykvm.closeable import Closeable
 from pykvm.errors import PykvmError
 from pykvm.host.commands import as_root
 from pykvm.network.addresses import StaticAddress
 from pykvm.network.child_process import ChildProcess
+from pykvm.network.frame_stream import LARGEST_MTU, FrameStream
 from pykvm.network.specification import Forward
 
 __all__ = ["PasstError", "UserNetwork"]
@@ -31,7 +30,7 @@ _GUEST: Final = "10.0.2.15/24"
 _GATEWAY: Final = "10.0.2.2"
 _RESOLVER: Final = "10.0.2.3"
 _GATEWAY_MAC: Final = "02:50:56:00:00:02"
-_MTU: Final = 65520  # the largest that passt takes; large frames are its substitute for offloads
+_ROOM: Final = 4 << 20  # bytes; the kernel gives an ordinary user less
 _SECONDS_TO_START: Final = 10.0
 _LENGTH: Final = struct.Struct("!I")
 _LARGEST_FRAME: Final = 65535
@@ -41,22 +40,20 @@ class PasstError(PykvmError):
     """passt is missing, does not start, or has ended."""
 
 
-class UserNetwork(Closeable):
+class UserNetwork(FrameStream):
     """A network of one guest, with the host's connections to the world.
 
     The guest is 10.0.2.15, its gateway 10.0.2.2, its resolver 10.0.2.3 (the host's); passt tells it
     so by DHCP, too. IPv4 only.
 
     Attributes:
-        socket: stream socket; each frame follows its length (32 bits, big endian).
-        mtu: bytes of payload in a frame.
         fd: becomes readable when passt has ended; `complaint` says why.
 
     Args:
         mac: the guest's MAC address.
         forwards: ports of the host that lead to the guest.
         host: whether the guest reaches the host's 127.0.0.1, as its gateway.
-        mtu: the largest frame's payload.
+        mtu: the largest frame's payload; large ones are passt's substitute for offloads.
 
     Raises:
         PasstError: passt is not installed, or refuses a port.
@@ -68,18 +65,20 @@ class UserNetwork(Closeable):
         *,
         forwards: Sequence[Forward] = (),
         host: bool = False,
-        mtu: int | None = None,
+        mtu: int = LARGEST_MTU,
     ) -> None:
-        self.mtu = mtu or _MTU
         program = shutil.which("passt")
         if program is None:
             raise PasstError(
                 "--net user needs passt, which is not installed",
                 f"type `{as_root('apt-get install passt')}`",
             )
-        self.socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        ours, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        super().__init__(ours, mtu)
         with other:
-            command = [program, *_arguments(other.fileno(), forwards, host, self.mtu)]
+            # An old passt drops what finds no room, and TCP then waits for its timer.
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ROOM)
+            command = [program, *_arguments(other.fileno(), forwards, host, mtu)]
             self._child = ChildProcess(
                 command, ends_with=other.fileno(), is_noise=lambda line: "to syslog" in line
             )
@@ -104,15 +103,15 @@ class UserNetwork(Closeable):
             (ipaddress.IPv4Address(_RESOLVER),),
         )
 
-    def complaint(self) -> str:
+    def complaint(self, patience: float = 0) -> str:
         """Return why passt has ended; empty while it runs."""
-        if self._child.alive:
+        if not self._child.wait(patience):
             return ""
         return f"passt has ended: {self._child.complaint() or 'it does not say why'}"
 
     def close(self) -> None:
         """Close the socket, by which passt ends."""
-        self.socket.close()
+        super().close()
         self._child.close()
 
     def _wait_until_it_answers(self, mac: bytes) -> None:

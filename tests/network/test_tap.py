@@ -22,6 +22,7 @@ from pykvm.network import (
     NetworkError,
     NetworkPrivilegeError,
     NotABridgeError,
+    Offload,
     Tap,
     TapExistsError,
     TunMissingError,
@@ -136,10 +137,10 @@ def test_queues_and_offloads(namespace: NetworkNamespace) -> None:
             assert int.from_bytes(size, "little") == 12
             assert os.get_blocking(descriptor) is False
             assert os.get_inheritable(descriptor) is False
-        assert made.offloads & lib.TUN_F_CSUM
+        assert made.offloads & Offload.CSUM
         made.set_offloads(made.offloads)
         with pytest.raises(NetworkError, match=r"^cannot set the offloads of many: invalid arg"):
-            made.set_offloads(1 << 30)
+            made.set_offloads(Offload(1 << 30))
 
 
 def test_names_that_are_taken(namespace: NetworkNamespace) -> None:
@@ -283,7 +284,7 @@ def test_in_a_forked_process(namespace: NetworkNamespace) -> None:
         child = os.fork()
         if child == 0:
             try:
-                made.set_offloads(0)
+                made.set_offloads(Offload(0))
             except ForkedProcessError:
                 made.close()
                 os._exit(7)
