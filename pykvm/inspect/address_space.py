@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
+from typing import Final
 
 from pykvm.errors import PykvmError
+from pykvm.inspect.paging_mode import paging_levels
 from pykvm.kvm import KvmError, Vcpu
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.memory.regions import AddressError
@@ -12,7 +15,7 @@ from pykvm.sizes import PAGE_SIZE
 
 __all__ = ["AddressSpace", "NoMemoryError"]
 
-_ADDRESSES = 1 << 64
+_ADDRESSES: Final = 1 << 64
 
 
 class NoMemoryError(PykvmError, ValueError):
@@ -34,10 +37,23 @@ class AddressSpace:
     def physical(self, address: int) -> int | None:
         """Return the GPA of a virtual address, or None where nothing is mapped."""
         try:
+            # KVM looks at the bits that the tables use, and at no others.
+            if not self._is_canonical(address):
+                return None
             found = self._vcpu.translate_gva(address)
         except KvmError:
             return None
         return None if found is None else found.physical
+
+    def _is_canonical(self, address: int) -> bool:
+        high = address >> (self._bits - 1)
+        return self._bits == 64 or high in (0, (1 << (65 - self._bits)) - 1)
+
+    @cached_property
+    def _bits(self) -> int:
+        """Bits of virtual addresses (SDM vol. 1, 3.3.7.1)."""
+        levels = paging_levels(self._vcpu.get_sregs())
+        return 12 + 9 * levels if levels >= 4 else 64
 
     def read(self, address: int, size: int) -> bytes:
         """Return bytes from `address` on, up to the first that is not mapped to memory."""

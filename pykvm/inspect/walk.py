@@ -17,7 +17,8 @@ import struct
 from typing import Final
 
 from pykvm.errors import PykvmError
-from pykvm.kvm import Struct, Vcpu
+from pykvm.inspect.paging_mode import paging_levels
+from pykvm.kvm import Vcpu
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.memory.regions import AddressError
 from pykvm.paging.entries import ENTRIES, X86Entry, page_size, size_name
@@ -26,9 +27,6 @@ from pykvm.sizes import PAGE_SIZE
 
 __all__ = ["WalkAddressError", "describe_walk", "parse_address"]
 
-_CR0_PG: Final = 1 << 31
-_CR4_LA57: Final = 1 << 12
-_EFER_LMA: Final = 1 << 10
 _IA32_PAT: Final = 0x277
 _PAT_TYPES: Final = {0: "UC", 1: "WC", 4: "WT", 5: "WP", 6: "WB", 7: "UC-"}
 
@@ -58,10 +56,6 @@ def parse_address(text: str) -> int:
     return address
 
 
-class _TableMissingError(Exception):
-    """A table where the guest has no memory."""
-
-
 def describe_walk(vcpu: Vcpu, memory: GuestMemory, address: int) -> str:
     """Return the walk of a virtual address, several lines.
 
@@ -76,17 +70,20 @@ def describe_walk(vcpu: Vcpu, memory: GuestMemory, address: int) -> str:
         KvmError: see `Vcpu.get_sregs`.
     """
     sregs = vcpu.get_sregs()
-    if not sregs.cr0 & _CR0_PG:
+    levels = paging_levels(sregs)
+    if not levels:
         return f"no paging\nGVA {address:#x} -> GPA {address:#x}"
-    if not sregs.efer & _EFER_LMA:
+    if levels < 4:
         found = vcpu.translate_gva(address)
+        kind = "PAE" if levels == 3 else "32-bit"
         target = "nothing" if found is None else f"GPA {found.physical:#x}"
-        return f"cr3 {sregs.cr3:#x}: 32-bit paging\nGVA {address:#x} -> {target}"
-    return "\n".join(_long_mode(sregs, _pat(vcpu), memory, address))
+        return f"cr3 {sregs.cr3:#x}: {kind} paging\nGVA {address:#x} -> {target}"
+    return "\n".join(_long_mode(sregs.cr3, levels, _pat(vcpu), memory, address))
 
 
-def _long_mode(sregs: Struct, pat: tuple[str, ...], memory: GuestMemory, address: int) -> list[str]:
-    levels = 5 if sregs.cr4 & _CR4_LA57 else 4
+def _long_mode(
+    cr3: int, levels: int, pat: tuple[str, ...], memory: GuestMemory, address: int
+) -> list[str]:
     missing: list[int] = []
 
     def read(table: int) -> tuple[int, ...]:
@@ -96,8 +93,8 @@ def _long_mode(sregs: Struct, pat: tuple[str, ...], memory: GuestMemory, address
             missing.append(table)
             return (0,) * ENTRIES  # ends the walk
 
-    found = walk(sregs.cr3, address, X86Entry, read, levels=levels)
-    lines = [f"cr3 {sregs.cr3:#x}: {levels} levels"]
+    found = walk(cr3, address, X86Entry, read, levels=levels)
+    lines = [f"cr3 {cr3:#x}: {levels} levels"]
     lines += [_line(step, pat) for step in found.steps if step.table not in missing]
     if missing:
         return [*lines, f"GVA {address:#x} -> nothing: no memory for the table at {missing[0]:#x}"]

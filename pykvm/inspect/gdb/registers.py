@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from pykvm.errors import PykvmError
 from pykvm.inspect.gdb.target_description import REGISTERS, Register, Source
-from pykvm.kvm import KvmError, Struct, Vcpu, ffi
+from pykvm.kvm import KvmError, Struct, Vcpu
 
 __all__ = ["RegisterError", "Registers"]
 
@@ -31,8 +31,8 @@ class Registers:
         return self._vcpu.get_sregs()
 
     @cached_property
-    def _fpu(self) -> Struct:
-        return self._vcpu.get_fpu()
+    def _xsave(self) -> bytearray:
+        return bytearray(self._vcpu.get_xsave())
 
     # ---- reading ----------------------------------------------------------------------------
 
@@ -42,9 +42,9 @@ class Registers:
 
     def read(self, register: Register) -> bytes | None:
         """Return the value of a register, little-endian, or None if KVM does not have it."""
-        if register.source is Source.FLOATING:
-            return _read_floating(self._fpu, register)
         try:
+            if register.source is Source.FLOATING:
+                return _read_floating(self._xsave, register)
             value = self._integer(register)
         except KvmError:
             return None
@@ -86,8 +86,8 @@ class Registers:
                 setattr(self._regs, register.field, value)
                 self._vcpu.set_regs(self._regs)
             case Source.FLOATING:
-                _write_floating(self._fpu, register, data)
-                self._vcpu.set_fpu(self._fpu)
+                _write_floating(self._xsave, register, data)
+                self._vcpu.set_xsave(bytes(self._xsave))
             case Source.MSR:
                 self._vcpu.set_msrs({register.number: value})
             case Source.SELECTOR:
@@ -116,58 +116,62 @@ class Registers:
 
 # ---- x87 and SSE ---------------------------------------------------------------------------------
 
-# GDB's names are those of FSAVE's image, in which pointers have an offset and a selector (SDM
-# vol. 1, 8.1.10); struct kvm_fpu has FXSAVE's, with 64-bit pointers (vol. 1, 10.5.1).
-_POINTERS: Final = {
-    "fiseg": ("last_ip", 32, 0xFFFF),
-    "fioff": ("last_ip", 0, 0xFFFF_FFFF),
-    "foseg": ("last_dp", 32, 0xFFFF),
-    "fooff": ("last_dp", 0, 0xFFFF_FFFF),
+# KVM_GET_FPU would do but for MXCSR, which it leaves out. The legacy region of the XSAVE area (SDM
+# vol. 1, table 10-2) has 64-bit pointers; GDB's names are those of FSAVE's image, in which pointers
+# have an offset and a selector (vol. 1, 8.1.10).
+_PLACES: Final = {
+    "fctrl": (0, 2),
+    "fstat": (2, 2),
+    "fop": (6, 2),
+    "fioff": (8, 4),
+    "fiseg": (12, 2),
+    "fooff": (16, 4),
+    "foseg": (20, 2),
+    "mxcsr": (24, 4),
 }
-_WORDS: Final = {"fctrl": "fcw", "fstat": "fsw", "fop": "last_opcode", "mxcsr": "mxcsr"}
+_STATUS: Final = 2
+_TAGS: Final = 4
+_ARRAYS: Final = {"st": 32, "xmm": 160}
+_XSTATE_BV: Final = 512
+_X87_AND_SSE: Final = 3  # bits of XSTATE_BV: the state is in the area
 
 
-def _read_floating(fpu: Struct, register: Register) -> bytes:
-    if register.field in ("fpr", "xmm"):
-        return ffi.buffer(getattr(fpu, register.field)[register.number])[: register.size]
-    return _floating_control(fpu, register.field).to_bytes(register.size, "little")
+def _place(register: Register) -> slice:
+    """Return where a register is in the area."""
+    if register.field in _ARRAYS:
+        start = _ARRAYS[register.field] + 16 * register.number
+        return slice(start, start + register.size)
+    start, size = _PLACES[register.field]
+    return slice(start, start + size)
 
 
-def _floating_control(fpu: Struct, name: str) -> int:
-    if name == "ftag":
-        return _full_tags(fpu)
-    if name in _POINTERS:
-        field, shift, mask = _POINTERS[name]
-        return int(getattr(fpu, field)) >> shift & mask
-    return int(getattr(fpu, _WORDS[name]))
+def _read_floating(area: bytearray, register: Register) -> bytes:
+    if register.field == "ftag":
+        return _full_tags(area).to_bytes(register.size, "little")
+    return bytes(area[_place(register)]).ljust(register.size, b"\0")
 
 
-def _write_floating(fpu: Struct, register: Register, data: bytes) -> None:
-    name = register.field
-    if name in ("fpr", "xmm"):
-        ffi.buffer(getattr(fpu, name)[register.number])[: register.size] = data
-        return
-    value = int.from_bytes(data, "little")
-    if name == "ftag":
-        fpu.ftwx = sum((value >> 2 * n & 3 != 3) << n for n in range(8))
-    elif name in _POINTERS:
-        field, shift, mask = _POINTERS[name]
-        setattr(fpu, field, getattr(fpu, field) & ~(mask << shift) | (value & mask) << shift)
+def _write_floating(area: bytearray, register: Register, data: bytes) -> None:
+    area[_XSTATE_BV] |= _X87_AND_SSE
+    if register.field == "ftag":
+        value = int.from_bytes(data, "little")
+        area[_TAGS] = sum((value >> 2 * n & 3 != _EMPTY) << n for n in range(8))
     else:
-        setattr(fpu, _WORDS[name], value if name == "mxcsr" else value & 0xFFFF)
+        place = _place(register)
+        area[place] = data[: place.stop - place.start]
 
 
 _EMPTY: Final = 3
 
 
-def _full_tags(fpu: Struct) -> int:
+def _full_tags(area: bytearray) -> int:
     """Return the tag word with two bits for each register (SDM vol. 1, 8.1.7 and table 10-3)."""
-    top = fpu.fsw >> 11 & 7
+    top = area[_STATUS + 1] >> 3 & 7
     tags = 0
     for physical in range(8):
-        present = fpu.ftwx >> physical & 1
-        value = ffi.buffer(fpu.fpr[(physical - top) % 8])[:10]
-        tags |= (_tag(value) if present else _EMPTY) << 2 * physical
+        start = _ARRAYS["st"] + 16 * ((physical - top) % 8)
+        present = area[_TAGS] >> physical & 1
+        tags |= (_tag(bytes(area[start : start + 10])) if present else _EMPTY) << 2 * physical
     return tags
 
 

@@ -8,6 +8,7 @@ import select
 import socket
 import stat
 import threading
+import time
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +21,7 @@ __all__ = ["GdbServer", "GdbServerError"]
 
 _CHUNK: Final = 65536
 _SEND_TIMEOUT: Final = 10.0  # seconds until a client that reads nothing is given up
+_PAUSE: Final = 0.1  # seconds
 _LOCALHOST: Final = "127.0.0.1"
 
 
@@ -50,6 +52,7 @@ class GdbServer(Closeable):
     def __init__(self, machine: Machine, listener: socket.socket, path: Path | None = None) -> None:
         self._machine = machine
         self._listener = listener
+        self._listener.setblocking(False)
         self._path = path
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._stopping = False
@@ -137,17 +140,28 @@ class GdbServer(Closeable):
 
     def _serve(self) -> None:
         while not self._stopping:
-            if self._listener.fileno() in self._ready():
-                # The client may be gone already, or be a scan.
-                with contextlib.suppress(OSError), self._listener.accept()[0] as client:
+            if self._listener.fileno() in self._ready() and (client := self._accept()):
+                with client:
                     self._talk(client)
+
+    def _accept(self) -> socket.socket | None:
+        try:
+            return self._listener.accept()[0]
+        except BlockingIOError:
+            return None  # it is gone already
+        except OSError:
+            time.sleep(_PAUSE)  # no descriptor is left; the client waits
+            return None
 
     def _ready(self, *others: int) -> list[int]:
         """Wait until something happens; return the descriptors with news."""
-        watched = [self._wake_read, self._listener.fileno(), *others]
-        ready, _, _ = select.select(watched, [], [])
+        listener = self._listener.fileno()
+        ready, _, _ = select.select([self._wake_read, listener, *others], [], [])
         if self._wake_read in ready:
             self._drain()
+        if listener in ready:
+            # A client that came after the last one had gone finds that one gone here.
+            ready += select.select(others, [], [], 0)[0]
         return ready
 
     def _drain(self) -> None:
@@ -170,13 +184,13 @@ class GdbServer(Closeable):
         while not self._stopping:
             ready = self._ready(client.fileno())
             session.tell()
-            if self._listener.fileno() in ready:
-                self._listener.accept()[0].close()  # one at a time
             if client.fileno() in ready:
                 data = client.recv(_CHUNK)
                 if not data:
                     return
                 session.feed(data)
+            elif self._listener.fileno() in ready and (other := self._accept()):
+                other.close()  # one at a time
 
 
 def _remove_stale(path: Path) -> None:

@@ -22,7 +22,7 @@ class Source(Enum):
     BASE = "struct kvm_sregs, a segment's or a table's base"
     LIMIT = "struct kvm_sregs, a table's limit"
     CONTROL = "struct kvm_sregs"
-    FLOATING = "struct kvm_fpu"
+    FLOATING = "the XSAVE area"
     MSR = "an MSR"
 
 
@@ -79,7 +79,7 @@ _FEATURES: Final[dict[str, list[Register]]] = {
     "org.gnu.gdb.i386.core": [
         *_general(),
         *(Register(name, 32, "int32", Source.SELECTOR, name) for name in _SEGMENTS),
-        *(Register(f"st{n}", 80, "i387_ext", Source.FLOATING, "fpr", n) for n in range(8)),
+        *(Register(f"st{n}", 80, "i387_ext", Source.FLOATING, "st", n) for n in range(8)),
         *(Register(n, 32, "int", Source.FLOATING, n, group="float") for n in _X87_CONTROL),
     ],
     "org.gnu.gdb.i386.sse": [
@@ -91,18 +91,18 @@ _FEATURES: Final[dict[str, list[Register]]] = {
         Register("gs_base", 64, "int", Source.BASE, "gs"),
     ],
     "org.pykvm.system": [
-        Register("k_gs_base", 64, "int64", Source.MSR, "", _MSR_KERNEL_GS_BASE, "system"),
-        Register("cr0", 64, "cr0", Source.CONTROL, "cr0", group="system"),
-        Register("cr2", 64, "data_ptr", Source.CONTROL, "cr2", group="system"),
-        Register("cr3", 64, "int64", Source.CONTROL, "cr3", group="system"),
-        Register("cr4", 64, "cr4", Source.CONTROL, "cr4", group="system"),
-        Register("cr8", 64, "int64", Source.CONTROL, "cr8", group="system"),
-        Register("efer", 64, "efer", Source.CONTROL, "efer", group="system"),
-        Register("gdt_base", 64, "data_ptr", Source.BASE, "gdt", group="system"),
-        Register("gdt_limit", 32, "int32", Source.LIMIT, "gdt", group="system"),
-        Register("idt_base", 64, "data_ptr", Source.BASE, "idt", group="system"),
-        Register("idt_limit", 32, "int32", Source.LIMIT, "idt", group="system"),
-        Register("tr_base", 64, "data_ptr", Source.BASE, "tr", group="system"),
+        Register("k_gs_base", 64, "int64", Source.MSR, "", _MSR_KERNEL_GS_BASE),
+        Register("cr0", 64, "cr0", Source.CONTROL, "cr0"),
+        Register("cr2", 64, "data_ptr", Source.CONTROL, "cr2"),
+        Register("cr3", 64, "int64", Source.CONTROL, "cr3"),
+        Register("cr4", 64, "cr4", Source.CONTROL, "cr4"),
+        Register("cr8", 64, "int64", Source.CONTROL, "cr8"),
+        Register("efer", 64, "efer", Source.CONTROL, "efer"),
+        Register("gdt_base", 64, "data_ptr", Source.BASE, "gdt"),
+        Register("gdt_limit", 32, "int32", Source.LIMIT, "gdt"),
+        Register("idt_base", 64, "data_ptr", Source.BASE, "idt"),
+        Register("idt_limit", 32, "int32", Source.LIMIT, "idt"),
+        Register("tr_base", 64, "data_ptr", Source.BASE, "tr"),
     ],
 }
 

@@ -23,9 +23,9 @@ __all__ = ["InspectedMachine", "guest_file", "guest_image"]
 _HERE: Final = Path(__file__).parent
 
 ROOT: Final = 0x1000
-_LEVEL3: Final = 0x2000
-_LEVEL2: Final = 0x3000
-_LEVEL1: Final = 0x4000
+LEVEL3: Final = 0x2000
+LEVEL2: Final = 0x3000
+LEVEL1: Final = 0x4000
 _GDT: Final = 0x7000
 _TSS: Final = 0x7100
 _IDT: Final = 0x8000
@@ -96,13 +96,13 @@ class InspectedMachine(Closeable):
     def _load(self) -> None:
         for segment in guest_image().segments:
             self.memory.write(segment.address, segment.data)
-        self.set_entry(ROOT, 0, X86Entry.table(_LEVEL3))
-        self.set_entry(ROOT, 256, X86Entry.table(_LEVEL3))
-        self.set_entry(_LEVEL3, 0, X86Entry.table(_LEVEL2))
-        self.set_entry(_LEVEL2, 0, X86Entry.leaf(2, 0, _RWX))
-        self.set_entry(_LEVEL2, 1, X86Entry.table(_LEVEL1))
+        self.set_entry(ROOT, 0, X86Entry.table(LEVEL3))
+        self.set_entry(ROOT, 256, X86Entry.table(LEVEL3))
+        self.set_entry(LEVEL3, 0, X86Entry.table(LEVEL2))
+        self.set_entry(LEVEL2, 0, X86Entry.leaf(2, 0, _RWX))
+        self.set_entry(LEVEL2, 1, X86Entry.table(LEVEL1))
         for page in range(511):
-            self.set_entry(_LEVEL1, page, X86Entry.leaf(1, page << 12, _RWX))
+            self.set_entry(LEVEL1, page, X86Entry.leaf(1, page << 12, _RWX))
         self.memory.write(_GDT, long_mode.descriptors(_TSS))
         # An interrupt gate (SDM vol. 3A, 6.14.1).
         handler = address_of("on_breakpoint")
