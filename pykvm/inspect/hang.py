@@ -78,11 +78,13 @@ class Sample:
     Attributes:
         state: see `state`.
         rip: its instruction pointer.
+        cpl: its privilege level.
         exits: its exits so far, without interrupted ones.
     """
 
     state: str
     rip: int
+    cpl: int
     exits: int
 
 
@@ -114,7 +116,7 @@ def sample(machine: Machine) -> dict[int, Sample]:
 def _sample(vcpu: Vcpu) -> Sample:
     counts = vcpu.exit_counts()
     exits = sum(counts.native.values()) + sum(counts.returned.values())
-    return Sample(state(vcpu), vcpu.get_regs().rip, exits)
+    return Sample(state(vcpu), vcpu.get_regs().rip, vcpu.get_sregs().ss.dpl, exits)
 
 
 _NEAR = 256
@@ -124,9 +126,9 @@ _NEAR = 256
 def compare(before: dict[int, Sample], after: dict[int, Sample]) -> Progress:
     """Return which vCPUs have shown no progress between two samples, seconds apart.
 
-    A vCPU is stuck if it has left KVM for no device and its instruction pointer has not gone far,
-    or if it is halted with interrupts off. One that waits for an interrupt or to be started is
-    idle, and one that computes without exits far and wide is busy.
+    A vCPU is stuck if it is halted with interrupts off, or if it runs a kernel, has used no device
+    and its instruction pointer has not gone far. One that waits for an interrupt or to be started
+    is idle. A user's program may compute as long as it likes.
     """
     stuck = {}
     for number, now in after.items():
@@ -135,7 +137,8 @@ def compare(before: dict[int, Sample], after: dict[int, Sample]) -> Progress:
             stuck[number] = now.state
         elif (
             was is not None
-            and now.state == "runs" == was.state
+            and now.state == was.state == "runs"
+            and now.cpl == was.cpl == 0
             and now.exits == was.exits
             and abs(now.rip - was.rip) < _NEAR
         ):

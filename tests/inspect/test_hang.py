@@ -1,10 +1,11 @@
-"""pykvm.inspect.hang: reports on guests that make no progress."""
+"""pykvm.inspect.hang and watch: reports on guests that make no progress."""
 
 import threading
 
 import pytest
 
 from pykvm.inspect.hang import Sample, compare, report, sample, state
+from pykvm.inspect.watch import ProgressWatch
 from pykvm.kvm import Kvm
 from tests.inspect.conftest import NewMachine
 from tests.rigs.inspected.machine import InspectedMachine, address_of
@@ -29,7 +30,8 @@ def test_a_report_says_where_each_vcpu_is(machine: InspectedMachine) -> None:
         assert walk[0] == "  cr3 0x1000: 4 levels"
         assert walk[-1].startswith("  GVA 0x100")
         assert walk[-1].endswith("[rwxs 2M WB]")
-    wait_for(lambda: compare(sample(machine), sample(machine)))  # it runs on
+    before = machine.word("counters")
+    wait_for(lambda: machine.word("counters") > before)  # it runs on
 
 
 @pytest.mark.kvm
@@ -72,8 +74,8 @@ def test_a_guest_that_waits_for_no_interrupt_is_dead(new_machine: NewMachine) ->
 @pytest.mark.kvm
 def test_a_guest_that_spins(new_machine: NewMachine) -> None:
     machine = new_machine()
-    before = sample(machine)
-    wait_for(lambda: machine.word("counters") > 100)
+    before, counted = sample(machine), machine.word("counters")
+    wait_for(lambda: machine.word("counters") > counted)
     found = compare(before, sample(machine))
     assert not found.dead
     assert found.stuck[0].startswith("spins near 0x100")
@@ -83,7 +85,8 @@ def test_a_guest_that_spins(new_machine: NewMachine) -> None:
 def test_a_guest_that_uses_a_device_is_not_stuck(new_machine: NewMachine) -> None:
     machine = new_machine(entry="printing")
     before = sample(machine)
-    wait_for(lambda: len(machine.output) > 10)
+    printed = len(machine.output)
+    wait_for(lambda: len(machine.output) > printed + 1)
     assert compare(before, sample(machine)).stuck == {}
 
 
@@ -92,7 +95,7 @@ def test_sampling_disturbs_nothing(machine: InspectedMachine) -> None:
     stop = threading.Event()
 
     def samples() -> None:
-        while not stop.is_set():
+        while not stop.wait(0.002):  # without a pause the vCPUs would hardly get to run
             sample(machine)
 
     thread = threading.Thread(target=samples)
@@ -107,16 +110,70 @@ def test_sampling_disturbs_nothing(machine: InspectedMachine) -> None:
     assert address_of("_start") <= regs.rip <= address_of("stored")
 
 
+def told(machine: InspectedMachine, text: str, **options: float) -> list[str]:
+    """Return what a watch has told, once there is something with this text."""
+    said: list[str] = []
+    with ProgressWatch(machine, said.append, interval=0.02, **options):  # type: ignore[arg-type]
+        wait_for(lambda: any(text in each for each in said))
+        threading.Event().wait(0.2)
+    return said
+
+
+@pytest.mark.kvm
+def test_a_dead_guest_is_reported_once(new_machine: NewMachine) -> None:
+    machine = new_machine(entry="dead", irqchip=True)
+    said = told(machine, DEAD)
+    assert len(said) == 1
+    assert said[0].startswith("the guest cannot go on: vcpu 0 halted for ever, interrupts off\n")
+    assert "page walk of the instruction:" in said[0]
+
+
+@pytest.mark.kvm
+def test_a_guest_that_spins_is_reported_once(machine: InspectedMachine) -> None:
+    said = told(machine, "spins near", patience=2)
+    assert len(said) == 1
+    assert said[0].startswith("the guest makes no progress: vcpu 0 spins near 0x100")
+
+
+@pytest.mark.kvm
+def test_nothing_is_told_of_a_guest_that_works_or_is_paused(
+    machine: InspectedMachine, new_machine: NewMachine
+) -> None:
+    working = new_machine(entry="printing")
+    said: list[str] = []
+    with machine.gate.paused():
+        printed = len(working.output)
+        with (
+            # The interval is long enough for some output in each.
+            ProgressWatch(working, said.append, interval=0.3, patience=1),
+            ProgressWatch(machine, said.append, interval=0.02, patience=1),
+        ):
+            threading.Event().wait(1)
+            wait_for(lambda: len(working.output) > printed + 10)
+    assert said == []
+
+
+@pytest.mark.kvm
+def test_a_watch_ends_with_the_machine(new_machine: NewMachine) -> None:
+    machine = new_machine()
+    watch = ProgressWatch(machine, lambda _: None, interval=0.01)
+    machine.stop()
+    wait_for(lambda: not watch.running)
+    watch.close()
+    watch.close()
+
+
 @pytest.mark.unit
 @pytest.mark.parametrize(
     ("before", "after", "stuck"),
     [
-        (Sample("runs", 0x1000, 5), Sample("runs", 0x1080, 5), True),
-        (Sample("runs", 0x1000, 5), Sample("runs", 0x1080, 6), False),  # a device was used
-        (Sample("runs", 0x1000, 5), Sample("runs", 0x9000, 5), False),  # it computes
-        (Sample("halted", 0x1000, 5), Sample("halted", 0x1000, 5), False),  # it waits
-        (Sample("runs", 0x1000, 5), Sample("halted", 0x1000, 5), False),
-        (Sample("runs", 0x1000, 5), Sample(DEAD, 0x1000, 5), True),
+        (Sample("runs", 0x1000, 0, 5), Sample("runs", 0x1080, 0, 5), True),
+        (Sample("runs", 0x1000, 0, 5), Sample("runs", 0x1080, 0, 6), False),  # a device was used
+        (Sample("runs", 0x1000, 0, 5), Sample("runs", 0x9000, 0, 5), False),  # it computes
+        (Sample("runs", 0x1000, 3, 5), Sample("runs", 0x1080, 3, 5), False),  # a program computes
+        (Sample("halted", 0x1000, 0, 5), Sample("halted", 0x1000, 0, 5), False),  # it waits
+        (Sample("runs", 0x1000, 0, 5), Sample("halted", 0x1000, 0, 5), False),
+        (Sample("runs", 0x1000, 0, 5), Sample(DEAD, 0x1000, 0, 5), True),
     ],
 )
 def test_signs_of_progress(before: Sample, after: Sample, stuck: bool) -> None:

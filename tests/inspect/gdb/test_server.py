@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pykvm.host.emulation import is_emulated
 from pykvm.inspect.gdb.packets import encode
 from pykvm.inspect.gdb.server import GdbServer, GdbServerError
 from pykvm.kvm import Kvm, UnexpectedExitError
@@ -22,7 +23,7 @@ from tests.rigs.waiting import wait_for
 pytestmark = pytest.mark.kvm
 
 COUNT = address_of("count")
-EXAMPLES = int(os.environ.get("PYKVM_GDB_EXAMPLES", "50"))
+EXAMPLES = int(os.environ.get("PYKVM_GDB_EXAMPLES", "3" if is_emulated() else "50"))
 
 
 def connect(path: Path) -> socket.socket:
