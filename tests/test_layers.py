@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     *("__main__", "cli", "doctor", "measure", "verify", "testbed"),
     *("machine", "switch", "elisa", "devices", "network"),
-    *("control", "kernel", "toolchain", "host"),
+    *("inspect", "control", "kernel", "toolchain", "host"),
     *("memory", "paging", "kvm"),
     *("cache", "closeable", "extras", "version"),
     *("resources", "errors", "sizes"),

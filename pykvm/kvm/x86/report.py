@@ -1,4 +1,4 @@
-"""A report on a vCPU that stopped for an unexpected reason, for a person to read.
+"""A report on a vCPU that stopped unexpectedly, or does not go on, for a person to read.
 
 Registers, what the processor was doing (mode, context), the bytes of the instruction, and the
 last exits.
@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from pykvm.kvm.errors import KvmError
-from pykvm.kvm.exits import Exit
 from pykvm.kvm.native import Struct
 from pykvm.kvm.x86.vcpu import X86Vcpu
 
-__all__ = ["describe"]
+__all__ = ["describe", "linear_address"]
 
 ReadPhysical = Callable[[int, int], bytes]
 """Returns bytes of guest memory at a GPA, as many as asked for or fewer."""
@@ -31,11 +30,16 @@ _CR0_PE, _CR0_PG, _EFER_LMA = 1 << 0, 1 << 31, 1 << 10
 
 
 def describe(
-    vcpu: X86Vcpu, vcpu_id: int, found: Exit, past: Iterable[object], read_physical: ReadPhysical
+    vcpu: X86Vcpu, vcpu_id: int, found: object, past: Iterable[object], read_physical: ReadPhysical
 ) -> str:
     """Return the report, several lines. A part that cannot be read says so instead of raising.
 
-    past: the last exits, oldest first.
+    Args:
+        vcpu: the vCPU, which does not run.
+        vcpu_id: its id.
+        found: the exit, or other news of the vCPU, for the first line.
+        past: the last exits, oldest first.
+        read_physical: reads guest memory.
     """
     lines = [f"vcpu {vcpu_id}: {found}"]
     try:
@@ -83,9 +87,16 @@ def _mode(sregs: Struct) -> str:
     return f"{mode}{paging}, cpl {sregs.ss.dpl}"
 
 
+def linear_address(regs: Struct, sregs: Struct) -> int:
+    """Return the linear address of the next instruction."""
+    if sregs.efer & _EFER_LMA:
+        return int(regs.rip)
+    return int(sregs.cs.base + regs.rip) & 0xFFFFFFFF
+
+
 def _instruction(vcpu: X86Vcpu, regs: Struct, sregs: Struct, read_physical: ReadPhysical) -> str:
     """The bytes at RIP, read through the guest's page tables and the default EPT."""
-    linear = regs.rip if sregs.efer & _EFER_LMA else (sregs.cs.base + regs.rip) & 0xFFFFFFFF
+    linear = linear_address(regs, sregs)
     where = vcpu.translate_gva(linear)
     if where is None:
         return f"instruction at {linear:#x}: not mapped by the guest"

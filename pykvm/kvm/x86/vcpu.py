@@ -60,6 +60,7 @@ _DR7_KINDS = {"execute": 0, "write": 1, "access": 3}
 _DR7_SIZES = {1: 0, 2: 1, 4: 3, 8: 2}
 _DR7_ALWAYS_ONE = 1 << 10
 _DR7_GLOBAL_EXACT = 1 << 9
+_REINJECT = {1: lib.KVM_GUESTDBG_INJECT_DB, 3: lib.KVM_GUESTDBG_INJECT_BP}
 
 
 class X86Vcpu(Attributes):
@@ -302,6 +303,7 @@ class X86Vcpu(Attributes):
         breakpoints: Sequence[Breakpoint] = (),
         software_breakpoints: bool = False,
         block_interrupts: bool = False,
+        reinject: int | None = None,
     ) -> None:
         """Make the guest leave with `Debug`; without arguments, stop debugging.
 
@@ -310,6 +312,8 @@ class X86Vcpu(Attributes):
             breakpoints: at most four.
             software_breakpoints: whether INT3 instructions leave too.
             block_interrupts: whether none is injected while single-stepping.
+            reinject: vector of an exception of the last `Debug` exit that is the guest's own, and
+                is now delivered to it: 1 or 3.
 
         Raises:
             BreakpointError: the processor has no such breakpoints.
@@ -325,6 +329,8 @@ class X86Vcpu(Attributes):
         if breakpoints:
             request.control |= lib.KVM_GUESTDBG_USE_HW_BP
             request.arch.debugreg[7] = _debug_registers(request.arch.debugreg, breakpoints)
+        if reinject is not None:
+            request.control |= _REINJECT[reinject]
         if request.control:
             request.control |= lib.KVM_GUESTDBG_ENABLE
         self.ioctl("KVM_SET_GUEST_DEBUG", request)

@@ -1,0 +1,210 @@
+"""`VcpuGate`: runs the vCPUs of a machine in their threads, and parks them where they can be seen.
+
+A vCPU is parked between two runs, after `Vcpu.run` has returned `Stopped`. KVM has then finished
+the last port or MMIO access, so that registers can be read, changed and saved (api.rst 5, "the
+userspace should re-enter the guest with pending operations"). Each vCPU's thread calls `run`::
+
+    gate.run(vcpu, serve)                 # returns when the gate is closed
+
+Any other thread pauses the machine::
+
+    with gate.paused():
+        registers = [vcpu.get_regs() for vcpu in vcpus]
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Final, Protocol
+
+from pykvm.errors import PykvmError
+from pykvm.kvm import Debug, Exit, Stopped, Vcpu
+
+__all__ = ["DebugListener", "PauseError", "VcpuGate"]
+
+_PATIENCE: Final = 10.0  # seconds; a vCPU leaves KVM_RUN at once, and a device answers soon
+
+
+class PauseError(PykvmError):
+    """A machine that cannot be paused."""
+
+
+class DebugListener(Protocol):
+    """A debugger. The gate calls it without a lock."""
+
+    def debug_exit(self, vcpu: Vcpu, found: Debug) -> None:
+        """Take a `Debug` exit, in the vCPU's thread; it must not wait for the gate.
+
+        The vCPU runs on afterwards, unless the listener holds it (`VcpuGate.hold`).
+        """
+
+    def machine_ended(self) -> None:
+        """Take note that the gate is closed, from any thread."""
+
+
+class VcpuGate:
+    """Gate through which the vCPUs of a machine pass before they run.
+
+    Two independent reasons keep a vCPU parked: the machine is paused (`pause`, which nests), or the
+    vCPU is held (`hold`, for debuggers).
+
+    Attributes:
+        listener: the debugger, if there is one.
+    """
+
+    def __init__(self) -> None:
+        self.listener: DebugListener | None = None
+        self._changed = threading.Condition()
+        self._inside: dict[int, Vcpu] = {}
+        self._threads: set[int] = set()
+        self._held: set[int] = set()
+        self._pauses = 0
+        self._closed = False
+
+    # ---- vCPU threads -----------------------------------------------------------------------
+
+    def run(self, vcpu: Vcpu, serve: Callable[[Exit], object]) -> None:
+        """Run a vCPU in the calling thread until the gate is closed.
+
+        Args:
+            vcpu: the vCPU.
+            serve: called with each exit but `Stopped` and `Debug`. It may close the gate, and must
+                not pause it.
+
+        Raises:
+            KvmError: see `Vcpu.run`.
+        """
+        me = threading.get_ident()
+        with self._changed:
+            self._threads.add(me)
+        try:
+            while self._admit(vcpu):
+                while not isinstance(found := vcpu.run(), Stopped):
+                    if isinstance(found, Debug):
+                        if (listener := self.listener) is not None:
+                            listener.debug_exit(vcpu, found)
+                    else:
+                        serve(found)
+                    if self._closed:
+                        break
+        finally:
+            with self._changed:
+                self._threads.discard(me)
+                self._inside.pop(vcpu.id, None)
+                self._changed.notify_all()
+
+    def _admit(self, vcpu: Vcpu) -> bool:
+        """Park the vCPU as long as it has to; return False if the gate is closed."""
+        with self._changed:
+            if self._inside.pop(vcpu.id, None) is not None:
+                self._changed.notify_all()
+            self._changed.wait_for(lambda: self._closed or not self._parks(vcpu.id))
+            if self._closed:
+                return False
+            self._inside[vcpu.id] = vcpu
+            return True
+
+    def _parks(self, number: int) -> bool:
+        return self._pauses > 0 or number in self._held
+
+    # ---- the whole machine ------------------------------------------------------------------
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Pause the machine for the length of a with statement."""
+        self.pause()
+        try:
+            yield
+        finally:
+            self.resume()
+
+    def pause(self) -> None:
+        """Park all vCPUs, now and when they start, and wait until they are parked.
+
+        Pauses nest: each needs a `resume`.
+
+        Raises:
+            PauseError: a vCPU's thread calls, or a vCPU does not stop. The machine is not paused.
+        """
+        if threading.get_ident() in self._threads:
+            raise PauseError(
+                "a vcpu's thread cannot wait until the vcpu is parked", "pause from another thread"
+            )
+        with self._changed:
+            self._pauses += 1
+            self._stop(self._inside)
+        try:
+            self.settle()
+        except PauseError:
+            self.resume()
+            raise
+
+    def resume(self) -> None:
+        """Take one `pause` back.
+
+        Raises:
+            PauseError: there was none.
+        """
+        with self._changed:
+            if not self._pauses:
+                raise PauseError("the machine is not paused", "call pause() first")
+            self._pauses -= 1
+            self._changed.notify_all()
+
+    @property
+    def is_paused(self) -> bool:
+        """True between `pause` and the last `resume`."""
+        return self._pauses > 0
+
+    def close(self) -> None:
+        """Make each `run` return, also of parked vCPUs. From any thread; does not wait."""
+        with self._changed:
+            first, self._closed = not self._closed, True
+            self._stop(self._inside)
+            self._changed.notify_all()
+        if first and (listener := self.listener) is not None:
+            listener.machine_ended()
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    # ---- single vCPUs -----------------------------------------------------------------------
+
+    def hold(self, numbers: Iterable[int]) -> None:
+        """Park vCPUs by their ids, also one in whose thread this is called. Does not wait."""
+        with self._changed:
+            self._held.update(numbers)
+            self._stop(self._held & self._inside.keys())
+
+    def release(self, numbers: Iterable[int]) -> None:
+        """Take `hold` back. Paused vCPUs stay parked until the machine is resumed."""
+        with self._changed:
+            self._held.difference_update(numbers)
+            self._changed.notify_all()
+
+    def settle(self) -> None:
+        """Wait until each vCPU that has to park is parked, or has not been started.
+
+        Raises:
+            PauseError: one is not within 10 seconds.
+        """
+
+        def left() -> list[int]:
+            return [number for number in self._inside if self._parks(number)]
+
+        with self._changed:
+            if self._changed.wait_for(lambda: not left(), _PATIENCE):
+                return
+            raise PauseError(
+                f"vcpu {left()[0]} does not stop: a device has not answered it for "
+                f"{_PATIENCE:.0f} s",
+                "try again, or end the machine",
+            )
+
+    def _stop(self, numbers: Iterable[int]) -> None:
+        # A stop that comes before run() counts too, so no vCPU enters the guest after this.
+        for number in numbers:
+            self._inside[number].stop()
