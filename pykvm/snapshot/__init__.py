@@ -2,6 +2,6 @@
 
 - `kvm_state`: what KVM holds of a VM and its vCPUs, as values for JSON; `x86` is its larger part.
 - `memory`: guest memory in a sparse file, and back, lazily or at once.
-- `folder`: the folder, which is there as a whole or not at all.
+- `folder`: its format; `folder_writer` and `folder_reader` write and read it.
 - `machine_state`: the three together, and devices.
 """

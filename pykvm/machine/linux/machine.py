@@ -8,7 +8,8 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from enum import Enum
-from typing import Final
+from pathlib import Path
+from typing import Final, Self
 
 from pykvm.closeable import Closeable
 from pykvm.devices.pci.bus import ECAM_SIZE, PciBus
@@ -30,10 +31,18 @@ from pykvm.machine.linux.boot import (
 )
 from pykvm.machine.linux.config import MachineConfig
 from pykvm.machine.linux.kernel_file import KernelFile
+from pykvm.machine.linux.pause import PauseGate
 from pykvm.machine.x86 import acpi, aml, interrupt_pins, long_mode
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.memory.regions import MemoryFile, Region
 from pykvm.sizes import PAGE_SIZE
+from pykvm.snapshot.folder_reader import Snapshot
+from pykvm.snapshot.machine_state import (
+    StatefulDevice,
+    require_disks,
+    restore_state,
+    save_machine,
+)
 
 __all__ = ["End", "LinuxMachine", "MachineCrashedError"]
 
@@ -77,6 +86,7 @@ class LinuxMachine(Closeable):
         kvm: an open ``/dev/kvm``.
         config: what it is made of.
         output: descriptor to which its first serial port writes; None drops the output.
+        snapshot: what it goes on with, instead of booting; see `restore`.
 
     Raises:
         KernelError: the kernel, the initial RAM disk or the command line cannot be used.
@@ -84,10 +94,16 @@ class LinuxMachine(Closeable):
         KvmError: KVM refuses a call.
     """
 
-    def __init__(self, kvm: Kvm, config: MachineConfig, output: int | None = None) -> None:
+    def __init__(
+        self,
+        kvm: Kvm,
+        config: MachineConfig,
+        output: int | None = None,
+        snapshot: Snapshot | None = None,
+    ) -> None:
         self.config = config
+        self.memory = GuestMemory() if snapshot is None else snapshot.map_memory()
         self.vm = kvm.create_vm()
-        self.memory = GuestMemory()
         self.serial = Serial(output)
         self.vcpus: list[Vcpu] = []
         window = (layout.PCI_WINDOW_GPA, layout.PCI_WINDOW_SIZE)
@@ -98,18 +114,23 @@ class LinuxMachine(Closeable):
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
         self._kvm = kvm
+        self._gate = PauseGate()
         try:
-            self._make_memory()
+            if snapshot is None:
+                self._make_memory()
+            for slot in self.memory.slots():
+                self.vm.set_memory_slot(slot)
             self.vm.set_identity_map_address(layout.IDENTITY_MAP_GPA)
             self.vm.set_tss_address(layout.TSS_GPA)
             self.vm.create_irqchip()
             self.serial.attach(self.vm.handlers)
             self.vm.register_irqfd(self.serial.interrupt, COM1_IRQ)
             self._routes = MsiRoutes(self.vm, interrupt_pins.default_routes())
-            start = self._load()
+            start = self._load() if snapshot is None else None
             for number in range(config.cpus):
                 self._add_vcpu(number)
-            start(self.vcpus[0])
+            if start is not None:
+                start(self.vcpus[0])
         except BaseException:
             self.close()
             raise
@@ -122,9 +143,7 @@ class LinuxMachine(Closeable):
         parts = [(0, low)] + ([(layout.HIGH_RAM, size - low)] if size > low else [])
         for gpa, part in parts:
             with MemoryFile("ram", part) as file:
-                self.memory.add(Region(file, gpa))
-        for slot in self.memory.slots():
-            self.vm.set_memory_slot(slot)
+                self.memory.add(Region(file, gpa, shareable=True))
 
     def _load(self) -> Callable[[Vcpu], None]:
         """Put the kernel and the tables into memory; return what lets a vCPU start it."""
@@ -251,16 +270,18 @@ class LinuxMachine(Closeable):
             if self._end is None:
                 self._end, self._failure = end, failure
         self.serial.stop()
+        self._gate.end()
         for vcpu in self.vcpus:
             vcpu.stop()
 
     def _run_vcpu(self, vcpu: Vcpu) -> None:
         try:
-            while True:
-                end = self._serve(vcpu, vcpu.run())
-                if end is not None:
-                    self._finish(end)
-                    return
+            with self._gate.member():
+                while True:
+                    end = self._serve(vcpu, vcpu.run())
+                    if end is not None:
+                        self._finish(end)
+                        return
         except BaseException as error:
             self._finish(End.STOPPED, error)
 
@@ -284,10 +305,71 @@ class LinuxMachine(Closeable):
             case Shutdown():
                 raise MachineCrashedError(vcpu.unexpected(exit).report)
             case Stopped():
-                return End.STOPPED
+                return None if self._gate.passed() else End.STOPPED
             case _:
                 raise vcpu.unexpected(exit)
         return None
+
+    # ---- pausing, snapshots -----------------------------------------------------------------
+
+    def pause(self) -> None:
+        """Let no processor run until `resume`; return when none does. From any thread.
+
+        Raises:
+            PauseError: one does not stop, because nobody reads what it writes.
+        """
+        self._gate.close(self.vcpus)
+
+    def resume(self) -> None:
+        """Undo `pause`."""
+        self._gate.open(self.vcpus)
+
+    def snapshot(self, path: Path) -> int:
+        """Write a snapshot to a new folder; return the bytes of memory that it holds beside zeros.
+
+        The machine is paused meanwhile, and stays paused if it was.
+
+        Raises:
+            PykvmError: see `pause` and `pykvm.snapshot.machine_state.save_machine`.
+        """
+        with self._gate.closed(self.vcpus):
+            return save_machine(
+                path,
+                machine=self.config.to_values(),
+                vm=self.vm,
+                vcpus=self.vcpus,
+                memory=self.memory,
+                devices=self._stateful(),
+            )
+
+    @classmethod
+    def restore(cls, kvm: Kvm, path: Path, output: int | None = None) -> Self:
+        """Return the machine of a snapshot, ready to run on from there.
+
+        Its memory is read from the folder while it is used, so the folder must stay as it is.
+
+        Args:
+            kvm: an open ``/dev/kvm``.
+            path: the folder.
+            output: see `LinuxMachine`.
+
+        Raises:
+            MachineConfigError: it is of another kind of machine.
+            PykvmError: see `Snapshot` and `restore_state`.
+        """
+        with Snapshot(path) as snapshot:
+            require_disks(snapshot)
+            config = MachineConfig.from_values(snapshot.contents.machine)
+            machine = cls(kvm, config, output, snapshot)
+            try:
+                restore_state(snapshot, machine.vm, machine.vcpus, machine._stateful())
+            except BaseException:
+                machine.close()
+                raise
+            return machine
+
+    def _stateful(self) -> dict[str, StatefulDevice]:
+        return {"com1": self.serial}
 
     def close(self) -> None:
         """End the machine and give everything back. Harmless twice."""
