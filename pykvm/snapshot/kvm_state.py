@@ -12,11 +12,15 @@ from pykvm.snapshot.x86 import clocks, vcpu_state, vm_state
 from pykvm.snapshot.x86.features import require_features
 from pykvm.snapshot.x86.structs import KvmStateError, field
 
-__all__ = ["ArchitectureError", "restore_kvm", "save_kvm", "tell_of_pause"]
+__all__ = ["ArchitectureError", "ContextsError", "restore_kvm", "save_kvm", "tell_of_pause"]
 
 
 class ArchitectureError(PykvmError):
     """A machine of another architecture."""
+
+
+class ContextsError(PykvmError):
+    """A machine with ELISA contexts, which only the kernel that made them has."""
 
 
 def save_kvm(vm: Vm, vcpus: Sequence[Vcpu]) -> dict[str, Any]:
@@ -25,10 +29,11 @@ def save_kvm(vm: Vm, vcpus: Sequence[Vcpu]) -> dict[str, Any]:
     Each vCPU must have completed its last exit: `Vcpu.run` has returned `Stopped`.
 
     Raises:
-        InsideContextError: a vCPU was stopped inside an ELISA context.
+        ContextsError: the VM has ELISA contexts.
         VcpuRunningError: a vCPU runs.
         KvmError: KVM refuses a call.
     """
+    _require_no_contexts(vm)
     listed = vm.kvm.get_msr_index_list()
     # The clock comes last: what saving takes has passed for the guest.
     return {
@@ -76,6 +81,19 @@ def restore_kvm(vm: Vm, vcpus: Sequence[Vcpu], state: Any) -> None:
         vcpu_state.restore_msrs_and_events(vcpu, one)
     vm_state.restore_chips(vm, field(state, "chips", dict))
     tell_of_pause(vcpus)
+
+
+def _require_no_contexts(vm: Vm) -> None:
+    """Check that no vCPU can be inside a context, where its registers are those of trusted code."""
+    if not vm.check_extension("KVM_CAP_BINARY_STATS_FD"):
+        return
+    with vm.stats() as stats:
+        contexts = stats.read().get("elisa_contexts", 0)
+    if contexts:
+        raise ContextsError(
+            f"the machine has {contexts} elisa contexts, which no snapshot can hold",
+            "detach it from its shared objects first",
+        )
 
 
 def tell_of_pause(vcpus: Sequence[Vcpu]) -> None:

@@ -66,7 +66,7 @@ def save_machine(
     Raises:
         SnapshotExistsError: there is something of that name already.
         SnapshotWriteError: it cannot be written.
-        InsideContextError: a vCPU is inside an ELISA context.
+        ContextsError: the VM has ELISA contexts.
         VcpuRunningError: a vCPU runs.
         KvmError: KVM refuses a call.
     """

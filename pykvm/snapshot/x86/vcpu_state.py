@@ -22,14 +22,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any, Final
 
-from pykvm.errors import PykvmError
 from pykvm.kvm import CpuidEntry, IoctlError, MpState, MsrError, Vcpu
 from pykvm.snapshot.x86.clocks import MSR_TSC, save_tsc
 from pykvm.snapshot.x86.features import HostFeatureError
 from pykvm.snapshot.x86.structs import KvmStateError, field, from_values, hex_bytes, to_values
 
 __all__ = [
-    "InsideContextError",
     "restore_msrs_and_events",
     "restore_registers",
     "save_vcpu",
@@ -44,10 +42,6 @@ _MTRRS: Final = (0x2FF, *range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268,
 """Memory type ranges, which KVM keeps and does not list (SDM vol. 3A, 12.11)."""
 
 
-class InsideContextError(PykvmError):
-    """A vCPU inside an ELISA context, which nobody outside may see into."""
-
-
 def save_vcpu(vcpu: Vcpu, listed: Iterable[int]) -> dict[str, Any]:
     """Return the state of a vCPU that has completed its last exit, as values for JSON.
 
@@ -56,21 +50,8 @@ def save_vcpu(vcpu: Vcpu, listed: Iterable[int]) -> dict[str, Any]:
         listed: MSRs that make up a state, those of `Kvm.get_msr_index_list`.
 
     Raises:
-        InsideContextError: it was stopped inside an ELISA context.
         VcpuRunningError: it runs.
     """
-    try:
-        return _save(vcpu, listed)
-    except IoctlError as error:
-        if error.errno != errno.EBUSY:
-            raise
-        raise InsideContextError(
-            f"vcpu {vcpu.id} is inside an elisa context, whose state cannot be saved",
-            "run it until it has returned, then try again",
-        ) from error
-
-
-def _save(vcpu: Vcpu, listed: Iterable[int]) -> dict[str, Any]:
     mp_state = int(vcpu.get_mp_state())
     has = vcpu.check_extension
     state: dict[str, Any] = {
