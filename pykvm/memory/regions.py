@@ -164,7 +164,8 @@ class Region(Closeable):
         shareable: whether `fd` stays, so that other processes can map the region too.
 
     Raises:
-        RegionError: an address or size is not aligned, or the file is too small.
+        RegionError: an address or size is not aligned, or the file is too small; or a region is to
+            be private and shareable.
         HugePagesError: the pool of huge pages is too small.
         MemoryTooSmallError: there is not enough memory or address space.
     """
@@ -206,6 +207,8 @@ class Region(Closeable):
         self._fd = -1
         if prefault and file.page_size == PAGE_SIZE:
             require_memory(size, "MemAvailable")
+        if private:
+            require_memory(size, "MemTotal")
         try:
             flags = mmap.MAP_PRIVATE if private else mmap.MAP_SHARED
             self._map: mmap.mmap | None = mmap.mmap(file.fd, size, flags, offset=offset)
