@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = (
     *("__main__", "cli", "doctor", "measure", "verify", "testbed"),
-    *("machine", "switch", "elisa", "devices"),
+    *("machine", "snapshot", "switch", "elisa", "devices"),
     *("control", "kernel", "toolchain", "host"),
     *("memory", "paging", "kvm"),
     *("cache", "closeable", "extras", "version"),

@@ -325,7 +325,7 @@ def try_it(machine: tuple[Vm, list[Vcpu]], state: Any) -> int:
 def test_structs_that_do_not_fit(one: tuple[Vm, list[Vcpu]]) -> None:
     values = to_values(one[1][0].get_sregs())
     assert to_values(from_values("kvm_sregs", values)) == values
-    for change in (
+    changes: list[dict[str, Any]] = [
         {"cr0": 1 << 64},
         {"cr0": "1"},
         {"cr99": 1},
@@ -333,7 +333,8 @@ def test_structs_that_do_not_fit(one: tuple[Vm, list[Vcpu]]) -> None:
         {"gdt": {"base": 1}},
         {"interrupt_bitmap": [1]},
         {"interrupt_bitmap": {}},
-    ):
+    ]
+    for change in changes:
         with pytest.raises(KvmStateError) as caught:
             from_values("kvm_sregs", {**values, **change})
         one_line(caught.value)

@@ -105,7 +105,7 @@ def test_stopped_anywhere(kvm: Kvm, tmp_path: Path) -> None:
             66 A3 00 20     ; mov [0x2000], eax
             EB F8           ; jmp to the first one
         """)
-        vcpu, stops = guest.vcpu, 5
+        machine, vcpu, stops = vm, guest.vcpu, 5
         memory = GuestMemory.create(0x10000)
         last = 0
         for turn in range(stops):
@@ -114,21 +114,21 @@ def test_stopped_anywhere(kvm: Kvm, tmp_path: Path) -> None:
             if turn == 0:
                 memory.write(0, guest.memory[:])
             path = tmp_path / str(turn)
-            save_machine(path, machine={}, vm=vcpu.vm, vcpus=[vcpu], memory=memory, devices={})
+            save_machine(path, machine={}, vm=machine, vcpus=[vcpu], memory=memory, devices={})
             memory.close()
             if turn:
-                vcpu.vm.close()
+                machine.close()
             with Snapshot(path) as snapshot:
                 memory = snapshot.map_memory()
-                other, vcpu = make_vm(kvm, memory, irqchip=False)
-                restore_state(snapshot, other, [vcpu], {})
+                machine, vcpu = make_vm(kvm, memory, irqchip=False)
+                restore_state(snapshot, machine, [vcpu], {})
             counted = int.from_bytes(memory.read(0x2000, 4), "little")
             regs = vcpu.get_regs()
             # Between the two instructions the register is ahead.
             assert regs.rax - counted == int(regs.rip == 0x1002), (regs.rip, regs.rax, counted)
             assert counted > last
             last = counted
-        other.close()
+        machine.close()
         memory.close()
 
 

@@ -17,11 +17,12 @@ _BOOTS = """\
 import os, sys, threading, time
 from pathlib import Path
 from pykvm.kvm import Kvm
-from pykvm.machine.linux.machine import End, LinuxMachine, MachineConfig
+from pykvm.machine.linux.config import MachineConfig
+from pykvm.machine.linux.machine import LinuxMachine
 
 kernel, initrd, line, folder = sys.argv[1:]
 config = MachineConfig(
-    Path(kernel), unpack=False, command_line=line, initrd=Path(initrd), memory=128 << 20, cpus=2
+    Path(kernel), unpack=False, command_line=line, initrds=(Path(initrd),), memory=128 << 20, cpus=2
 )
 with Kvm() as kvm, LinuxMachine(kvm, config, 1) as machine:
     runs = threading.Thread(target=machine.run)
