@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import struct
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Final, Self
@@ -332,7 +332,7 @@ class LinuxMachine(Closeable):
         Raises:
             PykvmError: see `pause` and `pykvm.snapshot.machine_state.save_machine`.
         """
-        with self._gate.closed(self.vcpus):
+        with self._gate.closed(self.vcpus), self._quiet():
             return save_machine(
                 path,
                 machine=self.config.to_values(),
@@ -342,8 +342,26 @@ class LinuxMachine(Closeable):
                 devices=self._stateful(),
             )
 
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """Let no device of the bus access guest memory meanwhile."""
+        functions = self.pci.functions
+        try:
+            for function in functions:
+                function.pause()
+            yield
+        finally:
+            for function in functions:
+                function.resume()
+
     @classmethod
-    def restore(cls, kvm: Kvm, path: Path, output: int | None = None) -> Self:
+    def restore(
+        cls,
+        kvm: Kvm,
+        path: Path,
+        output: int | None = None,
+        add_devices: Callable[[Self], None] = lambda machine: None,
+    ) -> Self:
         """Return the machine of a snapshot, ready to run on from there.
 
         Its memory is read from the folder while it is used, so the folder must stay as it is.
@@ -352,6 +370,7 @@ class LinuxMachine(Closeable):
             kvm: an open ``/dev/kvm``.
             path: the folder.
             output: see `LinuxMachine`.
+            add_devices: adds the devices that the saved machine had (`add_device`), in their order.
 
         Raises:
             MachineConfigError: it is of another kind of machine.
@@ -362,6 +381,7 @@ class LinuxMachine(Closeable):
             config = MachineConfig.from_values(snapshot.contents.machine)
             machine = cls(kvm, config, output, snapshot)
             try:
+                add_devices(machine)
                 restore_state(snapshot, machine.vm, machine.vcpus, machine._stateful())
             except BaseException:
                 machine.close()
@@ -369,7 +389,8 @@ class LinuxMachine(Closeable):
             return machine
 
     def _stateful(self) -> dict[str, StatefulDevice]:
-        return {"com1": self.serial}
+        functions = enumerate(self.pci.functions)
+        return {"com1": self.serial, **{f"pci{n}": function for n, function in functions}}
 
     def close(self) -> None:
         """End the machine and give everything back. Harmless twice."""
