@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from pykvm.errors import PykvmError
+from pykvm.host.emulation import is_emulated
 from pykvm.kvm import Kvm, MpState, Vcpu, Vm, find_leaf, lib
 from pykvm.snapshot.kvm_state import ArchitectureError, restore_kvm, save_kvm, tell_of_pause
 from pykvm.snapshot.x86 import clocks
@@ -277,7 +279,7 @@ def test_an_msr_that_is_refused(one: tuple[Vm, list[Vcpu]], other: tuple[Vm, lis
 _RUBBISH: list[Any] = [None, -1, 1 << 70, "", "zz", [], {}, [[]], [[1, 2, 3]], 1.5]
 
 
-def variations(state: Any, depth: int) -> Iterator[tuple[str, Any]]:
+def variations(state: Any, depth: int) -> Iterator[Any]:
     """Yield copies of a state with something else in one place, or nothing."""
     items = state.items() if isinstance(state, dict) else enumerate(state)
     for key, value in items:
@@ -287,12 +289,12 @@ def variations(state: Any, depth: int) -> Iterator[tuple[str, Any]]:
                 del changed[key]
             else:
                 changed[key] = rubbish
-            yield f"{key} {rubbish!r}", changed
+            yield changed
         if depth and isinstance(value, dict | list) and value:
-            for name, inner in variations(value, depth - 1):
+            for inner in variations(value, depth - 1):
                 changed = copy.copy(state)
                 changed[key] = inner
-                yield f"{key}.{name}", changed
+                yield changed
 
 
 def test_rubbish(one: tuple[Vm, list[Vcpu]], other: tuple[Vm, list[Vcpu]]) -> None:
@@ -302,24 +304,21 @@ def test_rubbish(one: tuple[Vm, list[Vcpu]], other: tuple[Vm, list[Vcpu]]) -> No
     for name in ("cpuid", "msrs"):
         vcpu[name] = vcpu[name][:2]
     vcpu["cpuid"] = [leaf_of(saved(one), 0), *vcpu["cpuid"][1:]]
-    tried = 0
-    for _, rubbish in variations(state, 0):
-        tried += try_it(other, rubbish)
+    states = list(variations(state, 0))
     for key in ("chips", "kvmclock"):
-        for _, rubbish in variations(state[key], 0):
-            tried += try_it(other, {**state, key: rubbish})
-    for _, rubbish in variations(vcpu, 2):
-        tried += try_it(other, {**state, "vcpus": [rubbish]})
-    assert tried > 400
-
-
-def try_it(machine: tuple[Vm, list[Vcpu]], state: Any) -> int:
-    try:
-        restore_kvm(*machine, state)
-    except PykvmError as error:
-        one_line(error)
-        return 1
-    return 0
+        states += [{**state, key: rubbish} for rubbish in variations(state[key], 0)]
+    states += [{**state, "vcpus": [rubbish]} for rubbish in variations(vcpu, 2)]
+    assert len(states) > 600
+    # All of them take minutes on the emulated host.
+    tried = random.Random(7).sample(states, 60) if is_emulated() else states
+    refused = 0
+    for rubbish in tried:
+        try:
+            restore_kvm(*other, rubbish)
+        except PykvmError as error:
+            one_line(error)
+            refused += 1
+    assert refused > len(tried) // 2
 
 
 def test_structs_that_do_not_fit(one: tuple[Vm, list[Vcpu]]) -> None:

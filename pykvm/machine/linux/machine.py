@@ -86,7 +86,7 @@ class LinuxMachine(Closeable):
         kvm: an open ``/dev/kvm``.
         config: what it is made of.
         output: descriptor to which its first serial port writes; None drops the output.
-        snapshot: what it goes on with, instead of booting; see `restore`.
+        memory: memory of a snapshot, for `restore`; the machine owns it, and boots no kernel.
 
     Raises:
         KernelError: the kernel, the initial RAM disk or the command line cannot be used.
@@ -99,10 +99,10 @@ class LinuxMachine(Closeable):
         kvm: Kvm,
         config: MachineConfig,
         output: int | None = None,
-        snapshot: Snapshot | None = None,
+        memory: GuestMemory | None = None,
     ) -> None:
         self.config = config
-        self.memory = GuestMemory() if snapshot is None else snapshot.map_memory()
+        self.memory = memory or GuestMemory()
         self.vm = kvm.create_vm()
         self.serial = Serial(output)
         self.vcpus: list[Vcpu] = []
@@ -116,7 +116,7 @@ class LinuxMachine(Closeable):
         self._kvm = kvm
         self._gate = PauseGate()
         try:
-            if snapshot is None:
+            if memory is None:
                 self._make_memory()
             for slot in self.memory.slots():
                 self.vm.set_memory_slot(slot)
@@ -126,7 +126,7 @@ class LinuxMachine(Closeable):
             self.serial.attach(self.vm.handlers)
             self.vm.register_irqfd(self.serial.interrupt, COM1_IRQ)
             self._routes = MsiRoutes(self.vm, interrupt_pins.default_routes())
-            start = self._load() if snapshot is None else None
+            start = self._load() if memory is None else None
             for number in range(config.cpus):
                 self._add_vcpu(number)
             if start is not None:
@@ -361,16 +361,19 @@ class LinuxMachine(Closeable):
         path: Path,
         output: int | None = None,
         add_devices: Callable[[Self], None] = lambda machine: None,
+        *,
+        shareable: bool = False,
     ) -> Self:
         """Return the machine of a snapshot, ready to run on from there.
-
-        Its memory is read from the folder while it is used, so the folder must stay as it is.
 
         Args:
             kvm: an open ``/dev/kvm``.
             path: the folder.
             output: see `LinuxMachine`.
             add_devices: adds the devices that the saved machine had (`add_device`), in their order.
+            shareable: whether memory is copied now, so that other processes can map it, as
+                vhost-user needs. Otherwise it is read from the folder while it is used, and the
+                folder must stay as it is.
 
         Raises:
             MachineConfigError: it is of another kind of machine.
@@ -379,7 +382,8 @@ class LinuxMachine(Closeable):
         with Snapshot(path) as snapshot:
             require_disks(snapshot)
             config = MachineConfig.from_values(snapshot.contents.machine)
-            machine = cls(kvm, config, output, snapshot)
+            memory = snapshot.copy_memory() if shareable else snapshot.map_memory()
+            machine = cls(kvm, config, output, memory)
             try:
                 add_devices(machine)
                 restore_state(snapshot, machine.vm, machine.vcpus, machine._stateful())
