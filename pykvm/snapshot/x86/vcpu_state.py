@@ -38,6 +38,10 @@ __all__ = [
 _MSR_TSC_DEADLINE: Final = 0x6E0
 _MSR_MCG_CAP: Final = 0x179
 
+_OF_HYPER_V: Final = range(0x4000_0000, 0x4000_0200)
+"""MSRs of Hyper-V's interface, which KVM lists, and no machine of pykvm offers. KVM allocates memory
+for the interface when one is read."""
+
 _MTRRS: Final = (0x2FF, *range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x270))
 """Memory type ranges, which KVM keeps and does not list (SDM vol. 3A, 12.11)."""
 
@@ -95,7 +99,8 @@ def _saved_msrs(vcpu: Vcpu, listed: Iterable[int]) -> list[int]:
     """Return MSRs in the order in which they are restored."""
     banks = vcpu.get_readable_msrs([_MSR_MCG_CAP]).get(_MSR_MCG_CAP, 0) & 0xFF
     machine_checks = range(0x400, 0x400 + 4 * banks)  # SDM vol. 3B, 16.3.2
-    wanted = dict.fromkeys([*listed, *_MTRRS, *machine_checks])
+    offered = (index for index in listed if index not in _OF_HYPER_V)
+    wanted = dict.fromkeys([*offered, *_MTRRS, *machine_checks])
     wanted.pop(MSR_TSC, None)
     wanted.pop(_MSR_TSC_DEADLINE, None)
     return [*wanted, _MSR_TSC_DEADLINE]
