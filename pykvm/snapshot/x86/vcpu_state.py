@@ -39,8 +39,8 @@ _MSR_TSC_DEADLINE: Final = 0x6E0
 _MSR_MCG_CAP: Final = 0x179
 
 _OF_HYPER_V: Final = range(0x4000_0000, 0x4000_0200)
-"""MSRs of Hyper-V's interface, which KVM lists, and no machine of pykvm offers. KVM allocates memory
-for the interface when one is read."""
+"""MSRs of Hyper-V's interface, which KVM lists, and no machine of pykvm offers. KVM allocates the
+interface's state when one is read."""
 
 _MTRRS: Final = (0x2FF, *range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x270))
 """Memory type ranges, which KVM keeps and does not list (SDM vol. 3A, 12.11)."""
