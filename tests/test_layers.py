@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = (
     *("__main__", "cli", "doctor", "measure", "verify", "testbed"),
-    *("machine", "switch", "elisa", "devices", "network"),
+    *("machine", "snapshot", "switch", "elisa", "devices", "network"),
     *("inspect", "control", "kernel", "toolchain", "host"),
     *("memory", "paging", "kvm"),
     *("cache", "closeable", "extras", "version"),

@@ -34,7 +34,6 @@ enum { DATA, IER, IIR_FCR, LCR, MCR, LSR, MSR, SCR };
 #define MSR_RI		0x40
 #define MSR_DCD		0x80
 
-#define INPUT_SIZE	4096
 #define TAIL_SIZE	65536
 
 struct serial {
@@ -47,7 +46,7 @@ struct serial {
 	int sent;		/* the interrupt of an empty holding register is pending */
 	size_t in_first, in_count;
 	size_t tail_next, tail_count;
-	uint8_t in[INPUT_SIZE];
+	uint8_t in[SERIAL_INPUT];
 	uint8_t tail[TAIL_SIZE];
 };
 
@@ -126,11 +125,11 @@ static void raise_interrupt(struct serial *serial)
 
 static void put_in(struct serial *serial, uint8_t byte)
 {
-	if (serial->in_count == INPUT_SIZE) {
+	if (serial->in_count == SERIAL_INPUT) {
 		serial->overrun = LSR_OVERRUN;
 		return;
 	}
-	serial->in[(serial->in_first + serial->in_count++) % INPUT_SIZE] = byte;
+	serial->in[(serial->in_first + serial->in_count++) % SERIAL_INPUT] = byte;
 }
 
 static void send(struct serial *serial, const uint8_t *data, size_t size)
@@ -168,7 +167,7 @@ static uint8_t read_register(struct serial *serial, unsigned int at)
 		if (!serial->in_count)
 			return 0;
 		value = serial->in[serial->in_first];
-		serial->in_first = (serial->in_first + 1) % INPUT_SIZE;
+		serial->in_first = (serial->in_first + 1) % SERIAL_INPUT;
 		serial->in_count--;
 		return value;
 	case IER:
@@ -237,7 +236,7 @@ size_t serial_feed(struct serial *serial, const char *data, size_t size)
 	size_t n;
 
 	pthread_mutex_lock(&serial->lock);
-	n = INPUT_SIZE - serial->in_count < size ? INPUT_SIZE - serial->in_count : size;
+	n = SERIAL_INPUT - serial->in_count < size ? SERIAL_INPUT - serial->in_count : size;
 	/* A driver that starts throws away what it finds: wait until it listens. */
 	if (!(serial->ier & IER_RECEIVED))
 		n = 0;
@@ -259,6 +258,46 @@ size_t serial_tail(struct serial *serial, char *out, size_t size)
 		out[i] = (char)serial->tail[(first + i) % TAIL_SIZE];
 	pthread_mutex_unlock(&serial->lock);
 	return n;
+}
+
+void serial_save(struct serial *serial, struct serial_state *state)
+{
+	memset(state, 0, sizeof(*state));
+	pthread_mutex_lock(&serial->lock);
+	state->ier = serial->ier;
+	state->fcr = serial->fcr;
+	state->lcr = serial->lcr;
+	state->mcr = serial->mcr;
+	state->scr = serial->scr;
+	state->overrun = serial->overrun;
+	state->sent = serial->sent;
+	state->divisor = serial->divisor;
+	state->count = serial->in_count;
+	for (size_t i = 0; i < serial->in_count; i++)
+		state->input[i] = serial->in[(serial->in_first + i) % SERIAL_INPUT];
+	pthread_mutex_unlock(&serial->lock);
+}
+
+int serial_restore(struct serial *serial, const struct serial_state *state)
+{
+	if (state->count > SERIAL_INPUT || (state->ier & ~0x0f) || (state->mcr & ~0x1f) ||
+	    (state->overrun & ~LSR_OVERRUN) || state->sent > 1)
+		return -1;
+	pthread_mutex_lock(&serial->lock);
+	serial->ier = state->ier;
+	serial->fcr = state->fcr;
+	serial->lcr = state->lcr;
+	serial->mcr = state->mcr;
+	serial->scr = state->scr;
+	serial->overrun = state->overrun;
+	serial->sent = state->sent;
+	serial->divisor = state->divisor;
+	serial->in_first = 0;
+	serial->in_count = state->count;
+	memcpy(serial->in, state->input, state->count);
+	raise_interrupt(serial);
+	pthread_mutex_unlock(&serial->lock);
+	return 0;
 }
 
 int serial_access(void *context, const struct pykvm_access *access)

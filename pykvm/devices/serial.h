@@ -14,8 +14,17 @@
 /* } */
 
 #define SERIAL_PORTS	8
+#define SERIAL_INPUT	4096
 
 struct serial;
+
+/* What a guest sees of a port; the end of what it has written is not part of it. */
+struct serial_state {
+	uint8_t ier, fcr, lcr, mcr, scr, overrun, sent;
+	uint16_t divisor;
+	uint16_t count;			/* of bytes that the guest has not read yet */
+	uint8_t input[SERIAL_INPUT];	/* the oldest first */
+};
 
 /* output, interrupt: descriptors, the second an eventfd; -1: none. NULL: no memory. */
 struct serial *serial_new(int output, int interrupt);
@@ -35,6 +44,13 @@ size_t serial_feed(struct serial *serial, const char *data, size_t size);
 
 /* The end of what the guest has written, at most size bytes; returns their number. */
 size_t serial_tail(struct serial *serial, char *out, size_t size);
+
+/*
+ * Copies the state out, or in. The latter raises the interrupt again if there is something to tell,
+ * because a pulse may have been lost on the way. Not while a vCPU runs. -1: no such state.
+ */
+void serial_save(struct serial *serial, struct serial_state *state);
+int serial_restore(struct serial *serial, const struct serial_state *state);
 
 int serial_access(void *context, const struct pykvm_access *access);
 

@@ -6,19 +6,28 @@ Source: National Semiconductor, PC16550D data sheet, section 8; Linux drivers/tt
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any, Final
 
 from pykvm.closeable import ForkAware
 from pykvm.devices._devices import ffi, lib
+from pykvm.errors import PykvmError
 from pykvm.kvm import Handler, Handlers
 from pykvm.sizes import KIB
 
-__all__ = ["COM1_IRQ", "COM1_PORT", "Serial"]
+__all__ = ["COM1_IRQ", "COM1_PORT", "Serial", "SerialStateError"]
 
 COM1_PORT: Final = 0x3F8
 COM1_IRQ: Final = 4
 
 _TAIL: Final = 64 * KIB
+
+
+_REGISTERS: Final = ("ier", "fcr", "lcr", "mcr", "scr", "overrun", "sent", "divisor")
+
+
+class SerialStateError(PykvmError, ValueError):
+    """A state that no serial port has."""
 
 
 class Serial(ForkAware):
@@ -76,6 +85,47 @@ class Serial(ForkAware):
         buffer = ffi.new("char[]", min(size, _TAIL))
         n: int = lib.serial_tail(self._serial, buffer, len(buffer))
         return bytes(ffi.buffer(buffer, n))
+
+    def save(self) -> dict[str, Any]:
+        """Return registers, and input that the guest has not read, as values for JSON.
+
+        Call it while no vCPU runs and nobody feeds the port. The tail is not part of the state.
+
+        Raises:
+            ForkedProcessError: the port belongs to the parent process.
+        """
+        self.require_own("saving of a serial port")
+        state = ffi.new("struct serial_state *")
+        lib.serial_save(self._serial, state)
+        registers = {name: int(getattr(state, name)) for name in _REGISTERS}
+        return {**registers, "input": ffi.buffer(state.input, state.count)[:].hex()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Set what `save` returned; raise the interrupt if there is something to tell.
+
+        Call it while no vCPU runs, after KVM's interrupt controllers have been restored.
+
+        Raises:
+            SerialStateError: no port has such a state; this one stays as it was.
+            ForkedProcessError: the port belongs to the parent process.
+        """
+        self.require_own("restoring of a serial port")
+        raw = ffi.new("struct serial_state *")
+        try:
+            if state.keys() != {*_REGISTERS, "input"}:
+                raise ValueError
+            for name in _REGISTERS:
+                setattr(raw, name, state[name])
+            given = bytes.fromhex(state["input"])
+            raw.count = len(given)
+            raw.input[0 : len(given)] = given
+            refused = lib.serial_restore(self._serial, raw)
+        except (AttributeError, IndexError, OverflowError, TypeError, ValueError):
+            refused = True
+        if refused:
+            raise SerialStateError(
+                "no serial port has the state that is to be restored", "use another snapshot"
+            )
 
     def close(self) -> None:
         """Close the eventfd; remove the port's handler first."""

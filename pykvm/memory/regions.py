@@ -10,7 +10,7 @@ import fcntl
 import mmap
 import os
 import resource
-from typing import Final
+from typing import Final, Self
 
 from pykvm.closeable import Closeable
 from pykvm.errors import PykvmError
@@ -102,9 +102,25 @@ class MemoryFile(Closeable):
             self.close()
             raise
 
+    @classmethod
+    def of(cls, fd: int, name: str) -> Self:
+        """Return an open file as memory, of whose pages a `Region` may map private copies.
+
+        It owns the descriptor from now on. Whoever truncates the file meanwhile kills those who map
+        it, with SIGBUS at their next access.
+
+        Args:
+            fd: descriptor of a file of whole pages.
+            name: see `MemoryFile`.
+        """
+        file = cls.__new__(cls)
+        file.name, file.size, file.page_size = name, os.fstat(fd).st_size, PAGE_SIZE
+        file._fd = fd
+        return file
+
     @property
     def fd(self) -> int:
-        """The memfd's descriptor.
+        """The file's descriptor.
 
         Raises:
             ClosedMemoryError: the file is closed.
@@ -143,10 +159,13 @@ class Region(Closeable):
         size: bytes; by default the rest of the file.
         prefault: whether to allocate every page now, so that no page fault disturbs a measurement.
         read_only: whether the guest may only read; this process may always write.
+        private: whether what is written stays out of the file, in copies of its pages. Pages are
+            read from the file when they are first used.
         shareable: whether `fd` stays, so that other processes can map the region too.
 
     Raises:
-        RegionError: an address or size is not aligned, or the file is too small.
+        RegionError: an address or size is not aligned, or the file is too small; or a region is to
+            be private and shareable.
         HugePagesError: the pool of huge pages is too small.
         MemoryTooSmallError: there is not enough memory or address space.
     """
@@ -161,6 +180,7 @@ class Region(Closeable):
         prefault: bool = False,
         read_only: bool = False,
         shareable: bool = False,
+        private: bool = False,
     ) -> None:
         size = file.size - offset if size is None else size
         for what, value in (("gpa", gpa), ("offset", offset), ("size", size)):
@@ -169,6 +189,10 @@ class Region(Closeable):
                     f"{what} {value:#x} of a region in {file.name}",
                     f"use a multiple of {file.page_size:#x}",
                 )
+        if private and shareable:
+            raise RegionError(
+                f"private pages of {file.name} cannot be shared", "copy them into a file of memory"
+            )
         if size == 0 or offset + size > file.size:
             raise RegionError(
                 f"no {size:#x} bytes at offset {offset:#x} of {file.name}",
@@ -183,8 +207,11 @@ class Region(Closeable):
         self._fd = -1
         if prefault and file.page_size == PAGE_SIZE:
             require_memory(size, "MemAvailable")
+        if private:
+            require_memory(size, "MemTotal")
         try:
-            self._map: mmap.mmap | None = mmap.mmap(file.fd, size, mmap.MAP_SHARED, offset=offset)
+            flags = mmap.MAP_PRIVATE if private else mmap.MAP_SHARED
+            self._map: mmap.mmap | None = mmap.mmap(file.fd, size, flags, offset=offset)
         except OSError as error:
             if error.errno != errno.ENOMEM:
                 raise

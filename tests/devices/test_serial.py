@@ -1,12 +1,14 @@
 """pykvm.devices.serial: registers, interrupts, input and output of a 16550A."""
 
+import json
 import os
 from collections.abc import Iterator
 
 import pytest
 
-from pykvm.devices.serial import COM1_PORT, Serial
+from pykvm.devices.serial import COM1_PORT, Serial, SerialStateError
 from pykvm.kvm import Handlers, Hlt, Kvm
+from tests.rigs.messages import one_line
 from tests.rigs.native_device import NativeDevice
 from tests.rigs.real_mode import RealModeGuest, run
 
@@ -159,6 +161,74 @@ def test_a_guest_writes_anything(device: NativeDevice, serial: Serial) -> None:
     device.write(SCRATCH, 0x5A)
     assert device.read(SCRATCH) == b"\x5a"
     assert serial.feed(b"still there") >= 0
+
+
+def test_saved_and_restored(device: NativeDevice, serial: Serial) -> None:
+    device.write(LCR, 0x83)
+    device.write(DATA, 0x0C)
+    device.write(IER, 0x34)
+    device.write(LCR, 0x03)
+    device.write(FCR, 0x01)
+    device.write(MCR, 0x0B)
+    device.write(SCRATCH, 0x77)
+    device.write(IER, RECEIVED | 0x01)
+    # Input that wraps around in the buffer.
+    assert serial.feed(b"x" * 4000) == 4000
+    for _ in range(3999):
+        device.read(DATA)
+    assert serial.feed(b"ab" * 100) == 200
+    state = json.loads(json.dumps(serial.save()))
+    assert bytes.fromhex(state["input"]) == b"x" + b"ab" * 100
+    again = Serial()
+    other = NativeDevice(again.attach(Handlers()))
+    again.restore(state)
+    assert pulses(again) == 1
+    assert again.save() == state == serial.save()
+    assert other.read(IIR) == bytes([0xC0 | RECEIVED])
+    assert [other.read(at) for at in (LCR, MCR, SCRATCH)] == [b"\x03", b"\x0b", b"\x77"]
+    assert b"".join(other.read(DATA) for _ in range(201)) == b"x" + b"ab" * 100
+    other.write(LCR, 0x83)
+    assert (other.read(DATA), other.read(IER)) == (b"\x0c", b"\x34")
+    again.close()
+
+
+def test_a_quiet_port_raises_nothing_when_restored(serial: Serial) -> None:
+    serial.restore(Serial().save())
+    assert pulses(serial) == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ier": 0x10},
+        {"mcr": 256},
+        {"mcr": 0x20},
+        {"lcr": -1},
+        {"sent": 2},
+        {"overrun": 1},
+        {"divisor": 1 << 16},
+        {"divisor": None},
+        {"scr": "1"},
+        {"scr": 1.5},
+        {"input": "0"},
+        {"input": "zz"},
+        {"input": 7},
+        {"input": "00" * 4097},
+        {"more": 1},
+    ],
+)
+def test_states_of_no_port(serial: Serial, change: dict[str, object]) -> None:
+    before = serial.save()
+    with pytest.raises(SerialStateError) as caught:
+        serial.restore({**before, **change})
+    one_line(caught.value)
+    with pytest.raises(SerialStateError):
+        serial.restore(
+            {name: value for name, value in before.items() if name not in change}
+            if change != {"more": 1}
+            else {}
+        )
+    assert serial.save() == before
 
 
 @pytest.mark.kvm

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
-__all__ = ["CONFIG_SIZE", "Bar", "PciFunction"]
+from pykvm.errors import PykvmError
+
+__all__ = ["CONFIG_SIZE", "Bar", "PciFunction", "PciStateError", "saved_bytes"]
 
 CONFIG_SIZE: Final = 4096
 """Bytes of a function's configuration space, by ECAM."""
@@ -26,6 +28,31 @@ _MEMORY_ENABLE: Final = 1 << 1
 _BUS_MASTER: Final = 1 << 2
 _INTERRUPT_DISABLE: Final = 1 << 10
 _HAS_CAPABILITIES: Final = 1 << 4
+
+
+class PciStateError(PykvmError, ValueError):
+    """A saved state that is not this function's."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"the saved state is of another pci function: {what}",
+            "give the machine the devices that it had",
+        )
+
+
+def saved_bytes(state: Any, name: str, size: int) -> bytes:
+    """Return an entry of a saved state: bytes, as hexadecimal digits.
+
+    Raises:
+        PciStateError: there is none of this size.
+    """
+    try:
+        found = bytes.fromhex(state[name])
+    except (KeyError, TypeError, ValueError) as error:
+        raise PciStateError(name) from error
+    if len(found) != size:
+        raise PciStateError(name)
+    return found
 
 
 @dataclass(slots=True)
@@ -128,6 +155,31 @@ class PciFunction:
 
     def bar_moved(self, bar: Bar) -> None:
         """Learn that `bar.gpa` has changed."""
+
+    # ---- snapshots, while no vCPU runs --------------------------------------------------------
+
+    def pause(self) -> None:
+        """Let nobody access guest memory for the function, until `resume` or the end."""
+
+    def resume(self) -> None:
+        """Undo `pause`."""
+
+    def save(self) -> dict[str, Any]:
+        """Return the state of a paused function, as values for JSON."""
+        return {"config": self._config.hex()}
+
+    def restore(self, state: Any) -> None:
+        """Set the state of a new function; pause and resume are not needed.
+
+        Raises:
+            PciStateError: it is of a function with other registers.
+        """
+        config = saved_bytes(state, "config", len(self._config))
+        places = zip(config, self._config, self._writable, strict=True)
+        if any((new ^ old) & ~mask for new, old, mask in places):
+            raise PciStateError("config")
+        self._config[:] = config
+        self._decode()
 
     # ---- decoding ---------------------------------------------------------------------------
 

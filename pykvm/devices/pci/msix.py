@@ -13,10 +13,10 @@ import os
 import select
 import struct
 from collections.abc import Iterable
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from pykvm.closeable import Closeable
-from pykvm.devices.pci.function import PciFunction
+from pykvm.devices.pci.function import PciFunction, PciStateError, saved_bytes
 from pykvm.errors import PykvmError
 from pykvm.kvm.errors import KvmError
 from pykvm.kvm.interrupts import IrqchipRoute, MsiRoute
@@ -175,6 +175,26 @@ class Msix(Closeable):
             change = vm.register_irqfd if wanted else vm.unregister_irqfd
             change(vector.eventfd, vector.gsi)
             vector.live = wanted
+
+    def save(self) -> dict[str, Any]:
+        """Return the table, and which vectors are pending, as values for JSON."""
+        pending = [number for number, vector in enumerate(self._vectors) if vector.pending]
+        return {"table": self._table.hex(), "pending": pending}
+
+    def restore(self, state: Any) -> None:
+        """Set what `save` returned, after the function's configuration space.
+
+        Raises:
+            PciStateError: it is of a function with another number of vectors.
+        """
+        table = saved_bytes(state, "table", len(self._table))
+        pending = state.get("pending")
+        if not isinstance(pending, list) or not all(one in range(self.count) for one in pending):
+            raise PciStateError("pending")
+        self._table[:] = table
+        self.config_written()
+        for number in pending:
+            self.raise_vector(number)
 
     def close(self) -> None:
         """Close the eventfds. Harmless twice."""

@@ -13,10 +13,12 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
+from typing import Any
 
 from pykvm.closeable import Closeable
+from pykvm.errors import PykvmError
 
-__all__ = ["NO_CALL", "Device", "DeviceType", "Feature", "Ring"]
+__all__ = ["NO_CALL", "Device", "DeviceStateError", "DeviceType", "Feature", "Ring"]
 
 NO_CALL = -1
 """`Ring.call` of a ring whose driver polls."""
@@ -74,6 +76,10 @@ class Ring:
     call: int
 
 
+class DeviceStateError(PykvmError):
+    """A device whose state cannot be saved, or a state that is not the device's."""
+
+
 class Device(Closeable):
     """A virtio device without its transport.
 
@@ -83,6 +89,7 @@ class Device(Closeable):
         type: what it is.
         queue_sizes: the most descriptors of each queue, a power of 2 each.
         features: feature bits that it offers, its own and `Feature`; VERSION_1 is the transport's.
+        stateless: whether nothing but its rings and its configuration belongs to its state.
         on_failure: called, from any thread, with a reason when the data plane cannot go on; its
             driver then has to reset the device.
         on_config: called, from any thread, when `config()` has changed.
@@ -91,6 +98,7 @@ class Device(Closeable):
     type: DeviceType
     queue_sizes: Sequence[int]
     features: int
+    stateless: bool = False
     on_failure: Callable[[str], None]
     on_config: Callable[[], None]
 
@@ -101,6 +109,30 @@ class Device(Closeable):
     def config(self) -> bytes:
         """Return the device's configuration space (5.x.4), as it is now."""
         return b""
+
+    def save(self) -> Any:
+        """Return what a snapshot has to hold beside the rings, while stopped, as values for JSON.
+
+        Raises:
+            DeviceStateError: a snapshot cannot hold it: it is in another process, for example.
+        """
+        if not self.stateless:
+            raise DeviceStateError(
+                f"a snapshot cannot hold the state of a virtio {self.type.name.lower()} device",
+                "use a machine without it",
+            )
+
+    def restore(self, state: Any) -> None:
+        """Set what `save` returned in a new device, before it is started.
+
+        Raises:
+            DeviceStateError: no device of this kind has it.
+        """
+        if not self.stateless or state is not None:
+            raise DeviceStateError(
+                f"the saved state is not of such a virtio {self.type.name.lower()} device",
+                "give the machine the devices that it had",
+            )
 
     def write_config(self, offset: int, data: bytes) -> None:
         """Take what the driver writes to the configuration; most devices ignore it."""

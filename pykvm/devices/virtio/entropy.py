@@ -19,6 +19,7 @@ class Entropy(NativeDevice):
     type = DeviceType.ENTROPY
     queue_sizes = (8,)
     features = NATIVE_FEATURES
+    stateless = True
 
     def __init__(self, memory: GuestMemory) -> None:
         super().__init__(memory, "entropy", lib.entropy_new(), lib.entropy_free)

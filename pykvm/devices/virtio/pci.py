@@ -12,12 +12,19 @@ import os
 import struct
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from pykvm.closeable import Closeable
-from pykvm.devices.pci.function import Bar, PciFunction
+from pykvm.devices.pci.function import Bar, PciFunction, PciStateError
 from pykvm.devices.pci.msix import MsiRoutes, Msix
 from pykvm.devices.virtio.device import NO_CALL, Device, DeviceType, Feature, Ring
+from pykvm.devices.virtio.pci_state import (
+    QUEUE_BITS,
+    REGISTER_BITS,
+    read_bases,
+    read_flags,
+    read_numbers,
+)
 from pykvm.errors import PykvmError
 from pykvm.kvm.errors import KvmError
 
@@ -148,7 +155,7 @@ class VirtioPci(PciFunction, Closeable):
         self.device = device
         self._vm = ioevents
         self._failed = False
-        self._started = False
+        self._started = self._paused = False
         self._registers = _Registers()
         # A plain number: the complement of an IntFlag has only the bits that it names.
         self._offered = int(device.features | Feature.VERSION_1)
@@ -384,6 +391,82 @@ class VirtioPci(PciFunction, Closeable):
             queue.reset()
             with suppress(BlockingIOError):
                 os.eventfd_read(queue.kick)
+
+    # ---- snapshots, while no vCPU runs --------------------------------------------------------
+
+    def pause(self) -> None:
+        """Stop the data plane when everything that it has taken is done."""
+        if self._started and not self._paused:
+            self._registers.bases = self.device.stop()
+            self._paused = True
+
+    def resume(self) -> None:
+        """Let the data plane go on where it was."""
+        if self._paused and not self._failed:
+            self._start()
+        self._paused = False
+
+    def save(self) -> dict[str, Any]:
+        """Return the state of a paused device, as values for JSON.
+
+        Raises:
+            DeviceStateError: a snapshot cannot hold it.
+        """
+        registers, queues = self._registers, self._queues
+        return {
+            **super().save(),
+            "msix": self.msix.save(),
+            "registers": {name: getattr(registers, name) for name in REGISTER_BITS},
+            "bases": [list(pair) for pair in registers.bases.items()],
+            "queues": [
+                {**{name: getattr(queue, name) for name in QUEUE_BITS}, "enabled": queue.enabled}
+                for queue in queues
+            ],
+            "started": self._started,
+            "failed": self._failed,
+            "device": self.device.save(),
+        }
+
+    def restore(self, state: Any) -> None:
+        """Set the state of a new device, and start its data plane if it was started.
+
+        Raises:
+            PciStateError: it is of another device, or of one that offered more.
+            DeviceStateError: the device refuses its own part.
+        """
+        super().restore(state)
+        registers = _Registers()
+        for name, value in read_numbers(state.get("registers"), REGISTER_BITS).items():
+            setattr(registers, name, value)
+        registers.bases = read_bases(state.get("bases"), len(self._queues))
+        started, failed = read_flags(state, ("started", "failed"))
+        if registers.status & Status.FEATURES_OK and registers.driver_features & ~self._offered:
+            raise PciStateError("the driver uses features that this device has not")
+        saved = state.get("queues")
+        if not isinstance(saved, list) or len(saved) != len(self._queues):
+            raise PciStateError("queues")
+        vectors = [registers.config_vector]
+        for queue, values in zip(self._queues, saved, strict=True):
+            for name, value in read_numbers(values, QUEUE_BITS).items():
+                setattr(queue, name, value)
+            (queue.enabled,) = read_flags(values, ("enabled",))
+            if not 1 <= queue.size <= queue.most:
+                raise PciStateError("size")
+            vectors += [queue.vector] if queue.enabled else []
+        if any(vector >= self.msix.count and vector != NO_VECTOR for vector in vectors):
+            raise PciStateError("vector")
+        self._registers, self._failed, self._started = registers, failed, started
+        self.device.restore(state.get("device"))
+        self.msix.restore(state.get("msix"))
+        if started and not failed:
+            self._start()
+        # What was under way between driver and device is in nobody's state: tell both once more.
+        for queue in self._queues:
+            if queue.enabled:
+                os.eventfd_write(queue.kick, 1)
+        for vector in vectors:
+            if vector != NO_VECTOR and registers.status & Status.DRIVER_OK:
+                self.msix.raise_vector(vector)
 
     def close(self) -> None:
         """Stop and close the device, and give notifications and interrupts back."""

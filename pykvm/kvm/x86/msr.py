@@ -13,7 +13,14 @@ from typing import Final
 from pykvm.kvm.errors import IoctlError, MsrError, MsrFilterError
 from pykvm.kvm.native import Struct, ffi, lib
 
-__all__ = ["MsrRange", "pack_msr_filter", "read_msr_list", "read_msrs", "write_msrs"]
+__all__ = [
+    "MsrRange",
+    "pack_msr_filter",
+    "read_msr_list",
+    "read_msrs",
+    "read_readable_msrs",
+    "write_msrs",
+]
 
 MOST_IN_A_CALL: Final = 255
 """MSRs of one KVM_GET_MSRS or KVM_SET_MSRS: MAX_IO_MSRS in Linux arch/x86/kvm/x86.c, less one."""
@@ -86,6 +93,19 @@ def read_msrs(
                 else "use a number that get_msr_index_list() or get_msr_feature_index_list() has",
                 index,
             )
+    return values
+
+
+def read_readable_msrs(call: Call, indices: Iterable[int]) -> dict[int, int]:
+    """Make KVM_GET_MSRS as often as it takes; return number to value of those that KVM reads."""
+    values: dict[int, int] = {}
+    left = list(indices)
+    while left:
+        part = left[:MOST_IN_A_CALL]
+        table = _pack([(index, 0) for index in part])
+        done = call(table)
+        values.update((table.entries[i].index, table.entries[i].data) for i in range(done))
+        left = left[done if done == len(part) else done + 1 :]
     return values
 
 

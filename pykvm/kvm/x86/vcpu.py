@@ -20,7 +20,7 @@ from pykvm.kvm.device import Attributes
 from pykvm.kvm.errors import BreakpointError, StateSizeError
 from pykvm.kvm.native import Struct, ffi, lib
 from pykvm.kvm.x86.cpuid import CpuidEntry, pack_cpuid, read_cpuid
-from pykvm.kvm.x86.msr import read_msrs, write_msrs
+from pykvm.kvm.x86.msr import read_msrs, read_readable_msrs, write_msrs
 from pykvm.kvm.x86.system import X86System
 
 __all__ = ["Breakpoint", "MpState", "Translation", "X86Vcpu"]
@@ -229,6 +229,10 @@ class X86Vcpu(Attributes):
             MsrError: KVM does not read one; it names the first.
         """
         return read_msrs(self._read_msrs, indices, self._listed_msrs)
+
+    def get_readable_msrs(self, indices: Iterable[int]) -> dict[int, int]:
+        """Return the values of those MSRs that KVM reads, by number, in order."""
+        return read_readable_msrs(self._read_msrs, indices)
 
     def set_msrs(self, values: Mapping[int, int]) -> None:
         """Set MSRs, in order.

@@ -90,9 +90,22 @@ class X86Vm(Attributes):
         """Return struct kvm_clock_data: kvmclock in ns, flags ``lib.KVM_CLOCK_*``."""
         return self._get("KVM_GET_CLOCK", "kvm_clock_data")
 
-    def set_clock(self, nanoseconds: int) -> None:
-        """Set the guest's kvmclock."""
-        self.ioctl("KVM_SET_CLOCK", ffi.new("struct kvm_clock_data *", {"clock": nanoseconds}))
+    def set_clock(self, nanoseconds: int, *, realtime: int | None = None) -> None:
+        """Set the guest's kvmclock.
+
+        Args:
+            nanoseconds: its value.
+            realtime: when it had that value, in ns of CLOCK_REALTIME; the time since then is added.
+                None stands for now.
+
+        Raises:
+            IoctlError: this KVM does not add it (EINVAL): KVM_CAP_ADJUST_CLOCK has not the flag
+                KVM_CLOCK_REALTIME, which it has since Linux 5.16.
+        """
+        request = ffi.new("struct kvm_clock_data *", {"clock": nanoseconds})
+        if realtime is not None:
+            request.flags, request.realtime = lib.KVM_CLOCK_REALTIME, realtime
+        self.ioctl("KVM_SET_CLOCK", request)
 
     def get_tsc_khz(self) -> int:
         """Return the frequency of the TSC that new vCPUs get, kHz."""

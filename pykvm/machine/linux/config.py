@@ -1,7 +1,9 @@
 """What a Linux machine is made of, as its user has written it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Self
 
 from pykvm.errors import PykvmError
 from pykvm.machine.linux import layout
@@ -74,6 +76,28 @@ class MachineConfig:
                 f"{self.memory} bytes of memory",
                 f"use {layout.MIN_MEMORY >> 20} MiB or more, in whole pages (--memory)",
             )
+
+    def to_values(self) -> dict[str, Any]:
+        """Return the configuration as values for JSON."""
+        initrds = [str(initrd) for initrd in self.initrds]
+        return {**asdict(self), "kernel": str(self.kernel), "initrds": initrds}
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Self:
+        """Return the configuration that JSON describes.
+
+        Raises:
+            MachineConfigError: it describes none.
+        """
+        try:
+            initrds = tuple(Path(initrd) for initrd in values["initrds"])
+            if not all(isinstance(values[name], int) for name in ("memory", "cpus")):
+                raise TypeError
+            return cls(**{**values, "kernel": Path(values["kernel"]), "initrds": initrds})
+        except (KeyError, TypeError) as error:
+            raise MachineConfigError(
+                "the saved configuration is of another kind of machine", "use another snapshot"
+            ) from error
 
     def described(self) -> str:
         """Return what the machine is made of, a line for each part."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import struct
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from enum import Enum
-from typing import Final
+from pathlib import Path
+from typing import Final, Self
 
 from pykvm.closeable import Closeable
 from pykvm.devices.pci.bus import ECAM_SIZE, PciBus
@@ -30,10 +31,18 @@ from pykvm.machine.linux.boot import (
 )
 from pykvm.machine.linux.config import MachineConfig
 from pykvm.machine.linux.kernel_file import KernelFile
+from pykvm.machine.linux.pause import PauseGate
 from pykvm.machine.x86 import acpi, aml, interrupt_pins, long_mode
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.memory.regions import MemoryFile, Region
 from pykvm.sizes import PAGE_SIZE
+from pykvm.snapshot.folder_reader import Snapshot
+from pykvm.snapshot.machine_state import (
+    StatefulDevice,
+    require_disks,
+    restore_state,
+    save_machine,
+)
 
 __all__ = ["End", "LinuxMachine", "MachineCrashedError"]
 
@@ -77,6 +86,7 @@ class LinuxMachine(Closeable):
         kvm: an open ``/dev/kvm``.
         config: what it is made of.
         output: descriptor to which its first serial port writes; None drops the output.
+        memory: memory of a snapshot, for `restore`; the machine owns it, and boots no kernel.
 
     Raises:
         KernelError: the kernel, the initial RAM disk or the command line cannot be used.
@@ -84,10 +94,16 @@ class LinuxMachine(Closeable):
         KvmError: KVM refuses a call.
     """
 
-    def __init__(self, kvm: Kvm, config: MachineConfig, output: int | None = None) -> None:
+    def __init__(
+        self,
+        kvm: Kvm,
+        config: MachineConfig,
+        output: int | None = None,
+        memory: GuestMemory | None = None,
+    ) -> None:
         self.config = config
+        self.memory = memory or GuestMemory()
         self.vm = kvm.create_vm()
-        self.memory = GuestMemory()
         self.serial = Serial(output)
         self.vcpus: list[Vcpu] = []
         window = (layout.PCI_WINDOW_GPA, layout.PCI_WINDOW_SIZE)
@@ -98,8 +114,12 @@ class LinuxMachine(Closeable):
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
         self._kvm = kvm
+        self._gate = PauseGate()
         try:
-            self._make_memory()
+            if memory is None:
+                self._make_memory()
+            for slot in self.memory.slots():
+                self.vm.set_memory_slot(slot)
             self.vm.set_identity_map_address(layout.IDENTITY_MAP_GPA)
             self.vm.set_tss_address(layout.TSS_GPA)
             self.vm.create_irqchip()
@@ -107,10 +127,11 @@ class LinuxMachine(Closeable):
             self.vm.register_irqfd(self.serial.interrupt, COM1_IRQ)
             self._routes = MsiRoutes(self.vm, interrupt_pins.default_routes())
             self._add_devices()
-            start = self._load()
+            start = self._load() if memory is None else None
             for number in range(config.cpus):
                 self._add_vcpu(number)
-            start(self.vcpus[0])
+            if start is not None:
+                start(self.vcpus[0])
         except BaseException:
             self.close()
             raise
@@ -125,8 +146,6 @@ class LinuxMachine(Closeable):
             with MemoryFile("ram", part) as file:
                 # Servers of virtio devices, in processes of their own, map it too.
                 self.memory.add(Region(file, gpa, shareable=True))
-        for slot in self.memory.slots():
-            self.vm.set_memory_slot(slot)
 
     def _load(self) -> Callable[[Vcpu], None]:
         """Put the kernel and the tables into memory; return what lets a vCPU start it."""
@@ -261,16 +280,18 @@ class LinuxMachine(Closeable):
             if self._end is None:
                 self._end, self._failure = end, failure
         self.serial.stop()
+        self._gate.end()
         for vcpu in self.vcpus:
             vcpu.stop()
 
     def _run_vcpu(self, vcpu: Vcpu) -> None:
         try:
-            while True:
-                end = self._serve(vcpu, vcpu.run())
-                if end is not None:
-                    self._finish(end)
-                    return
+            with self._gate.member():
+                while True:
+                    end = self._serve(vcpu, vcpu.run())
+                    if end is not None:
+                        self._finish(end)
+                        return
         except BaseException as error:
             self._finish(End.STOPPED, error)
 
@@ -294,10 +315,96 @@ class LinuxMachine(Closeable):
             case Shutdown():
                 raise MachineCrashedError(vcpu.unexpected(exit).report)
             case Stopped():
-                return End.STOPPED
+                return None if self._gate.passed() else End.STOPPED
             case _:
                 raise vcpu.unexpected(exit)
         return None
+
+    # ---- pausing, snapshots -----------------------------------------------------------------
+
+    def pause(self) -> None:
+        """Let no processor run until `resume`; return when none does. From any thread.
+
+        Raises:
+            PauseError: one does not stop, because nobody reads what it writes.
+        """
+        self._gate.close(self.vcpus)
+
+    def resume(self) -> None:
+        """Undo `pause`."""
+        self._gate.open(self.vcpus)
+
+    def snapshot(self, path: Path) -> int:
+        """Write a snapshot to a new folder; return the bytes of memory that it holds beside zeros.
+
+        The machine is paused meanwhile, and stays paused if it was.
+
+        Raises:
+            PykvmError: see `pause` and `pykvm.snapshot.machine_state.save_machine`.
+        """
+        with self._gate.closed(self.vcpus), self._quiet():
+            return save_machine(
+                path,
+                machine=self.config.to_values(),
+                vm=self.vm,
+                vcpus=self.vcpus,
+                memory=self.memory,
+                devices=self._stateful(),
+            )
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """Let no device of the bus access guest memory meanwhile."""
+        functions = self.pci.functions
+        try:
+            for function in functions:
+                function.pause()
+            yield
+        finally:
+            for function in functions:
+                function.resume()
+
+    @classmethod
+    def restore(
+        cls,
+        kvm: Kvm,
+        path: Path,
+        output: int | None = None,
+        add_devices: Callable[[Self], None] = lambda machine: None,
+        *,
+        shareable: bool = False,
+    ) -> Self:
+        """Return the machine of a snapshot, ready to run on from there.
+
+        Args:
+            kvm: an open ``/dev/kvm``.
+            path: the folder.
+            output: see `LinuxMachine`.
+            add_devices: adds the devices that the saved machine had (`add_device`), in their order.
+            shareable: whether memory is copied now, so that other processes can map it, as
+                vhost-user needs. Otherwise it is read from the folder while it is used, and the
+                folder must stay as it is.
+
+        Raises:
+            MachineConfigError: it is of another kind of machine.
+            PykvmError: see `Snapshot` and `restore_state`.
+        """
+        with Snapshot(path) as snapshot:
+            require_disks(snapshot)
+            config = MachineConfig.from_values(snapshot.contents.machine)
+            memory = snapshot.copy_memory() if shareable else snapshot.map_memory()
+            machine = cls(kvm, config, output, memory)
+            try:
+                add_devices(machine)
+                restore_state(snapshot, machine.vm, machine.vcpus, machine._stateful())
+            except BaseException:
+                machine.close()
+                raise
+            return machine
+
+    def _stateful(self) -> dict[str, StatefulDevice]:
+        functions = enumerate(self.pci.functions)
+        return {"com1": self.serial, **{f"pci{n}": function for n, function in functions}}
 
     def close(self) -> None:
         """End the machine and give everything back. Harmless twice."""

@@ -6,22 +6,31 @@ Each function returns encoded bytes. Source: ACPI specification 6.5, chapters 20
 
 import struct
 from collections.abc import Iterable
+from typing import Final
 
 __all__ = [
+    "ARG0",
     "buses",
     "device",
     "eisa_id",
     "fixed_memory",
+    "if_equal",
     "integer",
     "interrupt",
     "memory",
+    "method",
     "name",
+    "notify",
     "package",
     "ports",
     "resources",
+    "returns",
     "scope",
     "string",
 ]
+
+ARG0: Final = b"\x68"
+"""The first argument of a method."""
 
 # Flags of an address space descriptor (6.4.3.5): both ends are fixed.
 _FIXED = 0x0C
@@ -40,6 +49,26 @@ def scope(path: str, *terms: bytes) -> bytes:
 def device(path: str, *terms: bytes) -> bytes:
     """Return a device."""
     return b"\x5b\x82" + _sized(_path(path) + b"".join(terms))
+
+
+def method(path: str, arguments: int, *terms: bytes) -> bytes:
+    """Return a serialized method of 0 to 7 arguments (20.2.5.2)."""
+    return b"\x14" + _sized(_path(path) + bytes([arguments | 1 << 3]) + b"".join(terms))
+
+
+def returns(value: bytes) -> bytes:
+    """Return the term with which a method ends and gives a value."""
+    return b"\xa4" + value
+
+
+def if_equal(left: bytes, right: bytes, *terms: bytes) -> bytes:
+    """Return terms that are evaluated if two integers are equal."""
+    return b"\xa0" + _sized(b"\x93" + left + right + b"".join(terms))
+
+
+def notify(path: str, event: int) -> bytes:
+    """Return the term that tells the driver of a device about an event."""
+    return b"\x86" + _path(path) + integer(event)
 
 
 def package(*elements: bytes) -> bytes:

@@ -7,6 +7,13 @@ from pathlib import Path
 import pytest
 
 from pykvm.machine.x86 import acpi, aml
+from pykvm.machine.x86.event_device import event_device
+from pykvm.machine.x86.vm_generation import (
+    GENERATION_SIZE,
+    generation_device,
+    renew_generation,
+)
+from pykvm.memory.guest_memory import GuestMemory
 
 pytestmark = pytest.mark.unit
 
@@ -154,3 +161,44 @@ def test_a_pci_bus(tmp_path: Path) -> None:
     assert "QWordMemory (ResourceProducer, PosDecode, MinFixed, MaxFixed, NonCacheable" in text
     assert "0x00000000C1000000, // Range Minimum 0x00000000C1FFFFFF, // Range Maximum" in text
     assert "Memory32Fixed (ReadWrite, 0xC0000000, // Address Base 0x00100000" in text
+
+
+def test_a_generation_id_and_what_tells_of_it(tmp_path: Path) -> None:
+    devices = generation_device(0x1_2345_6788) + event_device({9: "\\_SB.VGEN", 0x1F0: "\\_SB.B"})
+    devices += aml.device("B", aml.name("_HID", aml.eisa_id("PNP0C0C")))
+    tables = acpi.build_tables(0xE0000, [0], PORTS, devices)
+    text = disassembled(table_of(tables, b"DSDT"), tmp_path)
+    squeezed = " ".join(text.split())
+    for expected in (
+        'Name (_CID, "VM_Gen_Counter")',
+        "Method (ADDR, 0, Serialized) { Return (Package (0x02) { 0x23456788, One }) }",
+        'Name (_HID, "ACPI0013"',
+        "Interrupt (ResourceConsumer, Edge, ActiveHigh, Exclusive, ,, ) { 0x00000009, }",
+        "{ 0x000001F0, }",
+        "Method (_EVT, 1, Serialized) // _EVT: Event { If ((Arg0 == 0x09)) "
+        "{ Notify (\\_SB.VGEN, 0x80) // Status Change } If ((Arg0 == 0x01F0)) "
+        "{ Notify (\\_SB.B, 0x80) // Status Change } }",
+    ):
+        assert expected in squeezed, text
+    iasl = shutil.which("iasl")
+    assert iasl
+    done = subprocess.run(
+        [iasl, "-p", "again", "table.dsl"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "0 Errors, 0 Warnings" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_generation_id_changes() -> None:
+    with GuestMemory.create(0x2000) as memory:
+        first = renew_generation(memory, 0x1008)
+        assert memory.read(0x1000, 0x20) == bytes(8) + first.bytes_le + bytes(8)
+        second = renew_generation(memory, 0x1008)
+        assert first != second
+        assert memory.read(0x1008, GENERATION_SIZE) == second.bytes_le
+    for gpa in (0x1004, -8, 1 << 64):
+        with pytest.raises(ValueError, match="no generation id"):
+            generation_device(gpa)

@@ -5,7 +5,8 @@
  */
 #include <stdint.h>
 
-enum { READ = 0, WRITE = 1, EXIT = 60, REBOOT = 169, GETAFFINITY = 204 };
+enum { READ = 0, WRITE = 1, EXIT = 60, REBOOT = 169, GETAFFINITY = 204,
+       GETTIME = 228 };
 
 static long call(long number, long a, long b, long c, long d)
 {
@@ -49,6 +50,30 @@ static void say_number(unsigned int number)
 	say(digits);
 }
 
+static void say_time(void)
+{
+	char digits[] = "0000000000 seconds\n";
+	long now[2] = { 0 };	/* a struct timespec */
+
+	call(GETTIME, 0, (long)now, 0, 0);	/* CLOCK_REALTIME */
+	for (int i = 9; i >= 0; i--, now[0] /= 10)
+		digits[i] = '0' + now[0] % 10;
+	say("init: ");
+	say(digits);
+}
+
+/* Says fifty numbers, with work in between. */
+static void say_numbers(void)
+{
+	for (unsigned int number = 0; number < 50; number++) {
+		say("init: number ");
+		say_number(number);
+		say("\n");
+		for (volatile unsigned int turn = 0; turn < 1000000; turn++)
+			;
+	}
+}
+
 static void restart(long how)
 {
 	call(REBOOT, (long)0xfee1dead, 672274793, how, 0);
@@ -76,6 +101,10 @@ __attribute__((used)) void begin(const long *stack)
 			line[got > 0 ? got : 0] = 0;
 			say("init: got ");
 			say(line);
+		} else if (same(words[i], "count")) {
+			say_numbers();
+		} else if (same(words[i], "time")) {
+			say_time();
 		} else if (same(words[i], "poweroff")) {
 			restart(0x4321fedc);
 		} else if (same(words[i], "reboot")) {

@@ -1,0 +1,1 @@
+"""State of KVM that x86 alone has: vCPUs, interrupt controllers, clocks."""
