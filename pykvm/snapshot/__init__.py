@@ -4,4 +4,5 @@
 - `memory`: guest memory in a sparse file, and back, lazily or at once.
 - `folder`: its format; `folder_writer` and `folder_reader` write and read it.
 - `machine_state`: the three together, and devices.
+- `pause_notice`: tells guests that they were away.
 """

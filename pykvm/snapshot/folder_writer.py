@@ -27,7 +27,6 @@ from pykvm.snapshot.folder import (
     SnapshotWriteError,
     may_be_named,
 )
-from pykvm.version import version
 
 __all__ = ["write_snapshot"]
 
@@ -108,6 +107,8 @@ def _remove_if_dead(partial: Path) -> None:
 
 
 def _fill(folder: Path, contents: Contents, memory: GuestMemory) -> int:
+    from pykvm.version import version  # noqa: PLC0415  (it takes long to import)
+
     with _created(folder / MEMORY) as fd:
         written = memory_file.save_memory(memory, fd)
     for name, data in contents.blobs.items():

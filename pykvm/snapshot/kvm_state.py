@@ -8,11 +8,12 @@ from typing import Any
 
 from pykvm.errors import PykvmError
 from pykvm.kvm import Vcpu, Vm
+from pykvm.snapshot.pause_notice import tell_of_pause
 from pykvm.snapshot.x86 import clocks, vcpu_state, vm_state
 from pykvm.snapshot.x86.features import require_features
 from pykvm.snapshot.x86.structs import KvmStateError, field
 
-__all__ = ["ArchitectureError", "ContextsError", "restore_kvm", "save_kvm", "tell_of_pause"]
+__all__ = ["ArchitectureError", "ContextsError", "restore_kvm", "save_kvm"]
 
 
 class ArchitectureError(PykvmError):
@@ -94,9 +95,3 @@ def _require_no_contexts(vm: Vm) -> None:
             f"the machine has {contexts} elisa contexts, which no snapshot can hold",
             "detach it from its shared objects first",
         )
-
-
-def tell_of_pause(vcpus: Sequence[Vcpu]) -> None:
-    """Tell a guest that was paused, so that its watchdogs do not bite."""
-    for vcpu in vcpus:
-        vcpu_state.tell_of_pause(vcpu)

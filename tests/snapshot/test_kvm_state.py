@@ -12,7 +12,8 @@ import pytest
 from pykvm.errors import PykvmError
 from pykvm.host.emulation import is_emulated
 from pykvm.kvm import Kvm, MpState, Vcpu, Vm, find_leaf, lib
-from pykvm.snapshot.kvm_state import ArchitectureError, restore_kvm, save_kvm, tell_of_pause
+from pykvm.snapshot.kvm_state import ArchitectureError, restore_kvm, save_kvm
+from pykvm.snapshot.pause_notice import tell_of_pause
 from pykvm.snapshot.x86 import clocks
 from pykvm.snapshot.x86.clocks import TscFrequencyError
 from pykvm.snapshot.x86.features import HostFeatureError

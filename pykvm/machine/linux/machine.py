@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from pykvm.closeable import Closeable
 from pykvm.devices.pci.bus import ECAM_SIZE, PciBus
@@ -36,13 +36,9 @@ from pykvm.machine.x86 import acpi, aml, interrupt_pins, long_mode
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.memory.regions import MemoryFile, Region
 from pykvm.sizes import PAGE_SIZE
-from pykvm.snapshot.folder_reader import Snapshot
-from pykvm.snapshot.machine_state import (
-    StatefulDevice,
-    require_disks,
-    restore_state,
-    save_machine,
-)
+
+if TYPE_CHECKING:
+    from pykvm.snapshot.machine_state import StatefulDevice
 
 __all__ = ["End", "LinuxMachine", "MachineCrashedError"]
 
@@ -342,6 +338,8 @@ class LinuxMachine(Closeable):
         Raises:
             PykvmError: see `pause` and `pykvm.snapshot.machine_state.save_machine`.
         """
+        from pykvm.snapshot.machine_state import save_machine  # noqa: PLC0415  (few runs need it)
+
         with self._gate.closed(self.vcpus), self._quiet():
             return save_machine(
                 path,
@@ -389,6 +387,9 @@ class LinuxMachine(Closeable):
             MachineConfigError: it is of another kind of machine.
             PykvmError: see `Snapshot` and `restore_state`.
         """
+        from pykvm.snapshot.folder_reader import Snapshot  # noqa: PLC0415
+        from pykvm.snapshot.machine_state import require_disks, restore_state  # noqa: PLC0415
+
         with Snapshot(path) as snapshot:
             require_disks(snapshot)
             config = MachineConfig.from_values(snapshot.contents.machine)

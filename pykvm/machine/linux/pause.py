@@ -9,7 +9,7 @@ from typing import Final
 
 from pykvm.errors import PykvmError
 from pykvm.kvm import Vcpu
-from pykvm.snapshot.kvm_state import tell_of_pause
+from pykvm.snapshot.pause_notice import tell_of_pause
 
 __all__ = ["PauseError", "PauseGate"]
 

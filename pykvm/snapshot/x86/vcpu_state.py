@@ -17,9 +17,9 @@ Source: Documentation/virt/kvm/api.rst; Linux arch/x86/kvm/x86.c, lapic.c.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from typing import Any, Final
 
 from pykvm.kvm import CpuidEntry, IoctlError, MpState, MsrError, Vcpu
@@ -32,11 +32,12 @@ __all__ = [
     "restore_registers",
     "save_vcpu",
     "saved_cpuid",
-    "tell_of_pause",
 ]
 
 _MSR_TSC_DEADLINE: Final = 0x6E0
 _MSR_MCG_CAP: Final = 0x179
+
+_CPUID_FIELDS: Final = {field.name for field in dataclasses.fields(CpuidEntry)}
 
 _OF_HYPER_V: Final = range(0x4000_0000, 0x4000_0200)
 """MSRs of Hyper-V's interface, which KVM lists, and no machine of pykvm offers. KVM allocates the
@@ -57,11 +58,12 @@ def save_vcpu(vcpu: Vcpu, listed: Iterable[int]) -> dict[str, Any]:
         VcpuRunningError: it runs.
     """
     mp_state = int(vcpu.get_mp_state())
+    names = sorted(_CPUID_FIELDS)
     has = vcpu.check_extension
     state: dict[str, Any] = {
         "id": vcpu.id,
         "mp_state": mp_state,
-        "cpuid": [asdict(entry) for entry in vcpu.get_cpuid2()],
+        "cpuid": [{name: getattr(entry, name) for name in names} for entry in vcpu.get_cpuid2()],
         "regs": to_values(vcpu.get_regs()),
     }
     if has("KVM_CAP_SREGS2"):
@@ -112,17 +114,13 @@ def saved_cpuid(state: Any) -> list[CpuidEntry]:
     Raises:
         KvmStateError: they are none.
     """
-    try:
-        entries = [CpuidEntry(**entry) for entry in field(state, "cpuid", list)]
-    except TypeError as error:
-        raise KvmStateError("cpuid") from error
-    if not all(0 <= value < 1 << 32 for entry in entries for value in _numbers(entry)):
-        raise KvmStateError("cpuid")
-    return entries
-
-
-def _numbers(entry: CpuidEntry) -> Iterable[int]:
-    return (value if isinstance(value, int) else -1 for value in asdict(entry).values())
+    entries = field(state, "cpuid", list)
+    for entry in entries:
+        if not isinstance(entry, dict) or entry.keys() != _CPUID_FIELDS:
+            raise KvmStateError("cpuid")
+        if not all(type(value) is int and 0 <= value < 1 << 32 for value in entry.values()):
+            raise KvmStateError("cpuid")
+    return [CpuidEntry(**entry) for entry in entries]
 
 
 def restore_registers(vcpu: Vcpu, state: Any) -> None:
@@ -197,10 +195,3 @@ def _set_msrs(vcpu: Vcpu, values: dict[int, int]) -> None:
             values = {index: values[index] for index in order[order.index(refused) + 1 :]}
         else:
             return
-
-
-def tell_of_pause(vcpu: Vcpu) -> None:
-    """Tell a guest that uses kvmclock that it was away, so that its watchdogs do not bite."""
-    # EINVAL: it does not use kvmclock.
-    if vcpu.check_extension("KVM_CAP_KVMCLOCK_CTRL"):
-        if_there(vcpu.kvmclock_ctrl, errno.EINVAL)
