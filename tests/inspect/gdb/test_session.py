@@ -8,9 +8,8 @@ import pytest
 
 from pykvm.inspect.gdb.server import GdbServer
 from pykvm.inspect.gdb.target_description import REGISTERS
-from tests.inspect.conftest import NewMachine
 from tests.rigs.gdb_client import GdbClient
-from tests.rigs.inspected.machine import HIGH, InspectedMachine, address_of
+from tests.rigs.inspected.machine import HIGH, InspectedMachine, NewMachine, address_of
 from tests.rigs.needs import need_hardware
 from tests.rigs.waiting import wait_for
 
