@@ -191,5 +191,7 @@ def _family(each: Statistic, what: str) -> Family:
 def _bounds(each: Statistic, count: int, scale: float) -> list[float]:
     """Return the greatest value of each bucket but the last, which has no bound (api.rst 4.133)."""
     if each.kind == "linear hist":
-        return [(each.bucket_size * (n + 1) - 1) * scale for n in range(count - 1)]
-    return [(2**n - 1) * scale for n in range(count - 1)]
+        greatest = [each.bucket_size * (n + 1) - 1 for n in range(count - 1)]
+    else:
+        greatest = [2**n - 1 for n in range(count - 1)]
+    return [float(f"{value * scale:.12g}") for value in greatest]

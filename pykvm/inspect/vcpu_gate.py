@@ -15,16 +15,19 @@ Any other thread pauses the machine::
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final, Protocol
 
 from pykvm.errors import PykvmError
-from pykvm.kvm import Debug, Exit, Stopped, Vcpu
+from pykvm.kvm import Debug, Exit, KvmError, Stopped, Vcpu
 
 __all__ = ["DebugListener", "PauseError", "VcpuGate"]
 
 _PATIENCE: Final = 10.0  # seconds; a vCPU leaves KVM_RUN at once, and a device answers soon
+_NOTICED: Final = 0.1  # seconds; shorter stops worry no watchdog
+_GONE_SOON: Final = 0.5  # seconds until a debugger that has gone is noticed
 
 
 class PauseError(PykvmError):
@@ -48,14 +51,12 @@ class VcpuGate:
     """Gate through which the vCPUs of a machine pass before they run.
 
     Two independent reasons keep a vCPU parked: the machine is paused (`pause`, which nests), or the
-    vCPU is held (`hold`, for debuggers).
-
-    Attributes:
-        listener: the debugger, if there is one.
+    vCPU is held (`hold`, for debuggers). A guest that uses kvmclock is told of longer stops, so
+    that its watchdogs do not bite.
     """
 
     def __init__(self) -> None:
-        self.listener: DebugListener | None = None
+        self._listener: DebugListener | None = None
         self._changed = threading.Condition()
         self._inside: dict[int, Vcpu] = {}
         self._threads: set[int] = set()
@@ -83,7 +84,7 @@ class VcpuGate:
             while self._admit(vcpu):
                 while not isinstance(found := vcpu.run(), Stopped):
                     if isinstance(found, Debug):
-                        if (listener := self.listener) is not None:
+                        if (listener := self._listener) is not None:
                             listener.debug_exit(vcpu, found)
                     else:
                         serve(found)
@@ -100,9 +101,14 @@ class VcpuGate:
         with self._changed:
             if self._inside.pop(vcpu.id, None) is not None:
                 self._changed.notify_all()
+            begun = time.monotonic()
             self._changed.wait_for(lambda: self._closed or not self._parks(vcpu.id))
             if self._closed:
                 return False
+            if time.monotonic() - begun > _NOTICED:
+                # CapabilityMissingError, or EINVAL: the guest does not use kvmclock.
+                with suppress(KvmError):
+                    vcpu.kvmclock_ctrl()
             self._inside[vcpu.id] = vcpu
             return True
 
@@ -164,12 +170,36 @@ class VcpuGate:
             first, self._closed = not self._closed, True
             self._stop(self._inside)
             self._changed.notify_all()
-        if first and (listener := self.listener) is not None:
+        if first and (listener := self._listener) is not None:
             listener.machine_ended()
 
     @property
     def closed(self) -> bool:
         return self._closed
+
+    # ---- debuggers --------------------------------------------------------------------------
+
+    def attach(self, listener: DebugListener) -> None:
+        """Send `Debug` exits to a debugger; there is one at a time.
+
+        Raises:
+            PauseError: another one is attached, and stays.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._listener is None, _GONE_SOON):
+                raise PauseError("another debugger is attached", "detach it first")
+            self._listener = listener
+
+    def detach(self) -> None:
+        """Send `Debug` exits to nobody."""
+        with self._changed:
+            self._listener = None
+            self._changed.notify_all()
+
+    @property
+    def is_debugged(self) -> bool:
+        """True if a debugger is attached."""
+        return self._listener is not None
 
     # ---- single vCPUs -----------------------------------------------------------------------
 

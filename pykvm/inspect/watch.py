@@ -61,7 +61,7 @@ class ProgressWatch(Closeable):
     def _watch(self) -> None:
         gate = self._machine.gate
         while not self._closed.wait(self._interval) and not gate.closed:
-            if gate.is_paused or gate.listener is not None:
+            if gate.is_paused or gate.is_debugged:
                 self._before = {}
                 continue
             with suppress(PykvmError):  # the machine ends, or a device does not answer

@@ -1,6 +1,6 @@
 """Fixtures: a running machine, and one with a stub."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -9,9 +9,7 @@ import pytest
 from pykvm.inspect.gdb.server import GdbServer
 from pykvm.kvm import Kvm
 from tests.rigs.gdb_client import GdbClient
-from tests.rigs.inspected.machine import InspectedMachine
-
-NewMachine = Callable[..., InspectedMachine]
+from tests.rigs.inspected.machine import InspectedMachine, NewMachine
 
 
 @pytest.fixture

@@ -7,8 +7,7 @@ import pytest
 from pykvm.inspect.hang import Sample, compare, report, sample, state
 from pykvm.inspect.watch import ProgressWatch
 from pykvm.kvm import Kvm
-from tests.inspect.conftest import NewMachine
-from tests.rigs.inspected.machine import InspectedMachine, address_of
+from tests.rigs.inspected.machine import InspectedMachine, NewMachine, address_of
 from tests.rigs.waiting import wait_for
 
 DEAD = "halted for ever, interrupts off"

@@ -5,9 +5,8 @@ import threading
 import pytest
 
 from pykvm.inspect.vcpu_gate import PauseError, VcpuGate
-from pykvm.kvm import Io, Kvm
-from tests.inspect.conftest import NewMachine
-from tests.rigs.inspected.machine import InspectedMachine
+from pykvm.kvm import Debug, Io, Kvm, Vcpu
+from tests.rigs.inspected.machine import InspectedMachine, NewMachine
 from tests.rigs.messages import one_line
 from tests.rigs.waiting import wait_for
 
@@ -129,6 +128,34 @@ def test_a_closed_gate_lets_parked_and_running_vcpus_return(new_machine: NewMach
     assert machine.gate.closed
     with machine.gate.paused():  # harmless: nothing runs
         pass
+
+
+def test_one_debugger_at_a_time() -> None:
+    gate, first, second = VcpuGate(), _Listener(), _Listener()
+    gate.attach(first)
+    assert gate.is_debugged
+    with pytest.raises(PauseError, match="another debugger") as caught:
+        gate.attach(second)
+    one_line(caught.value)
+    later = threading.Timer(0.1, gate.detach)
+    later.start()
+    gate.attach(second)  # it waits until the first has gone
+    gate.close()
+    gate.close()
+    assert (first.ended, second.ended) == (0, 1)
+    gate.detach()
+    assert not gate.is_debugged
+
+
+class _Listener:
+    def __init__(self) -> None:
+        self.ended = 0
+
+    def debug_exit(self, vcpu: Vcpu, found: Debug) -> None:
+        raise AssertionError
+
+    def machine_ended(self) -> None:
+        self.ended += 1
 
 
 def test_a_device_that_does_not_answer(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:

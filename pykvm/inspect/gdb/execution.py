@@ -84,26 +84,29 @@ class Execution:
             PauseError: a vCPU does not stop, or another debugger is attached.
         """
         gate = self._machine.gate
-        if gate.listener is not None:
-            raise PauseError("another debugger is attached", "detach it")
-        gate.listener = self
+        gate.attach(self)
         self._attached = True
         gate.hold(self._numbers)
-        gate.settle()
+        try:
+            gate.settle()
+        except PauseError:
+            self.detach()
+            raise
 
     def detach(self) -> None:
         """Remove all breakpoints and let the machine run as if no debugger had been there."""
         gate = self._machine.gate
         try:
             gate.hold(self._numbers)
-            gate.settle()
+            with suppress(PauseError):  # a vCPU that a device keeps waiting
+                gate.settle()
             self.breakpoints.clear()
             for vcpu in self._machine.vcpus:
-                with suppress(PykvmError):  # closed, or a KVM without debugging
+                with suppress(PykvmError):  # it is closed or runs, or KVM cannot debug
                     vcpu.set_guest_debug()
         finally:
             self._attached = False
-            gate.listener = None
+            gate.detach()
             gate.release(self._numbers)
 
     def resume(self, steps: Mapping[int, bool]) -> None:

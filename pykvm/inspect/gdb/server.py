@@ -1,14 +1,16 @@
-"""`GdbServer`: listens for GDB on a Unix socket or a port of this machine, one client at a time."""
+"""`GdbServer`: listens for GDB on a Unix socket or a port of this machine.
+
+`serve_client` serves a connection that came another way, such as through a control socket.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import socket
 import stat
 import threading
-import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -17,10 +19,11 @@ from pykvm.errors import PykvmError
 from pykvm.inspect.gdb.session import Session
 from pykvm.inspect.machine import Machine
 
-__all__ = ["GdbServer", "GdbServerError"]
+__all__ = ["GdbServer", "GdbServerError", "serve_client"]
 
 _CHUNK: Final = 65536
 _SEND_TIMEOUT: Final = 10.0  # seconds until a client that reads nothing is given up
+_MOST_CLIENTS: Final = 4  # one is served, the others wait to be refused
 _PAUSE: Final = 0.1  # seconds
 _LOCALHOST: Final = "127.0.0.1"
 
@@ -37,11 +40,57 @@ class GdbServerError(PykvmError):
         self.errno = errno
 
 
-class GdbServer(Closeable):
-    """A stub that serves one client after the other in a thread of its own.
+def serve_client(machine: Machine, connection: socket.socket) -> None:
+    """Serve GDB on a connection until it detaches or vanishes, or the machine ends.
 
-    The machine stands while a client is connected, until that lets it run. A client that detaches,
-    vanishes or sends rubbish leaves the machine running, without breakpoints.
+    The machine stands until the client lets it run. A client that detaches, vanishes or sends
+    rubbish leaves the machine running, without breakpoints. While another debugger is attached the
+    client gets no answer. The caller closes the connection; shutting it down ends the call.
+    """
+    connection.settimeout(_SEND_TIMEOUT)
+    # PykvmError: the client is done, or no debugger; or the machine cannot be stopped.
+    with _Waker() as waker, suppress(PykvmError, OSError):
+        session = Session(machine, connection.sendall, waker.wake)
+        try:
+            _converse(connection, session, waker)
+        finally:
+            session.close()
+
+
+class _Waker(Closeable):
+    """A pipe that wakes the thread of a session. Others may wake it even after it is closed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.read_end, self._write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def wake(self) -> None:
+        with self._lock, suppress(BlockingIOError):  # it is full: the thread will wake
+            if self._write_end >= 0:
+                os.write(self._write_end, b"\0")
+
+    def close(self) -> None:
+        with self._lock:
+            os.close(self._write_end)
+            self._write_end = -1
+        os.close(self.read_end)
+
+
+def _converse(connection: socket.socket, session: Session, waker: _Waker) -> None:
+    while True:
+        ready, _, _ = select.select([connection.fileno(), waker.read_end], [], [])
+        if waker.read_end in ready:
+            os.read(waker.read_end, _CHUNK)
+            session.tell()
+        if connection.fileno() in ready:
+            data = connection.recv(_CHUNK)
+            if not data:
+                return
+            session.feed(data)
+
+
+class GdbServer(Closeable):
+    """A stub that serves one client after the other (`serve_client`) in threads of its own.
 
     Args:
         machine: the machine.
@@ -52,11 +101,12 @@ class GdbServer(Closeable):
     def __init__(self, machine: Machine, listener: socket.socket, path: Path | None = None) -> None:
         self._machine = machine
         self._listener = listener
-        self._listener.setblocking(False)
+        self._address = str(path or "{}:{}".format(*listener.getsockname()))
         self._path = path
-        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._stopping = False
-        self._thread = threading.Thread(target=self._serve, name="gdb", daemon=True)
+        self._lock = threading.Lock()
+        self._clients: dict[socket.socket, threading.Thread] = {}
+        self._closed = False
+        self._thread = threading.Thread(target=self._accept, name="gdb", daemon=True)
         self._thread.start()
 
     @classmethod
@@ -115,82 +165,54 @@ class GdbServer(Closeable):
     @property
     def address(self) -> str:
         """What to type after `target remote` in GDB."""
-        if self._path is not None:
-            return str(self._path)
-        return f"{_LOCALHOST}:{self._listener.getsockname()[1]}"
+        return self._address
 
     def close(self) -> None:
         """Drop the client, let the machine run, and listen no more. Harmless twice."""
-        if self._stopping:
-            return
-        self._stopping = True
-        self._wake()
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            clients = dict(self._clients)
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join()
         self._listener.close()
-        os.close(self._wake_read)
-        os.close(self._wake_write)
+        for client, thread in clients.items():
+            with suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)
+            thread.join()
         if self._path is not None:
             self._path.unlink(missing_ok=True)
 
-    def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # it is full: the thread will wake
-            os.write(self._wake_write, b"\0")
-
-    # ---- the thread -------------------------------------------------------------------------
-
-    def _serve(self) -> None:
-        while not self._stopping:
-            if self._listener.fileno() in self._ready() and (client := self._accept()):
-                with client:
-                    self._talk(client)
-
-    def _accept(self) -> socket.socket | None:
-        try:
-            return self._listener.accept()[0]
-        except BlockingIOError:
-            return None  # it is gone already
-        except OSError:
-            time.sleep(_PAUSE)  # no descriptor is left; the client waits
-            return None
-
-    def _ready(self, *others: int) -> list[int]:
-        """Wait until something happens; return the descriptors with news."""
-        listener = self._listener.fileno()
-        ready, _, _ = select.select([self._wake_read, listener, *others], [], [])
-        if self._wake_read in ready:
-            self._drain()
-        if listener in ready:
-            # A client that came after the last one had gone finds that one gone here.
-            ready += select.select(others, [], [], 0)[0]
-        return ready
-
-    def _drain(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._wake_read, _CHUNK)
-
-    def _talk(self, client: socket.socket) -> None:
-        client.settimeout(_SEND_TIMEOUT)
-        if client.family == socket.AF_INET:
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # PykvmError: the client is done, or no debugger; or the machine cannot be stopped.
-        with contextlib.suppress(PykvmError, OSError):
-            session = Session(self._machine, client.sendall, self._wake)
+    def _accept(self) -> None:
+        while not self._closed:
             try:
-                self._converse(client, session)
-            finally:
-                session.close()
+                client, _ = self._listener.accept()
+            except OSError:
+                # Closed, or no descriptor is left: the client waits then.
+                if not self._closed:
+                    threading.Event().wait(_PAUSE)
+                continue
+            thread = threading.Thread(target=self._serve, args=(client,), name="gdb", daemon=True)
+            with self._lock:
+                refused = self._closed or len(self._clients) >= _MOST_CLIENTS
+                if not refused:
+                    self._clients[client] = thread
+            if refused:
+                client.close()
+            else:
+                thread.start()
 
-    def _converse(self, client: socket.socket, session: Session) -> None:
-        while not self._stopping:
-            ready = self._ready(client.fileno())
-            session.tell()
-            if client.fileno() in ready:
-                data = client.recv(_CHUNK)
-                if not data:
-                    return
-                session.feed(data)
-            elif self._listener.fileno() in ready and (other := self._accept()):
-                other.close()  # one at a time
+    def _serve(self, client: socket.socket) -> None:
+        try:
+            if client.family == socket.AF_INET:
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            serve_client(self._machine, client)
+        finally:
+            with self._lock:
+                del self._clients[client]
+            client.close()
 
 
 def _remove_stale(path: Path) -> None:

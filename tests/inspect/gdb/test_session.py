@@ -8,9 +8,8 @@ import pytest
 
 from pykvm.inspect.gdb.server import GdbServer
 from pykvm.inspect.gdb.target_description import REGISTERS
-from tests.inspect.conftest import NewMachine
 from tests.rigs.gdb_client import GdbClient
-from tests.rigs.inspected.machine import HIGH, InspectedMachine, address_of
+from tests.rigs.inspected.machine import HIGH, InspectedMachine, NewMachine, address_of
 from tests.rigs.needs import need_hardware
 from tests.rigs.waiting import wait_for
 
@@ -269,7 +268,7 @@ def test_continue_at_an_address(client: GdbClient) -> None:
     assert client.ask("Hc1") == "OK"
     assert client.ask(f"Z1,{STORED:x},1") == "OK"
     assert set_register(client, "rbx", 41) == "OK"
-    assert client.ask(f"c{COUNT:x}") == "T05thread:1;hwbreak:;"
+    assert client.ask(f"c{address_of('counting'):x}") == "T05thread:1;hwbreak:;"
     assert register(client, "rbx") == 42
     for wrong in ("cx", "sx", "C05;x", "vCont", "vCont;", "vCont;x", "vCont;c:9", "vCont;C0"):
         assert client.ask(wrong) == "E16"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import struct
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -17,8 +18,6 @@ from pykvm.paging.entries import Access, X86Entry
 from pykvm.sizes import MIB
 from pykvm.toolchain import compiler
 from pykvm.toolchain.elf import ElfFile
-
-__all__ = ["InspectedMachine", "guest_file", "guest_image"]
 
 _HERE: Final = Path(__file__).parent
 
@@ -151,3 +150,7 @@ class InspectedMachine(Closeable):
         self.memory.close()
         if self.failures:
             raise self.failures[0]
+
+
+NewMachine = Callable[..., InspectedMachine]
+"""Function that starts a machine, with arguments of `InspectedMachine`."""
