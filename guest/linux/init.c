@@ -7,10 +7,12 @@
  * streams are virtio console ports of these names; see pykvm/machine/linux/command.py.
  */
 #define _GNU_SOURCE
+#include <arpa/inet.h>
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <net/if.h>
+#include <net/route.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -29,6 +31,7 @@
 
 #define MOST_WORDS	4096
 #define SETTINGS_SIZE	(4 << 20)
+#define MOST_INTERFACES	32
 #define PATIENCE	30	/* seconds for a device to appear */
 
 static struct {
@@ -38,6 +41,8 @@ static struct {
 	char *root;	/* type:source of the root file system */
 	char *overlay;	/* mount options of what is written; none: read-only */
 	char *directory, *name;
+	char *interfaces[MOST_INTERFACES], *resolvers[MOST_INTERFACES];
+	unsigned int interfaces_count, resolvers_count;
 	bool terminal;
 } wanted;
 
@@ -85,6 +90,10 @@ static void take(char *key, char *value)
 		wanted.words[wanted.words_count++] = value;
 	else if (!strcmp(key, "environment") && wanted.environment_count < MOST_WORDS)
 		wanted.environment[wanted.environment_count++] = value;
+	else if (!strcmp(key, "interface") && wanted.interfaces_count < MOST_INTERFACES)
+		wanted.interfaces[wanted.interfaces_count++] = value;
+	else if (!strcmp(key, "resolver") && wanted.resolvers_count < MOST_INTERFACES)
+		wanted.resolvers[wanted.resolvers_count++] = value;
 	else if (!strcmp(key, "root"))
 		wanted.root = value;
 	else if (!strcmp(key, "overlay"))
@@ -310,13 +319,85 @@ static _Noreturn void run_command(void)
 	_exit(errno == ENOENT ? 127 : 126);
 }
 
-static void bring_up_loopback(void)
+/* ------------------------------------------------------------------ network */
+
+static void control(int s, unsigned long request, void *argument, const char *what)
 {
-	struct ifreq request = { .ifr_name = "lo", .ifr_flags = IFF_UP };
+	if (ioctl(s, request, argument))
+		fail("network", what);
+}
+
+static void set_address(int s, unsigned long request, struct ifreq *interface, const char *text)
+{
+	struct sockaddr_in address = { .sin_family = AF_INET };
+
+	if (inet_pton(AF_INET, text, &address.sin_addr) != 1) {
+		errno = EINVAL;
+		fail("network", text);
+	}
+	memcpy(&interface->ifr_addr, &address, sizeof(address));
+	control(s, request, interface, text);
+}
+
+/* text: name, address, mask and perhaps gateway. */
+static void configure(int s, char *text)
+{
+	char *name = strsep(&text, " "), *address = strsep(&text, " ");
+	char *mask = strsep(&text, " ");
+	double until = now() + PATIENCE;
+	struct ifreq interface = { 0 };
+
+	if (!name || !address || !mask) {
+		errno = EINVAL;
+		fail("network", "interface");
+	}
+	snprintf(interface.ifr_name, sizeof(interface.ifr_name), "%s", name);
+	while (ioctl(s, SIOCGIFFLAGS, &interface) && now() < until)
+		pause_a_moment();	/* its driver is still at work */
+	set_address(s, SIOCSIFADDR, &interface, address);
+	set_address(s, SIOCSIFNETMASK, &interface, mask);
+	control(s, SIOCGIFFLAGS, &interface, name);
+	interface.ifr_flags |= IFF_UP;
+	control(s, SIOCSIFFLAGS, &interface, name);
+	if (text) {
+		struct rtentry route = { .rt_flags = RTF_UP | RTF_GATEWAY, .rt_dev = name };
+		struct sockaddr_in any = { .sin_family = AF_INET }, gateway = any;
+
+		inet_pton(AF_INET, text, &gateway.sin_addr);
+		memcpy(&route.rt_dst, &any, sizeof(any));
+		memcpy(&route.rt_genmask, &any, sizeof(any));
+		memcpy(&route.rt_gateway, &gateway, sizeof(gateway));
+		control(s, SIOCADDRT, &route, text);
+	}
+}
+
+/* In the overlay; a root file system without one keeps its own. */
+static void write_resolvers(void)
+{
+	FILE *file;
+
+	if (!wanted.resolvers_count || !wanted.overlay)
+		return;
+	unlink("/etc/resolv.conf");	/* often a link to where nothing is here */
+	file = fopen("/etc/resolv.conf", "w");
+	for (unsigned int i = 0; file && i < wanted.resolvers_count; i++)
+		fprintf(file, "nameserver %s\n", wanted.resolvers[i]);
+	if (!file || fclose(file))
+		fail("writing", "/etc/resolv.conf");
+}
+
+static void set_up_network(void)
+{
+	struct ifreq loopback = { .ifr_name = "lo", .ifr_flags = IFF_UP };
 	int s = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
 
-	if (s >= 0 && ioctl(s, SIOCSIFFLAGS, &request) == 0)
-		close(s);	/* a kernel without networks has no loopback either */
+	if (s < 0)
+		return;	/* a kernel without networks */
+	control(s, SIOCSIFFLAGS, &loopback, "lo");
+	for (unsigned int i = 0; i < wanted.interfaces_count; i++)
+		configure(s, wanted.interfaces[i]);
+	close(s);
+	write_resolvers();
 }
 
 int main(void)
@@ -340,7 +421,7 @@ int main(void)
 	if (wanted.name)
 		sethostname(wanted.name, strlen(wanted.name));
 	setenv("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", 1);
-	bring_up_loopback();
+	set_up_network();
 	command = fork();
 	if (command < 0)
 		fail("starting", wanted.words[0]);

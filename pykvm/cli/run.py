@@ -6,20 +6,20 @@ import argparse
 import platform
 import shlex
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from pykvm.cli.signals import exit_on_signals
 from pykvm.errors import PykvmError
-from pykvm.sizes import GIB, KIB, MIB
+from pykvm.sizes import MIB
 
 if TYPE_CHECKING:
     from pykvm.machine.linux.config import MachineConfig
 
 __all__ = ["add_parser", "run"]
 
-_UNITS: Final = {"K": KIB, "M": MIB, "G": GIB, "": MIB}
 _CONSOLE: Final = "console=ttyS0"
 _STDOUT: Final = 1
 _PANIC_STATUS: Final = 70
@@ -87,6 +87,22 @@ def add_parser(subparsers: Any) -> None:
         help="directory that is the command's root file system (default: /)",
     )
     parser.add_argument(
+        "--disk",
+        action="append",
+        default=[],
+        metavar="FILE[,ro]",
+        help="file or block device that is a disk, raw or qcow2 (may be given several times)",
+    )
+    parser.add_argument(
+        "--net",
+        action="append",
+        default=[],
+        metavar="KIND[,...]",
+        help="network interface: user (no privileges; user,tcp=8080:80 forwards a port), or tap "
+        "(tap,bridge=br0)",
+    )
+    parser.add_argument("--name", default="", help="the machine's name")
+    parser.add_argument(
         "--share",
         action="append",
         default=[],
@@ -112,7 +128,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         PykvmError: see `pykvm.machine.linux.machine.LinuxMachine` and its `run`.
     """
-    from pykvm.machine.linux.config import MachineConfig, Share  # noqa: PLC0415
+    from pykvm.machine.linux.config import Disk, MachineConfig, Share  # noqa: PLC0415
 
     words = options.command[1:] if options.command[:1] == ["--"] else options.command
     config = MachineConfig(
@@ -122,6 +138,9 @@ def run(options: argparse.Namespace) -> int:
         command_line=options.append,
         memory=options.memory,
         cpus=options.cpus,
+        name=options.name,
+        disks=tuple(map(Disk.parse, options.disk)),
+        networks=tuple(options.net),
         shares=tuple(map(Share.parse, options.share)),
     )
     if options.initrd:
@@ -140,6 +159,7 @@ def _run_machine(config: MachineConfig, options: argparse.Namespace) -> int:
         return 0
     from pykvm.kvm import Kvm, UnexpectedExitError  # noqa: PLC0415  (--help needs none of it)
     from pykvm.machine.linux.console import Console  # noqa: PLC0415
+    from pykvm.machine.linux.devices import configured_networks  # noqa: PLC0415
     from pykvm.machine.linux.machine import (  # noqa: PLC0415
         End,
         LinuxMachine,
@@ -150,10 +170,12 @@ def _run_machine(config: MachineConfig, options: argparse.Namespace) -> int:
     sys.stdout.flush()
     with Kvm() as kvm:
         while True:
-            with (
-                LinuxMachine(kvm, config, _STDOUT) as machine,
-                Console(machine.serial.feed, machine.stop),
-            ):
+            with ExitStack() as stack:
+                networks = []
+                for network in configured_networks(config):
+                    networks.append(stack.enter_context(network))
+                machine = stack.enter_context(LinuxMachine(kvm, config, _STDOUT, networks=networks))
+                stack.enter_context(Console(machine.serial.feed, machine.stop))
                 try:
                     end = machine.run()
                 except (MachineCrashedError, UnexpectedExitError) as error:
@@ -196,8 +218,9 @@ def _run_command(config: MachineConfig, words: list[str], options: argparse.Name
 
 
 def _size(text: str) -> int:
-    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    from pykvm.machine.linux.config import MachineConfigError, parse_size  # noqa: PLC0415
+
     try:
-        return int(number) * _UNITS[unit]
-    except (ValueError, KeyError):
-        raise argparse.ArgumentTypeError(f"{text!r}: write a size like 512M or 2G") from None
+        return parse_size(text)
+    except MachineConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

@@ -12,7 +12,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from pykvm import cache
 from pykvm.errors import PykvmError
@@ -20,6 +20,9 @@ from pykvm.machine.linux import cpio
 from pykvm.machine.linux.guest_modules import modules_archive, release_of
 from pykvm.resources import GUEST_SOURCES
 from pykvm.toolchain.programs import build_program
+
+if TYPE_CHECKING:
+    from pykvm.network.addresses import StaticAddress
 
 __all__ = [
     "STATUS_PORT",
@@ -36,9 +39,6 @@ STREAM_PORTS: Final = ("stdin", "stdout", "stderr")
 
 STATUS_PORT: Final = "status"
 """Name of the port that tells how the command ended."""
-
-COMMAND_LINE: Final = "quiet panic=-1"
-"""The kernel's command line: no messages but errors, and a panic ends the machine."""
 
 _MODULES: Final = ("virtio_pci", "virtio_console", "overlay")
 _MODULES_OF: Final = {"virtiofs": ("virtiofs",), "ext4": ("virtio_blk", "ext4")}
@@ -77,6 +77,7 @@ class Command:
         name: the guest's host name.
         terminal: whether its streams are a terminal, the console, instead of three ports.
         modules: names of further modules of the kernel.
+        addresses: addresses of its network interfaces, in their order; None leaves one alone.
     """
 
     words: Sequence[str]
@@ -87,6 +88,7 @@ class Command:
     name: str = "pykvm"
     terminal: bool = False
     modules: Sequence[str] = ()
+    addresses: Sequence[StaticAddress | None] = ()
 
     def settings(self) -> bytes:
         """Return what guest/linux/init.c reads.
@@ -105,6 +107,12 @@ class Command:
             *(("environment", f"{name}={text}") for name, text in self.environment.items()),
         ]
         pairs += [] if self.writable else [("overlay", "mode=755")]
+        for index, address in enumerate(self.addresses):
+            if address is not None:
+                gateway = address.gateway or ""
+                words = (f"eth{index}", address.address.ip, address.address.netmask, gateway)
+                pairs.append(("interface", " ".join(map(str, words)).strip()))
+                pairs += [("resolver", str(resolver)) for resolver in address.resolvers]
         lines = [os.fsencode(f"{key}={value}") for key, value in pairs]
         if any(b"\0" in line for line in lines):
             raise CommandError("a zero byte in the command or its environment", "leave it out")

@@ -26,6 +26,7 @@ from pykvm.machine.linux.command import (
 )
 from pykvm.machine.linux.config import MachineConfig, Share
 from pykvm.machine.linux.console import Console
+from pykvm.machine.linux.devices import configured_networks
 from pykvm.machine.linux.machine import End, LinuxMachine
 
 __all__ = ["KERNEL_LINE", "ROOT_TAG", "is_terminal", "run_command"]
@@ -68,6 +69,15 @@ def run_command(
         status_read, status_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         stack.callback(os.close, status_read)
         stack.callback(os.close, status_write)
+        networks = []
+        for network in configured_networks(config):
+            networks.append(stack.enter_context(network))
+        if networks:
+            addresses = [network.address for network in networks]
+            modules = (*command.modules, "virtio_net")
+            command = replace(command, addresses=addresses, modules=modules)
+        if config.disks:
+            command = replace(command, modules=(*command.modules, "virtio_blk"))
         shares = (Share(ROOT_TAG, root, read_only=not command.writable),) if root else ()
         config = replace(
             config,
@@ -75,7 +85,9 @@ def run_command(
             initrds=command.initrds(config.kernel, directory),
             shares=shares + config.shares,
         )
-        machine = stack.enter_context(LinuxMachine(kvm, config, 2 if verbose else None))
+        machine = stack.enter_context(
+            LinuxMachine(kvm, config, 2 if verbose else None, networks=networks)
+        )
         with _streams(machine, command.terminal, status_write) as console:
             end = machine.run()
         console.flush(_PATIENCE)

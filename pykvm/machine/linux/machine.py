@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from enum import Enum
 from pathlib import Path
@@ -30,6 +30,7 @@ from pykvm.machine.linux.boot import (
     read_into,
 )
 from pykvm.machine.linux.config import MachineConfig
+from pykvm.machine.linux.devices import HostNetwork, configured_devices
 from pykvm.machine.linux.kernel_file import KernelFile
 from pykvm.machine.linux.pause import PauseGate
 from pykvm.machine.x86 import acpi, aml, interrupt_pins, long_mode
@@ -83,6 +84,8 @@ class LinuxMachine(Closeable):
         config: what it is made of.
         output: descriptor to which its first serial port writes; None drops the output.
         memory: memory of a snapshot, for `restore`; the machine owns it, and boots no kernel.
+        networks: the host's sides of its networks (`configured_networks`), for this machine alone;
+            the caller closes them after it.
 
     Raises:
         KernelError: the kernel, the initial RAM disk or the command line cannot be used.
@@ -96,6 +99,7 @@ class LinuxMachine(Closeable):
         config: MachineConfig,
         output: int | None = None,
         memory: GuestMemory | None = None,
+        networks: Sequence[HostNetwork] = (),
     ) -> None:
         self.config = config
         self.memory = memory or GuestMemory()
@@ -122,7 +126,8 @@ class LinuxMachine(Closeable):
             self.serial.attach(self.vm.handlers)
             self.vm.register_irqfd(self.serial.interrupt, COM1_IRQ)
             self._routes = MsiRoutes(self.vm, interrupt_pins.default_routes())
-            self._add_devices()
+            for made in configured_devices(config, self.memory, networks):
+                self.add_device(made)
             start = self._load() if memory is None else None
             for number in range(config.cpus):
                 self._add_vcpu(number)
@@ -215,14 +220,6 @@ class LinuxMachine(Closeable):
         long_mode.set_apic_id(cpuid, number)
         vcpu.set_cpuid2(cpuid)
         self.vcpus.append(vcpu)
-
-    def _add_devices(self) -> None:
-        for share in self.config.shares:
-            from pykvm.devices.virtio.fs import VirtioFs  # noqa: PLC0415  (only where it is used)
-
-            self.add_device(
-                VirtioFs(share.tag, share.directory, self.memory, read_only=share.read_only)
-            )
 
     def add_device(self, device: Device) -> None:
         """Put a virtio device on the PCI bus, before `run`. The machine closes it.
