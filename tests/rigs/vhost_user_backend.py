@@ -15,9 +15,20 @@ import threading
 from collections.abc import Callable
 
 from pykvm.closeable import Closeable
+from pykvm.devices.virtio.device import NO_CALL, DeviceType, Ring
+from pykvm.devices.virtio.vhost_user import VhostUserDevice
 from pykvm.devices.virtio.vhost_user_connection import VhostUserConnection
+from pykvm.memory.guest_memory import GuestMemory
 
-__all__ = ["CONFIG", "VhostUserBackend"]
+__all__ = [
+    "CONFIG",
+    "PROTOCOL_FEATURES",
+    "VERSION_1",
+    "VhostUserBackend",
+    "device_of",
+    "give_back",
+    "ring",
+]
 
 VERSION_1 = 1 << 32
 PROTOCOL_FEATURES = 1 << 30
@@ -166,3 +177,31 @@ class VhostUserBackend(Closeable):
         self.connection.close()
         while self._opened:
             os.close(self._opened.pop())
+
+
+def device_of(
+    backend: VhostUserBackend, memory: GuestMemory, queues: int = 2, config_size: int = 60
+) -> VhostUserDevice:
+    """Return a disk of the back end."""
+    return VhostUserDevice(
+        DeviceType.BLOCK,
+        backend.connection,
+        memory,
+        queue_sizes=[64] * queues,
+        config_size=config_size,
+    )
+
+
+def ring(index: int = 0, *, base: int = 0, at: int = 0x1000, call: bool = True) -> Ring:
+    """Return a ring of 64 descriptors, with eventfds to give back."""
+    kick = os.eventfd(0, os.EFD_NONBLOCK)
+    called = os.eventfd(0, os.EFD_NONBLOCK) if call else NO_CALL
+    return Ring(index, 64, at, at + 0x400, at + 0x500, base, kick, called)
+
+
+def give_back(*rings: Ring) -> None:
+    """Close the eventfds of rings."""
+    for one in rings:
+        os.close(one.kick)
+        if one.call != NO_CALL:
+            os.close(one.call)

@@ -23,7 +23,6 @@ from pykvm.devices.virtio.vhost_user_connection import (
     BackendError,
     VhostUserConnection,
 )
-from pykvm.host import advice
 
 __all__ = ["LISTENER", "BackendMissingError", "BackendProcess", "BackendStartError"]
 
@@ -39,6 +38,8 @@ class BackendMissingError(BackendError):
     """A program that is not installed."""
 
     def __init__(self, program: str, package: str) -> None:
+        from pykvm.host import advice  # noqa: PLC0415  (only where it is missing)
+
         super().__init__(f"{program} is not installed", advice.install([package]))
 
 

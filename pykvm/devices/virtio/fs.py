@@ -24,7 +24,6 @@ from pykvm.devices.virtio.device import DeviceType
 from pykvm.devices.virtio.vhost_user import VhostUserDevice
 from pykvm.devices.virtio.vhost_user_connection import REPLY_SECONDS
 from pykvm.errors import PykvmError
-from pykvm.host import debian_packages
 from pykvm.memory.guest_memory import GuestMemory
 
 __all__ = ["ShareError", "VirtioFs", "Virtiofsd", "find_virtiofsd"]
@@ -92,6 +91,8 @@ def find_virtiofsd() -> Virtiofsd:
         return Virtiofsd(_C, False)
     if found := shutil.which("virtiofsd"):
         return Virtiofsd(Path(found), True)
+    from pykvm.host import debian_packages  # noqa: PLC0415  (only where it is missing)
+
     # Debian 13 has it in a package of its own, and its qemu-system-common has none.
     known = debian_packages.known_versions(["virtiofsd"])
     raise BackendMissingError("virtiofsd", "virtiofsd" if known else "qemu-system-common")

@@ -18,7 +18,6 @@ from pykvm.closeable import Closeable
 from pykvm.devices.virtio._vhost import ffi, lib
 from pykvm.devices.virtio.device import Feature, Ring
 from pykvm.errors import PykvmError
-from pykvm.host import advice
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.memory.regions import Region
 
@@ -187,6 +186,8 @@ def _open(path: Path, module: str) -> int:
         number = error.errno or 0
         reason = os.strerror(number).lower()
         if number in (errno_module.ENOENT, errno_module.ENODEV, errno_module.ENXIO):
+            from pykvm.host import advice  # noqa: PLC0415  (only where something is missing)
+
             step = advice.load_module(module, "boot a kernel that has it")
             raise VhostMissingError(f"no {path} here", step, errno=number) from error
         if number in (errno_module.EACCES, errno_module.EPERM):

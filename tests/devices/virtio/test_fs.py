@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from pykvm.devices.virtio.fs import ShareError, VirtioFs, Virtiofsd, find_virtio
 from pykvm.devices.virtio.vhost_user_connection import BackendError, BackendGoneError
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.sizes import MIB
+from tests.rigs.device_failures import failures_of
 from tests.rigs.forks import in_fork
 from tests.rigs.fuse_session import FuseSession
 from tests.rigs.virtio_driver import VirtioDriver
@@ -143,31 +144,13 @@ def test_a_second_boot(driver: VirtioDriver, virtiofsd: Virtiofsd, shared: Path)
             assert FuseSession(second).read("hello", 5) == b"hello"
 
 
-def failure_of(device: VirtioFs) -> Callable[[], str]:
-    seen: list[str] = []
-    happened = threading.Event()
-
-    def note(reason: str) -> None:
-        seen.append(reason)
-        happened.set()
-
-    device.on_failure = note
-
-    def wait() -> str:
-        assert happened.wait(10)
-        (reason,) = seen
-        return reason
-
-    return wait
-
-
 def test_a_killed_virtiofsd(driver: VirtioDriver, virtiofsd: Virtiofsd, shared: Path) -> None:
     with VirtioFs("root", shared, driver.memory) as device:
-        failure = failure_of(device)
+        failure = failures_of(device)
         driver.start(device)
         FuseSession(driver)
         os.kill(device.pid, signal.SIGKILL)
-        assert failure() == f"virtiofsd of {shared} was ended by signal 9 (Killed)"
+        assert failure()[-1] == f"virtiofsd of {shared} was ended by signal 9 (Killed)"
         assert device.stop() == {}
         with pytest.raises(BackendError, match="was ended by signal 9"):
             driver.start(device)

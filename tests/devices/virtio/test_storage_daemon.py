@@ -1,10 +1,12 @@
 """pykvm.devices.virtio.storage_daemon: sectors of a qcow2 image through a real daemon."""
 
 import os
+import select
 import shutil
 import signal
 import struct
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +19,12 @@ from pykvm.devices.virtio.storage_daemon import ImageError, StorageDaemonDisk, i
 from pykvm.devices.virtio.vhost_user_connection import BackendGoneError
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.sizes import MIB
+from tests.rigs.device_failures import failures_of
 from tests.rigs.virtio_driver import VirtioDriver
 
 pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).parents[3]
 
 IN, OUT, FLUSH, DISCARD = 0, 1, 4, 11
 OK, IO_ERROR = b"\0", b"\1"
@@ -96,20 +101,12 @@ def test_sectors_of_a_qcow2_image(driver: VirtioDriver, image: Path) -> None:
 @pytest.mark.usefixtures("daemon")
 def test_what_was_flushed_outlives_a_killed_daemon(driver: VirtioDriver, image: Path) -> None:
     with StorageDaemonDisk(image, driver.memory) as disk:
-        failed = threading.Event()
-        reasons: list[str] = []
-
-        def note(reason: str) -> None:
-            reasons.append(reason)
-            failed.set()
-
-        disk.on_failure = note
+        failures = failures_of(disk)
         driver.start(disk)
         assert write(driver, 1000, b"kept".ljust(512)) == OK
         assert flush(driver) == OK
         os.kill(disk.pid, signal.SIGKILL)
-        assert failed.wait(10)
-        assert reasons == [f"qemu-storage-daemon of {image} was ended by signal 9 (Killed)"]
+        assert failures() == [f"qemu-storage-daemon of {image} was ended by signal 9 (Killed)"]
         assert disk.stop() == {}
     with (
         StorageDaemonDisk(image, driver.memory) as disk,
@@ -205,3 +202,25 @@ def test_a_hostile_driver(driver: VirtioDriver, image: Path) -> None:
         with pytest.raises(TimeoutError):
             driver.request(0, [b"short"], [1], timeout=0.5)  # no status can be written
         assert disk.stop() or failed.wait(5)
+
+
+@pytest.mark.usefixtures("daemon")
+def test_it_ends_with_a_killed_monitor(image: Path) -> None:
+    """The lock on its image would keep the next machine from starting."""
+    program = (
+        "import pathlib, sys, time\n"
+        "from pykvm.devices.virtio.storage_daemon import StorageDaemonDisk\n"
+        "from pykvm.memory.guest_memory import GuestMemory\n"
+        "memory = GuestMemory.create(1 << 20, shareable=True)\n"
+        "disk = StorageDaemonDisk(pathlib.Path(sys.argv[1]), memory)\n"
+        "print(disk.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, image], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as monitor:
+        assert monitor.stdout is not None
+        process = os.pidfd_open(int(monitor.stdout.readline()))
+        monitor.kill()
+    assert select.select([process], [], [], 10)[0]  # readable once it has ended
+    os.close(process)

@@ -5,7 +5,7 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from pyroute2 import IPRoute
 
 from pykvm.devices.virtio import net_offloads
 from pykvm.devices.virtio._vhost import ffi, lib
-from pykvm.devices.virtio.device import Device, DeviceType
+from pykvm.devices.virtio.device import DeviceType
 from pykvm.devices.virtio.failure_watch import FailureWatch
 from pykvm.devices.virtio.net_offloads import NetError, features_of, offloads_of, prepare_tap
 from pykvm.devices.virtio.net_vhost import VHOST_NET, VhostNet
@@ -28,6 +28,7 @@ from pykvm.devices.virtio.vhost_kernel import (
 from pykvm.devices.virtio.vsock import VHOST_VSOCK, CidError, VhostVsock
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.sizes import MIB
+from tests.rigs.device_failures import failures_of
 from tests.rigs.forks import in_fork
 from tests.rigs.virtio_driver import VirtioDriver
 
@@ -62,23 +63,6 @@ def tap(flags: int = lib.IFF_TAP | lib.IFF_NO_PI | lib.IFF_VNET_HDR) -> Iterator
 def need(path: Path) -> None:
     if not path.exists():
         pytest.skip(f"no {path}")
-
-
-def failure_of(device: Device) -> Callable[[], str]:
-    seen: list[str] = []
-    happened = threading.Event()
-
-    def note(reason: str) -> None:
-        seen.append(reason)
-        happened.set()
-
-    device.on_failure = note
-
-    def wait() -> str:
-        assert happened.wait(10)
-        return seen[0]
-
-    return wait
 
 
 # ---- what needs no vhost ------------------------------------------------------------------------
@@ -262,12 +246,12 @@ def test_a_ring_that_is_not_well_formed() -> None:
         tap() as (fd, _),
         VhostNet(fd, MAC, memory) as device,
     ):
-        failure = failure_of(device)
+        failure = failures_of(device)
         driver.start(device)
         ring = driver.queues[1].ring()
         memory.write(ring.driver + 2, struct.pack("<H", 1000))  # more than the ring has
         os.eventfd_write(ring.kick, 1)
-        assert failure() == "vhost-net has met an error in a virtqueue"
+        assert failure()[-1] == "vhost-net has met an error in a virtqueue"
         device.stop()
         bad = [driver.queues[0].ring(), driver.queues[0].ring()]
         with pytest.raises(RingError):
@@ -283,11 +267,11 @@ def test_a_network_device_whose_tap_vanishes() -> None:
         tap() as (fd, name),
         VhostNet(fd, MAC, memory) as device,
     ):
-        failure = failure_of(device)
+        failure = failures_of(device)
         driver.start(device)
         with IPRoute() as route:
             route.link("del", index=socket.if_nametoindex(name))
-        assert failure() == "the TAP of a network device is gone"
+        assert failure()[-1] == "the TAP of a network device is gone"
         device.stop()
         with pytest.raises(VhostError, match="refuses its offloads"):
             driver.start(device)
