@@ -16,6 +16,7 @@ from pykvm.machine.linux.segments import (
     end_of,
     load_segments,
     read_part,
+    require_entry,
     require_whole,
 )
 from pykvm.machine.x86 import flat
@@ -48,7 +49,7 @@ class ElfKernel:
 
     Raises:
         KernelError: it is not an ELF file for x86-64, it is truncated, or it has no PVH entry
-            point.
+            point inside of it.
     """
 
     longest_line: Final = 2047
@@ -80,6 +81,7 @@ class ElfKernel:
             raise KernelError(
                 f"{name} has no PVH entry point", "use a kernel built with CONFIG_PVH, or a bzImage"
             )
+        require_entry(entry, self._loads, name)
         self.entry = entry
 
     def load(self, memory: GuestMemory) -> None:

@@ -20,6 +20,7 @@ from pykvm.machine.linux.segments import (
     end_of,
     load_segments,
     read_part,
+    require_entry,
     require_whole,
 )
 from pykvm.machine.x86 import flat
@@ -109,10 +110,7 @@ class MultibootImage:
             self.entry = self._by_elf(head)
         require_whole(self._segments, descriptor, name)
         self.end = end_of(self._segments)
-        if not any(0 <= self.entry - one.physical < one.memory_size for one in self._segments):
-            raise KernelError(
-                f"{name} begins at {self.entry:#x}, where nothing of it is", "link it again"
-            )
+        require_entry(self.entry, self._segments, name)
 
     def _by_addresses(self, head: bytes, header: _Header) -> int:
         """Take the only segment from the header (3.1.3); return the entry point."""

@@ -9,7 +9,7 @@ from pykvm.machine.linux.boot import KernelError, read_into
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.memory.regions import AddressError
 
-__all__ = ["Segment", "end_of", "load_segments", "read_part", "require_whole"]
+__all__ = ["Segment", "end_of", "load_segments", "read_part", "require_entry", "require_whole"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,16 @@ def require_whole(segments: Iterable[Segment], descriptor: int, name: str) -> No
     for one in segments:
         if one.file_size > one.memory_size or one.offset + one.file_size > size:
             raise KernelError(f"{name} is truncated", "copy it again")
+
+
+def require_entry(entry: int, segments: Iterable[Segment], name: str) -> None:
+    """Check that an entry point lies in a segment.
+
+    Raises:
+        KernelError: it does not.
+    """
+    if not any(0 <= entry - one.physical < one.memory_size for one in segments):
+        raise KernelError(f"{name} begins at {entry:#x}, where nothing of it is", "link it again")
 
 
 def end_of(segments: Iterable[Segment]) -> int:

@@ -15,6 +15,13 @@ from pykvm.errors import PykvmError
 __all__ = ["LibFuzzer", "NoToolError", "Outcome", "find_tool", "run_tool"]
 
 
+# What it is, and the last place of its traceback.
+_EXCEPTION = re.compile(
+    r"Uncaught Python exception: ===\n(?P<what>(?s:.*?))\nTraceback(?s:.*?)"
+    r'File "[^"]*?(?P<file>[^/"]+)", line (?P<line>\d+)(?!(?s:.*)\n  File ")'
+)
+
+
 class NoToolError(PykvmError):
     """A missing tool of the fuzzers'."""
 
@@ -143,12 +150,9 @@ def run_tool(command: Sequence[str], **environment: str) -> str:
 
 def _finding(output: str) -> str:
     """Return the line that describes the fault."""
-    for pattern in (
-        r".*invariant broken: .*",
-        r".*runtime error: .*",
-        r"(?<=Uncaught Python exception: ===\n)(?s:.*?)(?=\nTraceback)",
-        r".*ERROR: .*",
-    ):
+    if match := re.search(_EXCEPTION, output):
+        return f"{' '.join(match['what'].split())} (line {match['line']} of {match['file']})"
+    for pattern in (r".*invariant broken: .*", r".*runtime error: .*", r".*ERROR: .*"):
         if match := re.search(pattern, output):
-            return " ".join(match[0].split())
+            return match[0]
     return output.strip()[-500:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
@@ -43,8 +44,13 @@ class ScriptedTarget(Target):
         places = [ROOT]
         if plant:
             places.insert(0, _copy_with(plant, directory / "planted"))
+        # A program: libFuzzer runs itself again to minimise.
+        program = directory / "fuzzer"
+        command = shlex.join(["exec", *_command("fuzz", self.name, str(program))])
+        program.write_text(f'#!/bin/sh\n{command} "$@"\n')
+        program.chmod(0o755)
         return LibFuzzer(
-            self._command("fuzz"),
+            [str(program)],
             directory,
             options=["-timeout=60", "-rss_limit_mb=3000", *self._options],
             environment={"PYTHONPATH": ":".join(map(str, places))},
@@ -53,34 +59,17 @@ class ScriptedTarget(Target):
     def coverage(self, directory: Path, inputs: Iterable[bytes]) -> Coverage:
         """Return what the inputs reach of the modules, by coverage.py."""
         directory.mkdir(parents=True, exist_ok=True)
-        corpus = fill(directory / "covered", inputs)
-        data, report = directory / "covered.data", directory / "covered.json"
-        environment = {"PYTHONPATH": str(ROOT), "COVERAGE_FILE": str(data), "COVERAGE_RCFILE": ""}
-        include = ",".join(str(PACKAGE / one) for one in self.modules)
-        _, module, *words = self._command("run")[1:]
-        command = [sys.executable, "-m", "coverage"]
-        run_tool(
-            [
-                *command,
-                "run",
-                "--branch",
-                f"--include={include}",
-                "-m",
-                module,
-                *words,
-                str(corpus),
-            ],
-            **environment,
-        )
-        run_tool([*command, "json", "-q", "-o", str(report)], **environment)
+        corpus, report = fill(directory / "covered", inputs), directory / "covered.json"
+        run_tool(_command("cover", self.name, str(corpus), str(report)), PYTHONPATH=str(ROOT))
         totals = json.loads(report.read_text())["totals"]
         return Coverage(
             100 * totals["covered_lines"] / totals["num_statements"],
             100 * totals["covered_branches"] / max(totals["num_branches"], 1),
         )
 
-    def _command(self, verb: str) -> list[str]:
-        return [sys.executable, "-m", "tests.rigs.fuzz.script", verb, self.name]
+
+def _command(verb: str, *words: str) -> list[str]:
+    return [sys.executable, "-m", "tests.rigs.fuzz.script", verb, *words]
 
 
 def _copy_with(plant: Plant, directory: Path) -> Path:
