@@ -69,3 +69,46 @@ def bzimage(
     struct.pack_into("<II", setup, 0x248, 0x400, len(payload))
     struct.pack_into("<QI", setup, 0x258, preferred, init_size)
     return bytes(setup) + b"\x90" * 0x400 + payload
+
+
+ELF32_HEADER = struct.Struct("<16sHHIIIIIHHHHHH")
+PROGRAM32 = struct.Struct("<8I")
+
+
+def elf32(
+    loads: Sequence[tuple[int, bytes, int]],
+    entry: int,
+    *,
+    head: bytes = b"",
+    machine: int = 3,
+    virtual: int = 0,
+) -> bytes:
+    """Return a 32-bit ELF file.
+
+    Args:
+        loads: physical address, bytes in the file and bytes in memory of each segment.
+        entry: its entry point.
+        head: bytes between the headers and the segments, such as a Multiboot header.
+        machine: its machine.
+        virtual: how far behind its physical address each segment is linked.
+    """
+    at = ELF32_HEADER.size + len(loads) * PROGRAM32.size + len(head)
+    programs, content = [], b""
+    for physical, data, size in loads:
+        offset = at + len(content)
+        programs.append(
+            PROGRAM32.pack(1, offset, physical + virtual, physical, len(data), size, 7, 4096)
+        )
+        content += data
+    header = ELF32_HEADER.pack(
+        *(b"\x7fELF\x01\x01\x01".ljust(16, b"\0"), 2, machine, 1, entry, ELF32_HEADER.size, 0, 0),
+        *(ELF32_HEADER.size, PROGRAM32.size, len(loads), 0, 0, 0),
+    )
+    return header + b"".join(programs) + head + content
+
+
+def multiboot_header(flags: int = 3, *addresses: int) -> bytes:
+    """Return a Multiboot header, with its address fields if there are any."""
+    magic = 0x1BADB002
+    words = (magic, flags, -(magic + flags) & 0xFFFF_FFFF, *addresses)
+    return struct.pack(f"<{len(words)}I", *words)

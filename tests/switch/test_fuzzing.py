@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.rigs.switch.fuzz.fuzzer import FINDINGS, Fuzzer, missing_tools, read_corpus
+from tests.rigs.fuzz.inputs import read_corpus
+from tests.rigs.switch.fuzz.fuzzer import CORPUS, FINDINGS, Fuzzer, missing_tools
 
 pytestmark = pytest.mark.unit
 
@@ -123,7 +124,7 @@ def test_nothing_that_was_found_is_wrong_again(fuzzer: Fuzzer, tmp_path: Path) -
 
 def test_the_seed_corpus_reaches_all_of_the_switch(fuzzer: Fuzzer, tmp_path: Path) -> None:
     """The corpus breaks nothing, and every load and store is checked."""
-    seeds = read_corpus()
+    seeds = read_corpus(CORPUS)
     outcome = fuzzer.run(0, corpus=tmp_path / "seeds", inputs=seeds)
     assert outcome.finding == "", outcome.output
     assert outcome.executions >= len(seeds)
@@ -134,6 +135,6 @@ def test_the_seed_corpus_reaches_all_of_the_switch(fuzzer: Fuzzer, tmp_path: Pat
 @pytest.mark.control("T13")
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_found(name: str, tmp_path: Path) -> None:
-    outcome = Fuzzer(tmp_path, FAULTS[name]).run(SECONDS, inputs=read_corpus())
+    outcome = Fuzzer(tmp_path, FAULTS[name]).run(SECONDS, inputs=read_corpus(CORPUS))
     assert outcome.finding, f"not found in {outcome.executions} executions"
     print(f"{name}: {outcome.executions} executions, {outcome.finding}")

@@ -70,8 +70,7 @@ class PciBus:
         """Return what the guest reads at a GPA; None where nothing of the bus answers."""
         with self.lock:
             if 0 <= gpa - self._ecam < ECAM_SIZE:
-                function, offset = self._by_ecam(gpa)
-                return function.read_config(offset, size) if function else b"\xff" * size
+                return self.read_config(gpa - self._ecam, size)
             for function, bar, offset in self._at(gpa, size):
                 return function.read_bar(bar, offset, size)
         return None
@@ -80,18 +79,29 @@ class PciBus:
         """Take what the guest writes to a GPA; return whether something of the bus answers."""
         with self.lock:
             if 0 <= gpa - self._ecam < ECAM_SIZE:
-                function, offset = self._by_ecam(gpa)
-                if function:
-                    function.write_config(offset, data)
+                self.write_config(gpa - self._ecam, data)
                 return True
             for function, bar, offset in self._at(gpa, len(data)):
                 function.write_bar(bar, offset, data)
                 return True
         return False
 
-    def _by_ecam(self, gpa: int) -> tuple[PciFunction | None, int]:
-        place, offset = divmod(gpa - self._ecam, CONFIG_SIZE)
-        device, number = divmod(place, 1 << _DEVICE_SHIFT - 12)
+    def read_config(self, place: int, size: int) -> bytes:
+        """Return bytes at a place in the configuration space, as ECAM orders it."""
+        with self.lock:
+            function, offset = self._at_place(place)
+            return function.read_config(offset, size) if function else b"\xff" * size
+
+    def write_config(self, place: int, data: bytes) -> None:
+        """Take what the guest writes to a place in the configuration space."""
+        with self.lock:
+            function, offset = self._at_place(place)
+            if function:
+                function.write_config(offset, data)
+
+    def _at_place(self, place: int) -> tuple[PciFunction | None, int]:
+        one, offset = divmod(place, CONFIG_SIZE)
+        device, number = divmod(one, 1 << _DEVICE_SHIFT - 12)
         if number or device >= len(self._functions):
             return None, offset
         return self._functions[device], offset

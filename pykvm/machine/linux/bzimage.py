@@ -27,8 +27,8 @@ from pykvm.sizes import GIB, MIB
 
 __all__ = ["HEADER_SIZE", "BzImage", "is_bzimage"]
 
-HEADER_SIZE: Final = 0x268
-"""Bytes from the start of the file to the end of the fields that are read here."""
+HEADER_SIZE: Final = 0x290
+"""Bytes from the start of the file to the end of what struct boot_params has room for."""
 
 _SIGNATURE: Final = 0x202
 _VERSION: Final = 0x206
@@ -134,7 +134,7 @@ class BzImage:
     def _params(self, info: BootInfo) -> bytes:
         """Return struct boot_params: the file's own header, and what the kernel is told."""
         params = bytearray(_PARAMS_SIZE)
-        end = _SIGNATURE + self._head[_HEADER_END]
+        end = min(_SIGNATURE + self._head[_HEADER_END], HEADER_SIZE)
         params[_SETUP_SECTORS:end] = self._head[_SETUP_SECTORS:end]
         params[_TYPE_OF_LOADER] = _UNREGISTERED_LOADER
 

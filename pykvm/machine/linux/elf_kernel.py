@@ -5,17 +5,22 @@ The file is not read as a whole: its segments go straight into the guest's memor
 Source: System V ABI, AMD64 supplement; Linux Documentation/arch/x86 (PVH); Xen public/elfnote.h.
 """
 
-import os
 import struct
-from dataclasses import dataclass
 from typing import Final
 
 from pykvm.kvm import Vcpu
 from pykvm.machine.linux import layout, pvh
-from pykvm.machine.linux.boot import BootInfo, KernelError, read_into
+from pykvm.machine.linux.boot import BootInfo, KernelError
+from pykvm.machine.linux.segments import (
+    Segment,
+    end_of,
+    load_segments,
+    read_part,
+    require_entry,
+    require_whole,
+)
 from pykvm.machine.x86 import flat
 from pykvm.memory.guest_memory import GuestMemory
-from pykvm.memory.regions import AddressError
 
 __all__ = ["ElfKernel"]
 
@@ -28,15 +33,6 @@ _EM_X86_64: Final = 62
 _PVH_ENTRY: Final = 18  # XEN_ELFNOTE_PHYS32_ENTRY
 _MOST_HEADERS: Final = 64
 _MOST_NOTES: Final = 1 << 20
-
-
-@dataclass(frozen=True)
-class _Segment:
-    type: int
-    offset: int
-    physical: int
-    file_size: int
-    memory_size: int
 
 
 class ElfKernel:
@@ -53,7 +49,7 @@ class ElfKernel:
 
     Raises:
         KernelError: it is not an ELF file for x86-64, it is truncated, or it has no PVH entry
-            point.
+            point inside of it.
     """
 
     longest_line: Final = 2047
@@ -61,7 +57,6 @@ class ElfKernel:
     def __init__(self, descriptor: int, name: str) -> None:
         self._descriptor = descriptor
         self._name = name
-        self._size = os.fstat(descriptor).st_size
         header = _HEADER.unpack(self._read(0, _HEADER.size))
         ident, _, machine, table, entries = header[0], header[1], header[2], header[5], header[10]
         if ident[:6] != b"\x7fELF\x02\x01":
@@ -71,40 +66,31 @@ class ElfKernel:
         if not 0 < entries <= _MOST_HEADERS or header[9] != _PROGRAM.size:
             raise KernelError(f"{name} has {entries} segments", "give a whole vmlinux")
         data = self._read(table, entries * _PROGRAM.size)
-        segments = [
-            _Segment(one[0], one[2], one[4], one[5], one[6]) for one in _PROGRAM.iter_unpack(data)
+        headers = list(_PROGRAM.iter_unpack(data))
+        self._loads = [
+            Segment(one[2], one[4], one[5], one[6])
+            for one in headers
+            if one[0] == _PT_LOAD and one[6]
         ]
-        self._loads = [one for one in segments if one.type == _PT_LOAD and one.memory_size]
         if not self._loads:
             raise KernelError(f"{name} has nothing to load", "give a whole vmlinux")
-        for one in self._loads:
-            if one.file_size > one.memory_size or one.offset + one.file_size > self._size:
-                raise KernelError(f"{name} is truncated", "copy it again")
-        self.end = max(one.physical + one.memory_size for one in self._loads)
-        entry = self._find_pvh_entry(segments)
+        require_whole(self._loads, descriptor, name)
+        self.end = end_of(self._loads)
+        entry = self._find_pvh_entry([(one[2], one[5]) for one in headers if one[0] == _PT_NOTE])
         if entry is None:
             raise KernelError(
                 f"{name} has no PVH entry point", "use a kernel built with CONFIG_PVH, or a bzImage"
             )
+        require_entry(entry, self._loads, name)
         self.entry = entry
 
     def load(self, memory: GuestMemory) -> None:
         """Copy the segments into memory that is zero.
 
         Raises:
-            KernelError: there is no memory for one of them, or the file has become shorter.
+            KernelError: see `load_segments`.
         """
-        for one in self._loads:
-            try:
-                memory.view(one.physical, one.memory_size)
-                view = memory.view(one.physical, one.file_size)
-            except AddressError as error:
-                raise KernelError(
-                    f"{self._name} needs memory at {one.physical:#x} to "
-                    f"{one.physical + one.memory_size:#x}, which the guest has not",
-                    f"give the guest {(self.end >> 20) + 64} MiB or more",
-                ) from error
-            read_into(self._descriptor, one.offset, view, self._name)
+        load_segments(self._loads, self._descriptor, memory, self._name)
 
     def start(self, vcpu: Vcpu, memory: GuestMemory, info: BootInfo) -> None:
         memory.write(layout.START_INFO_GPA, pvh.start_info(layout.START_INFO_GPA, info))
@@ -112,16 +98,13 @@ class ElfKernel:
         pvh.enter(vcpu, self.entry, layout.START_INFO_GPA, layout.BOOT_GDT_GPA)
 
     def _read(self, offset: int, size: int) -> bytes:
-        data = os.pread(self._descriptor, size, offset) if offset < self._size else b""
-        if len(data) < size:
-            raise KernelError(f"{self._name} is truncated", "copy it again")
-        return data
+        return read_part(self._descriptor, offset, size, self._name)
 
-    def _find_pvh_entry(self, segments: list[_Segment]) -> int | None:
-        for one in segments:
-            if one.type != _PT_NOTE or one.file_size > _MOST_NOTES:
+    def _find_pvh_entry(self, parts: list[tuple[int, int]]) -> int | None:
+        for offset, length in parts:
+            if length > _MOST_NOTES:
                 continue
-            notes, at = self._read(one.offset, one.file_size), 0
+            notes, at = self._read(offset, length), 0
             while at + _NOTE.size <= len(notes):
                 name_size, size, kind = _NOTE.unpack_from(notes, at)
                 name_at = at + _NOTE.size

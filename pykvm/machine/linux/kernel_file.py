@@ -1,7 +1,8 @@
 """Kernels in files: what kind they are, and how each is booted.
 
-An ELF kernel is booted by PVH. A bzImage unpacks itself in the guest, or its ELF kernel is unpacked
-here once and kept in the cache, which is faster from the second boot on.
+An ELF kernel is booted by PVH, and a Multiboot image by that protocol. A bzImage unpacks itself in
+the guest, or its ELF kernel is unpacked here once and kept in the cache, which is faster from the
+second boot on.
 """
 
 import os
@@ -15,6 +16,7 @@ from pykvm.machine.linux.boot import Kernel, KernelError, open_file
 from pykvm.machine.linux.bzimage import HEADER_SIZE, BzImage, is_bzimage
 from pykvm.machine.linux.compression import compression_of, decompress_payload
 from pykvm.machine.linux.elf_kernel import ElfKernel
+from pykvm.machine.linux.multiboot import SEARCHED_SIZE, MultibootImage, is_multiboot
 
 __all__ = ["KernelFile", "unpacked"]
 
@@ -58,6 +60,8 @@ class KernelFile(Closeable):
                 self.kernel = ElfKernel(descriptor, path.name)
             elif is_bzimage(head):
                 self.kernel = BzImage(descriptor, path.name)
+            elif is_multiboot(head):
+                self.kernel = MultibootImage(descriptor, path.name)
             elif head.startswith(b"\x7fELF"):
                 self.kernel = ElfKernel(descriptor, path.name)
             else:
@@ -91,7 +95,7 @@ def unpacked(path: Path) -> Path:
 
 
 def _head(descriptor: int, path: Path) -> bytes:
-    head = os.pread(descriptor, HEADER_SIZE, 0)
+    head = os.pread(descriptor, max(HEADER_SIZE, SEARCHED_SIZE), 0)
     if not head:
         raise KernelError(f"{path.name} is empty", _GIVE)
     return head

@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
 from pykvm.closeable import Closeable
+from pykvm.devices.debug_exit import DebugExit
+from pykvm.devices.firmware_config import FirmwareConfig
 from pykvm.devices.pci.bus import ECAM_SIZE, PciBus
 from pykvm.devices.pci.msix import MsiRoutes
+from pykvm.devices.pci.ports import ConfigPorts
 from pykvm.devices.pci.pvpanic import Pvpanic
+from pykvm.devices.ports import PortBus
 from pykvm.devices.serial import COM1_IRQ, COM1_PORT, Serial
 from pykvm.devices.virtio.device import Device
 from pykvm.devices.virtio.pci import VirtioPci
@@ -32,6 +36,7 @@ from pykvm.machine.linux.boot import (
 from pykvm.machine.linux.config import MachineConfig
 from pykvm.machine.linux.devices import HostNetwork, configured_devices
 from pykvm.machine.linux.kernel_file import KernelFile
+from pykvm.machine.linux.multiboot import MultibootImage
 from pykvm.machine.linux.pause import PauseGate
 from pykvm.machine.x86 import acpi, aml, interrupt_pins, long_mode
 from pykvm.memory.guest_memory import GuestMemory
@@ -62,6 +67,7 @@ class End(Enum):
     RESET = "reset"
     PANIC = "kernel panic"
     STOPPED = "stopped"
+    EXIT = "exit with a status"
 
 
 class MachineCrashedError(PykvmError):
@@ -78,6 +84,9 @@ class MachineCrashedError(PykvmError):
 
 class LinuxMachine(Closeable):
     """A machine, ready to run.
+
+    Attributes:
+        exit_status: the status with which the guest has ended it, if the end is `End.EXIT`.
 
     Args:
         kvm: an open ``/dev/kvm``.
@@ -106,6 +115,8 @@ class LinuxMachine(Closeable):
         self.vm = kvm.create_vm()
         self.serial = Serial(output)
         self.vcpus: list[Vcpu] = []
+        self.ports = PortBus()
+        self.exit_status = 0
         window = (layout.PCI_WINDOW_GPA, layout.PCI_WINDOW_SIZE)
         self.pci = PciBus(layout.PCI_ECAM_GPA, window)
         self.pci.add(Pvpanic(lambda: self._finish(End.PANIC)))
@@ -154,6 +165,8 @@ class LinuxMachine(Closeable):
         with KernelFile(config.kernel, unpack=config.unpack) as file:
             kernel = file.kernel
             kernel.load(self.memory)
+        if isinstance(kernel, MultibootImage):
+            self._add_ports()
         line = config.command_line.encode()
         longest = min(kernel.longest_line, layout.COMMAND_LINE_SIZE - 1)
         if len(line) > longest:
@@ -221,6 +234,12 @@ class LinuxMachine(Closeable):
         vcpu.set_cpuid2(cpuid)
         self.vcpus.append(vcpu)
 
+    def _add_ports(self) -> None:
+        """Add the devices that images without drivers expect at their ports."""
+        self.ports.add(DebugExit(self._exit))
+        self.ports.add(FirmwareConfig(self.config.cpus, self.config.memory))
+        self.ports.add(ConfigPorts(self.pci))
+
     def add_device(self, device: Device) -> None:
         """Put a virtio device on the PCI bus, before `run`. The machine closes it.
 
@@ -268,6 +287,12 @@ class LinuxMachine(Closeable):
         """End the machine as it is. From any thread."""
         self._finish(End.STOPPED)
 
+    def _exit(self, status: int) -> None:
+        with self._lock:
+            if self._end is None:
+                self.exit_status = status
+        self._finish(End.EXIT)
+
     def _finish(self, end: End, failure: BaseException | None = None) -> None:
         with self._lock:
             if self._end is None:
@@ -298,13 +323,13 @@ class LinuxMachine(Closeable):
             case Io(port=layout.RESET_PORT, is_write=True) if exit.data[0] == layout.RESET_VALUE:
                 return End.RESET
             case Io(is_write=False):
-                vcpu.reply(_ONES[: exit.size] * exit.count)
+                vcpu.reply(self.ports.serve(exit))
             case MmioRead():
                 vcpu.reply(self.pci.read(exit.address, exit.size) or _ONES[: exit.size])
             case MmioWrite():
                 self.pci.write(exit.address, exit.data)
             case Io():
-                pass  # nothing is there
+                self.ports.serve(exit)
             case Shutdown():
                 raise MachineCrashedError(vcpu.unexpected(exit).report)
             case Stopped():

@@ -9,10 +9,6 @@ from typing import Final
 from pykvm.kvm import Vcpu
 from pykvm.machine.linux.boot import BootInfo
 from pykvm.machine.x86 import flat
-from pykvm.machine.x86.control_registers import (
-    CR0_ET,
-    CR0_PE,
-)
 
 __all__ = ["enter", "start_info"]
 
@@ -44,8 +40,4 @@ def enter(vcpu: Vcpu, entry: int, info: int, gdt: int) -> None:
         info: GPA of what `start_info` returns.
         gdt: GPA of `pykvm.machine.x86.flat.boot_gdt`.
     """
-    sregs = vcpu.get_sregs()
-    flat.set_flat_segments(sregs, gdt, long=False)
-    sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = CR0_PE | CR0_ET, 0, 0, 0
-    vcpu.set_sregs(sregs)
-    vcpu.set_regs(rip=entry, rbx=info, rflags=2)
+    flat.enter_protected_mode(vcpu, gdt, rip=entry, rbx=info)

@@ -6,9 +6,17 @@ Source: SDM vol. 3A, 3.4.5; Linux Documentation/arch/x86/boot.rst (__BOOT_CS, __
 import struct
 from typing import Final
 
-from pykvm.kvm import Struct
+from pykvm.kvm import Struct, Vcpu
+from pykvm.machine.x86.control_registers import CR0_ET, CR0_PE
 
-__all__ = ["BOOT_CODE", "BOOT_DATA", "BOOT_GDT_SIZE", "boot_gdt", "set_flat_segments"]
+__all__ = [
+    "BOOT_CODE",
+    "BOOT_DATA",
+    "BOOT_GDT_SIZE",
+    "boot_gdt",
+    "enter_protected_mode",
+    "set_flat_segments",
+]
 
 BOOT_CODE: Final = 0x10
 BOOT_DATA: Final = 0x18
@@ -53,3 +61,18 @@ def set_flat_segments(sregs: Struct, gdt: int, *, long: bool) -> None:
     task.type, task.present, task.s, task.g, task.unusable = 0xB, 1, 0, 0, 0
     sregs.gdt.base, sregs.gdt.limit = gdt, BOOT_GDT_SIZE - 1
     sregs.idt.base = sregs.idt.limit = 0
+
+
+def enter_protected_mode(vcpu: Vcpu, gdt: int, **registers: int) -> None:
+    """Put a vCPU into 32-bit protected mode without paging, with interrupts off.
+
+    Args:
+        vcpu: the vCPU.
+        gdt: physical address of `boot_gdt`.
+        registers: general registers, as `Vcpu.set_regs` takes them.
+    """
+    sregs = vcpu.get_sregs()
+    set_flat_segments(sregs, gdt, long=False)
+    sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = CR0_PE | CR0_ET, 0, 0, 0
+    vcpu.set_sregs(sregs)
+    vcpu.set_regs(**registers, rflags=2)

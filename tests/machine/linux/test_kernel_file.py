@@ -61,7 +61,7 @@ def test_an_elf_kernel(tmp_path: Path) -> None:
 
 def test_it_does_not_fit(tmp_path: Path) -> None:
     for physical, size in ((40 * MIB, 4096), (31 * MIB, 2 * MIB), (1 << 63, 1 << 63)):
-        path = written(tmp_path, elf([(physical, b"x", size)]))
+        path = written(tmp_path, elf([(16 * MIB, b"x", 4096), (physical, b"x", size)]))
         with (
             KernelFile(path) as file,
             GuestMemory.create(32 * MIB) as memory,
@@ -79,6 +79,7 @@ def test_it_does_not_fit(tmp_path: Path) -> None:
         (elf([(0, b"x", 4096)], PVH_NOTE[:10]), "no PVH entry point"),
         (elf([]), "has nothing to load"),
         (elf([(0, b"xyz", 2)]), "truncated"),
+        (elf([(2 * MIB, b"x", 4096)]), "begins at 0x1000000, where nothing of it is"),
         (elf([(0, b"x", 4096)], machine=183), "for machine 183"),
         (elf([(0, b"x", 4096)], ident=b"\x7fELF\x01\x01\x01"), "little-endian ELF64"),
         (elf([(0, b"x", 1)] * 70), "71 segments"),

@@ -1,0 +1,31 @@
+"""All targets, by name."""
+
+from typing import Final
+
+from tests.rigs.fuzz.native import NativeTarget
+from tests.rigs.fuzz.scripted import ScriptedTarget
+from tests.rigs.fuzz.target import Target
+from tests.rigs.switch.fuzz.fuzzer import SwitchTarget
+
+__all__ = ["TARGETS"]
+
+_ALL: Final[list[Target]] = [
+    SwitchTarget(),
+    NativeTarget("serial", ["devices/serial.c"], include=["kvm/native"]),
+    ScriptedTarget(
+        "kernel-files",
+        [
+            "machine/linux/bzimage.py",
+            "machine/linux/compression.py",
+            "machine/linux/elf_kernel.py",
+            "machine/linux/kernel_file.py",
+            "machine/linux/multiboot.py",
+            "machine/linux/segments.py",
+        ],
+    ),
+    ScriptedTarget(
+        "pci", ["devices/pci/bus.py", "devices/pci/function.py", "devices/pci/ports.py"]
+    ),
+]
+
+TARGETS: Final = {target.name: target for target in _ALL}
