@@ -17,7 +17,8 @@ class Confinement:
     """What a process may still do, beside using what it has open.
 
     Attributes:
-        directory: a directory of its own. It may change everything in it, and remove it.
+        directory: a directory of its own. It may change everything in it, and remove it. Landlock
+            then lets it remove other empty directories beside it too.
         writable: further directories in which it may change everything.
         readable: files and directories that it may read, beside Python's and the C library's own.
         families: address families of sockets that it may make, such as ``socket.AF_UNIX``, which

@@ -104,7 +104,7 @@ def make_ruleset(confinement: Confinement, abi: int) -> int:
         if confinement.directory is not None:
             _allow(ruleset, confinement.directory, _CHANGE, abi)
             # Linux removes nothing but empty directories by this right.
-            _allow(ruleset, confinement.directory.parent, _REMOVE_DIRECTORY, abi)
+            _allow(ruleset, confinement.directory.absolute().parent, _REMOVE_DIRECTORY, abi)
     except BaseException:
         os.close(ruleset)
         raise

@@ -6,12 +6,15 @@
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <limits.h>
 #include <linux/capability.h>
 #include <semaphore.h>
 #include <signal.h>
 #include <stdbool.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -24,6 +27,14 @@
 #endif
 
 #define LAST_NUMBER	63	/* of capabilities: a mask has 64 bits */
+
+/*
+ * The kernel's own threads in a process: of vhost (PF_USER_WORKER since Linux 6.4), of KVM (since
+ * 6.14) and of io_uring (both flags). They run no code of the process, and no signal handlers.
+ * Source: include/linux/sched.h, proc_pid_stat(5).
+ */
+#define PF_IO_WORKER	0x00000010
+#define PF_USER_WORKER	0x00004000
 
 /* What the thread that is being interrupted reads and writes. */
 static struct {
@@ -96,6 +107,26 @@ static bool is_there(pid_t thread)
 	return !syscall(SYS_tgkill, getpid(), thread, 0);
 }
 
+static bool is_the_kernels(pid_t thread)
+{
+	unsigned int flags = 0;
+	char path[64], line[512], *rest;
+	ssize_t size;
+	int file;
+
+	snprintf(path, sizeof(path), "/proc/self/task/%d/stat", (int)thread);
+	file = open(path, O_RDONLY | O_CLOEXEC);
+	if (file < 0)
+		return false;
+	size = read(file, line, sizeof(line) - 1);
+	close(file);
+	line[size > 0 ? size : 0] = 0;
+	rest = strrchr(line, ')');	/* the name before it may hold anything */
+	if (!rest || sscanf(rest, ") %*c %*d %*d %*d %*d %*d %u", &flags) != 1)
+		return false;
+	return flags & (PF_IO_WORKER | PF_USER_WORKER);
+}
+
 /* Returns whether the thread is confined or has ended. */
 static bool confine(pid_t thread, int number, int patience, struct sandbox_refusal *refusal)
 {
@@ -152,7 +183,7 @@ static bool is_known(const pid_t *threads, size_t count, pid_t thread)
 static int confine_others(int number, int patience, struct sandbox_refusal *refusal)
 {
 	pid_t *known = NULL, self = (pid_t)syscall(SYS_gettid);
-	size_t count = 0, room = 0, before;
+	size_t count = 0, room = 0, kernels = 0, before;
 	bool ok = true;
 
 	do {
@@ -179,13 +210,16 @@ static int confine_others(int number, int patience, struct sandbox_refusal *refu
 				known = more;
 				room += 64;
 			}
-			ok = confine(thread, number, patience, refusal);
 			known[count++] = thread;
+			if (is_the_kernels(thread))
+				kernels++;
+			else
+				ok = confine(thread, number, patience, refusal);
 		}
 		closedir(tasks);
 	} while (ok && count != before);
 	free(known);
-	return ok ? (int)count : -1;
+	return ok ? (int)(count - kernels) : -1;
 }
 
 int sandbox_confine_threads(int ruleset, int patience, struct sandbox_refusal *refusal)
