@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
+from pykvm.resources import CHECKOUT, PACKAGE
 from pykvm.sandbox._sandbox import lib
 from pykvm.sandbox.confinement import Confinement, SandboxError
 from pykvm.sandbox.layers import Layer
@@ -142,7 +143,9 @@ def _own_paths() -> Iterable[Path]:
     places = [Path(one).absolute() for one in sys.path if one]  # "" is the working directory
     yield from (one for one in places if any(one.is_relative_to(root) for root in prefixes))
     yield from (root / "lib" for root in prefixes)
-    yield Path(__file__).parents[1]
+    yield PACKAGE
+    if CHECKOUT is not None:
+        yield CHECKOUT / "pyproject.toml"  # has the version
     yield from map(Path, _LIBRARIES)
 
 

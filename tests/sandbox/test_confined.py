@@ -297,20 +297,60 @@ def test_threads_and_waiting() -> None:
     ]
 
 
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a script in a Python that has imported nothing yet."""
+    command = [sys.executable, "-c", script, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+
+
 def test_an_exception_is_reported() -> None:
     """With its source lines, which are read then."""
+    done = run(
+        "from pykvm.sandbox import *\n"
+        "enter(Confinement())\n"
+        "import fractions\n"
+        "fractions.Fraction(1, 0)\n"
+    )
+    assert "raise ZeroDivisionError('Fraction(%s, 0)' % numerator)" in done.stderr, done.stderr
+    assert done.returncode == 1
 
-    def body() -> int:
-        script = (
-            "from pykvm.sandbox import *\n"
-            "enter(Confinement())\n"
-            "import fractions\n"
-            "fractions.Fraction(1, 0)\n"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, check=False
-        )
-        assert "raise ZeroDivisionError('Fraction(%s, 0)' % numerator)" in done.stderr, done.stderr
-        return done.returncode
 
-    assert body() == 1
+def test_modules_are_imported_later() -> None:
+    """All of pykvm's, whatever they import."""
+    done = run(
+        "import importlib, pkgutil\n"
+        "from pykvm.sandbox import *\n"
+        "enter(Confinement())\n"
+        "import pykvm, hashlib, ssl, sqlite3, multiprocessing.shared_memory, ctypes.util\n"
+        "from pykvm.version import version\n"
+        "names = [one.name for one in pkgutil.walk_packages(pykvm.__path__, 'pykvm.')]\n"
+        "for name in names:\n"
+        "    if not name.rpartition('.')[2].startswith(('build_', '__main__')):\n"
+        "        importlib.import_module(name)\n"
+        "print(len(names), version(), hashlib.sha256(b'').hexdigest()[:8])\n"
+    )
+    assert done.returncode == 0, done.stderr
+    number, version, digest = done.stdout.split()
+    assert int(number) > 200
+    assert version[0].isdigit()
+    assert digest == "e3b0c442"
+
+
+def test_a_snapshot_is_written(tmp_path: Path) -> None:
+    done = run(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from pykvm.memory.guest_memory import GuestMemory\n"
+        "from pykvm.sandbox import *\n"
+        "place = Path(sys.argv[1])\n"
+        "with GuestMemory.create(4 << 20, shareable=True) as memory:\n"
+        "    memory.write(1 << 20, b'text')\n"
+        "    enter(Confinement(writable=(place,)))\n"
+        "    from pykvm.snapshot.folder import Contents\n"
+        "    from pykvm.snapshot.folder_writer import write_snapshot\n"
+        "    write_snapshot(place / 'saved', Contents({}, {}, {}, blobs={'a': b'b'}), memory)\n",
+        str(tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    made = sorted(one.name for one in (tmp_path / "saved").iterdir())
+    assert made == ["a", "manifest.json", "manifest.sha256", "memory"]

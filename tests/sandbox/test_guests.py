@@ -121,7 +121,7 @@ def test_a_console() -> None:
     def body(_: Applied) -> bytes:
         left, serial = threading.Event(), Serial()
         device = NativeDevice(serial.attach(Handlers()))
-        with Console(serial, left.set, terminal):
+        with Console(serial.feed, left.set, terminal):
             os.write(keyboard, b"a")
             device.write(1, 1)  # IER
             wait_for(lambda: device.read(5)[0] & 1)  # LSR
