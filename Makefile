@@ -11,10 +11,11 @@ unexport GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_OBJECT_DIRECTORY GIT_COMMON_DI
 # The C that cffi writes for the extensions, and what they are compiled to.
 GENERATED := pykvm/kvm/native/_kvm.c pykvm/devices/_devices.c \
 	pykvm/devices/virtio/_virtio.c pykvm/devices/virtio/_vhost.c \
-	pykvm/kernel/_uapi.c pykvm/network/_tun.c pykvm/switch/_native.c
+	pykvm/kernel/_uapi.c pykvm/network/_tun.c pykvm/sandbox/_sandbox.c pykvm/switch/_native.c
 
 SOURCES := setup.py $(wildcard $(foreach folder,pykvm/* pykvm/kvm/native pykvm/devices/virtio, \
 	$(folder)/build_*.py $(folder)/*.[ch]) pykvm/kvm/ioctls.py \
+	pykvm/sandbox/system_calls.py \
 	guest/*/*.[ch] kernel-patches/files/include/uapi/linux/*.h)
 SOURCES := $(filter-out $(GENERATED),$(SOURCES))
 

@@ -35,6 +35,7 @@ setup(
         "pykvm/devices/virtio/build_vhost.py:ffibuilder",
         "pykvm/kernel/build_uapi.py:ffibuilder",
         "pykvm/network/build_tun.py:ffibuilder",
+        "pykvm/sandbox/build_sandbox.py:ffibuilder",
         "pykvm/switch/build_native.py:ffibuilder",
     ],
     # cffi keeps to the stable ABI: one wheel for every Python that pyproject.toml allows.
