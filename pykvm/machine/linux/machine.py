@@ -38,6 +38,7 @@ from pykvm.memory.regions import MemoryFile, Region
 from pykvm.sizes import PAGE_SIZE
 
 if TYPE_CHECKING:
+    from pykvm.snapshot.disks import SavedDisk
     from pykvm.snapshot.machine_state import StatefulDevice
 
 __all__ = ["End", "LinuxMachine", "MachineCrashedError"]
@@ -348,6 +349,7 @@ class LinuxMachine(Closeable):
                 vcpus=self.vcpus,
                 memory=self.memory,
                 devices=self._stateful(),
+                disks=self._disks(),
             )
 
     @contextmanager
@@ -388,7 +390,11 @@ class LinuxMachine(Closeable):
             PykvmError: see `Snapshot` and `restore_state`.
         """
         from pykvm.snapshot.folder_reader import Snapshot  # noqa: PLC0415
-        from pykvm.snapshot.machine_state import require_disks, restore_state  # noqa: PLC0415
+        from pykvm.snapshot.machine_state import (  # noqa: PLC0415
+            require_disks,
+            require_same_disks,
+            restore_state,
+        )
 
         with Snapshot(path) as snapshot:
             require_disks(snapshot)
@@ -397,6 +403,7 @@ class LinuxMachine(Closeable):
             machine = cls(kvm, config, output, memory)
             try:
                 add_devices(machine)
+                require_same_disks(snapshot, machine._disks())
                 restore_state(snapshot, machine.vm, machine.vcpus, machine._stateful())
             except BaseException:
                 machine.close()
@@ -406,6 +413,17 @@ class LinuxMachine(Closeable):
     def _stateful(self) -> dict[str, StatefulDevice]:
         functions = enumerate(self.pci.functions)
         return {"com1": self.serial, **{f"pci{n}": function for n, function in functions}}
+
+    def _disks(self) -> list[SavedDisk]:
+        """Return the disks as they are now."""
+        from pykvm.snapshot.disks import SavedDisk  # noqa: PLC0415
+
+        return [
+            SavedDisk.of(f"pci{number}", path)
+            for number, function in enumerate(self.pci.functions)
+            if isinstance(function, VirtioPci)
+            for path in function.device.disk_files()
+        ]
 
     def close(self) -> None:
         """End the machine and give everything back. Harmless twice."""
