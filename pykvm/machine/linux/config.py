@@ -1,12 +1,12 @@
 """What a Linux machine is made of, as its user has written it."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from pykvm.errors import PykvmError
 from pykvm.machine.linux import layout
+from pykvm.machine.linux.config_values import from_values, to_values
 from pykvm.sizes import MIB, PAGE_SIZE
 
 __all__ = ["MachineConfig", "MachineConfigError", "Share"]
@@ -79,24 +79,24 @@ class MachineConfig:
 
     def to_values(self) -> dict[str, Any]:
         """Return the configuration as values for JSON."""
-        initrds = [str(initrd) for initrd in self.initrds]
-        return {**asdict(self), "kernel": str(self.kernel), "initrds": initrds}
+        values: dict[str, Any] = to_values(self)
+        return values
 
     @classmethod
-    def from_values(cls, values: Mapping[str, Any]) -> Self:
+    def from_values(cls, values: Any) -> Self:
         """Return the configuration that JSON describes.
 
         Raises:
             MachineConfigError: it describes none.
         """
         try:
-            initrds = tuple(Path(initrd) for initrd in values["initrds"])
-            if not all(isinstance(values[name], int) for name in ("memory", "cpus")):
-                raise TypeError
-            return cls(**{**values, "kernel": Path(values["kernel"]), "initrds": initrds})
-        except (KeyError, TypeError) as error:
+            return from_values(cls, values)
+        except MachineConfigError:
+            raise
+        except ValueError as error:
             raise MachineConfigError(
-                "the saved configuration is of another kind of machine", "use another snapshot"
+                f"the saved configuration is of another kind of machine ({error})",
+                "use another snapshot",
             ) from error
 
     def described(self) -> str:
