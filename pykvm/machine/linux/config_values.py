@@ -1,7 +1,7 @@
 """A configuration, which is a dataclass of dataclasses, as values for JSON, and back, checked.
 
-The types of the fields say how: numbers, texts, flags, paths, enumerations of texts, other dataclasses,
-tuples of one type (``tuple[Share, ...]``), and each of them or None.
+The types of the fields say how: numbers, texts, flags, paths, enumerations of texts, other
+dataclasses, tuples of one type (``tuple[Share, ...]``), and each of them or None.
 """
 
 from __future__ import annotations
