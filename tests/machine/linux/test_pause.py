@@ -1,5 +1,6 @@
 """pykvm.machine.linux.pause: vCPUs stop, wait, and go on; those that cannot stop are named."""
 
+import fcntl
 import os
 import select
 import threading
@@ -119,7 +120,15 @@ def test_ended_while_it_is_paused(machine: Machine) -> None:
 def test_a_guest_that_waits_for_a_reader(kvm: Kvm) -> None:
     """Output goes from inside the run loop, which does not stop while nobody takes it."""
     reader, writer = os.pipe2(os.O_NONBLOCK)
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
     serial = Serial(writer)
+    over = threading.Event()
+
+    def read_all() -> None:
+        while not over.is_set():
+            if select.select([reader], [], [], 0.01)[0]:
+                os.read(reader, 65536)
+
     with kvm.create_vm() as vm:
         vm.set_tss_address(0xFFFBD000)
         guest = RealModeGuest(vm)
@@ -133,28 +142,22 @@ def test_a_guest_that_waits_for_a_reader(kvm: Kvm) -> None:
         """)
         machine = Machine(guest)
         machine.thread.start()
-        wait_for(lambda: not select.select([], [writer], [], 0)[1])
-        time.sleep(0.2)  # until the rest of the pipe is full, which is less than a page
-        with pytest.raises(PauseError, match="1 processors of the guest do not stop") as caught:
-            machine.gate.close(machine.vcpus, 0.3)
-        one_line(caught.value)
-        drain = threading.Event()
-
-        def read() -> None:
-            while not drain.is_set():
-                try:
-                    os.read(reader, 65536)
-                except BlockingIOError:
-                    time.sleep(0.001)
-
-        thread = threading.Thread(target=read)
-        thread.start()
-        machine.gate.close(machine.vcpus)
-        machine.gate.open(machine.vcpus)
-        serial.stop()
-        machine.end()
-        drain.set()
-        thread.join()
+        reads = threading.Thread(target=read_all)
+        try:
+            wait_for(lambda: not select.select([], [writer], [], 0)[1])
+            time.sleep(0.5)  # the guest waits as soon as it writes again
+            with pytest.raises(PauseError, match="1 processors of the guest do not stop") as caught:
+                machine.gate.close(machine.vcpus, 0.3)
+            one_line(caught.value)
+            reads.start()
+            machine.gate.close(machine.vcpus)
+            machine.gate.open(machine.vcpus)
+        finally:
+            serial.stop()
+            machine.end()
+            over.set()
+            if reads.ident:
+                reads.join()
     serial.close()
     os.close(reader)
     os.close(writer)
