@@ -323,7 +323,7 @@ class LinuxMachine(Closeable):
         """Let no processor run until `resume`; return when none does. From any thread.
 
         Raises:
-            PauseError: one does not stop, because nobody reads what it writes.
+            PauseError: one does not stop, because nobody reads what it writes; or all have ended.
         """
         self._gate.close(self.vcpus)
 

@@ -112,9 +112,25 @@ def test_ended_while_it_is_paused(machine: Machine) -> None:
     machine.gate.close(machine.vcpus)
     machine.end()
     machine.rests()
-    machine.gate.close(machine.vcpus)
+    with pytest.raises(PauseError, match="the machine has ended") as caught:
+        machine.gate.close(machine.vcpus)
+    one_line(caught.value)
     machine.gate.open(machine.vcpus)
     machine.rests()
+
+
+def test_opened_by_somebody_else(machine: Machine) -> None:
+    """Who saves the machine is not disturbed by who resumes it."""
+    machine.thread.start()
+    machine.counts()
+    machine.gate.close(machine.vcpus)
+    with machine.gate.closed(machine.vcpus):
+        machine.gate.open(machine.vcpus)
+        machine.rests()
+        machine.gate.close(machine.vcpus)
+        machine.gate.open(machine.vcpus)
+        machine.rests()
+    machine.counts()
 
 
 def test_a_guest_that_waits_for_a_reader(kvm: Kvm) -> None:
