@@ -33,6 +33,8 @@ from pykvm.machine.linux.config import MachineConfig
 from pykvm.machine.linux.kernel_file import KernelFile
 from pykvm.machine.linux.pause import PauseGate
 from pykvm.machine.x86 import acpi, aml, interrupt_pins, long_mode
+from pykvm.machine.x86.event_device import event_device
+from pykvm.machine.x86.vm_generation import generation_device, renew_generation
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.memory.regions import MemoryFile, Region
 from pykvm.sizes import PAGE_SIZE
@@ -112,6 +114,7 @@ class LinuxMachine(Closeable):
         self._lock = threading.Lock()
         self._kvm = kvm
         self._gate = PauseGate()
+        self._events = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
             if memory is None:
                 self._make_memory()
@@ -122,6 +125,7 @@ class LinuxMachine(Closeable):
             self.vm.create_irqchip()
             self.serial.attach(self.vm.handlers)
             self.vm.register_irqfd(self.serial.interrupt, COM1_IRQ)
+            self.vm.register_irqfd(self._events, layout.EVENT_GSI)
             self._routes = MsiRoutes(self.vm, interrupt_pins.default_routes())
             self._add_devices()
             start = self._load() if memory is None else None
@@ -163,6 +167,7 @@ class LinuxMachine(Closeable):
         )
         self.memory.write(layout.ACPI_GPA, tables.data)
         self.memory.write(layout.RESET_VECTOR_GPA, _RESET_CODE)
+        renew_generation(self.memory, layout.GENERATION_GPA)
         info = BootInfo(
             self._ranges(),
             command_line=layout.COMMAND_LINE_GPA,
@@ -405,6 +410,8 @@ class LinuxMachine(Closeable):
                 add_devices(machine)
                 require_same_disks(snapshot, machine._disks())
                 restore_state(snapshot, machine.vm, machine.vcpus, machine._stateful())
+                renew_generation(machine.memory, layout.GENERATION_GPA)
+                os.eventfd_write(machine._events, 1)
             except BaseException:
                 machine.close()
                 raise
@@ -430,6 +437,9 @@ class LinuxMachine(Closeable):
         while self._owned:
             self._owned.pop().close()
         self.vm.close()
+        events, self._events = self._events, -1
+        if events >= 0:
+            os.close(events)
         self.serial.close()
         self.memory.close()
 
@@ -445,9 +455,12 @@ def _ports() -> acpi.Ports:
 
 def _devices() -> bytes:
     window = (layout.PCI_WINDOW_GPA, layout.PCI_WINDOW_SIZE)
-    return acpi.pci_root(layout.PCI_ECAM_GPA, ECAM_SIZE, window) + aml.device(
+    bus = acpi.pci_root(layout.PCI_ECAM_GPA, ECAM_SIZE, window)
+    serial = aml.device(
         "COM1",
         aml.name("_HID", aml.eisa_id("PNP0501")),
         aml.name("_UID", aml.integer(1)),
         aml.name("_CRS", aml.resources(aml.ports(COM1_PORT, 8), aml.interrupt(COM1_IRQ))),
     )
+    generation = generation_device(layout.GENERATION_GPA)
+    return bus + serial + generation + event_device({layout.EVENT_GSI: "\\_SB.VGEN"})
