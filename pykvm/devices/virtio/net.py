@@ -86,6 +86,7 @@ class Net(NativeDevice):
 
     type = DeviceType.NET
     queue_sizes = (256, 256)
+    stateless = True
     on_link_lost: Callable[[str], None]
 
     def __init__(self, memory: GuestMemory, other_side: Tap | FrameStream, mac: str) -> None:

@@ -56,6 +56,8 @@ class VhostNet(VhostKernelDevice):
         VhostError: there is no vhost-net, or this user may not use it.
     """
 
+    stateless = True
+
     def __init__(
         self, tap: int, mac: bytes, memory: GuestMemory, *, mtu: int = 0, path: Path = VHOST_NET
     ) -> None:

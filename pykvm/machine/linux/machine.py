@@ -39,11 +39,14 @@ from pykvm.machine.linux.kernel_file import KernelFile
 from pykvm.machine.linux.multiboot import MultibootImage
 from pykvm.machine.linux.pause import PauseGate
 from pykvm.machine.x86 import acpi, aml, interrupt_pins, long_mode
+from pykvm.machine.x86.event_device import event_device
+from pykvm.machine.x86.vm_generation import generation_device, renew_generation
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.memory.regions import MemoryFile, Region
 from pykvm.sizes import PAGE_SIZE
 
 if TYPE_CHECKING:
+    from pykvm.snapshot.disks import SavedDisk
     from pykvm.snapshot.machine_state import StatefulDevice
 
 __all__ = ["End", "LinuxMachine", "MachineCrashedError"]
@@ -126,6 +129,7 @@ class LinuxMachine(Closeable):
         self._lock = threading.Lock()
         self._kvm = kvm
         self._gate = PauseGate()
+        self._events = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
             if memory is None:
                 self._make_memory()
@@ -136,6 +140,7 @@ class LinuxMachine(Closeable):
             self.vm.create_irqchip()
             self.serial.attach(self.vm.handlers)
             self.vm.register_irqfd(self.serial.interrupt, COM1_IRQ)
+            self.vm.register_irqfd(self._events, layout.EVENT_GSI)
             self._routes = MsiRoutes(self.vm, interrupt_pins.default_routes())
             for made in configured_devices(config, self.memory, networks):
                 self.add_device(made)
@@ -180,6 +185,7 @@ class LinuxMachine(Closeable):
         )
         self.memory.write(layout.ACPI_GPA, tables.data)
         self.memory.write(layout.RESET_VECTOR_GPA, _RESET_CODE)
+        renew_generation(self.memory, layout.GENERATION_GPA)
         info = BootInfo(
             self._ranges(),
             command_line=layout.COMMAND_LINE_GPA,
@@ -344,7 +350,7 @@ class LinuxMachine(Closeable):
         """Let no processor run until `resume`; return when none does. From any thread.
 
         Raises:
-            PauseError: one does not stop, because nobody reads what it writes.
+            PauseError: one does not stop, because nobody reads what it writes; or all have ended.
         """
         self._gate.close(self.vcpus)
 
@@ -370,6 +376,7 @@ class LinuxMachine(Closeable):
                 vcpus=self.vcpus,
                 memory=self.memory,
                 devices=self._stateful(),
+                disks=self._disks(),
             )
 
     @contextmanager
@@ -410,7 +417,11 @@ class LinuxMachine(Closeable):
             PykvmError: see `Snapshot` and `restore_state`.
         """
         from pykvm.snapshot.folder_reader import Snapshot  # noqa: PLC0415
-        from pykvm.snapshot.machine_state import require_disks, restore_state  # noqa: PLC0415
+        from pykvm.snapshot.machine_state import (  # noqa: PLC0415
+            require_disks,
+            require_same_disks,
+            restore_state,
+        )
 
         with Snapshot(path) as snapshot:
             require_disks(snapshot)
@@ -419,7 +430,10 @@ class LinuxMachine(Closeable):
             machine = cls(kvm, config, output, memory)
             try:
                 add_devices(machine)
+                require_same_disks(snapshot, machine._disks())
                 restore_state(snapshot, machine.vm, machine.vcpus, machine._stateful())
+                renew_generation(machine.memory, layout.GENERATION_GPA)
+                os.eventfd_write(machine._events, 1)
             except BaseException:
                 machine.close()
                 raise
@@ -429,11 +443,25 @@ class LinuxMachine(Closeable):
         functions = enumerate(self.pci.functions)
         return {"com1": self.serial, **{f"pci{n}": function for n, function in functions}}
 
+    def _disks(self) -> list[SavedDisk]:
+        """Return the disks as they are now."""
+        from pykvm.snapshot.disks import SavedDisk  # noqa: PLC0415
+
+        return [
+            SavedDisk.of(f"pci{number}", path)
+            for number, function in enumerate(self.pci.functions)
+            if isinstance(function, VirtioPci)
+            for path in function.device.disk_files()
+        ]
+
     def close(self) -> None:
         """End the machine and give everything back. Harmless twice."""
         while self._owned:
             self._owned.pop().close()
         self.vm.close()
+        events, self._events = self._events, -1
+        if events >= 0:
+            os.close(events)
         self.serial.close()
         self.memory.close()
 
@@ -449,9 +477,12 @@ def _ports() -> acpi.Ports:
 
 def _devices() -> bytes:
     window = (layout.PCI_WINDOW_GPA, layout.PCI_WINDOW_SIZE)
-    return acpi.pci_root(layout.PCI_ECAM_GPA, ECAM_SIZE, window) + aml.device(
+    bus = acpi.pci_root(layout.PCI_ECAM_GPA, ECAM_SIZE, window)
+    serial = aml.device(
         "COM1",
         aml.name("_HID", aml.eisa_id("PNP0501")),
         aml.name("_UID", aml.integer(1)),
         aml.name("_CRS", aml.resources(aml.ports(COM1_PORT, 8), aml.interrupt(COM1_IRQ))),
     )
+    generation = generation_device(layout.GENERATION_GPA)
+    return bus + serial + generation + event_device({layout.EVENT_GSI: "\\_SB.VGEN"})

@@ -30,6 +30,7 @@ class PauseGate:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._closed = False
+        self._holds = 0
         self._ended = False
         self._members = 0
         self._waiting = 0
@@ -40,7 +41,7 @@ class PauseGate:
     def member(self) -> Iterator[None]:
         """Count this thread among those that `close` waits for; wait first while it is closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._ended or not self._closed)
+            self._changed.wait_for(lambda: self._ended or not self._is_shut)
             self._members += 1
         try:
             yield
@@ -54,7 +55,7 @@ class PauseGate:
         with self._changed:
             self._waiting += 1
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._ended or not self._closed)
+            self._changed.wait_for(lambda: self._ended or not self._is_shut)
             self._waiting -= 1
             return not self._ended
 
@@ -66,40 +67,64 @@ class PauseGate:
         Harmless twice.
 
         Raises:
-            PauseError: one has not come within `patience` seconds; the gate is open again.
+            PauseError: the machine has ended; or one has not come within `patience` seconds, and
+                the gate is open again.
         """
         with self._changed:
-            self._closed = True
-            for vcpu in vcpus:
-                vcpu.stop()
-            if self._changed.wait_for(lambda: self._waiting == self._members, patience):
-                return
-            missing = self._members - self._waiting
-            self._closed = False
-            self._changed.notify_all()
-        raise PauseError(
-            f"{missing} processors of the guest do not stop: what they write is not read",
-            "read the guest's output, then try again",
-        )
+            was_closed, self._closed = self._closed, True
+            try:
+                self._gather(vcpus, patience)
+            except PauseError:
+                self._closed = was_closed
+                self._reopen(vcpus)
+                raise
 
     def open(self, vcpus: Sequence[Vcpu]) -> None:
         """Let vCPUs run on, and tell their guest that it was paused. Harmless twice."""
         with self._changed:
-            if self._closed and not self._ended:
-                tell_of_pause(vcpus)
-            self._closed = False
-            self._changed.notify_all()
+            if self._closed:
+                self._closed = False
+                self._reopen(vcpus)
 
     @contextlib.contextmanager
     def closed(self, vcpus: Sequence[Vcpu]) -> Iterator[None]:
-        """Keep the gate closed, and open it afterwards unless it was closed before."""
-        was_closed = self._closed
-        self.close(vcpus)
+        """Keep the gate closed for the length of a with statement, whoever opens it meanwhile."""
+        with self._changed:
+            self._holds += 1
         try:
+            with self._changed:
+                self._gather(vcpus, _PATIENCE)
             yield
         finally:
-            if not was_closed:
-                self.open(vcpus)
+            with self._changed:
+                self._holds -= 1
+                self._reopen(vcpus)
+
+    @property
+    def _is_shut(self) -> bool:
+        return self._closed or self._holds > 0
+
+    def _gather(self, vcpus: Sequence[Vcpu], patience: float) -> None:
+        """Wait for all threads, with the lock."""
+        for vcpu in vcpus:
+            vcpu.stop()
+        here = self._changed.wait_for(lambda: self._waiting == self._members, patience)
+        if self._ended:
+            raise PauseError("the machine has ended", "start it again")
+        if not here:
+            raise PauseError(
+                f"{self._members - self._waiting} processors of the guest do not stop: what they "
+                "write is not read",
+                "read the guest's output, then try again",
+            )
+
+    def _reopen(self, vcpus: Sequence[Vcpu]) -> None:
+        """Let vCPUs run on unless somebody keeps the gate closed, with the lock."""
+        if self._is_shut or self._ended:
+            return
+        if self._waiting == self._members:  # a vCPU that runs cannot be told anything
+            tell_of_pause(vcpus)
+        self._changed.notify_all()
 
     def end(self) -> None:
         """Let all threads go, for good."""

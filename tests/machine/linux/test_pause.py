@@ -1,5 +1,6 @@
 """pykvm.machine.linux.pause: vCPUs stop, wait, and go on; those that cannot stop are named."""
 
+import fcntl
 import os
 import select
 import threading
@@ -111,15 +112,39 @@ def test_ended_while_it_is_paused(machine: Machine) -> None:
     machine.gate.close(machine.vcpus)
     machine.end()
     machine.rests()
-    machine.gate.close(machine.vcpus)
+    with pytest.raises(PauseError, match="the machine has ended") as caught:
+        machine.gate.close(machine.vcpus)
+    one_line(caught.value)
     machine.gate.open(machine.vcpus)
     machine.rests()
+
+
+def test_opened_by_somebody_else(machine: Machine) -> None:
+    """Who saves the machine is not disturbed by who resumes it."""
+    machine.thread.start()
+    machine.counts()
+    machine.gate.close(machine.vcpus)
+    with machine.gate.closed(machine.vcpus):
+        machine.gate.open(machine.vcpus)
+        machine.rests()
+        machine.gate.close(machine.vcpus)
+        machine.gate.open(machine.vcpus)
+        machine.rests()
+    machine.counts()
 
 
 def test_a_guest_that_waits_for_a_reader(kvm: Kvm) -> None:
     """Output goes from inside the run loop, which does not stop while nobody takes it."""
     reader, writer = os.pipe2(os.O_NONBLOCK)
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
     serial = Serial(writer)
+    over = threading.Event()
+
+    def read_all() -> None:
+        while not over.is_set():
+            if select.select([reader], [], [], 0.01)[0]:
+                os.read(reader, 65536)
+
     with kvm.create_vm() as vm:
         vm.set_tss_address(0xFFFBD000)
         guest = RealModeGuest(vm)
@@ -133,28 +158,22 @@ def test_a_guest_that_waits_for_a_reader(kvm: Kvm) -> None:
         """)
         machine = Machine(guest)
         machine.thread.start()
-        wait_for(lambda: not select.select([], [writer], [], 0)[1])
-        time.sleep(0.2)  # until the rest of the pipe is full, which is less than a page
-        with pytest.raises(PauseError, match="1 processors of the guest do not stop") as caught:
-            machine.gate.close(machine.vcpus, 0.3)
-        one_line(caught.value)
-        drain = threading.Event()
-
-        def read() -> None:
-            while not drain.is_set():
-                try:
-                    os.read(reader, 65536)
-                except BlockingIOError:
-                    time.sleep(0.001)
-
-        thread = threading.Thread(target=read)
-        thread.start()
-        machine.gate.close(machine.vcpus)
-        machine.gate.open(machine.vcpus)
-        serial.stop()
-        machine.end()
-        drain.set()
-        thread.join()
+        reads = threading.Thread(target=read_all)
+        try:
+            wait_for(lambda: not select.select([], [writer], [], 0)[1])
+            time.sleep(0.5)  # the guest waits as soon as it writes again
+            with pytest.raises(PauseError, match="1 processors of the guest do not stop") as caught:
+                machine.gate.close(machine.vcpus, 0.3)
+            one_line(caught.value)
+            reads.start()
+            machine.gate.close(machine.vcpus)
+            machine.gate.open(machine.vcpus)
+        finally:
+            serial.stop()
+            machine.end()
+            over.set()
+            if reads.ident:
+                reads.join()
     serial.close()
     os.close(reader)
     os.close(writer)
