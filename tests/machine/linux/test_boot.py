@@ -9,11 +9,8 @@ import pytest
 
 from pykvm.machine.linux.boot import BootInfo, MemoryKind, MemoryRange
 from pykvm.machine.linux.pvh import start_info
-from tests.rigs.initramfs import init_program, initramfs
+from tests.rigs.initramfs import KERNEL, LINE, init_program, initramfs
 from tests.rigs.needs import need_hardware
-
-KERNEL = Path("/boot") / f"vmlinuz-{platform.release()}"
-LINE = "quiet cryptomgr.notests panic=-1"
 
 
 @pytest.mark.unit

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.machine.linux.test_boot import KERNEL, LINE
-from tests.rigs.initramfs import initramfs
+from tests.rigs.initramfs import KERNEL, LINE, initramfs
 from tests.rigs.needs import need_hardware
 
 pytestmark = pytest.mark.kvm
@@ -57,7 +56,7 @@ from pykvm.machine.linux.machine import LinuxMachine
 imported = time.monotonic()
 with Kvm() as kvm, LinuxMachine.restore(kvm, Path(sys.argv[1]), 1) as machine:
     restored = time.monotonic()
-    with Console(machine.serial, machine.stop):
+    with Console(machine.serial.feed, machine.stop):
         print(machine.run().value, file=sys.stderr)
     print(f"imported in {imported - begun:.1f} s, restored in {restored - imported:.1f} s, "
           f"ran {time.monotonic() - restored:.1f} s", file=sys.stderr)
