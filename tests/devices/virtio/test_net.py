@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from pykvm.devices.virtio.device import Feature
-from pykvm.devices.virtio.net import Net, NetFeature
+from pykvm.devices.virtio.net import Net
+from pykvm.devices.virtio.net_features import NetFeature
 from pykvm.network import Tap, mac_address
 from tests.rigs.net_driver import TRANSMIT, GuestInterface, NetDriver
 from tests.rigs.network_namespace import NetworkNamespace, need_tun
