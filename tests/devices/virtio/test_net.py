@@ -14,7 +14,8 @@ import pytest
 
 from pykvm.devices.virtio.device import Feature
 from pykvm.devices.virtio.net import Net, NetFeature
-from pykvm.network import Tap, mac_address
+from pykvm.network.mac_address import mac_address
+from pykvm.network.tap import Tap
 from tests.rigs.net_driver import TRANSMIT, GuestInterface, NetDriver
 from tests.rigs.network_namespace import NetworkNamespace, need_tun
 from tests.rigs.virtio_driver import RING_FEATURES

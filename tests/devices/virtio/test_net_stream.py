@@ -13,7 +13,9 @@ import pytest
 
 from pykvm.devices.virtio.device import Feature
 from pykvm.devices.virtio.net import Net, NetFeature
-from pykvm.network import FrameStream, UserNetwork, mac_address
+from pykvm.network.frame_stream import FrameStream
+from pykvm.network.mac_address import mac_address
+from pykvm.network.user_network import UserNetwork
 from tests.rigs.net_driver import TRANSMIT, GuestInterface, NetDriver
 from tests.rigs.network_namespace import NetworkNamespace, need_tun
 from tests.rigs.virtio_driver import RING_FEATURES
