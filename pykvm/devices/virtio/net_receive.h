@@ -9,7 +9,6 @@
 #ifndef PYKVM_VIRTIO_NET_RECEIVE_H
 #define PYKVM_VIRTIO_NET_RECEIVE_H
 
-/* not for cffi { */
 #include "net.h"
 
 #define NET_HEADER	12	/* struct virtio_net_hdr_v1 */
@@ -74,6 +73,5 @@ static inline void net_count(uint64_t *counter, uint64_t more)
 	/* One thread writes, others read. */
 	__atomic_store_n(counter, *counter + more, __ATOMIC_RELAXED);
 }
-/* } */
 
 #endif

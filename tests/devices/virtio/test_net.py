@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 import subprocess
@@ -368,6 +369,23 @@ def test_stopped_and_started_in_the_midst(namespace: NetworkNamespace) -> None:
         driver.stop(device)
         assert len(seen) > 300
         assert seen == sorted(set(seen))
+
+
+def test_closing(namespace: NetworkNamespace) -> None:
+    """What has passed can be read afterwards, and nothing is left."""
+    before = sorted(os.listdir("/proc/self/fd"))
+    with NetDriver(MERGEABLE) as driver:
+        device = Net(driver.memory, Tap(), MAC)
+        driver.start(device)
+        driver.send(_frame(1))
+        driver.completed(TRANSMIT, 1)
+        assert device.link
+        device.close()
+        device.close()
+        assert device.counters().sent == 1
+        assert device.config()[:6].hex(":") == MAC
+        assert set(namespace.interfaces()) == {"lo"}
+    wait_for(lambda: sorted(os.listdir("/proc/self/fd")) == before, 10)
 
 
 def _serve(address: str, content: bytes) -> socket.socket:
