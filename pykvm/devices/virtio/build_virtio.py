@@ -10,7 +10,7 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 FOLDER = "pykvm/devices/virtio"
 
-PARTS = ("chain", "queue", "loop", "entropy", "console", "block", "net")
+PARTS = ("chain", "queue", "loop", "entropy", "console", "block", "net", "balloon")
 """Names of the C sources and their headers; a header comes after those that it includes."""
 
 SOURCES = (*PARTS, "net_receive", "block_request", "console_control", "console_output")
