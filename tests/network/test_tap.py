@@ -14,22 +14,16 @@ from pathlib import Path
 import pytest
 
 from pykvm.closeable import ForkedProcessError
-from pykvm.network import (
-    BridgeAddressError,
-    BridgePort,
+from pykvm.network import links, tap
+from pykvm.network._tun import lib
+from pykvm.network.bridge import BridgeAddressError, BridgePort, NotABridgeError
+from pykvm.network.links import (
     InterfaceNameError,
     NetworkBusyError,
     NetworkError,
     NetworkPrivilegeError,
-    NotABridgeError,
-    Offload,
-    Tap,
-    TapExistsError,
-    TunMissingError,
-    links,
-    tap,
 )
-from pykvm.network._tun import lib
+from pykvm.network.tap import Offload, Tap, TapExistsError, TunMissingError
 from tests.rigs.network_namespace import NetworkNamespace, need_tun
 
 pytestmark = pytest.mark.unit
@@ -78,7 +72,7 @@ def test_a_bridge_goes_with_its_last_port_whoever_made_it(namespace: NetworkName
 def test_what_a_killed_process_leaves_is_used_again(namespace: NetworkNamespace) -> None:
     script = """
         import os, signal
-        from pykvm.network import Tap
+        from pykvm.network.tap import Tap
         made = Tap("killed")
         os.kill(os.getpid(), signal.SIGKILL)
     """
@@ -266,7 +260,7 @@ def test_another_process_holds_the_lock(
 def test_many_at_once(namespace: NetworkNamespace) -> None:
     """Processes that come and go share a bridge; none loses its port, and nothing stays."""
     script = """
-        from pykvm.network import Tap
+        from pykvm.network.tap import Tap
         from pykvm.network.links import links, netlink
         for _ in range(8):
             with Tap() as made, netlink("look") as route:

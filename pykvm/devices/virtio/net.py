@@ -76,6 +76,7 @@ class Net(NativeDevice):
         super().__init__(memory, "net", lib.net_new(descriptor, stream), lib.net_free)
         self._other_side = other_side
         self._mac = mac
+        self._counters = ffi.new("struct net_counters *")
         self._told = False
         self.on_link_lost = lambda reason: None
         self.features = int(NATIVE_FEATURES | _OF_ALL)
@@ -85,20 +86,22 @@ class Net(NativeDevice):
     @property
     def link(self) -> bool:
         """Whether the other side is there."""
-        return bool(lib.net_lost(self._device) == ffi.NULL)
+        return self._lost() is None
 
     def counters(self) -> NetCounters:
-        """Return what has passed, as of now."""
-        raw = ffi.new("struct net_counters *")
-        lib.net_read_counters(self._device, raw)
-        return NetCounters(
-            raw.received,
-            raw.received_bytes,
-            raw.received_dropped,
-            raw.sent,
-            raw.sent_bytes,
-            raw.sent_dropped,
-        )
+        """Return what has passed, as of now, or until the device was closed."""
+        with self._lock:
+            if self._device is not None:
+                lib.net_read_counters(self._device, self._counters)
+            raw = self._counters
+            return NetCounters(
+                raw.received,
+                raw.received_bytes,
+                raw.received_dropped,
+                raw.sent,
+                raw.sent_bytes,
+                raw.sent_dropped,
+            )
 
     def config(self) -> bytes:
         """Return struct virtio_net_config (5.1.4) up to the MTU."""
@@ -106,6 +109,8 @@ class Net(NativeDevice):
 
     def close(self) -> None:
         """Stop the device and close the other side."""
+        self.stop()
+        self.counters()
         super().close()
         self._other_side.close()
 
@@ -114,14 +119,18 @@ class Net(NativeDevice):
             self._other_side.set_offloads(offloads_of(int(self._device.features)))
 
     def _noticed(self) -> None:
-        reason = lib.net_lost(self._device)
-        if reason == ffi.NULL or self._told:
+        text = self._lost()
+        if text is None or self._told:
             return
         self._told = True
         self.on_config()
-        text = ffi.string(reason).decode()
         if isinstance(self._other_side, FrameStream):
             text = self._other_side.complaint(patience=1) or text
         else:
             text = f"{self._other_side.name}: {text}"
         self.on_link_lost(text)
+
+    def _lost(self) -> str | None:
+        with self._lock:
+            reason = ffi.NULL if self._device is None else lib.net_lost(self._device)
+        return None if reason == ffi.NULL else ffi.string(reason).decode()

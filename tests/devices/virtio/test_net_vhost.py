@@ -16,7 +16,8 @@ from pykvm.devices.virtio.net_vhost import VHOST_NET, VhostNet
 from pykvm.devices.virtio.ring_memory import RingError
 from pykvm.devices.virtio.vhost_kernel import VhostMissingError
 from pykvm.memory.guest_memory import GuestMemory
-from pykvm.network import Tap, mac_address
+from pykvm.network.mac_address import mac_address
+from pykvm.network.tap import Tap
 from pykvm.sizes import MIB
 from tests.rigs.device_failures import failures_of
 from tests.rigs.net_driver import TRANSMIT, GuestInterface, NetDriver
