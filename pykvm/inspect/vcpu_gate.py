@@ -2,14 +2,9 @@
 
 A vCPU is parked between two runs, after `Vcpu.run` has returned `Stopped`. KVM has then finished
 the last port or MMIO access, so that registers can be read, changed and saved (api.rst 5, "the
-userspace should re-enter the guest with pending operations"). Each vCPU's thread calls `run`::
-
-    gate.run(vcpu, serve)                 # returns when the gate is closed
-
-Any other thread pauses the machine::
-
-    with gate.paused():
-        registers = [vcpu.get_regs() for vcpu in vcpus]
+userspace should re-enter the guest with pending operations"). The thread of each vCPU calls
+`VcpuGate.run`, which returns when the gate is closed. Any other thread pauses the machine with
+`VcpuGate.paused`, and looks at the vCPUs meanwhile.
 """
 
 from __future__ import annotations
