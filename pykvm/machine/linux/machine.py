@@ -23,7 +23,8 @@ from pykvm.devices.serial import COM1_IRQ, COM1_PORT, Serial
 from pykvm.devices.virtio.device import Device
 from pykvm.devices.virtio.pci import VirtioPci
 from pykvm.errors import PykvmError
-from pykvm.kvm import Exit, Io, Kvm, MmioRead, MmioWrite, Shutdown, Stopped, Vcpu
+from pykvm.inspect.vcpu_gate import PauseError, VcpuGate
+from pykvm.kvm import Exit, Io, Kvm, MmioRead, MmioWrite, Shutdown, Vcpu
 from pykvm.machine.linux import layout
 from pykvm.machine.linux.boot import (
     BootInfo,
@@ -37,13 +38,13 @@ from pykvm.machine.linux.config import MachineConfig
 from pykvm.machine.linux.devices import HostNetwork, configured_devices
 from pykvm.machine.linux.kernel_file import KernelFile
 from pykvm.machine.linux.multiboot import MultibootImage
-from pykvm.machine.linux.pause import PauseGate
 from pykvm.machine.x86 import acpi, aml, interrupt_pins, long_mode
 from pykvm.machine.x86.event_device import event_device
 from pykvm.machine.x86.vm_generation import generation_device, renew_generation
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.memory.regions import MemoryFile, Region
 from pykvm.sizes import PAGE_SIZE
+from pykvm.snapshot.pause_notice import tell_of_pause
 
 if TYPE_CHECKING:
     from pykvm.snapshot.disks import SavedDisk
@@ -128,7 +129,8 @@ class LinuxMachine(Closeable):
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
         self._kvm = kvm
-        self._gate = PauseGate()
+        self.gate = VcpuGate()
+        self._paused = False
         self._events = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
             if memory is None:
@@ -304,18 +306,15 @@ class LinuxMachine(Closeable):
             if self._end is None:
                 self._end, self._failure = end, failure
         self.serial.stop()
-        self._gate.end()
-        for vcpu in self.vcpus:
-            vcpu.stop()
+        self.gate.close()
 
     def _run_vcpu(self, vcpu: Vcpu) -> None:
+        def serve(exit: Exit) -> None:
+            if (end := self._serve(vcpu, exit)) is not None:
+                self._finish(end)
+
         try:
-            with self._gate.member():
-                while True:
-                    end = self._serve(vcpu, vcpu.run())
-                    if end is not None:
-                        self._finish(end)
-                        return
+            self.gate.run(vcpu, serve)
         except BaseException as error:
             self._finish(End.STOPPED, error)
 
@@ -338,25 +337,44 @@ class LinuxMachine(Closeable):
                 self.ports.serve(exit)
             case Shutdown():
                 raise MachineCrashedError(vcpu.unexpected(exit).report)
-            case Stopped():
-                return None if self._gate.passed() else End.STOPPED
             case _:
                 raise vcpu.unexpected(exit)
         return None
 
     # ---- pausing, snapshots -----------------------------------------------------------------
 
+    @property
+    def is_paused(self) -> bool:
+        """True between `pause` and `resume`."""
+        return self._paused
+
     def pause(self) -> None:
-        """Let no processor run until `resume`; return when none does. From any thread.
+        """Let no processor run until `resume`; return when none does. Harmless twice.
+
+        From any thread but those of the processors.
 
         Raises:
-            PauseError: one does not stop, because nobody reads what it writes; or all have ended.
+            PauseError: the machine has ended; or a processor does not stop, because nobody reads
+                what it writes.
         """
-        self._gate.close(self.vcpus)
+        if not self._paused:
+            self._park()
+            self._paused = True
 
     def resume(self) -> None:
-        """Undo `pause`."""
-        self._gate.open(self.vcpus)
+        """Undo `pause`. Harmless twice."""
+        if self._paused:
+            self._paused = False
+            self._let_go()
+
+    def _park(self) -> None:
+        if self.gate.closed:
+            raise PauseError("the machine has ended", "start it again")
+        self.gate.pause()
+
+    def _let_go(self) -> None:
+        tell_of_pause(self.vcpus)
+        self.gate.resume()
 
     def snapshot(self, path: Path) -> int:
         """Write a snapshot to a new folder; return the bytes of memory that it holds beside zeros.
@@ -368,7 +386,7 @@ class LinuxMachine(Closeable):
         """
         from pykvm.snapshot.machine_state import save_machine  # noqa: PLC0415  (few runs need it)
 
-        with self._gate.closed(self.vcpus), self._quiet():
+        with self._parked(), self._quiet():
             return save_machine(
                 path,
                 machine=self.config.to_values(),
@@ -378,6 +396,14 @@ class LinuxMachine(Closeable):
                 devices=self._stateful(),
                 disks=self._disks(),
             )
+
+    @contextmanager
+    def _parked(self) -> Iterator[None]:
+        self._park()
+        try:
+            yield
+        finally:
+            self._let_go()
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
