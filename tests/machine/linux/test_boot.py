@@ -77,5 +77,5 @@ def test_a_panic_has_a_status_of_its_own(tmp_path: Path) -> None:
     status, said = boot(tmp_path, "--unpack", words="end")
     assert "init: ends" in said
     assert "Kernel panic - not syncing: Attempted to kill init!" in said
-    assert said.rstrip().endswith("pykvm run: the guest's kernel has panicked")
+    assert said.rstrip().endswith("pykvm: the guest's kernel has panicked")
     assert status == 70
