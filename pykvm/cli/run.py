@@ -28,8 +28,8 @@ _EPILOG = """\
 Without --initrd, a guest sees this host's root file system, or that of --root, and runs COMMAND in
 it, or a shell. What it writes stays in its memory and is gone afterwards. Streams and exit status
 are the command's.
-With --initrd, or from a file of TOML with the same words as keys, the guest is what its initial RAM
-disks make of it, and its console is this terminal.
+With --initrd, with a Multiboot image as the kernel, or from a file of TOML whose keys are these
+options, the guest is what they make of it, and its console is this terminal.
 Ctrl-] on a terminal ends the guest. Exit status: the command's; 0 after the guest has powered off,
 or reset itself with --no-reboot; 70 after a panic of its kernel; 1 after an error.
 examples:
@@ -150,17 +150,26 @@ def run(options: argparse.Namespace) -> int:
         networks=tuple(options.net),
         shares=tuple(map(Share.parse, options.share)),
     )
-    if options.initrd:
+    alone = not words and _is_whole_system(options.kernel)
+    if options.initrd or alone:
         if words or options.root:
             raise PykvmError(
                 "--initrd goes with neither a command nor --root",
                 "leave out --initrd, or the others",
             )
-        return _run_machine(replace(config, command_line=f"{_CONSOLE} {options.append}"), options)
+        return _run_machine(config, options)
     return _run_command(config, words, options)
 
 
+def _is_whole_system(kernel: Path) -> bool:
+    from pykvm.machine.linux.kernel_file import is_whole_system  # noqa: PLC0415
+
+    return kernel.is_file() and is_whole_system(kernel)
+
+
 def _run_machine(config: MachineConfig, options: argparse.Namespace) -> int:
+    if not _is_whole_system(config.kernel):
+        config = replace(config, command_line=f"{_CONSOLE} {config.command_line}".strip())
     if options.dry_run:
         print(config.described())
         return 0

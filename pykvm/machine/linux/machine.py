@@ -12,11 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
 from pykvm.closeable import Closeable
-from pykvm.devices.debug_exit import DebugExit
-from pykvm.devices.firmware_config import FirmwareConfig
 from pykvm.devices.pci.bus import ECAM_SIZE, PciBus
 from pykvm.devices.pci.msix import MsiRoutes
-from pykvm.devices.pci.ports import ConfigPorts
 from pykvm.devices.pci.pvpanic import Pvpanic
 from pykvm.devices.ports import PortBus
 from pykvm.devices.serial import COM1_IRQ, COM1_PORT, Serial
@@ -38,6 +35,7 @@ from pykvm.machine.linux.config import MachineConfig
 from pykvm.machine.linux.devices import HostNetwork, configured_devices
 from pykvm.machine.linux.kernel_file import KernelFile
 from pykvm.machine.linux.multiboot import MultibootImage
+from pykvm.machine.linux.system_ports import SystemPorts
 from pykvm.machine.x86 import acpi, aml, interrupt_pins, long_mode
 from pykvm.machine.x86.event_device import event_device
 from pykvm.machine.x86.vm_generation import generation_device, renew_generation
@@ -124,6 +122,7 @@ class LinuxMachine(Closeable):
         window = (layout.PCI_WINDOW_GPA, layout.PCI_WINDOW_SIZE)
         self.pci = PciBus(layout.PCI_ECAM_GPA, window)
         self.pci.add(Pvpanic(lambda: self._finish(End.PANIC)))
+        self._system_ports = SystemPorts(self.ports, config, self.pci, self._exit)
         self._owned: list[Closeable] = []
         self._end: End | None = None
         self._failure: BaseException | None = None
@@ -173,7 +172,7 @@ class LinuxMachine(Closeable):
             kernel = file.kernel
             kernel.load(self.memory)
         if isinstance(kernel, MultibootImage):
-            self._add_ports()
+            self._system_ports.add()
         line = config.command_line.encode()
         longest = min(kernel.longest_line, layout.COMMAND_LINE_SIZE - 1)
         if len(line) > longest:
@@ -241,12 +240,6 @@ class LinuxMachine(Closeable):
         long_mode.set_apic_id(cpuid, number)
         vcpu.set_cpuid2(cpuid)
         self.vcpus.append(vcpu)
-
-    def _add_ports(self) -> None:
-        """Add the devices that images without drivers expect at their ports."""
-        self.ports.add(DebugExit(self._exit))
-        self.ports.add(FirmwareConfig(self.config.cpus, self.config.memory))
-        self.ports.add(ConfigPorts(self.pci))
 
     def add_device(self, device: Device) -> None:
         """Put a virtio device on the PCI bus, before `run`. The machine closes it.
@@ -467,7 +460,12 @@ class LinuxMachine(Closeable):
 
     def _stateful(self) -> dict[str, StatefulDevice]:
         functions = enumerate(self.pci.functions)
-        return {"com1": self.serial, **{f"pci{n}": function for n, function in functions}}
+        ports = self._system_ports
+        return {
+            "com1": self.serial,
+            "ports": ports,
+            **{f"pci{n}": function for n, function in functions},
+        }
 
     def _disks(self) -> list[SavedDisk]:
         """Return the disks as they are now."""
