@@ -10,11 +10,11 @@ import pytest
 
 from pykvm.devices.virtio.block import DiskInUseError
 from pykvm.devices.virtio.entropy import Entropy
+from pykvm.inspect.vcpu_gate import PauseError
 from pykvm.kvm import Kvm
 from pykvm.machine.linux import layout
 from pykvm.machine.linux.config import Disk, MachineConfig, MachineConfigError
 from pykvm.machine.linux.machine import LinuxMachine
-from pykvm.machine.linux.pause import PauseError
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.sizes import MIB
 from pykvm.snapshot.disks import DiskChangedError
