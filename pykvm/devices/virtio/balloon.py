@@ -13,10 +13,10 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
-from typing import Final
+from typing import Any, Final
 
 from pykvm.devices.virtio._virtio import ffi, lib
-from pykvm.devices.virtio.device import DeviceType, Ring
+from pykvm.devices.virtio.device import DeviceStateError, DeviceType, Ring
 from pykvm.devices.virtio.loop import NATIVE_FEATURES, NativeDevice
 from pykvm.errors import PykvmError
 from pykvm.memory.guest_memory import GuestMemory
@@ -155,6 +155,27 @@ class Balloon(NativeDevice):
         config = bytearray(self.config())
         config[offset : offset + len(data)] = data[: max(len(config) - offset, 0)]
         self._actual = int.from_bytes(config[_ACTUAL : _ACTUAL + 4], "little")
+
+    def save(self) -> dict[str, int]:
+        """Return target and size, in pages; what the guest has told is asked for again."""
+        return {"target": self._target, "actual": self._actual}
+
+    def restore(self, state: Any) -> None:
+        """Set what `save` returned.
+
+        Raises:
+            DeviceStateError: no balloon in this memory has it.
+        """
+        numbers = state if isinstance(state, dict) else {}
+        target, actual = numbers.get("target"), numbers.get("actual")
+        if type(target) is not int or type(actual) is not int or len(numbers) != 2:
+            target = actual = -1
+        if not 0 <= target * _PAGE <= self._most or not 0 <= actual < 1 << 32:
+            raise DeviceStateError(
+                "the saved state is not that of a balloon in this memory",
+                "give the machine the devices that it had",
+            )
+        self._target, self._actual = target, actual
 
     def stop(self) -> dict[int, int]:
         """Stop the thread."""

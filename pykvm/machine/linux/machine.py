@@ -418,6 +418,7 @@ class LinuxMachine(Closeable):
         output: int | None = None,
         add_devices: Callable[[Self], None] = lambda machine: None,
         *,
+        networks: Callable[[MachineConfig], Sequence[HostNetwork]] = lambda config: (),
         shareable: bool = False,
     ) -> Self:
         """Return the machine of a snapshot, ready to run on from there.
@@ -426,7 +427,9 @@ class LinuxMachine(Closeable):
             kvm: an open ``/dev/kvm``.
             path: the folder.
             output: see `LinuxMachine`.
-            add_devices: adds the devices that the saved machine had (`add_device`), in their order.
+            add_devices: adds the devices that the saved machine had beside those of its
+                configuration (`add_device`), in their order.
+            networks: returns the host's sides of its networks, see `LinuxMachine`.
             shareable: whether memory is copied now, so that other processes can map it, as
                 vhost-user needs. Otherwise it is read from the folder while it is used, and the
                 folder must stay as it is.
@@ -446,7 +449,7 @@ class LinuxMachine(Closeable):
             require_disks(snapshot)
             config = MachineConfig.from_values(snapshot.contents.machine)
             memory = snapshot.copy_memory() if shareable else snapshot.map_memory()
-            machine = cls(kvm, config, output, memory)
+            machine = cls(kvm, config, output, memory, networks(config))
             try:
                 add_devices(machine)
                 require_same_disks(snapshot, machine._disks())

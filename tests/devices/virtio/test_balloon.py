@@ -15,7 +15,7 @@ from pykvm.devices.virtio.balloon import (
     BalloonTargetError,
     Statistic,
 )
-from pykvm.devices.virtio.device import Feature
+from pykvm.devices.virtio.device import DeviceStateError, Feature
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.memory.regions import MemoryFile, Region
 from pykvm.sizes import MIB, PAGE_SIZE
@@ -281,6 +281,37 @@ def test_the_configuration(guest: Guest, device: Balloon) -> None:
         with pytest.raises(BalloonTargetError, match="use a multiple of 4096 that is smaller"):
             device.target = size
     assert device.target == 4 * MIB
+
+
+def test_another_balloon_goes_on(guest: Guest, device: Balloon) -> None:
+    """As after a snapshot: it has the size that the guest believes, and serves what comes."""
+    with VirtioDriver([16] * 5, ALL, memory=guest.memory) as driver:
+        driver.start(device)
+        device.target = 2 * MIB
+        device.write_config(4, (77).to_bytes(4, "little"))
+        # The driver's buffer for statistics is with the device, which gives it back.
+        assert driver.submit(STATISTICS, readable=[struct.pack("<HQ", Statistic.FREE, 5)])
+        driver.kick(STATISTICS)
+        wait_for(lambda: device.statistics().get(Statistic.FREE) == 5)
+        driver.stop(device)
+        state = device.save()
+        config = device.config()
+        device.close()
+        other = Balloon(guest.memory, [guest.ram])
+        changes: list[object] = [None, [], {}, {**state, "more": 1}]
+        changes += [{**state, "target": wrong} for wrong in (-1, 1 << 20, "0", None, True)]
+        changes += [{**state, "actual": wrong} for wrong in (-1, 1 << 32, 0.5)]
+        for wrong in changes:
+            with pytest.raises(DeviceStateError):
+                other.restore(wrong)
+        other.restore(state)
+        assert other.config() == config
+        assert (other.target, other.actual) == (2 * MIB, 77 * PAGE_SIZE)
+        driver.start(other)
+        wait_for(lambda: other.statistics().get(Statistic.FREE) == 5)
+        other.ask()
+        assert driver.completed(STATISTICS)
+        other.close()
 
 
 def test_a_closed_device(guest: Guest, device: Balloon) -> None:
