@@ -12,7 +12,7 @@ from typing import Final
 
 from pykvm.devices.virtio.device import DeviceType, Feature, Ring
 from pykvm.devices.virtio.net_features import NetFeature, net_config, offloads_of, tap_features
-from pykvm.devices.virtio.vhost_kernel import VhostKernel
+from pykvm.devices.virtio.vhost_kernel import VhostError, VhostKernel
 from pykvm.devices.virtio.vhost_kernel_device import VhostKernelDevice
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.network.tap import Tap
@@ -74,8 +74,13 @@ class VhostNet(VhostKernelDevice):
         return net_config(self._mac, link=self.link, mtu=self._tap.mtu)
 
     def _run(self, rings: Sequence[Ring]) -> None:
-        for ring in rings:
-            self._vhost.set_backend(ring.index, self._tap.descriptors[0])
+        try:
+            for ring in rings if self.link else ():
+                self._vhost.set_backend(ring.index, self._tap.descriptors[0])
+        except VhostError:
+            if not self._is_tap_gone():
+                raise
+            self._lost()
 
     def _halt(self, rings: Sequence[Ring]) -> None:
         for ring in rings:
@@ -83,12 +88,15 @@ class VhostNet(VhostKernelDevice):
 
     def _ring_failed(self) -> None:
         # What the kernel cannot hand to a TAP that is gone is an error of the ring to it.
-        tap = select.poll()
-        tap.register(self._tap.descriptors[0], 0)
-        if tap.poll(0):
+        if self._is_tap_gone():
             self._lost()
         else:
             super()._ring_failed()
+
+    def _is_tap_gone(self) -> bool:
+        tap = select.poll()
+        tap.register(self._tap.descriptors[0], 0)
+        return bool(tap.poll(0))
 
     def _lost(self) -> None:
         if not self.link:

@@ -116,8 +116,7 @@ class StorageDaemonDisk(VhostUserDevice):
 def _program() -> Path:
     found = shutil.which(_PROGRAM)
     if found is None:
-        # Debian 12 has it in qemu-system-common, Debian 13 in qemu-utils.
-        raise BackendMissingError(_PROGRAM, "qemu-system-common")
+        raise BackendMissingError(_PROGRAM, "qemu-utils", older="qemu-system-common")
     return Path(found)
 
 
