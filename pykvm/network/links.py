@@ -129,6 +129,10 @@ def netlink(what: str) -> Iterator[Any]:
         if error.code in (errno.EPERM, errno.EACCES):
             raise NetworkPrivilegeError(what, error.code) from error
         raise NetworkError(what, error.code) from error
+    except PermissionError as error:  # a confined process has no such sockets
+        if isinstance(error, PykvmError):
+            raise
+        raise NetworkPrivilegeError(what) from error
 
 
 def links(route: Any) -> list[Link]:
@@ -150,8 +154,12 @@ def namespace_lock() -> Iterator[None]:
 
     Raises:
         NetworkBusyError: somebody else holds it for long.
+        NetworkPrivilegeError: this process may not even look at it.
     """
-    descriptor = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        descriptor = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    except PermissionError as error:
+        raise NetworkPrivilegeError("lock the network", error.errno or 0) from error
     try:
         deadline = time.monotonic() + _LOCK_SECONDS
         while True:
