@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -120,6 +121,11 @@ def netlink(what: str) -> Iterator[Any]:
         NetworkPrivilegeError: this user may not.
         NetworkError: the kernel refuses it for another reason.
     """
+    try:
+        # A confined process has no such sockets, and IPRoute's failure would be a noisy one.
+        socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE).close()
+    except PermissionError as error:
+        raise NetworkPrivilegeError(what, error.errno or 0) from error
     from pyroute2 import IPRoute, NetlinkError  # noqa: PLC0415
 
     try:
@@ -129,10 +135,6 @@ def netlink(what: str) -> Iterator[Any]:
         if error.code in (errno.EPERM, errno.EACCES):
             raise NetworkPrivilegeError(what, error.code) from error
         raise NetworkError(what, error.code) from error
-    except PermissionError as error:  # a confined process has no such sockets
-        if isinstance(error, PykvmError):
-            raise
-        raise NetworkPrivilegeError(what) from error
 
 
 def links(route: Any) -> list[Link]:
