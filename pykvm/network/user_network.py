@@ -106,8 +106,8 @@ class UserNetwork(FrameStream):
         )
 
     def complaint(self, patience: float = 0) -> str:
-        """Return why passt has ended; empty while it runs."""
-        if not self._child.wait(patience):
+        """Return why passt has ended; empty while it runs, and when it was closed."""
+        if self._child.fd < 0 or not self._child.wait(patience):
             return ""
         return f"passt has ended: {self._child.complaint() or 'it does not say why'}"
 

@@ -20,7 +20,9 @@
 #define NET_HELD	256	/* chains */
 #define NET_IOVECS	(NET_HELD + VIRTIO_CHAIN_IOVECS)
 #define NET_TAP_BUFFER	(2 * NET_TAP_MOST)
+#ifndef NET_STREAM_BUFFER
 #define NET_STREAM_BUFFER	(2 << 20)
+#endif
 
 enum net_outcome {
 	NET_MORE,	/* a frame has come, or was dropped */
