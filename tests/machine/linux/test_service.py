@@ -147,8 +147,12 @@ def test_consoles_that_do_not_read(lab: Running) -> None:
     """A machine waits for none of them, and has four at most."""
     clients = [MachineClient("lab") for _ in range(5)]
     connections = [client.stream("console")[0] for client in clients]
-    shown = lambda: [one.recv(10000, socket.MSG_PEEK) for one in connections]  # noqa: E731
-    wait_for(lambda: any(b"four consoles already" in text for text in shown()))
+
+    def one_is_too_many() -> bool:
+        shown = [connection.recv(10000, socket.MSG_PEEK) for connection in connections]
+        return any(b"four consoles already" in text for text in shown)
+
+    wait_for(one_is_too_many)
     lab.type(b"x" * 1000)
     lab.shows(b"x" * 1000)
     lab.type(b"q")
