@@ -17,6 +17,9 @@ SECONDS = 300
 
 CHAIN = "devices/virtio/chain.c"
 QUEUE = "devices/virtio/queue.c"
+CONSOLE = "devices/virtio/console.c"
+CONTROL = "devices/virtio/console_control.c"
+OUTPUT = "devices/virtio/console_output.c"
 BLOCK = "devices/virtio/block_request.c"
 
 QUEUE_FAULTS = {
@@ -132,13 +135,56 @@ BLOCK_FAULTS = {
     ),
 }
 
+CONSOLE_FAULTS = {
+    "a port that does not exist": Plant(
+        CONTROL, "message.port >= console->count", "message.port > console->count"
+    ),
+    "the end of an input that goes on": Plant(
+        CONSOLE,
+        "if (n < 0 && (errno == EAGAIN || errno == EINTR))",
+        "if (n < 0 && errno == EINTR)",
+    ),
+    "input for a port that is not open": Plant(
+        CONSOLE, "port->is.input >= 0 && port->state & CONSOLE_OPENED", "port->is.input >= 0"
+    ),
+    "a short write": Plant(OUTPUT, "port->done += (uint64_t)out;", "port->done = chain->readable;"),
+    "bytes written twice": Plant(
+        OUTPUT,
+        "if (out == 0)\n\t\t\treturn false;",
+        "if (out == 0) {\n\t\t\tport->done = 0;\n\t\t\treturn false;\n\t\t}",
+    ),
+    "later bytes before earlier ones": Plant(
+        OUTPUT, "if (!write_kept(loop, port)) {", "if (0 && !write_kept(loop, port)) {"
+    ),
+    "output that is forgotten by a stop": Plant(
+        OUTPUT, "port->kept_size += virtio_chain_read(", "(void)virtio_chain_read("
+    ),
+    "a buffer that is lost while there is no input": Plant(
+        CONSOLE,
+        "\t\t\tvirtqueue_untake(queue, &chain);\n\t\t\tif (n < 0",
+        "\t\t\tif (n < 0",
+    ),
+    "a waiting reader that is forgotten": Plant(
+        CONSOLE, "\t\t\tport->output_waits = false;\n", "\t\t\tport->closing = false;\n"
+    ),
+    "bytes repeated when the driver says hello": Plant(
+        CONTROL,
+        "\t\tport->closing = false;\n\t\tconsole_change(port, CONSOLE_OPENED, 0);\n",
+        "\t\tport->done = 0;\n\t\tconsole_change(port, CONSOLE_OPENED, 0);\n",
+    ),
+}
+
 FAULTS = {
     f"{target}: {name}": (target, plant)
-    for target, faults in (("virtqueue", QUEUE_FAULTS), ("block", BLOCK_FAULTS))
+    for target, faults in (
+        ("virtqueue", QUEUE_FAULTS),
+        ("block", BLOCK_FAULTS),
+        ("console", CONSOLE_FAULTS),
+    )
     for name, plant in faults.items()
 }
 
-LEAST = {"virtqueue": (99, 96), "block": (99, 95)}
+LEAST = {"virtqueue": (99, 96), "block": (99, 95), "console": (95, 88)}
 """Percent of lines and branches that a corpus reaches: what is left is the host's errors."""
 
 

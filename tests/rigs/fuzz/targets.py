@@ -26,6 +26,19 @@ _ALL: Final[list[Target]] = [
             *("-Dfdatasync=fake_fdatasync", "-Dvirtio_chain_read=changing_chain_read"),
         ],
     ),
+    NativeTarget(
+        "console",
+        [f"devices/virtio/console{part}.c" for part in ("", "_control", "_output")],
+        beside=[
+            *(f"devices/virtio/{name}.c" for name in ("chain", "queue", "loop")),
+            "virtio_guest/guest.c",
+        ],
+        guide=[
+            *(f"-D{one}=fake_{one}" for one in ("readv", "writev", "poll", "fcntl", "close")),
+            *("-Dvirtio_loop_watch=fake_watch", "-Dvirtio_loop_again=fake_again"),
+            "-Dvirtio_chain_read=changing_chain_read",
+        ],
+    ),
     NativeTarget("serial", ["devices/serial.c"], include=["kvm/native"]),
     ScriptedTarget(
         "kernel-files",
