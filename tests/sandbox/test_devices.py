@@ -13,7 +13,8 @@ from pykvm.devices.virtio.fs import VirtioFs, find_virtiofsd
 from pykvm.devices.virtio.net import Net
 from pykvm.devices.virtio.storage_daemon import StorageDaemonDisk
 from pykvm.memory.guest_memory import GuestMemory
-from pykvm.network import Tap, mac_address
+from pykvm.network.mac_address import mac_address
+from pykvm.network.tap import Tap
 from pykvm.sandbox import Confinement, enter
 from pykvm.sizes import MIB
 from tests.rigs.confined import in_child
