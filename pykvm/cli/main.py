@@ -19,7 +19,10 @@ from pykvm.errors import PykvmError
 __all__ = ["main"]
 
 # Each has a module in this package, whose docstring's first line is printed by --help.
-SUBCOMMANDS = ("doctor", "demo", "run", "bench", "kernel", "testbed", "verify-gate", "cache")
+SUBCOMMANDS = (
+    *("doctor", "demo", "run", "ps", "console", "pause", "resume", "stop", "snapshot", "restore"),
+    *("report", "walk", "gdb", "bench", "kernel", "testbed", "verify-gate", "cache"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

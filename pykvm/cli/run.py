@@ -22,14 +22,14 @@ __all__ = ["add_parser", "run"]
 
 _CONSOLE: Final = "console=ttyS0"
 _STDOUT: Final = 1
-_PANIC_STATUS: Final = 70
 _SHELL: Final = ("/bin/sh", "-i")
 
 _EPILOG = """\
 Without --initrd, a guest sees this host's root file system, or that of --root, and runs COMMAND in
 it, or a shell. What it writes stays in its memory and is gone afterwards. Streams and exit status
 are the command's.
-With --initrd, the guest is what that makes of it, and its console is this terminal.
+With --initrd, with a Multiboot image as the kernel, or from a file of TOML whose keys are these
+options, the guest is what they make of it, and its console is this terminal.
 Ctrl-] on a terminal ends the guest. Exit status: the command's; 0 after the guest has powered off,
 or reset itself with --no-reboot; 70 after a panic of its kernel; 1 after an error.
 examples:
@@ -39,6 +39,7 @@ examples:
   pykvm run --initrd rootfs.cpio.gz
   pykvm run --kernel vmlinuz --initrd rootfs.cpio.gz --append "quiet" --cpus 2 --memory 1G
   pykvm run --kernel vmlinuz --dry-run
+  pykvm run vm.toml
 """
 
 
@@ -118,7 +119,7 @@ def add_parser(subparsers: Any) -> None:
         "--verbose", action="store_true", help="the kernel's messages, on standard error"
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be started")
-    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="FILE.toml | -- COMMAND")
     parser.set_defaults(run=run)
 
 
@@ -130,7 +131,13 @@ def run(options: argparse.Namespace) -> int:
     """
     from pykvm.machine.linux.config import Disk, MachineConfig, Share  # noqa: PLC0415
 
-    words = options.command[1:] if options.command[:1] == ["--"] else options.command
+    first, *words = options.command or ["--"]
+    if first != "--":
+        if words or not first.endswith(".toml"):
+            raise PykvmError(
+                f"{first!r} is no file of a machine", "write -- before a command, or name a .toml"
+            )
+        return _run_machine(MachineConfig.from_file(Path(first)), options)
     config = MachineConfig(
         kernel=options.kernel,
         unpack=options.unpack,
@@ -143,28 +150,33 @@ def run(options: argparse.Namespace) -> int:
         networks=tuple(options.net),
         shares=tuple(map(Share.parse, options.share)),
     )
-    if options.initrd:
+    alone = not words and _is_whole_system(options.kernel)
+    if options.initrd or alone:
         if words or options.root:
             raise PykvmError(
                 "--initrd goes with neither a command nor --root",
                 "leave out --initrd, or the others",
             )
-        return _run_machine(replace(config, command_line=f"{_CONSOLE} {options.append}"), options)
+        return _run_machine(config, options)
     return _run_command(config, words, options)
 
 
+def _is_whole_system(kernel: Path) -> bool:
+    from pykvm.machine.linux.kernel_file import is_whole_system  # noqa: PLC0415
+
+    return kernel.is_file() and is_whole_system(kernel)
+
+
 def _run_machine(config: MachineConfig, options: argparse.Namespace) -> int:
+    if not _is_whole_system(config.kernel):
+        config = replace(config, command_line=f"{_CONSOLE} {config.command_line}".strip())
     if options.dry_run:
         print(config.described())
         return 0
-    from pykvm.kvm import Kvm, UnexpectedExitError  # noqa: PLC0415  (--help needs none of it)
-    from pykvm.machine.linux.console import Console  # noqa: PLC0415
+    from pykvm.kvm import Kvm  # noqa: PLC0415  (--help needs none of it)
     from pykvm.machine.linux.devices import configured_networks  # noqa: PLC0415
-    from pykvm.machine.linux.machine import (  # noqa: PLC0415
-        End,
-        LinuxMachine,
-        MachineCrashedError,
-    )
+    from pykvm.machine.linux.foreground import run_in_foreground, status_of  # noqa: PLC0415
+    from pykvm.machine.linux.machine import End, LinuxMachine  # noqa: PLC0415
 
     exit_on_signals()
     sys.stdout.flush()
@@ -175,17 +187,9 @@ def _run_machine(config: MachineConfig, options: argparse.Namespace) -> int:
                 for network in configured_networks(config):
                     networks.append(stack.enter_context(network))
                 machine = stack.enter_context(LinuxMachine(kvm, config, _STDOUT, networks=networks))
-                stack.enter_context(Console(machine.serial.feed, machine.stop))
-                try:
-                    end = machine.run()
-                except (MachineCrashedError, UnexpectedExitError) as error:
-                    print(error.report, file=sys.stderr)
-                    raise
-            if end is End.PANIC:
-                print("pykvm run: the guest's kernel has panicked", file=sys.stderr)
-                return _PANIC_STATUS
-            if end is not End.RESET or options.no_reboot:
-                return 0
+                end = run_in_foreground(machine, config.name)
+                if end is not End.RESET or options.no_reboot:
+                    return status_of(end, machine)
 
 
 def _run_command(config: MachineConfig, words: list[str], options: argparse.Namespace) -> int:

@@ -22,6 +22,9 @@ _MOST_CPUS: Final = 0x0F
 class FirmwareConfig:
     """The device, without files and without DMA.
 
+    Attributes:
+        rest: what is still to be read of the selected item.
+
     Args:
         cpus: number of processors.
         memory: bytes of RAM.
@@ -37,17 +40,17 @@ class FirmwareConfig:
             _CPUS: cpus.to_bytes(2, "little"),
             _MOST_CPUS: cpus.to_bytes(2, "little"),
         }
-        self._rest = b""
+        self.rest = b""
 
     def read_port(self, port: int, size: int) -> bytes | None:
         """Return the next byte of the item, zero behind its end; there is no wider access."""
         if port != _DATA or size != 1:
             return None
-        rest = self._rest
-        self._rest = rest[1:]
+        rest = self.rest
+        self.rest = rest[1:]
         return rest[:1] or b"\0"
 
     def write_port(self, port: int, data: bytes) -> None:
         """Select an item, to be read from its start; those that are not there are empty."""
         if port == _SELECTOR and len(data) == 2:
-            self._rest = self._items.get(int.from_bytes(data, "little"), b"")
+            self.rest = self._items.get(int.from_bytes(data, "little"), b"")

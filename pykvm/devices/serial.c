@@ -5,6 +5,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 /* Registers, by offset; with LCR_DLAB the first two hold the divisor. */
@@ -39,6 +40,7 @@ enum { DATA, IER, IIR_FCR, LCR, MCR, LSR, MSR, SCR };
 struct serial {
 	pthread_mutex_t lock;	/* between vCPUs, and whoever feeds or reads the tail */
 	int output;
+	int watchers[SERIAL_WATCHERS];	/* sockets; -1: none */
 	int interrupt;
 	int stopping;		/* set without the lock */
 	uint8_t ier, fcr, lcr, mcr, scr, overrun;
@@ -58,6 +60,8 @@ struct serial *serial_new(int output, int interrupt)
 		return NULL;
 	pthread_mutex_init(&serial->lock, NULL);
 	serial->output = output;
+	for (int i = 0; i < SERIAL_WATCHERS; i++)
+		serial->watchers[i] = -1;
 	serial->interrupt = interrupt;
 	serial->divisor = 1;	/* 115200 baud */
 	return serial;
@@ -91,6 +95,37 @@ static void write_out(struct serial *serial, const uint8_t *data, size_t size)
 			serial->output = -1;	/* nobody reads any more */
 		}
 	}
+}
+
+int serial_watch(struct serial *serial, int socket)
+{
+	int result = -ENOSPC;
+
+	pthread_mutex_lock(&serial->lock);
+	for (int i = 0; i < SERIAL_WATCHERS && result; i++) {
+		if (serial->watchers[i] < 0) {
+			serial->watchers[i] = socket;
+			result = 0;
+		}
+	}
+	pthread_mutex_unlock(&serial->lock);
+	return result;
+}
+
+void serial_unwatch(struct serial *serial, int socket)
+{
+	pthread_mutex_lock(&serial->lock);
+	for (int i = 0; i < SERIAL_WATCHERS; i++)
+		if (serial->watchers[i] == socket)
+			serial->watchers[i] = -1;
+	pthread_mutex_unlock(&serial->lock);
+}
+
+static void tell_watchers(struct serial *serial, const uint8_t *data, size_t size)
+{
+	for (int i = 0; i < SERIAL_WATCHERS; i++)
+		if (serial->watchers[i] >= 0)
+			send(serial->watchers[i], data, size, MSG_DONTWAIT | MSG_NOSIGNAL);
 }
 
 static void keep(struct serial *serial, uint8_t byte)
@@ -132,7 +167,7 @@ static void put_in(struct serial *serial, uint8_t byte)
 	serial->in[(serial->in_first + serial->in_count++) % SERIAL_INPUT] = byte;
 }
 
-static void send(struct serial *serial, const uint8_t *data, size_t size)
+static void transmit(struct serial *serial, const uint8_t *data, size_t size)
 {
 	if (serial->mcr & MCR_LOOP) {
 		for (size_t i = 0; i < size; i++)
@@ -140,6 +175,7 @@ static void send(struct serial *serial, const uint8_t *data, size_t size)
 	} else {
 		for (size_t i = 0; i < size; i++)
 			keep(serial, data[i]);
+		tell_watchers(serial, data, size);
 		write_out(serial, data, size);
 	}
 	serial->sent = 1;
@@ -199,7 +235,7 @@ static void write_register(struct serial *serial, unsigned int at, uint8_t value
 		if (serial->lcr & LCR_DLAB)
 			serial->divisor = (serial->divisor & 0xff00) | value;
 		else
-			send(serial, &value, 1);
+			transmit(serial, &value, 1);
 		break;
 	case IER:
 		if (serial->lcr & LCR_DLAB) {
@@ -307,7 +343,7 @@ int serial_access(void *context, const struct pykvm_access *access)
 
 	pthread_mutex_lock(&serial->lock);
 	if (access->size == 1 && at == DATA && access->is_write && !(serial->lcr & LCR_DLAB)) {
-		send(serial, access->data, access->count);	/* OUTS writes a line at a time */
+		transmit(serial, access->data, access->count);	/* OUTS writes a line at a time */
 	} else {
 		/* A wider access is one of each register, as on an 8-bit bus. */
 		for (size_t i = 0; i < (size_t)access->size * access->count; i++) {

@@ -37,6 +37,14 @@ void serial_free(struct serial *serial);
 void serial_stop(struct serial *serial);
 
 /*
+ * Sends what the guest writes to further sockets too, as long as they have room: nobody waits for
+ * them. 0, or -ENOSPC: there are SERIAL_WATCHERS. Any thread; unwatch before the socket is closed.
+ */
+#define SERIAL_WATCHERS	4
+int serial_watch(struct serial *serial, int socket);
+void serial_unwatch(struct serial *serial, int socket);
+
+/*
  * Bytes for the guest; returns how many it takes now: none before it asks for interrupts of received
  * bytes, and later what there is room for. Any thread.
  */

@@ -75,6 +75,22 @@ class Serial(ForkAware):
         self.require_own("input for a serial port")
         return int(lib.serial_feed(self._serial, data, len(data)))
 
+    def watch(self, socket: int) -> bool:
+        """Send what the guest writes to a socket too; return False if there are too many already.
+
+        What a socket has no room for is not sent to it. Call `unwatch` before it is closed.
+
+        Raises:
+            ForkedProcessError: the port belongs to the parent process.
+        """
+        self.require_own("watching a serial port")
+        return bool(lib.serial_watch(self._serial, socket) == 0)
+
+    def unwatch(self, socket: int) -> None:
+        """Undo `watch`. Harmless twice."""
+        if not self.inherited:
+            lib.serial_unwatch(self._serial, socket)
+
     def tail(self, size: int = _TAIL) -> bytes:
         """Return the last bytes that the guest has written, at most `size`, at most 64 KiB.
 

@@ -2,14 +2,9 @@
 
 A vCPU is parked between two runs, after `Vcpu.run` has returned `Stopped`. KVM has then finished
 the last port or MMIO access, so that registers can be read, changed and saved (api.rst 5, "the
-userspace should re-enter the guest with pending operations"). Each vCPU's thread calls `run`::
-
-    gate.run(vcpu, serve)                 # returns when the gate is closed
-
-Any other thread pauses the machine::
-
-    with gate.paused():
-        registers = [vcpu.get_regs() for vcpu in vcpus]
+userspace should re-enter the guest with pending operations"). The thread of each vCPU calls
+`VcpuGate.run`, which returns when the gate is closed. Any other thread pauses the machine with
+`VcpuGate.paused`, and looks at the vCPUs meanwhile.
 """
 
 from __future__ import annotations
@@ -25,7 +20,7 @@ from pykvm.kvm import Debug, Exit, KvmError, Stopped, Vcpu
 
 __all__ = ["DebugListener", "PauseError", "VcpuGate"]
 
-_PATIENCE: Final = 10.0  # seconds; a vCPU leaves KVM_RUN at once, and a device answers soon
+_PATIENCE: Final = 30.0  # seconds; a vCPU stops within microseconds unless its output waits
 _NOTICED: Final = 0.1  # seconds; shorter stops worry no watchdog
 _GONE_SOON: Final = 0.5  # seconds until a debugger that has gone is noticed
 
@@ -132,13 +127,16 @@ class VcpuGate:
         Pauses nest: each needs a `resume`.
 
         Raises:
-            PauseError: a vCPU's thread calls, or a vCPU does not stop. The machine is not paused.
+            PauseError: a vCPU's thread calls, a vCPU does not stop, or the machine has ended. It is
+                not paused.
         """
         if threading.get_ident() in self._threads:
             raise PauseError(
                 "a vcpu's thread cannot wait until the vcpu is parked", "pause from another thread"
             )
         with self._changed:
+            if self._closed:
+                raise PauseError("the machine has ended", "start it again")
             self._pauses += 1
             self._stop(self._inside)
         try:
@@ -219,20 +217,19 @@ class VcpuGate:
         """Wait until each vCPU that has to park is parked, or has not been started.
 
         Raises:
-            PauseError: one is not within 10 seconds.
+            PauseError: one is not within 30 seconds.
         """
 
         def left() -> list[int]:
             return [number for number in self._inside if self._parks(number)]
 
         with self._changed:
-            if self._changed.wait_for(lambda: not left(), _PATIENCE):
-                return
-            raise PauseError(
-                f"vcpu {left()[0]} does not stop: a device has not answered it for "
-                f"{_PATIENCE:.0f} s",
-                "try again, or end the machine",
-            )
+            if not self._changed.wait_for(lambda: not left(), _PATIENCE):
+                raise PauseError(
+                    f"vcpu {left()[0]} does not stop: nobody reads what it writes, or a device "
+                    "does not answer",
+                    "read the guest's output, then try again",
+                )
 
     def _stop(self, numbers: Iterable[int]) -> None:
         # A stop that comes before run() counts too, so no vCPU enters the guest after this.

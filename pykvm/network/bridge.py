@@ -8,13 +8,13 @@ Source: Linux Documentation/networking/bridge.rst, net/bridge/br_if.c.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import ipaddress
 from typing import Any, Final
 
 from pykvm.closeable import Closeable
 from pykvm.errors import PykvmError
+from pykvm.network.bridge_remover import BridgeRemover
 from pykvm.network.links import (
     Link,
     NetworkError,
@@ -85,6 +85,7 @@ class BridgePort(Closeable):
         self.bridge = check_interface_name(bridge)
         self.port = port
         self._closed = False
+        self._remover: BridgeRemover | None = None
         wanted = None if address is None else _interface(address)
         with namespace_lock(), netlink(f"join bridge {bridge}") as route:
             found = find_link(route, bridge)
@@ -97,11 +98,15 @@ class BridgePort(Closeable):
                 if made:
                     route.link("del", index=found.index)
                 raise
+            if self.ours:
+                name = next(link.name for link in links(route) if link.index == port)
+                self._remover = BridgeRemover(bridge, name, _OURS)
 
     def close(self) -> None:
         """Leave the bridge; remove it if it is ours and this was its last port.
 
-        A process that has given up its privileges meanwhile leaves it to the next one.
+        Where this process has given up its privileges meanwhile, another one removes it, which was
+        started before. That one does so, too, when this process is killed.
 
         Raises:
             NetworkError: the kernel refuses for another reason.
@@ -109,8 +114,14 @@ class BridgePort(Closeable):
         if self._closed or self.inherited:
             return
         self._closed = True
-        with contextlib.suppress(NetworkPrivilegeError):
+        try:
             self._leave()
+        except NetworkPrivilegeError:
+            if self._remover is not None:
+                self._remover.remove()
+        finally:
+            if self._remover is not None:
+                self._remover.close()
 
     def _leave(self) -> None:
         with namespace_lock(), netlink(f"leave bridge {self.bridge}") as route:

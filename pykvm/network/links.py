@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -120,6 +121,11 @@ def netlink(what: str) -> Iterator[Any]:
         NetworkPrivilegeError: this user may not.
         NetworkError: the kernel refuses it for another reason.
     """
+    try:
+        # A confined process has no such sockets, and IPRoute's failure would be a noisy one.
+        socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE).close()
+    except PermissionError as error:
+        raise NetworkPrivilegeError(what, error.errno or 0) from error
     from pyroute2 import IPRoute, NetlinkError  # noqa: PLC0415
 
     try:
@@ -150,8 +156,12 @@ def namespace_lock() -> Iterator[None]:
 
     Raises:
         NetworkBusyError: somebody else holds it for long.
+        NetworkPrivilegeError: this process may not even look at it.
     """
-    descriptor = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        descriptor = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    except PermissionError as error:
+        raise NetworkPrivilegeError("lock the network", error.errno or 0) from error
     try:
         deadline = time.monotonic() + _LOCK_SECONDS
         while True:

@@ -1,10 +1,8 @@
 """Confinement of a process that serves a guest, once everything that it needs is open.
 
 `enter` gives up capabilities and new privileges, restricts files by Landlock and system calls by
-seccomp, for all threads that there are and will be:
-
-    applied = enter(Confinement(directory=machine_directory, readable=(kernel,)))
-    print(*applied.lines(), sep="\\n")
+seccomp, for all threads that there are and will be; what it returns says which layers are in force
+and what is not confined. `available` says the former without changing anything.
 
 There is no way back. Programs that a machine needs (virtiofsd, passt) are started before, and
 confine themselves.

@@ -120,7 +120,6 @@ def described(confinement: Confinement, abi: int) -> Layer:
     writes = f"writes {', '.join(map(str, places))}" if places else "writes nothing"
     reads = ", ".join(["Python's own files", *map(str, confinement.readable)])
     lacks = [
-        *(["truncation elsewhere is not seen"] if abi < 3 else []),
         *(["TCP is not seen"] if abi < _NETWORK_SINCE else []),
         *(["abstract sockets are not seen"] if abi < _SCOPE_SINCE else []),
     ]

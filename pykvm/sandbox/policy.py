@@ -82,6 +82,7 @@ def policy_for(confinement: Confinement) -> Policy:
     """Return the answers for a confinement of this process."""
     rules = {
         "ioctl": _ioctl(),  # first: vCPUs are run by it
+        # Code comes from files only, as modules do: also from those that were just written.
         "mmap": (
             (Match(2, 0, lib.PROT_EXEC),),
             (Match(2, 0, lib.PROT_WRITE), Match(3, 0, lib.MAP_ANONYMOUS)),
@@ -132,6 +133,12 @@ def _ioctl() -> _Rules:
 
 
 def _openat(confinement: Confinement) -> _Rules:
-    if confinement.changes_files:
-        return ((),)  # Landlock knows where
-    return ((Match(2, 0, lib.O_ACCMODE | lib.O_CREAT | lib.O_TRUNC),),)
+    if not confinement.changes_files:
+        return ((Match(2, 0, lib.O_ACCMODE | lib.O_CREAT | lib.O_TRUNC),),)
+    # Landlock knows where. Before ABI 3 it did not see a truncation without writing, and before
+    # ABI 5 not the fourth mode, which is for ioctls alone: open(2), "access mode 3".
+    return (
+        (Match(2, lib.O_RDONLY, lib.O_ACCMODE | lib.O_TRUNC),),
+        (Match(2, lib.O_WRONLY, lib.O_ACCMODE),),
+        (Match(2, lib.O_RDWR, lib.O_ACCMODE),),
+    )

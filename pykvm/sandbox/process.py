@@ -24,6 +24,7 @@ _STEPS: Final = {
 
 _ALWAYS_OPEN: Final = (
     "processor time and memory: use cgroups (systemd-run --user --scope -p MemoryMax=...)",
+    "names, sizes and times of all files: Landlock does not hide them",
     "what is open already: disks, TAPs, sockets, and what clients of the control socket pass on",
 )
 

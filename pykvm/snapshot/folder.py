@@ -1,11 +1,11 @@
 """The folder of a snapshot: it appears whole or not at all, and is checked when it is read.
 
-==================  ============================================================================
-``manifest.json``   format, configuration of the machine, states, disks, and each file's length
-``manifest.sha256`` its checksum, as ``sha256sum`` writes it
-``memory``          the guest's memory (`pykvm.snapshot.memory`)
-others              what devices keep as bytes
-==================  ============================================================================
+===================  =========================================================================
+``manifest.json``    format, configuration of the machine, states, disks, each file's length
+``manifest.sha256``  its checksum, as ``sha256sum`` writes it
+``memory``           the guest's memory (`pykvm.snapshot.memory`)
+others               what devices keep as bytes
+===================  =========================================================================
 
 It holds whatever secrets the guest's memory holds, and is its owner's alone.
 

@@ -18,13 +18,13 @@ from typing import Any, Protocol
 
 from pykvm.kvm import Vcpu, Vm
 from pykvm.memory.guest_memory import GuestMemory
-from pykvm.snapshot.disks import SavedDisk
+from pykvm.snapshot.disks import DiskChangedError, SavedDisk
 from pykvm.snapshot.folder import Contents, SnapshotDamagedError
 from pykvm.snapshot.folder_reader import Snapshot
 from pykvm.snapshot.folder_writer import write_snapshot
 from pykvm.snapshot.kvm_state import restore_kvm, save_kvm
 
-__all__ = ["StatefulDevice", "require_disks", "restore_state", "save_machine"]
+__all__ = ["StatefulDevice", "require_disks", "require_same_disks", "restore_state", "save_machine"]
 
 
 class StatefulDevice(Protocol):
@@ -83,6 +83,21 @@ def require_disks(snapshot: Snapshot) -> None:
     """
     for disk in snapshot.contents.disks:
         disk.require_unchanged()
+
+
+def require_same_disks(snapshot: Snapshot, disks: Sequence[SavedDisk]) -> None:
+    """Check that a new machine has the disks of a snapshot.
+
+    Raises:
+        DiskChangedError: it has others.
+    """
+    wanted = [(disk.name, disk.path) for disk in snapshot.contents.disks]
+    found = [(disk.name, disk.path) for disk in disks]
+    for disk in sorted({*wanted} ^ {*found}):
+        raise DiskChangedError(
+            f"disk {disk[1]} belongs to the snapshot or to the machine alone",
+            "give the machine the disks that it had",
+        )
 
 
 def restore_state(

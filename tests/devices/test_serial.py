@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -248,3 +249,29 @@ def test_in_a_guest(output: tuple[int, int]) -> None:
         assert run(guest.vcpu) == Hlt()
         assert os.read(output[0], 100) == b"hello "
         serial.close()
+
+
+def test_watchers_see_what_is_written() -> None:
+    """They make nobody wait: what has no room is not for them."""
+    pairs = [socket.socketpair() for _ in range(5)]
+    with_no_output = Serial()
+    device = NativeDevice(with_no_output.attach(Handlers()))
+    try:
+        added = [with_no_output.watch(ours.fileno()) for ours, _ in pairs]
+        assert added == [True] * 4 + [False]
+        device.write(0, b"hello", count=5)
+        assert all(theirs.recv(100) == b"hello" for _, theirs in pairs[:4])
+        with_no_output.unwatch(pairs[0][0].fileno())
+        with_no_output.unwatch(pairs[0][0].fileno())
+        assert with_no_output.watch(pairs[4][0].fileno())
+        pairs[1][1].close()
+        device.write(0, b"x" * 1000, count=1000)
+        assert pairs[4][1].recv(2000) == b"x" * 1000
+        for _ in range(1000):
+            device.write(0, b"y" * 1000, count=1000)  # full, and gone: neither stops the guest
+        assert with_no_output.tail(3) == b"yyy"
+    finally:
+        with_no_output.close()
+        for ours, theirs in pairs:
+            ours.close()
+            theirs.close()

@@ -1,12 +1,16 @@
 """pykvm.inspect.vcpu_gate: pausing a machine whose vCPUs run."""
 
+import fcntl
+import os
+import select
 import threading
 
 import pytest
 
+from pykvm.devices.serial import Serial
 from pykvm.inspect.vcpu_gate import PauseError, VcpuGate
 from pykvm.kvm import Debug, Io, Kvm, Vcpu
-from tests.rigs.inspected.machine import InspectedMachine, NewMachine
+from tests.rigs.inspected.machine import InspectedMachine, NewMachine, address_of
 from tests.rigs.messages import one_line
 from tests.rigs.waiting import wait_for
 
@@ -126,8 +130,9 @@ def test_a_closed_gate_lets_parked_and_running_vcpus_return(new_machine: NewMach
     machine.gate.close()
     machine.gate.close()
     assert machine.gate.closed
-    with machine.gate.paused():  # harmless: nothing runs
-        pass
+    with pytest.raises(PauseError, match="has ended") as caught:
+        machine.gate.pause()
+    one_line(caught.value)
 
 
 def test_one_debugger_at_a_time() -> None:
@@ -179,3 +184,42 @@ def test_a_device_that_does_not_answer(kvm: Kvm, monkeypatch: pytest.MonkeyPatch
         answer.set()
         thread.join(30)
         assert not thread.is_alive()
+
+
+def test_a_guest_that_waits_for_a_reader(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output goes from inside the run loop, which does not stop while nobody takes it."""
+    reader, writer = os.pipe2(os.O_NONBLOCK)
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    serial = Serial(writer)
+    over = threading.Event()
+
+    def read_all() -> None:
+        while not over.is_set():
+            if select.select([reader], [], [], 0.01)[0]:
+                os.read(reader, 65536)
+
+    reads = threading.Thread(target=read_all)
+    with InspectedMachine(kvm, entry="printing") as machine:
+        machine.vcpus[0].set_regs(rip=address_of("printing_serially"))
+        serial.attach(machine.vm.handlers)
+        machine.start()
+        try:
+            wait_for(lambda: not select.select([], [writer], [], 0)[1])
+            threading.Event().wait(0.5)  # the guest waits as soon as it writes again
+            monkeypatch.setattr("pykvm.inspect.vcpu_gate._PATIENCE", 0.3)
+            with pytest.raises(PauseError, match="nobody reads what it writes") as caught:
+                machine.gate.pause()
+            one_line(caught.value)
+            monkeypatch.undo()
+            reads.start()
+            with machine.gate.paused():
+                assert stands(machine)
+        finally:
+            serial.stop()
+            machine.gate.close()
+            over.set()
+            if reads.ident:
+                reads.join()
+    serial.close()
+    os.close(reader)
+    os.close(writer)

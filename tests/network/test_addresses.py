@@ -11,15 +11,15 @@ import time
 
 import pytest
 
-from pykvm.network import (
+from pykvm.network.addresses import (
     AddressesExhaustedError,
     DhcpServer,
     DnsmasqError,
     StaticAddress,
-    Tap,
     allocate,
-    mac_address,
 )
+from pykvm.network.mac_address import mac_address
+from pykvm.network.tap import Tap
 from tests.rigs.network_namespace import NetworkNamespace, need_tun
 
 pytestmark = pytest.mark.unit

@@ -5,14 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pykvm.errors import PykvmError
-from pykvm.network import (
+from pykvm.network.mac_address import MacAddressError, mac_address, parse_mac
+from pykvm.network.specification import (
     Forward,
-    MacAddressError,
     NetworkKind,
     NetworkSpecification,
     NetworkSpecificationError,
-    mac_address,
-    parse_mac,
 )
 
 pytestmark = pytest.mark.unit

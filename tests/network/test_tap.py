@@ -14,23 +14,18 @@ from pathlib import Path
 import pytest
 
 from pykvm.closeable import ForkedProcessError
-from pykvm.network import (
-    BridgeAddressError,
-    BridgePort,
+from pykvm.network import links, tap
+from pykvm.network._tun import lib
+from pykvm.network.bridge import BridgeAddressError, BridgePort, NotABridgeError
+from pykvm.network.links import (
     InterfaceNameError,
     NetworkBusyError,
     NetworkError,
     NetworkPrivilegeError,
-    NotABridgeError,
-    Offload,
-    Tap,
-    TapExistsError,
-    TunMissingError,
-    links,
-    tap,
 )
-from pykvm.network._tun import lib
+from pykvm.network.tap import Offload, Tap, TapExistsError, TunMissingError
 from tests.rigs.network_namespace import NetworkNamespace, need_tun
+from tests.rigs.waiting import wait_for
 
 pytestmark = pytest.mark.unit
 
@@ -75,18 +70,46 @@ def test_a_bridge_goes_with_its_last_port_whoever_made_it(namespace: NetworkName
     assert "pykvm0" not in namespace.interfaces()
 
 
-def test_what_a_killed_process_leaves_is_used_again(namespace: NetworkNamespace) -> None:
-    script = """
-        import os, signal
-        from pykvm.network import Tap
-        made = Tap("killed")
-        os.kill(os.getpid(), signal.SIGKILL)
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
+KILLED = """
+    import os, shutil, signal
+    if {alone}:
+        shutil.which = lambda name: None  # nobody to remove the bridge
+    from pykvm.network.tap import Tap
+    made = Tap("killed")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_killed_process(namespace: NetworkNamespace, alone: bool) -> None:
+    """Its bridge is removed, or used by the next one."""
+    script = textwrap.dedent(KILLED.format(alone=alone))
+    done = subprocess.run([sys.executable, "-c", script], check=False)
     assert done.returncode == -9
-    assert set(namespace.interfaces()) == {"lo", "pykvm0"}
-    Tap("killed").close()
-    assert set(namespace.interfaces()) == {"lo"}
+    if alone:
+        assert set(namespace.interfaces()) == {"lo", "pykvm0"}
+        Tap("killed").close()
+    wait_for(lambda: set(namespace.interfaces()) == {"lo"}, 10)
+
+
+def test_a_killed_process_takes_nothing_from_others(namespace: NetworkNamespace) -> None:
+    with Tap() as other:
+        script = textwrap.dedent(KILLED.format(alone=False))
+        subprocess.run([sys.executable, "-c", script], check=False)
+        wait_for(lambda: not _removers(), 10)
+        there = namespace.interfaces()
+        assert there[other.name].master == there["pykvm0"].index
+
+
+def _removers() -> int:
+    """Number of processes that wait for the end of a killed one."""
+    found = 0
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found += b"\0killed\0pykvm\0" in process.read_bytes()
+        except OSError:
+            continue
+    return found
 
 
 def test_frames_pass(namespace: NetworkNamespace) -> None:
@@ -233,12 +256,14 @@ def test_without_privileges(namespace: NetworkNamespace, nobody: None) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 def test_privileges_given_up_meanwhile(namespace: NetworkNamespace) -> None:
+    """Another process removes the bridge."""
     made = Tap()
     os.seteuid(65534)
-    made.close()
-    os.seteuid(0)
-    assert set(namespace.interfaces()) == {"lo", "pykvm0"}  # its next user removes it
-    Tap().close()
+    try:
+        made.close()
+    finally:
+        os.seteuid(0)
+    assert set(namespace.interfaces()) == {"lo"}
 
 
 def test_no_driver(namespace: NetworkNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +291,7 @@ def test_another_process_holds_the_lock(
 def test_many_at_once(namespace: NetworkNamespace) -> None:
     """Processes that come and go share a bridge; none loses its port, and nothing stays."""
     script = """
-        from pykvm.network import Tap
+        from pykvm.network.tap import Tap
         from pykvm.network.links import links, netlink
         for _ in range(8):
             with Tap() as made, netlink("look") as route:

@@ -17,8 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from pykvm.network import Forward, PasstError, UserNetwork, mac_address
 from pykvm.network.child_process import ChildProcess
+from pykvm.network.mac_address import mac_address
+from pykvm.network.specification import Forward
+from pykvm.network.user_network import PasstError, UserNetwork
 from tests.rigs.frame_relay import FrameRelay
 from tests.rigs.network_namespace import NetworkNamespace, need_tun
 
@@ -163,7 +165,7 @@ def test_a_passt_that_says_nothing(
 def test_a_killed_process_leaves_no_passt(namespace: NetworkNamespace) -> None:
     script = f"""
         import os, signal
-        from pykvm.network import UserNetwork
+        from pykvm.network.user_network import UserNetwork
         network = UserNetwork({MAC!r})
         print(network._child.pid, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)

@@ -11,7 +11,7 @@ import struct
 import subprocess
 import threading
 
-from pykvm.network import Tap
+from pykvm.network.tap import Tap
 from tests.rigs.network_namespace import NetworkNamespace
 
 _HEADER = bytes(12)

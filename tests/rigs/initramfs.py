@@ -1,9 +1,14 @@
 """Initial RAM disks for Linux guests in tests."""
 
+import platform
 from pathlib import Path
 
 from pykvm.machine.linux import cpio
 from pykvm.toolchain import compiler
+
+KERNEL = Path("/boot") / f"vmlinuz-{platform.release()}"
+LINE = "quiet cryptomgr.notests panic=-1"
+"""Kernel of the emulated host, and a command line with which it boots fast."""
 
 _LINUX = Path(__file__).with_name("linux")
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from pykvm.sandbox import Applied, Confinement, available, enter
+from pykvm.sandbox import Applied, Confinement, available, enter, landlock
 from pykvm.sandbox.policy import number_of
 from pykvm.sandbox.system_calls import KILLED
 from tests.rigs.confined import DONE, end_of, in_child, in_sandbox, outcomes, system_call
@@ -44,15 +44,22 @@ def reads(path: Path) -> Callable[[], object]:
 
 
 def writes(path: Path) -> Callable[[], object]:
-    return lambda: path.write_bytes(b"text")
+    return lambda: path.write_bytes(b"new")
 
 
-def test_files_outside(tmp_path: Path) -> None:
-    """Nothing is read but what was named, and nothing is written."""
+@pytest.mark.parametrize("abi", range(1, 8))
+def test_files_outside(abi: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read but what was named, and nothing is written: by old versions of Landlock too.
+
+    A kernel takes the rules of all versions before its own.
+    """
+    if landlock.landlock_abi() < abi:
+        pytest.skip(f"this kernel has Landlock's ABI {landlock.landlock_abi()}")
+    monkeypatch.setattr("pykvm.sandbox.landlock.landlock_abi", lambda: abi)
     mine, named, other = tmp_path / "mine", tmp_path / "named", tmp_path / "other"
     for directory in (mine, named, other):
         directory.mkdir()
-        (directory / "file").touch()
+        (directory / "file").write_bytes(b"text")
     (mine / "link").symlink_to(other / "file")
     confinement = Confinement(directory=mine, readable=(named,))
     calls = [
@@ -71,10 +78,12 @@ def test_files_outside(tmp_path: Path) -> None:
         *(lambda: os.utime(mine / "file"), lambda: os.chown(mine / "file", 0, 0)),
         *(lambda: os.setxattr(mine / "file", "user.x", b""), lambda: os.mkfifo(mine / "fifo")),
         *(lambda: os.link(other / "file", mine / "hard"), lambda: os.symlink("x", mine / "soft")),
+        lambda: os.open(named / "file", os.O_RDONLY | os.O_TRUNC),
+        lambda: os.open("/dev/null", 3),
         lambda: os.chmod(sys.executable, 0o777),
     ]
     assert set(outcomes(*calls, confinement=confinement)) == {"EPERM"}
-    assert (other / "file").read_bytes() == b""
+    assert (other / "file").read_bytes() == (named / "file").read_bytes() == b"text"
     assert (named / "file").exists()
 
 

@@ -50,10 +50,10 @@ def test_a_guest_from_beginning_to_end(kvm: Kvm, built: ElfFile) -> None:
     def body(applied: Applied) -> str:
         assert applied.complete
         for irqchip in (False, True):
-            with BareGuest(kvm, Selftest(built, 0), irqchip=irqchip) as guest:
+            with BareGuest(kvm, Selftest(built, 0), irqchip=irqchip, contexts=False) as guest:
                 assert guest.run() == 0
                 said = guest.console
-        with BareGuest(kvm, Selftest(built, 5, 20)) as guest:
+        with BareGuest(kvm, Selftest(built, 5, 20), contexts=False) as guest:
             marks: list[int] = []
             assert guest.run(marks.append) == 0
             assert marks == list(range(20))
@@ -98,7 +98,7 @@ def test_memory_into_a_file(kvm: Kvm, built: ElfFile, tmp_path: Path) -> None:
     """As snapshots are written: sparse, in a folder that gets its name at the end."""
 
     def body(_: Applied) -> int:
-        with BareGuest(kvm, Selftest(built, 0)) as guest:
+        with BareGuest(kvm, Selftest(built, 0), contexts=False) as guest:
             guest.run()
             partial = tmp_path / ".partial"
             partial.mkdir()

@@ -161,7 +161,10 @@ def test_fcntl(command: int, wanted: int) -> None:
 def test_a_directory_to_write_to() -> None:
     """Which files, Landlock knows; what it does not know about is refused as before."""
     writer = Confinement(directory=Path("machine"))
-    assert ask(OPENAT, 0, 0, os.O_RDWR | os.O_CREAT, confinement=writer) == ALLOW
+    for flags in (0, os.O_RDWR | os.O_CREAT, os.O_WRONLY | os.O_TRUNC, os.O_RDWR | os.O_TMPFILE):
+        assert ask(OPENAT, 0, 0, flags, confinement=writer) == ALLOW
+    for flags in (os.O_RDONLY | os.O_TRUNC, 3, 3 | os.O_TRUNC):
+        assert ask(OPENAT, 0, 0, flags, confinement=writer) == EPERM
     assert ask(UNLINK, confinement=writer) == ask(MKDIR, confinement=writer) == ALLOW
     for number in (CHMOD, FCHMOD, 92, 188, 280, 76, 86, 88, 133):
         assert ask(number, confinement=writer) == EPERM, number

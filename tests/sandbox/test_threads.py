@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from pykvm.devices.virtio.entropy import Entropy
 from pykvm.sandbox import Confinement, SandboxError, enter
 from tests.rigs.confined import in_child
+from tests.rigs.virtio_driver import RING_FEATURES, VirtioDriver
 
 pytestmark = pytest.mark.unit
 
@@ -102,6 +104,29 @@ def test_threads_that_start_meanwhile() -> None:
         return found
 
     assert in_child(body) == [True] * 4
+
+
+def test_a_device_that_runs_already() -> None:
+    """As those of a restored machine: their threads leave one signal to the sandbox."""
+
+    def body() -> list[str]:
+        with VirtioDriver([8], RING_FEATURES[0]) as driver:
+            device = Entropy(driver.memory)
+            driver.start(device)
+            threads = enter(Confinement()).threads
+            for task in Path("/proc/self/task").iterdir():
+                text = (task / "status").read_text()
+                assert "NoNewPrivs:\t1\n" in text, text
+                assert "CapPrm:\t0000000000000000\n" in text, text
+            answers = [driver.request(0, writable=[100])]
+            driver.stop(device)
+            driver.start(device)
+            answers.append(driver.request(0, writable=[100]))
+            device.close()
+        return [str(threads), *(str(answer.written) for answer in answers)]
+
+    found = in_child(body)
+    assert found == ["3", "100", "100"], "this thread, the device's, and the one that it reports to"
 
 
 def test_a_thread_that_blocks_all_signals(monkeypatch: pytest.MonkeyPatch) -> None:

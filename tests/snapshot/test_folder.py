@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from pykvm.snapshot.folder import (
 )
 from pykvm.snapshot.folder_reader import Snapshot
 from pykvm.snapshot.folder_writer import write_snapshot
-from pykvm.snapshot.machine_state import require_disks
+from pykvm.snapshot.machine_state import require_disks, require_same_disks
 from tests.rigs.messages import one_line
 from tests.rigs.waiting import wait_for
 
@@ -330,6 +331,19 @@ def test_disks(tmp_path: Path, memory: GuestMemory) -> None:
         refused("size is another")
         image.unlink()
         refused("cannot be opened")
+
+
+def test_other_disks(tmp_path: Path, memory: GuestMemory) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(bytes(512))
+    one, other = (SavedDisk.of("pci1", tmp_path / name) for name in ("a", "b"))
+    write_snapshot(tmp_path / "s", Contents({}, {}, {}, disks=[one]), memory)
+    with Snapshot(tmp_path / "s") as snapshot:
+        require_same_disks(snapshot, [one])
+        for disks in ([], [other], [one, other], [replace(one, name="pci2")]):
+            with pytest.raises(DiskChangedError, match="to the machine alone") as caught:
+                require_same_disks(snapshot, disks)
+            one_line(caught.value)
 
 
 def test_a_device_has_no_time() -> None:

@@ -288,6 +288,17 @@ def test_an_msr_that_is_refused(one: tuple[Vm, list[Vcpu]], other: tuple[Vm, lis
     assert "refuses 0x7 for msr 0x4fffffff" in refused(other, state, HostFeatureError)
 
 
+def test_extended_state_of_another_length(
+    one: tuple[Vm, list[Vcpu]], other: tuple[Vm, list[Vcpu]]
+) -> None:
+    state = saved(one)
+    area = state["vcpus"][0]["xsave"]
+    state["vcpus"][0]["xsave"] = area + "00" * 4096
+    restore_kvm(*other, state)
+    state["vcpus"][0]["xsave"] = area + "01" * 4096
+    assert "bytes of extended state" in refused(other, state, HostFeatureError)
+
+
 # ---- states of no machine ------------------------------------------------------------------------
 
 _RUBBISH: list[Any] = [None, -1, 1 << 70, "", "zz", [], {}, [[]], [[1, 2, 3]], 1.5]

@@ -24,6 +24,9 @@ _FUNCTION_SHIFT: Final = 4  # from the address register to ECAM, where each func
 class ConfigPorts:
     """The ports of a bus. Only an access of four bytes reaches the address register.
 
+    Attributes:
+        address: the address register.
+
     Args:
         bus: the bus, number 0.
     """
@@ -32,11 +35,11 @@ class ConfigPorts:
 
     def __init__(self, bus: PciBus) -> None:
         self._bus = bus
-        self._address = 0
+        self.address = 0
 
     def read_port(self, port: int, size: int) -> bytes | None:
         """Return the address register, or bytes of the configuration space."""
-        address = self._address
+        address = self.address
         if port == _ADDRESS and size == 4:
             return address.to_bytes(4, "little")
         place = _place(address, port, size)
@@ -46,9 +49,9 @@ class ConfigPorts:
         """Set the address register, or write to the configuration space."""
         if port == _ADDRESS and len(data) == 4:
             # Bits 30 to 24 are reserved, the lowest two always 0.
-            self._address = int.from_bytes(data, "little") & (_ENABLE | 0xFF_FFFC)
+            self.address = int.from_bytes(data, "little") & (_ENABLE | 0xFF_FFFC)
             return
-        place = _place(self._address, port, len(data))
+        place = _place(self.address, port, len(data))
         if place is not None:
             self._bus.write_config(place, data)
 

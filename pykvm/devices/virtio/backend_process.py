@@ -35,12 +35,22 @@ _END_SECONDS: Final = 2.0
 
 
 class BackendMissingError(BackendError):
-    """A program that is not installed."""
+    """A program that is not installed.
 
-    def __init__(self, program: str, package: str) -> None:
-        from pykvm.host import advice  # noqa: PLC0415  (only where it is missing)
+    Args:
+        program: its name.
+        package: of Debian 13, and later, that has it.
+        older: of Debian 12.
+    """
 
-        super().__init__(f"{program} is not installed", advice.install([package]))
+    def __init__(self, program: str, package: str, older: str) -> None:
+        from pykvm.host import advice, debian_packages  # noqa: PLC0415  (only where it is missing)
+
+        # QEMU has given its virtiofsd up since, and Debian 13 has a package of this name.
+        later = not debian_packages.has_lists() or debian_packages.known_versions(["virtiofsd"])
+        super().__init__(
+            f"{program} is not installed", advice.install([package if later else older])
+        )
 
 
 class BackendStartError(BackendError):

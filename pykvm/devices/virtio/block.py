@@ -13,7 +13,7 @@ import fcntl
 import os
 import stat
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -185,6 +185,7 @@ class Block(NativeDevice):
 
     type = DeviceType.BLOCK
     queue_sizes = (_QUEUE_SIZE,)
+    stateless = True
     on_error: Callable[[str], None]
 
     def __init__(
@@ -225,6 +226,10 @@ class Block(NativeDevice):
             ranges,
             1,  # write zeroes may unmap
         )
+
+    def disk_files(self) -> Sequence[Path]:
+        """Return the disk's file."""
+        return (self.disk.path,)
 
     @property
     def counters(self) -> BlockCounters:

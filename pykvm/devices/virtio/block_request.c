@@ -168,7 +168,7 @@ static void read_or_write(struct block_request *request, struct block_disk *disk
  */
 static void flush(struct block_request *request, struct block_disk *disk)
 {
-	if (fdatasync(disk->file) && !disk->read_only)
+	if (!disk->read_only && fdatasync(disk->file))
 		__atomic_store_n(&disk->flush_failed, errno, __ATOMIC_RELEASE);
 	if (__atomic_load_n(&disk->flush_failed, __ATOMIC_ACQUIRE))
 		failed(request, disk, __atomic_load_n(&disk->flush_failed, __ATOMIC_ACQUIRE));

@@ -17,15 +17,7 @@ NUMBERS = """
     VHOST_GET_FEATURES VHOST_SET_FEATURES VHOST_SET_OWNER VHOST_SET_MEM_TABLE VHOST_SET_VRING_NUM
     VHOST_SET_VRING_ADDR VHOST_SET_VRING_BASE VHOST_GET_VRING_BASE VHOST_SET_VRING_KICK
     VHOST_SET_VRING_CALL VHOST_SET_VRING_ERR VHOST_NET_SET_BACKEND VHOST_VSOCK_SET_GUEST_CID
-    VHOST_VSOCK_SET_RUNNING VHOST_F_LOG_ALL VHOST_NET_F_VIRTIO_NET_HDR
-    VIRTIO_NET_F_CSUM VIRTIO_NET_F_GUEST_CSUM VIRTIO_NET_F_MTU VIRTIO_NET_F_MAC
-    VIRTIO_NET_F_GUEST_TSO4 VIRTIO_NET_F_GUEST_TSO6 VIRTIO_NET_F_GUEST_ECN VIRTIO_NET_F_GUEST_UFO
-    VIRTIO_NET_F_HOST_TSO4 VIRTIO_NET_F_HOST_TSO6 VIRTIO_NET_F_HOST_ECN VIRTIO_NET_F_HOST_UFO
-    VIRTIO_NET_F_MRG_RXBUF VIRTIO_NET_F_STATUS VIRTIO_NET_F_CTRL_VQ VIRTIO_NET_F_MQ
-    VIRTIO_NET_S_LINK_UP
-    TUNGETIFF TUNSETOFFLOAD TUNSETVNETHDRSZ TUNGETVNETHDRSZ TUNSETVNETLE
-    TUN_F_CSUM TUN_F_TSO4 TUN_F_TSO6 TUN_F_TSO_ECN TUN_F_UFO
-    IFF_TAP IFF_NO_PI IFF_VNET_HDR
+    VHOST_VSOCK_SET_RUNNING
 """
 
 STRUCTS = """
@@ -37,16 +29,11 @@ STRUCTS = """
     struct vhost_memory_region {
         unsigned long long guest_phys_addr, memory_size, userspace_addr, flags_padding; ...; };
     struct vhost_memory { unsigned int nregions; struct vhost_memory_region regions[]; ...; };
-    struct virtio_net_config {
-        unsigned char mac[6]; unsigned short status, max_virtqueue_pairs, mtu; ...; };
-    struct virtio_net_hdr_mrg_rxbuf { unsigned short num_buffers; ...; };
     struct virtio_vsock_config { unsigned long long guest_cid; ...; };
 """
 
 INCLUDES = """
-    #include <linux/if_tun.h>
     #include <linux/vhost.h>
-    #include <linux/virtio_net.h>
     #include <linux/virtio_vsock.h>
     #include "backend_spawn.h"
 """

@@ -10,10 +10,10 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 FOLDER = "pykvm/devices/virtio"
 
-PARTS = ("chain", "queue", "loop", "entropy", "console", "block", "net", "net_receive")
+PARTS = ("chain", "queue", "loop", "entropy", "console", "block", "net", "balloon")
 """Names of the C sources and their headers; a header comes after those that it includes."""
 
-SOURCES = (*PARTS, "block_request", "console_control", "console_output")
+SOURCES = (*PARTS, "net_receive", "block_request", "console_control", "console_output")
 
 SYSTEM = "struct iovec { void *iov_base; size_t iov_len; };\n"
 """What the headers take from the system's."""

@@ -18,10 +18,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntFlag
-from typing import Final
+from typing import Any, Final
 
 from pykvm.devices.virtio._virtio import ffi, lib
-from pykvm.devices.virtio.device import DeviceType
+from pykvm.devices.virtio.device import DeviceStateError, DeviceType
 from pykvm.devices.virtio.loop import NATIVE_FEATURES, DataPlaneError, NativeDevice
 from pykvm.errors import PykvmError
 from pykvm.memory.guest_memory import GuestMemory
@@ -50,6 +50,9 @@ class PortState(IntFlag):
     CLOSED = lib.CONSOLE_CLOSED
     ENDED = lib.CONSOLE_ENDED
     NO_READER = lib.CONSOLE_NO_READER
+
+
+_STATES: Final = int(PortState.OPENED | PortState.CLOSED | PortState.ENDED | PortState.NO_READER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +150,32 @@ class Console(NativeDevice):
             if self._device is None:
                 return PortState(0)
             return PortState(lib.console_state(self._device, port))
+
+    def save(self) -> dict[str, Any]:
+        """Return the states of the ports.
+
+        What the guest has not been told yet of an end of input or of a size is not part of them.
+        """
+        return {"ports": [int(self.state(number)) for number in range(len(self.ports))]}
+
+    def restore(self, state: Any) -> None:
+        """Set what the guest has open.
+
+        Raises:
+            DeviceStateError: the saved console had other ports.
+        """
+        ports = state.get("ports") if isinstance(state, dict) else None
+        if (
+            not isinstance(ports, list)
+            or len(ports) != len(self.ports)
+            or not all(type(port) is int and 0 <= port <= _STATES for port in ports)
+        ):
+            raise DeviceStateError(
+                f"the saved state is not that of a console with {len(self.ports)} ports",
+                "give the machine the devices that it had",
+            )
+        for number, port in enumerate(ports):
+            self.set_state(number, PortState(port))
 
     def set_state(self, port: int, state: PortState) -> None:
         """Say before the start what a guest from a snapshot has open (`state` has told it)."""

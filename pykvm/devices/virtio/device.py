@@ -13,6 +13,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
+from pathlib import Path
 from typing import Any
 
 from pykvm.closeable import Closeable
@@ -109,6 +110,10 @@ class Device(Closeable):
     def config(self) -> bytes:
         """Return the device's configuration space (5.x.4), as it is now."""
         return b""
+
+    def disk_files(self) -> Sequence[Path]:
+        """Return the files whose contents belong to the guest's state; a snapshot names them."""
+        return ()
 
     def save(self) -> Any:
         """Return what a snapshot has to hold beside the rings, while stopped, as values for JSON.

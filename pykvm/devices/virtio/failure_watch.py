@@ -12,18 +12,16 @@ from pykvm.closeable import Closeable
 
 __all__ = ["FailureWatch"]
 
-
 _MILLISECONDS: Final = 1000
 
 
 class FailureWatch(Closeable):
-    """A thread that reports the first failure of a device.
+    """A thread that calls what belongs to a descriptor.
 
     Args:
         name: the device, for the thread's name.
-        on_failure: called, once and from the thread, with the reason.
-        written: descriptors and the reason of a failure when one can be read.
-        broken: descriptors and the reason of a failure when one has an error or was hung up. They
+        written: eventfds, and what to call each time when one was written.
+        broken: descriptors, and what to call once when one has an error or was hung up. They
             are looked at every second: a TAP that is removed wakes readers alone, and so does each
             frame (drivers/net/tun.c, tun_detach_all).
     """
@@ -31,12 +29,11 @@ class FailureWatch(Closeable):
     def __init__(
         self,
         name: str,
-        on_failure: Callable[[str], None],
-        written: Mapping[int, str],
-        broken: Mapping[int, str],
+        written: Mapping[int, Callable[[], None]],
+        broken: Mapping[int, Callable[[], None]],
     ) -> None:
-        self._on_failure = on_failure
-        self._reasons = {**written, **broken}
+        self._written = frozenset(written)
+        self._calls = {**written, **broken}
         self._wake = os.eventfd(0, os.EFD_CLOEXEC)
         self._poll = select.poll()
         self._poll.register(self._wake, select.POLLIN)
@@ -51,11 +48,15 @@ class FailureWatch(Closeable):
         self._thread.start()
 
     def _run(self, wake: int) -> None:
-        ready: list[int] = []
-        while not ready:
-            ready = [fd for fd, _ in self._poll.poll(self._milliseconds)]
-        if wake not in ready:
-            self._on_failure(self._reasons[ready[0]])
+        while True:
+            for fd, _ in self._poll.poll(self._milliseconds):
+                if fd == wake:
+                    return
+                if fd in self._written:
+                    os.eventfd_read(fd)
+                else:
+                    self._poll.unregister(fd)
+                self._calls[fd]()
 
     def close(self) -> None:
         """Stop to watch; the descriptors stay open. Harmless twice."""
@@ -64,6 +65,5 @@ class FailureWatch(Closeable):
             return
         if not self.inherited:
             os.eventfd_write(wake, 1)
-            if self._thread is not threading.current_thread():
-                self._thread.join()
+            self._thread.join()
         os.close(wake)

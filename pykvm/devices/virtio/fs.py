@@ -91,11 +91,7 @@ def find_virtiofsd() -> Virtiofsd:
         return Virtiofsd(_C, False)
     if found := shutil.which("virtiofsd"):
         return Virtiofsd(Path(found), True)
-    from pykvm.host import debian_packages  # noqa: PLC0415  (only where it is missing)
-
-    # Debian 13 has it in a package of its own, and its qemu-system-common has none.
-    known = debian_packages.known_versions(["virtiofsd"])
-    raise BackendMissingError("virtiofsd", "virtiofsd" if known else "qemu-system-common")
+    raise BackendMissingError("virtiofsd", "virtiofsd", older="qemu-system-common")
 
 
 class VirtioFs(VhostUserDevice):

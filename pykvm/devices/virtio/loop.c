@@ -267,6 +267,7 @@ int virtio_loop_start(struct virtio_loop *loop, const char *name)
 	if (error)
 		return error;
 	sigfillset(&all);
+	sigdelset(&all, SIGRTMAX);	/* pykvm.sandbox interrupts all threads by it */
 	pthread_sigmask(SIG_BLOCK, &all, &before);	/* signals are for Python's threads */
 	error = pthread_create(&loop->thread, NULL, run, loop);
 	pthread_sigmask(SIG_SETMASK, &before, NULL);

@@ -182,6 +182,8 @@ static void receive(struct net *net, struct virtio_loop *loop)
 		outcome = NET_MORE;
 	}
 	virtqueue_flush(queue);
+	if (outcome == NET_STARVED)
+		outcome = net_receive_ahead(&net->receiver);
 	net->hungry = outcome != NET_STARVED;
 	if (outcome == NET_MORE)
 		virtio_loop_again(loop, RECEIVE);
@@ -250,15 +252,20 @@ struct virtio_device *net_new(int fd, bool stream)
 	net->device.kicked = kicked;
 	net->device.ready = ready;
 	net->device.drain = drain;
-	net->fd = net->receiver.fd = fd;
-	net->stream = net->receiver.stream = stream;
-	net->receiver.counters = &net->counters;
-	return &net->device;
+	net->fd = fd;
+	net->stream = stream;
+	if (!net_receiver_init(&net->receiver, fd, stream, &net->counters))
+		return &net->device;
+	free(net);
+	return NULL;
 }
 
 void net_free(struct virtio_device *device)
 {
-	free(device);	/* begins where its net does */
+	struct net *net = (struct net *)device;
+
+	free(net->receiver.buffer);
+	free(net);
 }
 
 const char *net_lost(const struct virtio_device *device)

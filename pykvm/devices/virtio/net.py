@@ -8,48 +8,26 @@ Source: VIRTIO 1.2, 5.1; Linux include/uapi/linux/virtio_net.h.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import IntFlag
 
 from pykvm.devices.virtio._virtio import ffi, lib
 from pykvm.devices.virtio.device import DeviceType, Ring
 from pykvm.devices.virtio.loop import NATIVE_FEATURES, NativeDevice
+from pykvm.devices.virtio.net_features import (
+    NetFeature,
+    net_config,
+    offloads_of,
+    tap_features,
+)
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.network.frame_stream import FrameStream
-from pykvm.network.tap import Offload, Tap
+from pykvm.network.tap import Tap
 
-__all__ = ["Net", "NetCounters", "NetFeature"]
-
-_LINK_UP = 1
+__all__ = ["Net", "NetCounters"]
 
 
-class NetFeature(IntFlag):
-    """Feature bits (5.1.3). GUEST: of frames to the guest; HOST: of frames from it."""
-
-    CSUM = 1 << 0
-    GUEST_CSUM = 1 << 1
-    MTU = 1 << 3
-    MAC = 1 << 5
-    GUEST_TSO4 = 1 << 7
-    GUEST_TSO6 = 1 << 8
-    GUEST_ECN = 1 << 9
-    HOST_TSO4 = 1 << 11
-    HOST_TSO6 = 1 << 12
-    HOST_ECN = 1 << 13
-    MRG_RXBUF = 1 << 15
-    STATUS = 1 << 16
-
-
-_OFFLOADS = {
-    NetFeature.GUEST_CSUM: Offload.CSUM,
-    NetFeature.GUEST_TSO4: Offload.TSO4,
-    NetFeature.GUEST_TSO6: Offload.TSO6,
-    NetFeature.GUEST_ECN: Offload.TSO_ECN,
-}
 _OF_ALL = NetFeature.MTU | NetFeature.MAC | NetFeature.MRG_RXBUF | NetFeature.STATUS
-_OF_TAPS = NetFeature.CSUM | NetFeature.HOST_TSO4 | NetFeature.HOST_TSO6 | NetFeature.HOST_ECN
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +64,7 @@ class Net(NativeDevice):
 
     type = DeviceType.NET
     queue_sizes = (256, 256)
+    stateless = True
     on_link_lost: Callable[[str], None]
 
     def __init__(self, memory: GuestMemory, other_side: Tap | FrameStream, mac: str) -> None:
@@ -96,68 +75,62 @@ class Net(NativeDevice):
             descriptor = other_side.descriptors[0]
         super().__init__(memory, "net", lib.net_new(descriptor, stream), lib.net_free)
         self._other_side = other_side
-        self._mac = bytes.fromhex(mac.replace(":", ""))
+        self._mac = mac
+        self._counters = ffi.new("struct net_counters *")
         self._told = False
         self.on_link_lost = lambda reason: None
         self.features = int(NATIVE_FEATURES | _OF_ALL)
         if isinstance(other_side, Tap):
-            self.features |= int(_OF_TAPS)
-            for feature, offload in _OFFLOADS.items():
-                if offload & other_side.offloads:
-                    self.features |= int(feature)
+            self.features |= tap_features(other_side)
 
     @property
     def link(self) -> bool:
         """Whether the other side is there."""
-        return bool(lib.net_lost(self._device) == ffi.NULL)
+        return self._lost() is None
 
     def counters(self) -> NetCounters:
-        """Return what has passed, as of now."""
-        raw = ffi.new("struct net_counters *")
-        lib.net_read_counters(self._device, raw)
-        return NetCounters(
-            raw.received,
-            raw.received_bytes,
-            raw.received_dropped,
-            raw.sent,
-            raw.sent_bytes,
-            raw.sent_dropped,
-        )
+        """Return what has passed, as of now, or until the device was closed."""
+        with self._lock:
+            if self._device is not None:
+                lib.net_read_counters(self._device, self._counters)
+            raw = self._counters
+            return NetCounters(
+                raw.received,
+                raw.received_bytes,
+                raw.received_dropped,
+                raw.sent,
+                raw.sent_bytes,
+                raw.sent_dropped,
+            )
 
     def config(self) -> bytes:
         """Return struct virtio_net_config (5.1.4) up to the MTU."""
-        status = _LINK_UP if self.link else 0
-        return self._mac + struct.pack("<HHH", status, 1, self._other_side.mtu)
+        return net_config(self._mac, link=self.link, mtu=self._other_side.mtu)
 
     def close(self) -> None:
         """Stop the device and close the other side."""
+        self.stop()
+        self.counters()
         super().close()
         self._other_side.close()
 
     def _prepare(self, rings: Sequence[Ring]) -> None:
-        if not isinstance(self._other_side, Tap) or not self.link:
-            return
-        accepted = int(self._device.features)
-        offloads = Offload(0)
-        for feature, offload in _OFFLOADS.items():
-            if accepted & feature:
-                offloads |= offload
-        # What depends on a feature that was refused is refused, too (5.1.3.1).
-        if not offloads & Offload.CSUM:
-            offloads = Offload(0)
-        if not offloads & (Offload.TSO4 | Offload.TSO6):
-            offloads &= Offload.CSUM
-        self._other_side.set_offloads(offloads)
+        if isinstance(self._other_side, Tap) and self.link:
+            self._other_side.set_offloads(offloads_of(int(self._device.features)))
 
     def _noticed(self) -> None:
-        reason = lib.net_lost(self._device)
-        if reason == ffi.NULL or self._told:
+        text = self._lost()
+        if text is None or self._told:
             return
         self._told = True
         self.on_config()
-        text = ffi.string(reason).decode()
         if isinstance(self._other_side, FrameStream):
             text = self._other_side.complaint(patience=1) or text
         else:
             text = f"{self._other_side.name}: {text}"
         self.on_link_lost(text)
+
+    def _lost(self) -> str | None:
+        with self._lock:
+            reason = ffi.NULL if self._device is None else lib.net_lost(self._device)
+        return None if reason == ffi.NULL else ffi.string(reason).decode()

@@ -2,6 +2,7 @@
 
 #include <endian.h>
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 
@@ -10,6 +11,17 @@
 #define MOST		(NET_HEADER + NET_TAP_MOST)
 #define CALM		1024	/* small frames, after which no large ones are expected */
 #define BUDGET		256	/* chains without room for anything, before the loop goes on */
+
+int net_receiver_init(struct net_receiver *receiver, int fd, bool stream,
+		      struct net_counters *counters)
+{
+	receiver->fd = fd;
+	receiver->stream = stream;
+	receiver->counters = counters;
+	receiver->size = stream ? NET_STREAM_BUFFER : NET_TAP_BUFFER;
+	receiver->buffer = malloc(receiver->size);
+	return receiver->buffer ? 0 : ENOMEM;
+}
 
 void net_receiver_begin(struct net_receiver *receiver, struct virtqueue *queue, bool mergeable)
 {
@@ -182,7 +194,7 @@ static enum net_outcome receive_from_tap(struct net_receiver *receiver)
 		in_place += receiver->iov[i].iov_len;
 	kept = receiver->iov[count];
 	receiver->iov[count].iov_base = receiver->buffer;
-	receiver->iov[count].iov_len = sizeof(receiver->buffer);
+	receiver->iov[count].iov_len = receiver->size;
 	n = readv(receiver->fd, receiver->iov, (int)count + 1);
 	receiver->iov[count] = kept;
 	if (n < 0 && (errno == EAGAIN || errno == EINTR))
@@ -207,13 +219,14 @@ static enum net_outcome receive_from_tap(struct net_receiver *receiver)
 
 static enum net_outcome read_stream(struct net_receiver *receiver)
 {
-	uint64_t there = receiver->end - receiver->at;
 	ssize_t n;
 
-	memmove(receiver->buffer, receiver->buffer + receiver->at, there);
-	receiver->at = 0;
-	receiver->end = there;
-	n = recv(receiver->fd, receiver->buffer + there, sizeof(receiver->buffer) - there,
+	if (receiver->size - receiver->end < NET_LENGTH + NET_STREAM_MOST) {
+		receiver->end -= receiver->at;
+		memmove(receiver->buffer, receiver->buffer + receiver->at, receiver->end);
+		receiver->at = 0;
+	}
+	n = recv(receiver->fd, receiver->buffer + receiver->end, receiver->size - receiver->end,
 		 MSG_DONTWAIT);
 	if (n < 0 && (errno == EAGAIN || errno == EINTR))
 		return errno == EAGAIN ? NET_EMPTY : NET_MORE;
@@ -250,6 +263,18 @@ static enum net_outcome receive_from_stream(struct net_receiver *receiver)
 	scatter(receiver, NET_HEADER, from + NET_LENGTH, size);
 	deliver(receiver, total);
 	return NET_MORE;
+}
+
+enum net_outcome net_receive_ahead(struct net_receiver *receiver)
+{
+	enum net_outcome outcome = NET_MORE;
+
+	if (!receiver->stream)
+		return NET_STARVED;
+	/* All of the buffer may be frames that wait: then there is nothing to move. */
+	while (outcome == NET_MORE && receiver->end - receiver->at < receiver->size)
+		outcome = read_stream(receiver);
+	return outcome == NET_MORE ? NET_STARVED : outcome;
 }
 
 enum net_outcome net_receive(struct net_receiver *receiver)

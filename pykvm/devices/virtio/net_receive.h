@@ -9,7 +9,6 @@
 #ifndef PYKVM_VIRTIO_NET_RECEIVE_H
 #define PYKVM_VIRTIO_NET_RECEIVE_H
 
-/* not for cffi { */
 #include "net.h"
 
 #define NET_HEADER	12	/* struct virtio_net_hdr_v1 */
@@ -20,7 +19,10 @@
 
 #define NET_HELD	256	/* chains */
 #define NET_IOVECS	(NET_HELD + VIRTIO_CHAIN_IOVECS)
-#define NET_BUFFER	(2 * NET_TAP_MOST)
+#define NET_TAP_BUFFER	(2 * NET_TAP_MOST)
+#ifndef NET_STREAM_BUFFER
+#define NET_STREAM_BUFFER	(2 << 20)
+#endif
 
 enum net_outcome {
 	NET_MORE,	/* a frame has come, or was dropped */
@@ -46,13 +48,24 @@ struct net_receiver {
 	uint64_t end;			/* stream: end of what is in the buffer */
 	struct virtio_chain held[NET_HELD];
 	struct iovec iov[NET_IOVECS + 1];	/* one more for the buffer */
-	uint8_t buffer[NET_BUFFER];
+	uint64_t size;			/* of the buffer */
+	uint8_t *buffer;
 };
+
+/* 0 or an errno. */
+int net_receiver_init(struct net_receiver *receiver, int fd, bool stream,
+		      struct net_counters *counters);
 
 void net_receiver_begin(struct net_receiver *receiver, struct virtqueue *queue, bool mergeable);
 
 /* Takes one frame; the caller flushes the queue. */
 enum net_outcome net_receive(struct net_receiver *receiver);
+
+/*
+ * Reads what a stream has while the driver has no buffers, because passt drops what finds no room in
+ * the socket. NET_STARVED: there is no room in the buffer either, or this is no stream.
+ */
+enum net_outcome net_receive_ahead(struct net_receiver *receiver);
 
 /* Gives the held chains back. */
 void net_receiver_drain(struct net_receiver *receiver);
@@ -62,6 +75,5 @@ static inline void net_count(uint64_t *counter, uint64_t more)
 	/* One thread writes, others read. */
 	__atomic_store_n(counter, *counter + more, __ATOMIC_RELAXED);
 }
-/* } */
 
 #endif

@@ -5,25 +5,17 @@ Source: VIRTIO 1.2, 5.1; Linux drivers/vhost/net.c.
 
 from __future__ import annotations
 
-import fcntl
-import os
-from collections.abc import Sequence
+import select
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from pykvm.devices.virtio._vhost import lib
 from pykvm.devices.virtio.device import DeviceType, Feature, Ring
-from pykvm.devices.virtio.net_offloads import (
-    NetError,
-    check_mac,
-    features_of,
-    net_config,
-    offloads_of,
-    prepare_tap,
-)
+from pykvm.devices.virtio.net_features import NetFeature, net_config, offloads_of, tap_features
 from pykvm.devices.virtio.vhost_kernel import VhostError, VhostKernel
 from pykvm.devices.virtio.vhost_kernel_device import VhostKernelDevice
 from pykvm.memory.guest_memory import GuestMemory
+from pykvm.network.tap import Tap
 
 __all__ = ["VHOST_NET", "VhostNet"]
 
@@ -32,88 +24,100 @@ VHOST_NET: Final = Path("/dev/vhost-net")
 _QUEUE_SIZE: Final = 256
 _QUEUES: Final = 2  # received frames, frames to send
 _STOPPED: Final = -1
-_MTUS: Final = range(68, 1 << 16)
-"""RFC 791 and 5.1.4.1."""
 
-_OF_THE_KERNEL: Final[int] = (
-    Feature.INDIRECT_DESC | Feature.EVENT_IDX | 1 << lib.VIRTIO_NET_F_MRG_RXBUF
-)
+_OF_THE_KERNEL: Final = Feature.INDIRECT_DESC | Feature.EVENT_IDX | NetFeature.MRG_RXBUF
 """Features that are vhost-net's and not the TAP's."""
+
+_OF_ALL: Final = NetFeature.MTU | NetFeature.MAC | NetFeature.STATUS
 
 
 class VhostNet(VhostKernelDevice):
-    """A network device with one pair of queues.
+    """A network interface of a guest, as `pykvm.devices.virtio.net.Net` is one.
+
+    Attributes:
+        link: whether the TAP is there.
+        on_link_lost: called with a reason, from any thread, when the TAP has gone; the guest sees
+            an interface without a link, to which the kernel gives nothing back that it sends.
 
     Args:
-        tap: descriptor of a TAP whose frames have a virtio_net_hdr; the device takes a copy.
-        mac: the guest's address.
         memory: the guest's.
-        mtu: bytes that the guest may put into a frame; 0 leaves it at what it believes.
+        tap: the host's side; closed with the device.
+        mac: the guest's MAC address.
         path: the device.
 
     Raises:
-        NetError: the descriptor is no such TAP, or the address or MTU cannot be.
-        VhostError: there is no vhost-net, or this user may not use it.
+        VhostError: there is no vhost-net, or this user may not use it; the TAP stays the caller's.
     """
 
-    def __init__(
-        self, tap: int, mac: bytes, memory: GuestMemory, *, mtu: int = 0, path: Path = VHOST_NET
-    ) -> None:
-        check_mac(mac)
-        if mtu and mtu not in _MTUS:
-            raise NetError(f"an MTU of {mtu}", f"use {_MTUS.start} to {_MTUS.stop - 1}")
-        features = features_of(prepare_tap(tap)) | 1 << lib.VIRTIO_NET_F_MAC
-        features |= 1 << lib.VIRTIO_NET_F_STATUS
-        features |= 1 << lib.VIRTIO_NET_F_MTU if mtu else 0
+    stateless = True
+    on_link_lost: Callable[[str], None]
+
+    def __init__(self, memory: GuestMemory, tap: Tap, mac: str, *, path: Path = VHOST_NET) -> None:
         vhost = VhostKernel(path, "vhost_net")
-        self._config = net_config(mac, mtu)
-        self._tap = fcntl.fcntl(tap, fcntl.F_DUPFD_CLOEXEC, 0)
+        self.link = True
+        self.on_link_lost = lambda reason: None
+        self._tap = tap
+        self._mac = mac
         super().__init__(
             DeviceType.NET,
             vhost,
             "vhost-net",
             memory,
             queue_sizes=[_QUEUE_SIZE] * _QUEUES,
-            features=features | vhost.features & _OF_THE_KERNEL,
+            features=int(_OF_ALL) | tap_features(tap) | vhost.features & int(_OF_THE_KERNEL),
             served=_QUEUES,
-            broken={self._tap: "the TAP of a network device is gone"},
+            broken={tap.descriptors[0]: self._lost},
         )
 
     def config(self) -> bytes:
-        """Return the address, the link's state and the MTU (5.1.4)."""
-        return self._config
+        """Return struct virtio_net_config (5.1.4) up to the MTU."""
+        return net_config(self._mac, link=self.link, mtu=self._tap.mtu)
 
     def _run(self, rings: Sequence[Ring]) -> None:
-        for ring in rings:
-            self._vhost.set_backend(ring.index, self._tap)
+        try:
+            for ring in rings if self.link else ():
+                self._vhost.set_backend(ring.index, self._tap.descriptors[0])
+        except VhostError:
+            if not self._is_tap_gone():
+                raise
+            self._lost()
 
     def _halt(self, rings: Sequence[Ring]) -> None:
         for ring in rings:
             self._vhost.set_backend(ring.index, _STOPPED)
+
+    def _ring_failed(self) -> None:
+        # What the kernel cannot hand to a TAP that is gone is an error of the ring to it.
+        if self._is_tap_gone():
+            self._lost()
+        else:
+            super()._ring_failed()
+
+    def _is_tap_gone(self) -> bool:
+        tap = select.poll()
+        tap.register(self._tap.descriptors[0], 0)
+        return bool(tap.poll(0))
+
+    def _lost(self) -> None:
+        if not self.link:
+            return
+        self.link = False
+        self.on_config()
+        self.on_link_lost(f"{self._tap.name}: the TAP is gone")
 
     def start(self, features: int, rings: Sequence[Ring]) -> None:
         """Hand the rings to the kernel, and let the TAP send what the driver takes.
 
         Raises:
             RingError: a ring is not in guest memory.
-            VhostError: the kernel refuses something.
+            VhostError, NetworkError: the kernel refuses something.
             ForkedProcessError: the device works for the parent process.
         """
-        self._vhost.require_own("start of a network device")
-        try:
-            fcntl.ioctl(self._tap, lib.TUNSETOFFLOAD, offloads_of(features))
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise VhostError(
-                f"the TAP of a network device refuses its offloads ({reason})",
-                "see whether it is still there",
-                errno=error.errno,
-            ) from error
+        if self.link:
+            self._tap.set_offloads(offloads_of(features))
         super().start(features, rings)
 
     def close(self) -> None:
-        """Close the handle and the copy of the TAP's descriptor. Harmless twice."""
+        """Close the handle and the TAP. Harmless twice."""
         super().close()
-        tap, self._tap = self._tap, -1
-        if tap >= 0:
-            os.close(tap)
+        self._tap.close()

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -71,6 +72,8 @@ class StorageDaemonDisk(VhostUserDevice):
         BackendError: it cannot serve the image: another process uses it, or it is damaged.
     """
 
+    stateless = True
+
     def __init__(
         self,
         image: Path,
@@ -95,6 +98,7 @@ class StorageDaemonDisk(VhostUserDevice):
             timeout=timeout,
         )
         self.pid = process.pid
+        self._image = image
         super().__init__(
             DeviceType.BLOCK,
             process.connection,
@@ -104,12 +108,15 @@ class StorageDaemonDisk(VhostUserDevice):
             process=process,
         )
 
+    def disk_files(self) -> Sequence[Path]:
+        """Return the image's file; files behind it are not the guest's to change."""
+        return (self._image,)
+
 
 def _program() -> Path:
     found = shutil.which(_PROGRAM)
     if found is None:
-        # Debian 12 has it in qemu-system-common, Debian 13 in qemu-utils.
-        raise BackendMissingError(_PROGRAM, "qemu-system-common")
+        raise BackendMissingError(_PROGRAM, "qemu-utils", older="qemu-system-common")
     return Path(found)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from pykvm.devices.virtio.device import Device, DeviceType, Ring
 from pykvm.devices.virtio.failure_watch import FailureWatch
@@ -26,7 +26,7 @@ class VhostKernelDevice(Device):
         queue_sizes: the most descriptors of each queue.
         features: what is offered.
         served: number of queues, from the first on, that the kernel serves.
-        broken: descriptors and the reason of a failure when one has an error.
+        broken: descriptors, and what to call when one has an error.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class VhostKernelDevice(Device):
         queue_sizes: Sequence[int],
         features: int,
         served: int,
-        broken: Mapping[int, str],
+        broken: Mapping[int, Callable[[], None]],
     ) -> None:
         super().__init__()
         self.type = type
@@ -50,11 +50,14 @@ class VhostKernelDevice(Device):
         self._served = served
         self._rings: tuple[Ring, ...] = ()
         self._error = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        written = {self._error: f"{name} has met an error in a virtqueue"}
-        self._watch = FailureWatch(name, self._fail, written, broken)
+        self._name = name
+        self._told = False
+        self._watch = FailureWatch(name, {self._error: self._ring_failed}, broken)
 
-    def _fail(self, reason: str) -> None:
-        self.on_failure(reason)
+    def _ring_failed(self) -> None:
+        told, self._told = self._told, True
+        if not told:  # a driver can have the kernel complain with each notification
+            self.on_failure(f"{self._name} has met an error in a virtqueue")
 
     @abstractmethod
     def _run(self, rings: Sequence[Ring]) -> None:
@@ -77,6 +80,7 @@ class VhostKernelDevice(Device):
         self._vhost.set_features(features)
         self._vhost.set_memory(regions)
         self._rings = tuple(rings)
+        self._told = False
         served = self._served_rings()
         try:
             for ring in served:
@@ -98,7 +102,7 @@ class VhostKernelDevice(Device):
             self._halt(served)
             bases |= {ring.index: self._vhost.base(ring.index) for ring in served}
         except VhostError as error:
-            self._fail(str(error))
+            self.on_failure(str(error))
             return {}
         return bases
 

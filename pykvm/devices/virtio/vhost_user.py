@@ -1,10 +1,8 @@
 """Virtio devices whose data plane is another process: a vhost-user front end for any back end.
 
 The front end hands over guest memory and eventfds; from then on driver and back end meet in memory,
-and no request passes through this process::
-
-    connection = VhostUserConnection.connect(Path("/run/blk.sock"))
-    disk = VhostUserDevice(DeviceType.BLOCK, connection, memory, queue_sizes=[256], config_size=60)
+and no request passes through this process. `VhostUserConnection.connect` finds a back end that
+somebody else has started.
 
 Source: QEMU docs/interop/vhost-user.rst.
 """

@@ -158,7 +158,7 @@ class MachineConfig:
         return values
 
     @classmethod
-    def from_values(cls, values: Mapping[str, Any]) -> Self:
+    def from_values(cls, values: Any) -> Self:
         """Return the configuration that `to_values` gave.
 
         Raises:
@@ -166,7 +166,7 @@ class MachineConfig:
         """
         try:
             return cls(**{name: _READERS[name](value) for name, value in values.items()})
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise MachineConfigError(
                 "the saved configuration is of another kind of machine", "use another snapshot"
             ) from error

@@ -100,7 +100,7 @@ class HostNetwork(Closeable):
         if isinstance(other, Tap) and os.access(_VHOST_NET, os.R_OK | os.W_OK):
             from pykvm.devices.virtio.net_vhost import VhostNet
 
-            return VhostNet(other.descriptors[0], bytes.fromhex(self.mac.replace(":", "")), memory)
+            return VhostNet(memory, other, self.mac)
         if isinstance(other, (Tap, FrameStream)):
             return Net(memory, other, self.mac)
         return None

@@ -18,7 +18,7 @@ from pykvm.machine.linux.compression import compression_of, decompress_payload
 from pykvm.machine.linux.elf_kernel import ElfKernel
 from pykvm.machine.linux.multiboot import SEARCHED_SIZE, MultibootImage, is_multiboot
 
-__all__ = ["KernelFile", "unpacked"]
+__all__ = ["KernelFile", "is_whole_system", "unpacked"]
 
 # First bytes of what people give by mistake, and its name.
 _OTHERS: Final = (
@@ -71,6 +71,20 @@ class KernelFile(Closeable):
     def close(self) -> None:
         """Close the file. Harmless twice."""
         self._files.close()
+
+
+def is_whole_system(path: Path) -> bool:
+    """Return whether a file is a Multiboot image, which needs no initial RAM disk.
+
+    Raises:
+        KernelError: the file cannot be read.
+    """
+    descriptor = open_file(path)
+    try:
+        head = _head(descriptor, path)
+    finally:
+        os.close(descriptor)
+    return not is_bzimage(head) and is_multiboot(head)
 
 
 def unpacked(path: Path) -> Path:

@@ -17,7 +17,9 @@ __all__ = [
     "BOOT_TABLES_SIZE",
     "COMMAND_LINE_GPA",
     "COMMAND_LINE_SIZE",
+    "EVENT_GSI",
     "FIRST_MEGABYTE",
+    "GENERATION_GPA",
     "HIGH_RAM",
     "IDENTITY_MAP_GPA",
     "LOW_RAM_END",
@@ -50,6 +52,7 @@ COMMAND_LINE_GPA: Final = 0x2_0000
 COMMAND_LINE_SIZE: Final = 64 * KIB
 ACPI_GPA: Final = 0xE_0000
 ACPI_SIZE: Final = 128 * KIB  # with the reset vector at its end
+GENERATION_GPA: Final = 0xF_E000  # a page near the end of what the tables may take
 RESET_VECTOR_GPA: Final = 0xF_FFF0
 FIRST_MEGABYTE: Final = 1 * MIB
 
@@ -67,3 +70,6 @@ SLEEP_CONTROL_PORT: Final = 0x600
 SLEEP_STATUS_PORT: Final = 0x601
 RESET_PORT: Final = 0xCF9
 RESET_VALUE: Final = 6
+
+# ---- interrupts ----
+EVENT_GSI: Final = 5  # of the event device; COM1 has 4

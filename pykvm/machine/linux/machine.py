@@ -12,18 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
 from pykvm.closeable import Closeable
-from pykvm.devices.debug_exit import DebugExit
-from pykvm.devices.firmware_config import FirmwareConfig
 from pykvm.devices.pci.bus import ECAM_SIZE, PciBus
 from pykvm.devices.pci.msix import MsiRoutes
-from pykvm.devices.pci.ports import ConfigPorts
 from pykvm.devices.pci.pvpanic import Pvpanic
 from pykvm.devices.ports import PortBus
 from pykvm.devices.serial import COM1_IRQ, COM1_PORT, Serial
 from pykvm.devices.virtio.device import Device
 from pykvm.devices.virtio.pci import VirtioPci
 from pykvm.errors import PykvmError
-from pykvm.kvm import Exit, Io, Kvm, MmioRead, MmioWrite, Shutdown, Stopped, Vcpu
+from pykvm.inspect.vcpu_gate import PauseError, VcpuGate
+from pykvm.kvm import Exit, Io, Kvm, MmioRead, MmioWrite, Shutdown, Vcpu
 from pykvm.machine.linux import layout
 from pykvm.machine.linux.boot import (
     BootInfo,
@@ -37,13 +35,17 @@ from pykvm.machine.linux.config import MachineConfig
 from pykvm.machine.linux.devices import HostNetwork, configured_devices
 from pykvm.machine.linux.kernel_file import KernelFile
 from pykvm.machine.linux.multiboot import MultibootImage
-from pykvm.machine.linux.pause import PauseGate
+from pykvm.machine.linux.system_ports import SystemPorts
 from pykvm.machine.x86 import acpi, aml, interrupt_pins, long_mode
+from pykvm.machine.x86.event_device import event_device
+from pykvm.machine.x86.vm_generation import generation_device, renew_generation
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.memory.regions import MemoryFile, Region
 from pykvm.sizes import PAGE_SIZE
+from pykvm.snapshot.pause_notice import tell_of_pause
 
 if TYPE_CHECKING:
+    from pykvm.snapshot.disks import SavedDisk
     from pykvm.snapshot.machine_state import StatefulDevice
 
 __all__ = ["End", "LinuxMachine", "MachineCrashedError"]
@@ -120,12 +122,15 @@ class LinuxMachine(Closeable):
         window = (layout.PCI_WINDOW_GPA, layout.PCI_WINDOW_SIZE)
         self.pci = PciBus(layout.PCI_ECAM_GPA, window)
         self.pci.add(Pvpanic(lambda: self._finish(End.PANIC)))
+        self._system_ports = SystemPorts(self.ports, config, self.pci, self._exit)
         self._owned: list[Closeable] = []
         self._end: End | None = None
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
         self._kvm = kvm
-        self._gate = PauseGate()
+        self.gate = VcpuGate()
+        self._paused = False
+        self._events = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
             if memory is None:
                 self._make_memory()
@@ -136,6 +141,7 @@ class LinuxMachine(Closeable):
             self.vm.create_irqchip()
             self.serial.attach(self.vm.handlers)
             self.vm.register_irqfd(self.serial.interrupt, COM1_IRQ)
+            self.vm.register_irqfd(self._events, layout.EVENT_GSI)
             self._routes = MsiRoutes(self.vm, interrupt_pins.default_routes())
             for made in configured_devices(config, self.memory, networks):
                 self.add_device(made)
@@ -166,7 +172,7 @@ class LinuxMachine(Closeable):
             kernel = file.kernel
             kernel.load(self.memory)
         if isinstance(kernel, MultibootImage):
-            self._add_ports()
+            self._system_ports.add()
         line = config.command_line.encode()
         longest = min(kernel.longest_line, layout.COMMAND_LINE_SIZE - 1)
         if len(line) > longest:
@@ -180,6 +186,7 @@ class LinuxMachine(Closeable):
         )
         self.memory.write(layout.ACPI_GPA, tables.data)
         self.memory.write(layout.RESET_VECTOR_GPA, _RESET_CODE)
+        renew_generation(self.memory, layout.GENERATION_GPA)
         info = BootInfo(
             self._ranges(),
             command_line=layout.COMMAND_LINE_GPA,
@@ -233,12 +240,6 @@ class LinuxMachine(Closeable):
         long_mode.set_apic_id(cpuid, number)
         vcpu.set_cpuid2(cpuid)
         self.vcpus.append(vcpu)
-
-    def _add_ports(self) -> None:
-        """Add the devices that images without drivers expect at their ports."""
-        self.ports.add(DebugExit(self._exit))
-        self.ports.add(FirmwareConfig(self.config.cpus, self.config.memory))
-        self.ports.add(ConfigPorts(self.pci))
 
     def add_device(self, device: Device) -> None:
         """Put a virtio device on the PCI bus, before `run`. The machine closes it.
@@ -298,18 +299,15 @@ class LinuxMachine(Closeable):
             if self._end is None:
                 self._end, self._failure = end, failure
         self.serial.stop()
-        self._gate.end()
-        for vcpu in self.vcpus:
-            vcpu.stop()
+        self.gate.close()
 
     def _run_vcpu(self, vcpu: Vcpu) -> None:
+        def serve(exit: Exit) -> None:
+            if (end := self._serve(vcpu, exit)) is not None:
+                self._finish(end)
+
         try:
-            with self._gate.member():
-                while True:
-                    end = self._serve(vcpu, vcpu.run())
-                    if end is not None:
-                        self._finish(end)
-                        return
+            self.gate.run(vcpu, serve)
         except BaseException as error:
             self._finish(End.STOPPED, error)
 
@@ -332,25 +330,44 @@ class LinuxMachine(Closeable):
                 self.ports.serve(exit)
             case Shutdown():
                 raise MachineCrashedError(vcpu.unexpected(exit).report)
-            case Stopped():
-                return None if self._gate.passed() else End.STOPPED
             case _:
                 raise vcpu.unexpected(exit)
         return None
 
     # ---- pausing, snapshots -----------------------------------------------------------------
 
+    @property
+    def is_paused(self) -> bool:
+        """True between `pause` and `resume`."""
+        return self._paused
+
     def pause(self) -> None:
-        """Let no processor run until `resume`; return when none does. From any thread.
+        """Let no processor run until `resume`; return when none does. Harmless twice.
+
+        From any thread but those of the processors.
 
         Raises:
-            PauseError: one does not stop, because nobody reads what it writes.
+            PauseError: the machine has ended; or a processor does not stop, because nobody reads
+                what it writes.
         """
-        self._gate.close(self.vcpus)
+        if not self._paused:
+            self._park()
+            self._paused = True
 
     def resume(self) -> None:
-        """Undo `pause`."""
-        self._gate.open(self.vcpus)
+        """Undo `pause`. Harmless twice."""
+        if self._paused:
+            self._paused = False
+            self._let_go()
+
+    def _park(self) -> None:
+        if self.gate.closed:
+            raise PauseError("the machine has ended", "start it again")
+        self.gate.pause()
+
+    def _let_go(self) -> None:
+        tell_of_pause(self.vcpus)
+        self.gate.resume()
 
     def snapshot(self, path: Path) -> int:
         """Write a snapshot to a new folder; return the bytes of memory that it holds beside zeros.
@@ -362,7 +379,7 @@ class LinuxMachine(Closeable):
         """
         from pykvm.snapshot.machine_state import save_machine  # noqa: PLC0415  (few runs need it)
 
-        with self._gate.closed(self.vcpus), self._quiet():
+        with self._parked(), self._quiet():
             return save_machine(
                 path,
                 machine=self.config.to_values(),
@@ -370,7 +387,16 @@ class LinuxMachine(Closeable):
                 vcpus=self.vcpus,
                 memory=self.memory,
                 devices=self._stateful(),
+                disks=self._disks(),
             )
+
+    @contextmanager
+    def _parked(self) -> Iterator[None]:
+        self._park()
+        try:
+            yield
+        finally:
+            self._let_go()
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
@@ -392,6 +418,7 @@ class LinuxMachine(Closeable):
         output: int | None = None,
         add_devices: Callable[[Self], None] = lambda machine: None,
         *,
+        networks: Callable[[MachineConfig], Sequence[HostNetwork]] = lambda config: (),
         shareable: bool = False,
     ) -> Self:
         """Return the machine of a snapshot, ready to run on from there.
@@ -400,7 +427,9 @@ class LinuxMachine(Closeable):
             kvm: an open ``/dev/kvm``.
             path: the folder.
             output: see `LinuxMachine`.
-            add_devices: adds the devices that the saved machine had (`add_device`), in their order.
+            add_devices: adds the devices that the saved machine had beside those of its
+                configuration (`add_device`), in their order.
+            networks: returns the host's sides of its networks, see `LinuxMachine`.
             shareable: whether memory is copied now, so that other processes can map it, as
                 vhost-user needs. Otherwise it is read from the folder while it is used, and the
                 folder must stay as it is.
@@ -410,16 +439,23 @@ class LinuxMachine(Closeable):
             PykvmError: see `Snapshot` and `restore_state`.
         """
         from pykvm.snapshot.folder_reader import Snapshot  # noqa: PLC0415
-        from pykvm.snapshot.machine_state import require_disks, restore_state  # noqa: PLC0415
+        from pykvm.snapshot.machine_state import (  # noqa: PLC0415
+            require_disks,
+            require_same_disks,
+            restore_state,
+        )
 
         with Snapshot(path) as snapshot:
             require_disks(snapshot)
             config = MachineConfig.from_values(snapshot.contents.machine)
             memory = snapshot.copy_memory() if shareable else snapshot.map_memory()
-            machine = cls(kvm, config, output, memory)
+            machine = cls(kvm, config, output, memory, networks(config))
             try:
                 add_devices(machine)
+                require_same_disks(snapshot, machine._disks())
                 restore_state(snapshot, machine.vm, machine.vcpus, machine._stateful())
+                renew_generation(machine.memory, layout.GENERATION_GPA)
+                os.eventfd_write(machine._events, 1)
             except BaseException:
                 machine.close()
                 raise
@@ -427,13 +463,32 @@ class LinuxMachine(Closeable):
 
     def _stateful(self) -> dict[str, StatefulDevice]:
         functions = enumerate(self.pci.functions)
-        return {"com1": self.serial, **{f"pci{n}": function for n, function in functions}}
+        ports = self._system_ports
+        return {
+            "com1": self.serial,
+            "ports": ports,
+            **{f"pci{n}": function for n, function in functions},
+        }
+
+    def _disks(self) -> list[SavedDisk]:
+        """Return the disks as they are now."""
+        from pykvm.snapshot.disks import SavedDisk  # noqa: PLC0415
+
+        return [
+            SavedDisk.of(f"pci{number}", path)
+            for number, function in enumerate(self.pci.functions)
+            if isinstance(function, VirtioPci)
+            for path in function.device.disk_files()
+        ]
 
     def close(self) -> None:
         """End the machine and give everything back. Harmless twice."""
         while self._owned:
             self._owned.pop().close()
         self.vm.close()
+        events, self._events = self._events, -1
+        if events >= 0:
+            os.close(events)
         self.serial.close()
         self.memory.close()
 
@@ -449,9 +504,12 @@ def _ports() -> acpi.Ports:
 
 def _devices() -> bytes:
     window = (layout.PCI_WINDOW_GPA, layout.PCI_WINDOW_SIZE)
-    return acpi.pci_root(layout.PCI_ECAM_GPA, ECAM_SIZE, window) + aml.device(
+    bus = acpi.pci_root(layout.PCI_ECAM_GPA, ECAM_SIZE, window)
+    serial = aml.device(
         "COM1",
         aml.name("_HID", aml.eisa_id("PNP0501")),
         aml.name("_UID", aml.integer(1)),
         aml.name("_CRS", aml.resources(aml.ports(COM1_PORT, 8), aml.interrupt(COM1_IRQ))),
     )
+    generation = generation_device(layout.GENERATION_GPA)
+    return bus + serial + generation + event_device({layout.EVENT_GSI: "\\_SB.VGEN"})

@@ -142,13 +142,24 @@ def restore_registers(vcpu: Vcpu, state: Any) -> None:
     if "xcrs" in state:
         vcpu.set_xcrs(_pairs(state, "xcrs", 1 << 32))
     if "xsave" in state:
-        vcpu.set_xsave(hex_bytes(state, "xsave"))
+        _set_xsave(vcpu, hex_bytes(state, "xsave"))
     else:
         vcpu.set_fpu(from_values("kvm_fpu", field(state, "fpu", dict)))
     if "debugregs" in state:
         vcpu.set_debug_regs(from_values("kvm_debugregs", state["debugregs"]))
     if state.get("lapic") is not None:
         vcpu.set_lapic(hex_bytes(state, "lapic"))
+
+
+def _set_xsave(vcpu: Vcpu, area: bytes) -> None:
+    """Set an area of the length that another host's features gave it."""
+    size = len(vcpu.get_xsave())
+    if any(area[size:]):
+        raise HostFeatureError(
+            f"the saved machine uses {len(area)} bytes of extended state, this host has {size}",
+            "restore it on a host like that one",
+        )
+    vcpu.set_xsave(area[:size].ljust(size, b"\0"))
 
 
 def restore_msrs_and_events(vcpu: Vcpu, state: Any) -> None:

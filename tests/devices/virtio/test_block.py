@@ -87,6 +87,22 @@ def test_reading_and_writing(disk: Disk) -> None:
     assert counters.bytes_written == len(data) + 512
 
 
+def test_another_device_goes_on(disk: Disk) -> None:
+    """As after a snapshot, with the disk as it was; what a snapshot has to name is the file."""
+    driver = disk.driver
+    driver.write(7, b"a" * 512)
+    driver.stop(disk.device)
+    assert disk.device.save() is None
+    assert list(disk.device.disk_files()) == [disk.path]
+    disk.device.close()
+    disk.device = Block(driver.memory, DiskFile(disk.path))
+    disk.device.restore(None)
+    driver.start(disk.device)
+    assert driver.read(7, 512) == b"a" * 512
+    driver.write(7, b"b" * 512)
+    assert driver.read(7, 512) == b"b" * 512
+
+
 def test_any_layout_of_a_request(plain: Disk) -> None:
     """Header, data and status are bytes, however the driver cuts them (2.6.4)."""
     driver = plain.driver

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import pty
 import random
@@ -14,9 +15,11 @@ from pathlib import Path
 import pytest
 
 from pykvm.devices.virtio.console import Console, Port, PortNameError, PortState
+from pykvm.devices.virtio.device import DeviceStateError
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.sizes import MIB
 from tests.rigs import virtio_console
+from tests.rigs.messages import one_line
 from tests.rigs.virtio_console import MULTIPORT, SIZE, ConsoleDriver
 from tests.rigs.virtio_driver import RING_FEATURES
 from tests.rigs.waiting import wait_for
@@ -280,6 +283,32 @@ def test_a_stop_between_changes_nothing(plain: Pipes) -> None:
     os.write(plain.input[1], b"on")
     driver.start(plain.console)
     assert driver.read(1, 2) == b"on"
+
+
+def test_another_console_goes_on(plain: Pipes) -> None:
+    """As after a snapshot."""
+    driver = plain.driver
+    driver.begin()
+    driver.control(1, virtio_console.OPEN, 1)
+    driver.stop(plain.console)
+    state = json.loads(json.dumps(plain.console.save()))
+    plain.console.close()
+    reader, writer = os.pipe()
+    ports = [Port(), Port("stream", reader), *(Port() for _ in plain.console.ports[2:])]
+    other = Console(driver.memory, ports, (80, 25))
+    changes: list[object] = [None, [], {}, {"ports": state["ports"][1:]}]
+    changes += [{"ports": [wrong, *state["ports"][1:]]} for wrong in (-1, 16, "1", True, None)]
+    for wrong in changes:
+        with pytest.raises(DeviceStateError) as caught:
+            other.restore(wrong)
+        one_line(caught.value)
+    other.restore(state)
+    driver.start(other)
+    os.write(writer, b"for another")
+    assert driver.read(1, 11) == b"for another"
+    other.close()
+    for end in (reader, writer):
+        os.close(end)
 
 
 def test_a_terminal(memory: GuestMemory) -> None:

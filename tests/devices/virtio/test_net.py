@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 import subprocess
@@ -13,13 +14,15 @@ from pathlib import Path
 import pytest
 
 from pykvm.devices.virtio.device import Feature
-from pykvm.devices.virtio.net import Net, NetFeature
-from pykvm.network import Tap, mac_address
+from pykvm.devices.virtio.net import Net
+from pykvm.devices.virtio.net_features import NetFeature
+from pykvm.network.mac_address import mac_address
+from pykvm.network.tap import Tap
 from tests.rigs.net_driver import TRANSMIT, GuestInterface, NetDriver
 from tests.rigs.network_namespace import NetworkNamespace, need_tun
 from tests.rigs.virtio_driver import RING_FEATURES
 from tests.rigs.virtio_rings import Buffer
-from tests.rigs.waiting import wait_for
+from tests.rigs.waiting import is_idle, wait_for
 
 pytestmark = pytest.mark.unit
 
@@ -65,20 +68,6 @@ def _frame(number: int, size: int = 60) -> bytes:
     return (b"\xff" * 6 + b"\2\0\0\0\0\1" + b"\x88\xb5" + content)[:size]
 
 
-def _processor_time(name: str = "net") -> str:
-    """Time that the device's thread has had."""
-    for task in Path("/proc/self/task").iterdir():
-        if (task / "comm").read_text() == f"{name}\n":
-            return (task / "schedstat").read_text()
-    raise AssertionError("the thread is not there")
-
-
-def _is_idle() -> bool:
-    before = _processor_time()
-    time.sleep(0.05)
-    return _processor_time() == before
-
-
 @pytest.mark.parametrize("ring", RING_FEATURES, ids=hex)
 @pytest.mark.parametrize("mergeable", [0, MERGEABLE], ids=["whole", "mergeable"])
 def test_frames_both_ways(namespace: NetworkNamespace, ring: int, mergeable: int) -> None:
@@ -99,12 +88,13 @@ def test_frames_both_ways(namespace: NetworkNamespace, ring: int, mergeable: int
             driver.completed(TRANSMIT, 0)
             assert driver.send(_frame(n, sizes[n % 4]))
             assert wire.recv(4096) == _frame(n, sizes[n % 4])
+        wait_for(lambda: device.counters().sent == 100, 10)
         counters = device.counters()
         bytes_of_all = 25 * sum(sizes)
         assert (counters.received, counters.received_bytes) == (100, bytes_of_all)
         assert (counters.sent, counters.sent_bytes) == (100, bytes_of_all)
         assert (counters.received_dropped, counters.sent_dropped) == (0, 0)
-        wait_for(_is_idle, 10)
+        wait_for(lambda: is_idle("net"), 10)
         driver.stop(device)
 
 
@@ -161,7 +151,7 @@ def test_a_driver_without_buffers(namespace: NetworkNamespace, features: int) ->
         for start in range(0, 200, 20):
             for n in range(20):
                 wire.send(_frame(start + n))
-            wait_for(_is_idle, 10)
+            wait_for(lambda: is_idle("net"), 10)
             assert device.counters().received == start
             for n in range(20):
                 assert driver.offer(1) == 1
@@ -179,15 +169,15 @@ def test_a_large_frame_that_waits_for_buffers(namespace: NetworkNamespace) -> No
         driver.start(device)
         driver.offer(2)
         wire.send(_frame(1, 1514))
-        wait_for(_is_idle, 10)
+        wait_for(lambda: is_idle("net"), 10)
         assert driver.received(1, 0.1) == []
         driver.offer(3)
-        wait_for(_is_idle, 10)
+        wait_for(lambda: is_idle("net"), 10)
         driver.offer(3)
         assert driver.received(1)[0][1] == _frame(1, 1514)
         driver.offer(2)
         wire.send(_frame(2, 1514))
-        wait_for(_is_idle, 10)
+        wait_for(lambda: is_idle("net"), 10)
         driver.stop(device)
         assert device.counters().received_dropped == 1
         driver.start(device)
@@ -312,7 +302,7 @@ def test_the_tap_vanishes(namespace: NetworkNamespace, starved: bool) -> None:
             assert driver.send(_frame(n))
             driver.completed(TRANSMIT, 1)
         assert device.counters().sent_dropped == 100
-        wait_for(_is_idle, 10)
+        wait_for(lambda: is_idle("net"), 10)
         driver.stop(device)
         driver.start(device)
         assert driver.send(_frame(1))
@@ -333,7 +323,7 @@ def test_an_interface_that_is_switched_off_and_on(namespace: NetworkNamespace) -
         driver.completed(TRANSMIT, 1)
         assert device.counters().sent_dropped == 1
         assert device.link
-        wait_for(_is_idle, 10)
+        wait_for(lambda: is_idle("net"), 10)
         subprocess.run(["ip", "link", "set", "t0", "up"], check=True)
         with _wire() as wire:
             assert driver.send(_frame(2))
@@ -380,6 +370,23 @@ def test_stopped_and_started_in_the_midst(namespace: NetworkNamespace) -> None:
         driver.stop(device)
         assert len(seen) > 300
         assert seen == sorted(set(seen))
+
+
+def test_closing(namespace: NetworkNamespace) -> None:
+    """What has passed can be read afterwards, and nothing is left."""
+    before = sorted(os.listdir("/proc/self/fd"))
+    with NetDriver(MERGEABLE) as driver:
+        device = Net(driver.memory, Tap(), MAC)
+        driver.start(device)
+        driver.send(_frame(1))
+        driver.completed(TRANSMIT, 1)
+        assert device.link
+        device.close()
+        device.close()
+        assert device.counters().sent == 1
+        assert device.config()[:6].hex(":") == MAC
+        assert set(namespace.interfaces()) == {"lo"}
+    wait_for(lambda: sorted(os.listdir("/proc/self/fd")) == before, 10)
 
 
 def _serve(address: str, content: bytes) -> socket.socket:

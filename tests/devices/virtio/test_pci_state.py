@@ -20,9 +20,9 @@ from pykvm.errors import PykvmError
 from pykvm.kvm import IrqchipRoute
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.sizes import MIB
-from tests.devices.virtio.test_transport import COMMON, ECAM, NOTIFY, TABLE, WINDOW, Kvm
 from tests.rigs.messages import one_line
 from tests.rigs.virtio_driver import RING_FEATURES, VirtioDriver
+from tests.rigs.virtio_pci import COMMON, ECAM, NOTIFY, TABLE, WINDOW, Kvm
 from tests.rigs.waiting import wait_for
 
 pytestmark = pytest.mark.unit

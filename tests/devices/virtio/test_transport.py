@@ -12,42 +12,12 @@ from pykvm.devices.pci.msix import MsiRoutes
 from pykvm.devices.virtio.device import Device, DeviceType, Feature, Ring
 from pykvm.devices.virtio.pci import Status, VirtioPci
 from pykvm.errors import PykvmError
-from pykvm.kvm import IoctlError, IrqchipRoute, MsiRoute
+from pykvm.kvm import IrqchipRoute
+from tests.rigs.virtio_pci import COMMON, CONFIG, ECAM, ISR, NOTIFY, TABLE, WINDOW, Kvm
 
 pytestmark = pytest.mark.unit
 
-ECAM, WINDOW = 0xC000_0000, (0xC100_0000, 0x10_0000)
-COMMON, ISR, CONFIG, NOTIFY = (WINDOW[0] + at for at in (0, 0x1000, 0x2000, 0x3000))
-TABLE = WINDOW[0] + 0x4000
 OFFERED = 1 << 5 | Feature.EVENT_IDX
-
-
-class Kvm:
-    """Records what the transport asks of KVM."""
-
-    def __init__(self) -> None:
-        self.ioevents: dict[tuple[int, int], int] = {}
-        self.irqfds: set[tuple[int, int]] = set()
-
-    def require(self, name: str, what: str) -> int:
-        return 64
-
-    def set_gsi_routing(self, routes: Iterable[IrqchipRoute | MsiRoute]) -> None:
-        pass
-
-    def register_irqfd(self, eventfd: int, gsi: int) -> None:
-        self.irqfds.add((eventfd, gsi))
-
-    def unregister_irqfd(self, eventfd: int, gsi: int) -> None:
-        self.irqfds.remove((eventfd, gsi))
-
-    def register_ioevent(self, eventfd: int, address: int, size: int) -> None:
-        if (address, size) in self.ioevents:
-            raise IoctlError("KVM_IOEVENTFD", 17)
-        self.ioevents[address, size] = eventfd
-
-    def unregister_ioevent(self, eventfd: int, address: int, size: int) -> None:
-        assert self.ioevents.pop((address, size)) == eventfd
 
 
 class Recorder(Device):

@@ -9,11 +9,8 @@ import pytest
 
 from pykvm.machine.linux.boot import BootInfo, MemoryKind, MemoryRange
 from pykvm.machine.linux.pvh import start_info
-from tests.rigs.initramfs import init_program, initramfs
+from tests.rigs.initramfs import KERNEL, LINE, init_program, initramfs
 from tests.rigs.needs import need_hardware
-
-KERNEL = Path("/boot") / f"vmlinuz-{platform.release()}"
-LINE = "quiet cryptomgr.notests panic=-1"
 
 
 @pytest.mark.unit
@@ -80,5 +77,5 @@ def test_a_panic_has_a_status_of_its_own(tmp_path: Path) -> None:
     status, said = boot(tmp_path, "--unpack", words="end")
     assert "init: ends" in said
     assert "Kernel panic - not syncing: Attempted to kill init!" in said
-    assert said.rstrip().endswith("pykvm run: the guest's kernel has panicked")
+    assert said.rstrip().endswith("pykvm: the guest's kernel has panicked")
     assert status == 70

@@ -11,7 +11,7 @@ from pykvm.kvm import Kvm
 from pykvm.machine.linux.config import MachineConfig
 from pykvm.machine.linux.console import Console
 from pykvm.machine.linux.machine import End, LinuxMachine
-from pykvm.sandbox import Confinement, enter
+from pykvm.sandbox import Confinement, available, enter
 from tests.rigs.confined import in_child
 from tests.rigs.initramfs import initramfs
 from tests.rigs.needs import need_hardware
@@ -24,10 +24,14 @@ SECONDS = 500
 
 
 def test_it_boots_talks_and_ends(tmp_path: Path) -> None:
-    """It is saved meanwhile, into the only directory that the process may write to."""
+    """It is saved meanwhile, into the only directory that the process may write to.
+
+    One boot is enough: on a host of another series, every layer must be there.
+    """
     need_hardware("Linux guests")
+    assert [str(layer) for layer in available() if not layer.in_force] == []
     if not platform.release().startswith("6.1."):
-        pytest.skip("one boot is enough, and this series takes longer")
+        return
     (tmp_path / "initrd").write_bytes(initramfs())
     for name in ("machine", "snapshots"):
         (tmp_path / name).mkdir()

@@ -9,7 +9,7 @@ from typing import Final
 
 from pykvm.resources import PACKAGE
 from tests.rigs.fuzz.libfuzzer import LibFuzzer, NoToolError, fill, find_tool, run_tool
-from tests.rigs.fuzz.target import Coverage, Plant, Target, planted
+from tests.rigs.fuzz.target import HERE, Coverage, Plant, Target, planted
 
 __all__ = ["NativeTarget", "missing_tools"]
 
@@ -28,6 +28,10 @@ def missing_tools() -> str:
     return ""
 
 
+def _found(name: str) -> Path:
+    return next(path for path in (PACKAGE / name, HERE / name) if path.exists())
+
+
 class NativeTarget(Target):
     """Sources in C with a harness.
 
@@ -36,6 +40,9 @@ class NativeTarget(Target):
         sources: the sources under test in the package; they alone guide the search.
         include: directories of the package in which headers are looked up.
         link: more options of the linker.
+        beside: further sources of the harness, relative to the package or to tests/rigs/fuzz.
+        guide: more options for the sources under test, such as trace-loads, or the names of what
+            the harness does in place of the kernel.
     """
 
     def __init__(
@@ -45,10 +52,15 @@ class NativeTarget(Target):
         *,
         include: Sequence[str] = (),
         link: Sequence[str] = (),
+        beside: Sequence[str] = (),
+        guide: Sequence[str] = (),
     ) -> None:
         super().__init__(name, ", ".join(Path(one).name for one in sources))
         self._sources = sources
-        self._include = [f"-I{PACKAGE / one}" for one in include]
+        self._beside = [_found(one) for one in beside]
+        folders = [*(PACKAGE / one for one in include), *(one.parent for one in self._beside)]
+        self._include = [f"-I{folder}" for folder in folders]
+        self._guide = [*guide, "-fsanitize=fuzzer-no-link"]
         self._link = [*link]
 
     def missing(self) -> str:
@@ -57,7 +69,7 @@ class NativeTarget(Target):
     def fuzzer(self, directory: Path, plant: Plant | None = None) -> LibFuzzer:
         directory.mkdir(parents=True, exist_ok=True)
         guided = [
-            self._compile(source, directory, "-O2", *SANITIZE, "-fsanitize=fuzzer-no-link")
+            self._compile(source, directory, "-O2", *SANITIZE, *self._guide)
             for source in self._written(directory, plant)
         ]
         program = self._linked(directory / "fuzzer", guided, *SANITIZE)
@@ -69,7 +81,7 @@ class NativeTarget(Target):
         corpus = fill(directory / "covered", inputs)
         sources = self._written(directory, None)
         # With the search's own counters, or libFuzzer refuses to run.
-        options = ("-O1", *_PROFILE, "-fsanitize=fuzzer-no-link")
+        options = ("-O1", *_PROFILE, *self._guide)
         guided = [self._compile(source, directory, *options) for source in sources]
         program = self._linked(directory / "covered.run", guided, _PROFILE[0])
         raw, data = (str(directory / f"covered.{end}") for end in ("raw", "data"))
@@ -103,7 +115,7 @@ class NativeTarget(Target):
     def _linked(self, program: Path, guided: Sequence[str], *options: str) -> Path:
         harness = [
             self._compile(source, program.parent, "-O1", *options)
-            for source in sorted(self.folder.glob("*.c"))
+            for source in [*sorted(self.folder.glob("*.c")), *self._beside]
         ]
         files = [*guided, *harness, "-o", str(program)]
         run_tool([find_tool("clang"), *options, "-fsanitize=fuzzer", *files, *self._link])

@@ -14,6 +14,21 @@ _SEQUENCES: Final = ["-max_len=600"]
 
 _ALL: Final[list[Target]] = [
     SwitchTarget(),
+    NativeTarget(
+        "virtqueue",
+        ["devices/virtio/chain.c", "devices/virtio/queue.c"],
+        beside=["virtio_guest/guest.c"],
+        guide=["-fsanitize-coverage=trace-loads,trace-stores"],
+    ),
+    NativeTarget(
+        "block",
+        ["devices/virtio/block_request.c"],
+        beside=["devices/virtio/chain.c", "virtio_guest/guest.c"],
+        guide=[
+            *(f"-D{one}=fake_{one}" for one in ("preadv2", "pwritev2", "pwrite", "fallocate")),
+            *("-Dfdatasync=fake_fdatasync", "-Dvirtio_chain_read=changing_chain_read"),
+        ],
+    ),
     NativeTarget("serial", ["devices/serial.c"], include=["kvm/native"]),
     ScriptedTarget(
         "kernel-files",

@@ -1,6 +1,7 @@
 /*
  * A Multiboot image as kvm-unit-tests builds them: it says on the serial port what it finds, and
- * ends its machine by isa-debug-exit with the number in its command line's last word.
+ * ends its machine by isa-debug-exit with the number in its command line's last word. With the word
+ * echo in it, it first sends back what it is sent.
  */
 #include <stdint.h>
 
@@ -90,6 +91,36 @@ static uint32_t last_number(const char *line)
 	return number;
 }
 
+/* Send back what comes, until a q. */
+static void echo(void)
+{
+	char text[2] = "";
+
+	outb(COM1 + 1, 1);	/* it listens */
+	say("listening\n");
+	for (;;) {
+		while (!(inb(COM1 + 5) & 1))
+			;
+		text[0] = (char)inb(COM1);
+		if (text[0] == 'q')
+			return;
+		say(text);
+	}
+}
+
+static int has(const char *line, const char *word)
+{
+	for (; *line; line++) {
+		int at = 0;
+
+		while (word[at] && line[at] == word[at])
+			at++;
+		if (!word[at])
+			return 1;
+	}
+	return 0;
+}
+
 void main(uint32_t magic, const struct info *info)
 {
 	const char *line = (const char *)(uintptr_t)info->line;
@@ -123,6 +154,8 @@ void main(uint32_t magic, const struct info *info)
 	outl(PCI_ADDRESS, 0x80000000);
 	say_number("\npci ", inl(PCI_DATA));
 	say("\n");
+	if (has(line, " echo "))
+		echo();
 	outl(EXIT, last_number(line));
 	say("still here\n");
 }

@@ -1,0 +1,27 @@
+"""End a running machine as it is, as if its power failed."""
+
+import argparse
+from typing import Any
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `pykvm stop` to the command line."""
+    parser = subparsers.add_parser("stop", help=(__doc__ or "").rstrip("."), description=__doc__)
+    parser.add_argument("name", metavar="NAME", help="the machine's name, see pykvm ps")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Ask the machine; return the exit status.
+
+    Raises:
+        MachineNameError: no machine has the name.
+        ControlError: the machine refuses.
+    """
+    from pykvm.control.client import MachineClient  # noqa: PLC0415
+
+    with MachineClient(options.name) as client:
+        client.request("stop")
+    return 0
