@@ -12,7 +12,7 @@ from tests.rigs.fuzz.targets import TARGETS
 
 pytestmark = pytest.mark.unit
 
-SECONDS: Final = 20  # at most: most are found in the first, by an idle processor
+SECONDS: Final = 120  # at most: most are found in the first, by an idle processor
 
 SERIAL = "devices/serial.c"
 SEGMENTS = "machine/linux/segments.py"
@@ -44,6 +44,12 @@ FAULTS: Final = {
             SERIAL, "if (serial->sent && (serial->ier & IER_SENT))", "if (serial->sent)"
         ),
         "a lost byte that nobody hears of": Plant(SERIAL, "serial->overrun = LSR_OVERRUN;", ""),
+        "a snapshot with more input than there is room for": Plant(
+            SERIAL, "if (state->count > SERIAL_INPUT || ", "if ("
+        ),
+        "a snapshot without the divisor": Plant(
+            SERIAL, "\tserial->divisor = state->divisor;\n", ""
+        ),
         "the loop on the line": Plant(
             SERIAL, "if (serial->mcr & MCR_LOOP) {\n\t\tfor", "if (0) {\n\t\tfor"
         ),

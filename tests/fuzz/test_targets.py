@@ -12,7 +12,7 @@ from tests.rigs.fuzz.targets import TARGETS
 pytestmark = pytest.mark.unit
 
 BRANCHES = {
-    "serial": 80,  # the rest waits for a reader of its output
+    "serial": 75,  # the rest waits for a reader of its output
     "kernel-files": 85,  # the rest runs programs, or starts a processor
     "pci": 80,  # the rest refuses states that are not its own
     "virtio-pci": 85,  # the rest refuses states that are not its own

@@ -49,8 +49,9 @@ _SERVER = ControlServer(Path(_FOLDER.name) / "control", HANDLERS)
 
 
 def try_input(data: bytes) -> None:
-    # Its last byte says how often the rest is sent, to exceed the longest line.
-    sent = data[:-1] * (1 + (data[-1] >> 6) * 8 if data else 0)
+    # The last byte says how often the rest is sent, to exceed the longest line, and if that ends.
+    last = data[-1] if data else 0
+    sent = data[:-1] * (1 + (last >> 6) * 8) + b"\n" * (last & 1)
     answers = _talk(sent)
     whole, _, cut = sent.rpartition(b"\n")
     lines = whole.split(b"\n") if sent.count(b"\n") else []
