@@ -159,8 +159,10 @@ def test_every_test_is_in_one_part_of_make_test(monkeypatch: pytest.MonkeyPatch)
     assert [job.name for job in todo] == [
         "on this host",
         "on this host, what takes long",
-        "on the emulated host, Linux 6.1 on two processors: (kvm or elisa) and not counted",
+        "on the emulated host, Linux 6.1 on two processors: "
+        "(kvm or elisa) and not counted and not linux",
         "on the emulated host, Linux 6.1: counted",
+        "on the emulated host, Linux 6.1: linux",
         "on the emulated host, Linux 6.12: (kvm or elisa) and not counted",
         "on this host, with its KVM",
     ]
@@ -169,12 +171,14 @@ def test_every_test_is_in_one_part_of_make_test(monkeypatch: pytest.MonkeyPatch)
     inside = todo[2:-1]
     assert {job.after for job in inside} == {todo[0].name}
     required = [word for job in todo for word in job.command if word.startswith("PYKVM_REQUIRE")]
-    assert required == ["PYKVM_REQUIRE=elisa,kvm"] * 3
-    assert ["--fast" in job.command for job in inside] == [False, False, True]
-    assert ["--cpus" in job.command for job in inside] == [True, False, False]
+    assert required == ["PYKVM_REQUIRE=elisa,kvm"] * 4
+    assert ["--fast" in job.command for job in inside] == [False, False, True, True]
+    assert ["--cpus" in job.command for job in inside] == [True, False, False, False]
     with_kvm, counted = "tests/kvm/native/test_run_loop.py", "tests/measure/test_expected_counts.py"
-    assert [with_kvm in job.command for job in inside] == [True, False, True]
-    assert [counted in job.command for job in inside] == [True] * 3
+    linux = "tests/machine/linux/test_boot.py"
+    assert [with_kvm in job.command for job in inside] == [True, False, False, True]
+    assert [counted in job.command for job in inside] == [True, True, False, True]
+    assert [linux in job.command for job in inside] == [True, False, True, True]
     reports = {word for job in todo for word in job.command if "junitxml" in word}
     assert len(reports) == len(todo)
 
@@ -182,8 +186,10 @@ def test_every_test_is_in_one_part_of_make_test(monkeypatch: pytest.MonkeyPatch)
 def test_a_series_that_debian_has_not_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     _offer(monkeypatch, "6.12")
     assert [job.name for job in test_all.jobs()[2:]] == [
-        "on the emulated host, Linux 6.12 on two processors: (kvm or elisa) and not counted",
+        "on the emulated host, Linux 6.12 on two processors: "
+        "(kvm or elisa) and not counted and not linux",
         "on the emulated host, Linux 6.12: counted",
+        "on the emulated host, Linux 6.12: linux",
         "on this host, with its KVM",
     ]
 
@@ -200,7 +206,7 @@ def test_reports_count_for_the_same_sources_only(
     directory.mkdir(parents=True)
     (directory / "checkout").write_text(test_all.checkout_key())
     assert test_all.reports() == []
-    names = ["host", "host-later", "6.1-two", "6.1-counted"]
+    names = ["host", "host-later", "6.1-two", "6.1-counted", "6.1-fast"]
     names += ["6.12-fast", "host-kvm"]
     for name in names:
         (directory / f"{name}.xml").touch()

@@ -53,6 +53,7 @@ def boot(directory: Path, *options: str, words: str, given: str = "") -> tuple[i
 
 
 @pytest.mark.kvm
+@pytest.mark.linux
 def test_it_boots_talks_and_ends(tmp_path: Path) -> None:
     """By PVH with two processors to power-off, or by the 64-bit protocol with one to a reset.
 
@@ -70,6 +71,7 @@ def test_it_boots_talks_and_ends(tmp_path: Path) -> None:
 
 
 @pytest.mark.kvm
+@pytest.mark.linux
 def test_a_panic_has_a_status_of_its_own(tmp_path: Path) -> None:
     """The first process ends, and no driver for pvpanic is there yet."""
     if not platform.release().startswith("6.1."):

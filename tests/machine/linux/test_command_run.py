@@ -31,6 +31,7 @@ exit 7
 
 
 @pytest.mark.kvm
+@pytest.mark.linux
 def test_a_command_runs_as_a_local_one() -> None:
     """Streams, directory, environment and status; what it writes is gone afterwards."""
     need_hardware("Linux guests")

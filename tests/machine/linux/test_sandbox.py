@@ -17,7 +17,7 @@ from tests.rigs.initramfs import initramfs
 from tests.rigs.needs import need_hardware
 from tests.rigs.waiting import wait_for
 
-pytestmark = pytest.mark.kvm
+pytestmark = [pytest.mark.kvm, pytest.mark.linux]
 
 KERNEL = Path("/boot") / f"vmlinuz-{platform.release()}"
 SECONDS = 500

@@ -11,7 +11,7 @@ import pytest
 from tests.rigs.initramfs import KERNEL, LINE, initramfs
 from tests.rigs.needs import need_hardware
 
-pytestmark = pytest.mark.kvm
+pytestmark = [pytest.mark.kvm, pytest.mark.linux]
 
 _BOOTS = """\
 import os, sys, threading, time
