@@ -150,8 +150,9 @@ class ControlServer(Closeable):
             result = handler(request)
         except PykvmError as error:
             return _refusal(error.problem, error.next_step)
-        except (KeyError, TypeError, ValueError) as error:
-            return _refusal(f"{command}: an argument is missing or wrong ({error})")
+        except Exception as error:  # whatever an argument of a wrong kind leads to
+            what = " ".join(f"{type(error).__name__} {error}".split())
+            return _refusal(f"{command}: an argument is missing or wrong ({what[:200]})")
         return result if isinstance(result, Stream) else {"result": result}
 
 

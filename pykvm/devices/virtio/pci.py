@@ -357,6 +357,10 @@ class VirtioPci(PciFunction, Closeable):
 
     def _start(self) -> None:
         self._started = True
+        split = not self._registers.driver_features & Feature.RING_PACKED
+        if split and any(queue.enabled and queue.size & queue.size - 1 for queue in self._queues):
+            self._fail("a split ring whose size is no power of 2")
+            return
         rings = [
             Ring(
                 index=number,

@@ -9,6 +9,9 @@ from tests.rigs.switch.fuzz.fuzzer import SwitchTarget
 
 __all__ = ["TARGETS"]
 
+# A long sequence takes its time in Python and reaches no more.
+_SEQUENCES: Final = ["-max_len=600"]
+
 _ALL: Final[list[Target]] = [
     SwitchTarget(),
     NativeTarget(
@@ -52,7 +55,23 @@ _ALL: Final[list[Target]] = [
         ],
     ),
     ScriptedTarget(
-        "pci", ["devices/pci/bus.py", "devices/pci/function.py", "devices/pci/ports.py"]
+        "pci",
+        ["devices/pci/bus.py", "devices/pci/function.py", "devices/pci/ports.py"],
+        options=_SEQUENCES,
+    ),
+    ScriptedTarget(
+        "virtio-pci",
+        ["devices/virtio/pci.py", "devices/virtio/pci_state.py", "devices/pci/msix.py"],
+        options=_SEQUENCES,
+    ),
+    ScriptedTarget("control", ["control/server.py"]),
+    ScriptedTarget(
+        "vhost-user",
+        [
+            "devices/virtio/vhost_user_connection.py",
+            "devices/virtio/vhost_user_messages.py",
+            "devices/virtio/vhost_user_watch.py",
+        ],
     ),
 ]
 

@@ -72,11 +72,18 @@ class Machine:
                 function, number = given.number() % 3, given.number()
                 bars = self.functions[function].bars
                 bar = bars[number % len(bars)]
-                return (bar.gpa or 0) + given.number(2) - 8
+                edge = bar.size if number & 0x80 else 0  # near its end, or its start
+                return (bar.gpa or 0) + edge + (given.number() >> (3 if edge else 0)) - 16
             case 2:
                 return ECAM + given.number(3) % (ECAM_SIZE + 16)
             case _:
                 return given.number(8) >> given.number() % 64
+
+    def read_port(self, port: int, size: int) -> int:
+        """Return what the guest reads."""
+        reply = self.ports.serve(Io(port, size, 1, is_write=False, data=b""))
+        assert len(reply) == size
+        return int.from_bytes(reply, "little")
 
     def check(self) -> None:
         """Check what must hold after every access."""
@@ -97,7 +104,7 @@ def _fixed(function: PciFunction) -> bytes:
     config[0x0C] = config[0x3C] = 0
     if isinstance(function, Function):
         config[0x46:0x48] = bytes(2)
-        config[0x59] &= 0x3F
+        config[0x5B] &= 0x3F
     return bytes(config)
 
 
@@ -109,20 +116,37 @@ def try_input(data: bytes) -> None:
         size = 1 << step // 4 % 4
         match step % 4:
             case 0:
-                gpa = machine.address(given)
-                found = machine.pci.read(gpa, size)
-                assert found is None or len(found) == size
-                assert found is not None or not 0 <= gpa - ECAM < ECAM_SIZE
+                _read(machine, machine.address(given), size)
             case 1:
                 gpa = machine.address(given)
                 served = machine.pci.write(gpa, given.take(size))
                 assert served or not 0 <= gpa - ECAM < ECAM_SIZE
             case 2:
-                port, size = 0xCF8 + given.number() % 8, min(size, 4)
-                reply = machine.ports.serve(Io(port, size, 1, is_write=False, data=b""))
-                assert len(reply) == size
+                _read_port(machine, 0xCF8 + given.number() % 8, min(size, 4))
             case _:
-                port, size = 0xCF8 + given.number() % 8, min(size, 4)
-                content = given.take(size)
-                machine.ports.serve(Io(port, size, 1, is_write=True, data=content))
+                port, content = 0xCF8 + given.number() % 8, given.take(min(size, 4))
+                machine.ports.serve(Io(port, len(content), 1, is_write=True, data=content))
         machine.check()
+
+
+def _read(machine: Machine, gpa: int, size: int) -> None:
+    found = machine.pci.read(gpa, size)
+    assert found is None or len(found) == size
+    if 0 <= gpa - ECAM < ECAM_SIZE:
+        assert found is not None
+        device, number = (gpa - ECAM) >> 15, (gpa - ECAM) >> 12 & 7
+        if number or device >= len(machine.functions):
+            assert found == b"\xff" * size, "a function that is not there"
+
+
+def _read_port(machine: Machine, port: int, size: int) -> None:
+    """Read a port: it is the address, or the same that ECAM has, or nothing."""
+    address = machine.read_port(0xCF8, 4)
+    assert not address & 0x7F00_0003
+    wanted = (1 << 8 * size) - 1
+    if port == 0xCF8 and size == 4:
+        wanted = address
+    elif port >= 0xCFC and port + size <= 0xD00 and address >> 31 and not address & 0xFF_0000:
+        place = (address & 0xFF00) << 4 | (address & 0xFC) + port - 0xCFC
+        wanted = int.from_bytes(machine.pci.read(ECAM + place, size) or b"", "little")
+    assert machine.read_port(port, size) == wanted

@@ -32,7 +32,7 @@ static size_t input_left;
 static struct serial *serial;
 static int output, interrupt;
 static uint8_t in[IN_SIZE], out[OUT_SIZE], said[OUT_SIZE];
-static size_t in_count, out_count, said_count; /* said: looped bytes are not */
+static size_t in_count, out_count, tail_from; /* of what was sent, the tail has what followed */
 static uint8_t ier, lcr, mcr, scr;
 static uint16_t divisor;
 static bool overrun, sent;
@@ -199,20 +199,59 @@ static void feed(void)
 
 static void look(void)
 {
-	size_t size = take(3) % (TAIL_SIZE + 100), kept = out_count < TAIL_SIZE ? out_count : TAIL_SIZE;
+	size_t size = take(3) % (TAIL_SIZE + 100), kept = out_count - tail_from;
 	char *data = malloc(size ? size : 1);
 	size_t found = serial_tail(serial, data, size);
 
+	kept = kept < TAIL_SIZE ? kept : TAIL_SIZE;
 	REQUIRE(found == (kept < size ? kept : size));
 	REQUIRE(!memcmp(data, out + out_count - found, found));
 	free(data);
 }
 
+/* A snapshot: a new port with the same state goes on in place of this one; its tail is empty. */
+static void move(void)
+{
+	struct serial_state state, again;
+	struct serial *other = serial_new(output, interrupt);
+
+	serial_save(serial, &state);
+	REQUIRE(!serial_restore(other, &state));
+	serial_save(other, &again);
+	REQUIRE(!memcmp(&state, &again, sizeof(state)));
+	REQUIRE(state.count == in_count && !memcmp(state.input, in, in_count));
+	check_interrupt(cause() != 1);
+	serial_free(serial);
+	serial = other;
+	tail_from = out_count;
+}
+
+/* A snapshot with any content is refused, or one that a guest can go on with. */
+static void move_any(void)
+{
+	struct serial_state state = { 0 };
+	struct serial *other = serial_new(-1, -1);
+	uint8_t value;
+	struct pykvm_access access = { .size = 1, .count = 1, .data = &value };
+
+	for (size_t i = 0; i < 24; i++)
+		((uint8_t *)&state)[i] = take(1);
+	if (!serial_restore(other, &state)) {
+		for (access.offset = 0; access.offset < SERIAL_PORTS; access.offset++)
+			serial_access(other, &access);
+		serial_save(other, &state);
+		REQUIRE(state.count <= SERIAL_INPUT);
+	}
+	serial_free(other);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
+	size_t said_count;
+
 	input = data;
 	input_left = size;
-	in_count = out_count = 0;
+	in_count = out_count = tail_from = 0;
 	ier = lcr = mcr = scr = 0;
 	divisor = 1;
 	overrun = sent = false;
@@ -231,7 +270,16 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 			feed();
 			break;
 		case 7:
-			look();
+			switch (take(1) % 4) {
+			case 0:
+				move();
+				break;
+			case 1:
+				move_any();
+				break;
+			default:
+				look();
+			}
 			break;
 		}
 	}
