@@ -18,6 +18,8 @@ SECONDS = 300
 CHAIN = "devices/virtio/chain.c"
 QUEUE = "devices/virtio/queue.c"
 BLOCK = "devices/virtio/block_request.c"
+NET = "devices/virtio/net.c"
+RECEIVE = "devices/virtio/net_receive.c"
 
 QUEUE_FAULTS = {
     "a descriptor behind the table": Plant(
@@ -132,13 +134,53 @@ BLOCK_FAULTS = {
     ),
 }
 
+NET_FAULTS = {
+    "held chains whose iovecs stay behind": Plant(
+        RECEIVE, "receiver->held[i].iov -= iovecs;", "receiver->held[i].iov -= 0;"
+    ),
+    "a frame larger than what is held": Plant(
+        RECEIVE,
+        "\tif (receiver->bytes < total)\n\t\treturn drop(receiver);\n\tscatter",
+        "\tscatter",
+    ),
+    "bytes that are held for ever": Plant(
+        RECEIVE, "\t\treceiver->bytes -= receiver->held[i].writable;\n", ""
+    ),
+    "chains that are not given back": Plant(
+        RECEIVE,
+        "\twhile (receiver->count)\n"
+        "\t\tvirtqueue_untake(receiver->queue, &receiver->held[--receiver->count]);\n",
+        "\treceiver->count = 0;\n",
+    ),
+    "a frame in part that is never finished": Plant(
+        RECEIVE, "\treceiver->total = 0;\n\tif (receiver->bytes", "\tif (receiver->bytes"
+    ),
+    "a stream's buffer that grows at each move": Plant(
+        RECEIVE, "\t\treceiver->end -= receiver->at;\n\t\tmemmove", "\t\tmemmove"
+    ),
+    "a frame that is too large for a stream": Plant(
+        NET, "chain->readable > NET_HEADER + most)", "chain->readable > NET_HEADER + 4 * most)"
+    ),
+    "a frame that is none": Plant(
+        NET, "readable < NET_HEADER + NET_ETHERNET", "readable < NET_HEADER"
+    ),
+    "a frame inside another": Plant(NET, "\tif (net->blocked)\n\t\treturn VIRTIO_NOT_NOW;\n", ""),
+    "the rest of a frame from its beginning": Plant(
+        NET, "net->out_at = (size_t)n;", "net->out_at = 0;"
+    ),
+}
+
 FAULTS = {
     f"{target}: {name}": (target, plant)
-    for target, faults in (("virtqueue", QUEUE_FAULTS), ("block", BLOCK_FAULTS))
+    for target, faults in (
+        ("virtqueue", QUEUE_FAULTS),
+        ("block", BLOCK_FAULTS),
+        ("net", NET_FAULTS),
+    )
     for name, plant in faults.items()
 }
 
-LEAST = {"virtqueue": (99, 96), "block": (99, 95)}
+LEAST = {"virtqueue": (99, 96), "block": (99, 95), "net": (93, 83)}
 """Percent of lines and branches that a corpus reaches: what is left is the host's errors."""
 
 
