@@ -18,6 +18,7 @@ SECONDS = 300
 CHAIN = "devices/virtio/chain.c"
 QUEUE = "devices/virtio/queue.c"
 BLOCK = "devices/virtio/block_request.c"
+BALLOON = "devices/virtio/balloon.c"
 NET = "devices/virtio/net.c"
 RECEIVE = "devices/virtio/net_receive.c"
 
@@ -170,17 +171,35 @@ NET_FAULTS = {
     ),
 }
 
+BALLOON_FAULTS = {
+    "memory that is shared with others": Plant(
+        BALLOON, "if (!is_ram(&balloon->ram, host, size))", "if (!host)"
+    ),
+    "a part of the first page": Plant(BALLOON, "-(uintptr_t)host & (PAGE - 1)", "0"),
+    "a part of the last page": Plant(BALLOON, "(size - before) & ~(PAGE - 1)", "size - before"),
+    "pages behind a list that goes down": Plant(
+        BALLOON, "\t\trun->host = host;\n\t\trun->size += PAGE;", "\t\trun->size += PAGE;"
+    ),
+    "more numbers than were read": Plant(
+        BALLOON, "sizeof(numbers)) / sizeof(numbers[0]);", "sizeof(numbers)) * 0 + there;"
+    ),
+    "a buffer for statistics that is kept": Plant(
+        BALLOON, "\tif (balloon->holds)\n\t\tvirtqueue_untake", "\tif (0)\n\t\tvirtqueue_untake"
+    ),
+}
+
 FAULTS = {
     f"{target}: {name}": (target, plant)
     for target, faults in (
         ("virtqueue", QUEUE_FAULTS),
         ("block", BLOCK_FAULTS),
         ("net", NET_FAULTS),
+        ("balloon", BALLOON_FAULTS),
     )
     for name, plant in faults.items()
 }
 
-LEAST = {"virtqueue": (99, 96), "block": (99, 95), "net": (93, 83)}
+LEAST = {"virtqueue": (99, 96), "block": (99, 95), "net": (93, 83), "balloon": (99, 87)}
 """Percent of lines and branches that a corpus reaches: what is left is the host's errors."""
 
 
