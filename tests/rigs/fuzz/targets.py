@@ -42,6 +42,26 @@ _ALL: Final[list[Target]] = [
             "-Dvirtio_chain_read=changing_chain_read",
         ],
     ),
+    NativeTarget(
+        "net",
+        ["devices/virtio/net.c", "devices/virtio/net_receive.c"],
+        beside=[
+            *(f"devices/virtio/{one}.c" for one in ("chain", "queue", "loop")),
+            "virtio_guest/guest.c",
+        ],
+        guide=["-DNET_STREAM_BUFFER=70000"],  # one that fills
+        link=["-pthread"],
+    ),
+    NativeTarget(
+        "balloon",
+        ["devices/virtio/balloon.c"],
+        beside=[
+            *(f"devices/virtio/{one}.c" for one in ("chain", "queue", "loop")),
+            "virtio_guest/guest.c",
+        ],
+        guide=["-Dmadvise=fake_madvise"],
+        link=["-pthread"],
+    ),
     NativeTarget("serial", ["devices/serial.c"], include=["kvm/native"]),
     ScriptedTarget(
         "kernel-files",
