@@ -25,6 +25,9 @@ KERNEL = Path("/boot") / f"vmlinuz-{platform.release()}"
 LINE = "console=ttyS0 quiet cryptomgr.notests panic=-1 -- poweroff"
 NUMBERS = {register.name: number for number, register in enumerate(REGISTERS)}
 KERNEL_HALF = 0xFFFF_8000_0000_0000
+ENTRY_AREA = (
+    0xFFFF_FE00_0000_0000  # Linux Documentation/x86/x86_64/mm.rst, "cpu_entry_area mapping"
+)
 PAGE_FAULT = 14
 
 
@@ -36,6 +39,10 @@ def handler(client: GdbClient, vector: int) -> int:
     """Return the address in a gate of the interrupt descriptor table (SDM vol. 3A, 6.14.1)."""
     gate = bytes.fromhex(client.ask(f"m{register(client, 'idt_base') + 16 * vector:x},10"))
     return int.from_bytes(gate[0:2] + gate[6:12], "little")
+
+
+def word(client: GdbClient, address: int) -> int:
+    return int.from_bytes(bytes.fromhex(client.ask(f"m{address:x},8")), "little")
 
 
 def stopped(answer: str, reason: str) -> str:
@@ -69,15 +76,16 @@ def test_a_kernel_that_boots_is_debugged(kvm: Kvm, tmp_path: Path) -> None:
 
 
 def debug(path: Path, machine: LinuxMachine) -> None:
-    # Early, in the boot processor's first code; then in the kernel proper.
-    address = 0
-    while address < KERNEL_HALF:
+    # Early, in the first code of all; then, when the kernel has its last descriptor table.
+    table = 0
+    while table != ENTRY_AREA:
         threading.Event().wait(1)
         with GdbClient(path) as client:
             assert client.ask("?").startswith("T05thread:")
             address = register(client, "rip")
             code = client.ask(f"m{address:x},8")
             assert len(code) == 16
+            table = register(client, "idt_base")
             assert client.ask("D") == "OK"
     with GdbClient(path) as client:
         assert "waits to be started" in client.ask("qXfer:threads:read::0,1000")
@@ -87,11 +95,15 @@ def debug(path: Path, machine: LinuxMachine) -> None:
         assert walk[0].endswith(": 4 levels")
         assert "-> GPA " in walk[-1]
         assert re.search(r"\[r.xs 2M WB\]$", walk[-1])  # not yet read-only, so early
-        client.socket.settimeout(300)  # until the first process touches its memory
-        assert client.ask(f"Z1,{fault:x},1") == "OK"
-        thread = stopped(client.ask("vCont;c"), "hwbreak:;")
-        assert register(client, "rip") == fault
-        assert client.ask(f"z1,{fault:x},1") == "OK"
+        client.socket.settimeout(300)
+        rip = 0
+        while rip == 0 or rip >= KERNEL_HALF:  # until the first process touches its memory
+            assert client.ask(f"Z1,{fault:x},1") == "OK"
+            thread = stopped(client.ask("vCont;c"), "hwbreak:;")
+            assert register(client, "rip") == fault
+            rip = word(client, register(client, "rsp") + 8)  # above the error code
+            assert client.ask(f"z1,{fault:x},1") == "OK"
+            assert client.ask(f"vCont;s:{thread}") == f"T05thread:{thread};"
         seen = set()
         for _ in range(10):
             assert client.ask(f"vCont;s:{thread}") == f"T05thread:{thread};"
