@@ -350,7 +350,7 @@ def test_a_device_has_no_time() -> None:
     """It is opened by many; a block device's node does not tell when its contents changed."""
     disk = SavedDisk.of("null", Path("/dev/null"))
     assert disk.size == 0
-    for device in Path("/dev").glob("*"):
+    for device in Path("/dev").glob("loop[0-9]*"):
         with contextlib.suppress(OSError):
             if device.is_block_device():
                 assert SavedDisk.of("a block device", device).modified is None
