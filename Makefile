@@ -19,11 +19,12 @@ SOURCES := setup.py $(wildcard $(foreach folder,pykvm/* pykvm/kvm/native pykvm/d
 	guest/*/*.[ch] kernel-patches/files/include/uapi/linux/*.h)
 SOURCES := $(filter-out $(GENERATED),$(SOURCES))
 
-.PHONY: help verify-gate setup demo test selftests lint bench fuzz clean attacks fresh environment docs
+.PHONY: help verify-gate setup demo demo-linux test selftests lint bench fuzz clean attacks fresh environment docs
 
 help:
 	@echo "make setup   install what is missing (Debian packages, $(VENV), C extensions)"
 	@echo "make demo    send real packets between two guests: VMFUNC beside VMCALL and direct"
+	@echo "make demo-linux  let two Linux guests use each other over virtio-net"
 	@echo "make test    run every test, on this host and on the emulated Intel host (two kernels)"
 	@echo "make attacks try every row of docs/threats.md, and its controls"
 	@echo "make lint    check style and types"
@@ -70,6 +71,9 @@ $(VENV)/.extensions: $(VENV)/.installed $(SOURCES)
 
 demo: setup
 	$(VENV)/bin/pykvm demo
+
+demo-linux: setup
+	$(VENV)/bin/pykvm demo-linux
 
 # As many parts at a time as there are processors; their outputs follow one another.
 test: setup

@@ -121,3 +121,9 @@ def test_what_needs_weakened_modules_runs_only_if_named(tmp_path: Path) -> None:
     named = _pytest(tmp_path, WEAKENED, "unit", "-m", "weakened", "-v").stdout
     assert "1 passed, 1 deselected" in named
     assert "test_of_weakened_modules PASSED" in named
+
+
+def test_emulated_hosts_leave_native_tests_out(tmp_path: Path) -> None:
+    sample = SAMPLE + "\n@pytest.mark.unit\n@pytest.mark.native\ndef test_native():\n    assert 0\n"
+    done = _pytest(tmp_path, sample)
+    assert "1 passed, 2 skipped, 1 deselected" in done.stdout

@@ -11,6 +11,7 @@ packages="
 	gcc libc6-dev libelf-dev make patch clang llvm
 	git tar xz-utils lz4 zstd cpio kmod e2fsprogs util-linux acpica-tools
 	bochs bochsbios vgabios xorriso
+	qemu-utils passt dnsmasq-base gdb
 "
 
 missing() {
@@ -30,6 +31,15 @@ sanitizers() {
 	apt-cache depends clang | sed -n 's/^ *Depends: clang-\([0-9]*\)$/libclang-rt-\1-dev/p'
 }
 
+# The server of a guest's root file system has a package of its own since Debian 13.
+file_server() {
+	if apt-cache show virtiofsd >/dev/null 2>&1; then
+		echo virtiofsd
+	else
+		echo qemu-system-common
+	fi
+}
+
 if ! command -v apt-get >/dev/null; then
 	echo "setup: no apt-get here; use Debian 12 or 13" >&2
 	exit 1
@@ -38,7 +48,7 @@ if [ -n "$(missing $packages)" ]; then
 	echo "setup: reading the package lists"
 	as_root apt-get -q update
 fi
-wanted=$(missing $packages $(sanitizers))
+wanted=$(missing $packages $(sanitizers) $(file_server))
 if [ -n "$wanted" ]; then
 	echo "setup: installing Debian packages:" $wanted
 	as_root env DEBIAN_FRONTEND=noninteractive \

@@ -11,9 +11,8 @@ from pykvm.errors import PykvmError
 __all__ = ["add_parser", "run"]
 
 _EPILOG = """\
-The machine stands while GDB is connected. Without --print, GDB is started; give it the kernel's
-symbols behind --:
-  pykvm gdb vm1 -- /usr/lib/debug/boot/vmlinux-6.1.0-56-cloud-amd64
+The machine stands while GDB is connected. Without --print, GDB is started; what is behind -- are
+its own arguments, such as the file with the kernel's symbols.
 """
 
 

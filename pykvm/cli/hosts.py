@@ -14,7 +14,7 @@ from pykvm.host.emulation import counts_exactly, is_emulated
 from pykvm.kvm import Kvm, KvmError
 from pykvm.measure.records import read_record, require_writable, write_record
 
-__all__ = ["InsideFailedError", "on_suitable_host", "ticks_scale"]
+__all__ = ["InsideFailedError", "can_run_here", "can_run_linux", "on_suitable_host", "ticks_scale"]
 
 _RECORD: Final = Path("build") / "record.json"  # files below build/ are copied back
 
@@ -30,6 +30,15 @@ def can_run_here() -> bool:
             return calls.version(kvm) > 0
     except KvmError:
         return False
+
+
+def can_run_linux() -> bool:
+    """Return whether this machine's KVM runs guests on the processor, not in software."""
+    try:
+        Kvm().close()
+    except KvmError:
+        return False
+    return any(Path("/sys/module", name).exists() for name in ("kvm_intel", "kvm_amd"))
 
 
 def ticks_scale(kvm: Kvm) -> float:
@@ -50,6 +59,7 @@ def on_suitable_host(
     files: Mapping[str, bytes],
     out: Path,
     memory: int | None = None,
+    here: Callable[[], bool] = can_run_here,
 ) -> dict[str, Any]:
     """Measure on this machine or on the emulated host; write the record and return it.
 
@@ -60,6 +70,7 @@ def on_suitable_host(
         files: contents of the files to carry in, by the option that names the file.
         out: file of the record.
         memory: MiB of memory of the emulated host, if not the usual ones.
+        here: tells whether this machine can measure.
 
     Raises:
         InsideFailedError: the command failed on the emulated host.
@@ -71,13 +82,12 @@ def on_suitable_host(
         raise PykvmError(
             "this emulated host does not count every instruction", "leave out --fast and --cpu"
         )
-    if is_emulated() or can_run_here():
+    if is_emulated() or here():
         record = measure()
         write_record(out, record)
         return record
     print(
-        f"this machine cannot switch EPTs with the patched KVM (see: {program()} doctor): "
-        "running on the emulated Intel host",
+        f"this machine cannot do it (see: {program()} doctor): running on the emulated Intel host",
         flush=True,
     )
     return _measure_inside(arguments, files, out, memory)

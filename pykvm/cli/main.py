@@ -20,8 +20,9 @@ __all__ = ["main"]
 
 # Each has a module in this package, whose docstring's first line is printed by --help.
 SUBCOMMANDS = (
-    *("doctor", "demo", "run", "ps", "console", "pause", "resume", "stop", "snapshot", "restore"),
-    *("report", "walk", "gdb", "bench", "kernel", "testbed", "verify-gate", "cache"),
+    *("doctor", "demo", "demo-linux", "run", "ps", "console", "pause", "resume", "stop"),
+    *("snapshot", "restore", "report", "walk", "gdb"),
+    *("bench", "kernel", "testbed", "verify-gate", "cache"),
 )
 
 

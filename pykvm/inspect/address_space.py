@@ -8,9 +8,11 @@ from typing import Final
 
 from pykvm.errors import PykvmError
 from pykvm.inspect.paging_mode import paging_levels
-from pykvm.kvm import KvmError, Vcpu
+from pykvm.kvm import KvmError, Struct, Vcpu
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.memory.regions import AddressError
+from pykvm.paging.entries import X86Entry
+from pykvm.paging.walk import walk
 from pykvm.sizes import PAGE_SIZE
 
 __all__ = ["AddressSpace", "NoMemoryError"]
@@ -37,23 +39,28 @@ class AddressSpace:
     def physical(self, address: int) -> int | None:
         """Return the GPA of a virtual address, or None where nothing is mapped."""
         try:
-            # KVM looks at the bits that the tables use, and at no others.
-            if not self._is_canonical(address):
-                return None
-            found = self._vcpu.translate_gva(address)
-        except KvmError:
+            if self._levels < 4:
+                found = self._vcpu.translate_gva(address)
+                return None if found is None else found.physical
+            # KVM_TRANSLATE asks as the kernel does: it refuses a user's pages where SMAP is on.
+            return walk(self._cr3, address, X86Entry, self._table, levels=self._levels).target
+        except (KvmError, AddressError):
             return None
-        return None if found is None else found.physical
 
-    def _is_canonical(self, address: int) -> bool:
-        high = address >> (self._bits - 1)
-        return self._bits == 64 or high in (0, (1 << (65 - self._bits)) - 1)
+    def _table(self, gpa: int) -> memoryview:
+        return self._memory.view(gpa, PAGE_SIZE).cast("Q")
 
     @cached_property
-    def _bits(self) -> int:
-        """Bits of virtual addresses (SDM vol. 1, 3.3.7.1)."""
-        levels = paging_levels(self._vcpu.get_sregs())
-        return 12 + 9 * levels if levels >= 4 else 64
+    def _levels(self) -> int:
+        return paging_levels(self._sregs)
+
+    @cached_property
+    def _cr3(self) -> int:
+        return int(self._sregs.cr3)
+
+    @cached_property
+    def _sregs(self) -> Struct:
+        return self._vcpu.get_sregs()
 
     def read(self, address: int, size: int) -> bytes:
         """Return bytes from `address` on, up to the first that is not mapped to memory."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pykvm.errors import PykvmError
+from pykvm.inspect.address_space import AddressSpace
 from pykvm.inspect.machine import Machine
 from pykvm.inspect.walk import describe_walk
 from pykvm.kvm import CapabilityMissingError, MpState, Vcpu
@@ -55,7 +56,9 @@ def report(machine: Machine) -> str:
 
 
 def _report(machine: Machine, vcpu: Vcpu) -> str:
-    text = describe(vcpu, vcpu.id, state(vcpu), vcpu.last_exits(), vcpu.vm.read_physical)
+    translate = AddressSpace(vcpu, machine.memory).physical
+    past, read = vcpu.last_exits(), vcpu.vm.read_physical
+    text = describe(vcpu, vcpu.id, state(vcpu), past, read, translate)
     return f"{text}\npage walk of the instruction:\n{_walk_of_rip(machine, vcpu)}"
 
 

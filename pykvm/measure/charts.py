@@ -19,6 +19,7 @@ __all__ = [
     "draw_crossing",
     "draw_demo",
     "draw_interrupts",
+    "draw_linux_pair",
     "draw_protections",
     "draw_switch",
 ]
@@ -138,6 +139,17 @@ def draw_demo(record: dict[str, Any], stem: Path) -> list[Path]:
         "One packet of the capture, sender's side",
         unit,
     )
+    _caption(figure, record)
+    return _save(figure, stem)
+
+
+def draw_linux_pair(record: dict[str, Any], stem: Path) -> list[Path]:
+    """Draw what each request between two Linux guests costs; return the files written."""
+    kinds = record["kinds"]
+    figure = _figure(7.2, 2.6)
+    axes = figure.subplots()
+    costs = [found["cost"] for found in kinds.values()]
+    _bars(axes, list(kinds), costs, f"Two Linux guests, by {record['data_plane']}", record["unit"])
     _caption(figure, record)
     return _save(figure, stem)
 

@@ -108,11 +108,14 @@ def _leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
     # Some tests need modules without a defence, others a processor with rare features, or several.
     # Ordinary runs have none of these, so nothing is missing there. A run that selects the mark
     # requires them. Tests that count run on the emulated host that counts exactly.
+    emulated = is_emulated()
     named = config.getoption("markexpr")
     left_out = []
     for item in items:
-        uncounted = is_emulated() and not counts_exactly() and item.get_closest_marker("counted")
-        if uncounted or (item.get_closest_marker("weakened") and "weakened" not in named):
+        uncounted = emulated and not counts_exactly() and item.get_closest_marker("counted")
+        elsewhere = emulated and item.get_closest_marker("native")
+        weakened = item.get_closest_marker("weakened") and "weakened" not in named
+        if uncounted or elsewhere or weakened:
             left_out.append(item)
         elif lacking := _lacking(item):
             mark, reason = lacking

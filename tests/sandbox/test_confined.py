@@ -335,7 +335,10 @@ def test_modules_are_imported_later() -> None:
         "names = [one.name for one in pkgutil.walk_packages(pykvm.__path__, 'pykvm.')]\n"
         "for name in names:\n"
         "    if not name.rpartition('.')[2].startswith(('build_', '__main__')):\n"
-        "        importlib.import_module(name)\n"
+        "        try:\n"
+        "            importlib.import_module(name)\n"
+        "        except ModuleNotFoundError as error:  # of an extra\n"
+        "            assert not error.name.startswith('pykvm')\n"
         "print(len(names), version(), hashlib.sha256(b'').hexdigest()[:8])\n"
     )
     assert done.returncode == 0, done.stderr

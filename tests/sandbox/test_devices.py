@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,17 @@ import pytest
 from pykvm.devices.virtio.backend_process import BackendMissingError
 from pykvm.devices.virtio.block import Block, DiskFile
 from pykvm.devices.virtio.fs import VirtioFs, find_virtiofsd
+from pykvm.devices.virtio.net import Net
 from pykvm.devices.virtio.storage_daemon import StorageDaemonDisk
 from pykvm.memory.guest_memory import GuestMemory
+from pykvm.network.mac_address import mac_address
+from pykvm.network.tap import Tap
 from pykvm.sandbox import Confinement, enter
 from pykvm.sizes import MIB
 from tests.rigs.confined import in_child
 from tests.rigs.fuse_session import FuseSession
+from tests.rigs.net_driver import TRANSMIT, NetDriver
+from tests.rigs.network_namespace import NetworkNamespace, need_tun
 from tests.rigs.virtio_disk import DISCARD, OK, DiskDriver
 from tests.rigs.virtio_driver import RING_FEATURES, VirtioDriver
 
@@ -101,3 +107,36 @@ def test_a_storage_daemon(tmp_path: Path) -> None:
 
     assert in_child(body) == OK
     assert path.read_bytes()[5 * 512 :].startswith(b"daemon")
+
+
+def test_a_tap() -> None:
+    """What its features allow is set when the guest's driver starts, without a capability."""
+    need_tun()
+    namespace = NetworkNamespace()
+
+    def body() -> list[int]:
+        # The kernel sends nothing of its own then.
+        Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text("1")
+        with (
+            NetDriver(RING_FEATURES[0], size=128, buffer=2048) as driver,
+            Net(driver.memory, Tap("t0", bridge="none"), mac_address("guest")) as device,
+            socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as wire,
+        ):
+            wire.bind(("t0", 0x88B5))
+            wire.settimeout(20)
+            enter(Confinement())
+            driver.start(device)
+            driver.offer()
+            frame = b"\xff" * 6 + b"\2\0\0\0\0\1" + b"\x88\xb5" + bytes(1000)
+            wire.send(frame)
+            [(_, received)] = driver.received(1)
+            driver.completed(TRANSMIT, 0)
+            assert driver.send(frame)
+            sizes = [len(frame), len(received), len(wire.recv(4096))]
+            driver.stop(device)
+        return sizes
+
+    with namespace.entered():
+        assert in_child(body) == [1014] * 3
+    assert set(namespace.interfaces()) == {"lo"}
+    namespace.close()

@@ -69,8 +69,8 @@ static int64_t inflate(struct virtio_device *device, struct virtio_loop *loop, u
 {
 	struct balloon *balloon = (struct balloon *)device;
 	uint32_t numbers[NUMBERS];
-	size_t n = virtio_chain_read(chain, 0, numbers, sizeof(numbers)) / sizeof(numbers[0]);
 	uint64_t given = 0, there = chain->readable / sizeof(numbers[0]);
+	size_t n = virtio_chain_read(chain, 0, numbers, sizeof(numbers)) / sizeof(numbers[0]);
 	struct run run = { 0 };
 
 	(void)loop, (void)index;

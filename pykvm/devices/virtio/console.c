@@ -100,17 +100,26 @@ static void nudged(struct virtio_device *device, struct virtio_loop *loop)
 	console_send_control(console, loop);
 }
 
+/* Whether a queue has not been used: its driver is a new one. */
+static bool is_fresh(const struct virtqueue *queue)
+{
+	return !queue || (!queue->next && !queue->used);
+}
+
 static void begin(struct virtio_device *device, struct virtio_loop *loop)
 {
 	struct console *console = (struct console *)device;
-	struct virtqueue *control = virtio_loop_queue(loop, CONTROL_TX);
 
 	console->told_size = __atomic_load_n(&console->size, __ATOMIC_ACQUIRE);
 	if (!console_is_multiport(console)) {
 		console_forget_driver(console);
 		console_change(&console->ports[0], CONSOLE_CLOSED, CONSOLE_OPENED);
-	} else if (!control || (!control->next && !control->used)) {
-		console_forget_driver(console);	/* it has said nothing yet: a new one */
+	} else if (is_fresh(virtio_loop_queue(loop, CONTROL_TX))) {
+		console_forget_driver(console);
+	}
+	for (uint32_t number = 0; number < console->count; number++) {
+		if (is_fresh(virtio_loop_queue(loop, TX_OF(number))))
+			console->ports[number].done = 0;
 	}
 }
 

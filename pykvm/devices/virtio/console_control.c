@@ -78,7 +78,6 @@ void console_forget_driver(struct console *console)
 
 		port->pending = 0;
 		port->closing = false;
-		port->done = 0;
 		console_change(port, CONSOLE_OPENED, 0);
 	}
 }

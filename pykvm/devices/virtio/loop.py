@@ -90,7 +90,8 @@ class NativeDevice(Device):
         held = self._device, table  # a loop that nobody stops outlives neither
 
         def free(raw: Any, _held: Any = held) -> None:
-            lib.virtio_loop_free(raw)
+            if not table.inherited:  # a forked process has no thread that could be stopped
+                lib.virtio_loop_free(raw)
 
         loop = ffi.gc(raw, free)
         for ring in rings:
@@ -103,9 +104,11 @@ class NativeDevice(Device):
             self._rings = [ring.index for ring in rings]
 
     def stop(self) -> dict[int, int]:
+        if self.inherited:  # neither the thread nor who may hold the lock is in this process
+            self._loop, self._lock = None, threading.Lock()
         with self._lock:
             loop, self._loop = self._loop, None
-            if loop is None or self.inherited:
+            if loop is None:
                 return {}
             lib.virtio_loop_stop(loop)
             bases = {index: int(lib.virtio_loop_base(loop, index)) for index in self._rings}

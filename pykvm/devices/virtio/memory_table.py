@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from pykvm.closeable import ForkAware
 from pykvm.devices.virtio._virtio import ffi
 from pykvm.memory.guest_memory import GuestMemory
 
 __all__ = ["MemoryTable"]
 
 
-class MemoryTable:
+class MemoryTable(ForkAware):
     """A `struct virtio_memory` of all regions that a guest has now.
 
     What is added to the memory later is not in it. While a queue uses the table, no region may be

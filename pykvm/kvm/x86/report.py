@@ -17,6 +17,9 @@ __all__ = ["describe", "linear_address"]
 ReadPhysical = Callable[[int, int], bytes]
 """Returns bytes of guest memory at a GPA, as many as asked for or fewer."""
 
+Translate = Callable[[int], int | None]
+"""Returns the GPA of a linear address, or None."""
+
 _ROWS = (
     ("rax", "rbx", "rcx", "rdx"),
     ("rsi", "rdi", "rsp", "rbp"),
@@ -30,7 +33,12 @@ _CR0_PE, _CR0_PG, _EFER_LMA = 1 << 0, 1 << 31, 1 << 10
 
 
 def describe(
-    vcpu: X86Vcpu, vcpu_id: int, found: object, past: Iterable[object], read_physical: ReadPhysical
+    vcpu: X86Vcpu,
+    vcpu_id: int,
+    found: object,
+    past: Iterable[object],
+    read_physical: ReadPhysical,
+    translate: Translate | None = None,
 ) -> str:
     """Return the report, several lines. A part that cannot be read says so instead of raising.
 
@@ -40,12 +48,16 @@ def describe(
         found: the exit, or other news of the vCPU, for the first line.
         past: the last exits, oldest first.
         read_physical: reads guest memory.
+        translate: finds the instruction; by default KVM_TRANSLATE, which finds no user's page of a
+            guest with SMAP.
     """
     lines = [f"vcpu {vcpu_id}: {found}"]
     try:
         regs, sregs = vcpu.get_regs(), vcpu.get_sregs()
         lines += _registers(regs, sregs)
-        lines.append(_instruction(vcpu, regs, sregs, read_physical))
+        linear = linear_address(regs, sregs)
+        where = (translate or _translation(vcpu))(linear)
+        lines.append(_instruction(linear, where, read_physical))
     except KvmError as error:
         lines.append(f"no registers: {error}")
     lines.append("last exits, oldest first:")
@@ -94,13 +106,19 @@ def linear_address(regs: Struct, sregs: Struct) -> int:
     return int(sregs.cs.base + regs.rip) & 0xFFFFFFFF
 
 
-def _instruction(vcpu: X86Vcpu, regs: Struct, sregs: Struct, read_physical: ReadPhysical) -> str:
+def _translation(vcpu: X86Vcpu) -> Translate:
+    def translate(address: int) -> int | None:
+        found = vcpu.translate_gva(address)
+        return None if found is None else found.physical
+
+    return translate
+
+
+def _instruction(linear: int, where: int | None, read_physical: ReadPhysical) -> str:
     """The bytes at RIP, read through the guest's page tables and the default EPT."""
-    linear = linear_address(regs, sregs)
-    where = vcpu.translate_gva(linear)
     if where is None:
         return f"instruction at {linear:#x}: not mapped by the guest"
-    code = read_physical(where.physical, 15)
+    code = read_physical(where, 15)
     if not code:
-        return f"instruction at {linear:#x} (GPA {where.physical:#x}): no memory there"
-    return f"instruction at {linear:#x} (GPA {where.physical:#x}): {code.hex(' ')}"
+        return f"instruction at {linear:#x} (GPA {where:#x}): no memory there"
+    return f"instruction at {linear:#x} (GPA {where:#x}): {code.hex(' ')}"

@@ -380,3 +380,19 @@ def test_names_and_numbers_of_ports(memory: GuestMemory) -> None:
     console.close()
     assert console.state(30) == PortState(0)
     console.resize(1, 1)
+
+
+def test_a_driver_that_says_hello_again(plain: Pipes) -> None:
+    """What is half out of a buffer is not written twice (found by fuzzing)."""
+    driver = plain.driver
+    driver.begin()
+    driver.control(2, virtio_console.OPEN, 1)
+    text = b"".join(b"%07d\n" % n for n in range(20_000))
+    tx = driver.rx(2) + 1
+    assert driver.submit(tx, [text])
+    driver.kick(tx)
+    got = _read(plain.output[0], 20_000)
+    driver.control(0, virtio_console.READY, 1)
+    got += _read(plain.output[0], len(text) - len(got))
+    driver.write(2, b"end")
+    assert got + _read(plain.output[0], 3) == text + b"end"

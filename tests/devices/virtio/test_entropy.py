@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import threading
 import time
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from pykvm.closeable import ForkedProcessError
 from pykvm.devices.virtio.device import NO_CALL, Feature
 from pykvm.devices.virtio.entropy import Entropy
 from pykvm.devices.virtio.loop import RingError
 from pykvm.sizes import KIB, MIB
+from tests.rigs.forks import in_fork
 from tests.rigs.virtio_driver import RING_FEATURES, VirtioDriver
 from tests.rigs.virtio_rings import Buffer, SplitQueue
 from tests.rigs.waiting import wait_for
@@ -168,6 +171,21 @@ def test_a_driver_that_never_ends_does_not_hold_up_a_stop() -> None:
         device.close()
         assert ring.words[ring.used + 1] > 100
         assert took < 2
+
+
+def test_a_forked_process(driver: VirtioDriver, device: Entropy) -> None:
+    """It has none of the threads, can let go of the device, and its parent notices nothing."""
+    driver.start(device)
+
+    def child() -> None:
+        assert device.stop() == {}
+        with pytest.raises(ForkedProcessError):
+            driver.start(device)
+        device.close()
+        gc.collect()
+
+    in_fork(child)
+    assert driver.request(0, writable=[16]).written == 16
 
 
 def test_closing_leaves_nothing(driver: VirtioDriver) -> None:

@@ -17,7 +17,13 @@ SECONDS = 300
 
 CHAIN = "devices/virtio/chain.c"
 QUEUE = "devices/virtio/queue.c"
+CONSOLE = "devices/virtio/console.c"
+CONTROL = "devices/virtio/console_control.c"
+OUTPUT = "devices/virtio/console_output.c"
 BLOCK = "devices/virtio/block_request.c"
+BALLOON = "devices/virtio/balloon.c"
+NET = "devices/virtio/net.c"
+RECEIVE = "devices/virtio/net_receive.c"
 
 QUEUE_FAULTS = {
     "a descriptor behind the table": Plant(
@@ -132,13 +138,117 @@ BLOCK_FAULTS = {
     ),
 }
 
+CONSOLE_FAULTS = {
+    "a port that does not exist": Plant(
+        CONTROL, "message.port >= console->count", "message.port > console->count"
+    ),
+    "the end of an input that goes on": Plant(
+        CONSOLE,
+        "if (n < 0 && (errno == EAGAIN || errno == EINTR))",
+        "if (n < 0 && errno == EINTR)",
+    ),
+    "input for a port that is not open": Plant(
+        CONSOLE, "port->is.input >= 0 && port->state & CONSOLE_OPENED", "port->is.input >= 0"
+    ),
+    "a short write": Plant(OUTPUT, "port->done += (uint64_t)out;", "port->done = chain->readable;"),
+    "bytes written twice": Plant(
+        OUTPUT,
+        "if (out == 0)\n\t\t\treturn false;",
+        "if (out == 0) {\n\t\t\tport->done = 0;\n\t\t\treturn false;\n\t\t}",
+    ),
+    "later bytes before earlier ones": Plant(
+        OUTPUT, "if (!write_kept(loop, port)) {", "if (0 && !write_kept(loop, port)) {"
+    ),
+    "output that is forgotten by a stop": Plant(
+        OUTPUT, "port->kept_size += virtio_chain_read(", "(void)virtio_chain_read("
+    ),
+    "a buffer that is lost while there is no input": Plant(
+        CONSOLE,
+        "\t\t\tvirtqueue_untake(queue, &chain);\n\t\t\tif (n < 0",
+        "\t\t\tif (n < 0",
+    ),
+    "a waiting reader that is forgotten": Plant(
+        CONSOLE, "\t\t\tport->output_waits = false;\n", "\t\t\tport->closing = false;\n"
+    ),
+    "bytes repeated when the driver says hello": Plant(
+        CONTROL,
+        "\t\tport->closing = false;\n\t\tconsole_change(port, CONSOLE_OPENED, 0);\n",
+        "\t\tport->done = 0;\n\t\tconsole_change(port, CONSOLE_OPENED, 0);\n",
+    ),
+}
+
+NET_FAULTS = {
+    "held chains whose iovecs stay behind": Plant(
+        RECEIVE, "receiver->held[i].iov -= iovecs;", "receiver->held[i].iov -= 0;"
+    ),
+    "a frame larger than what is held": Plant(
+        RECEIVE,
+        "\tif (receiver->bytes < total)\n\t\treturn drop(receiver);\n\tscatter",
+        "\tscatter",
+    ),
+    "bytes that are held for ever": Plant(
+        RECEIVE, "\t\treceiver->bytes -= receiver->held[i].writable;\n", ""
+    ),
+    "chains that are not given back": Plant(
+        RECEIVE,
+        "\twhile (receiver->count)\n"
+        "\t\tvirtqueue_untake(receiver->queue, &receiver->held[--receiver->count]);\n",
+        "\treceiver->count = 0;\n",
+    ),
+    "a frame in part that is never finished": Plant(
+        RECEIVE, "\treceiver->total = 0;\n\tif (receiver->bytes", "\tif (receiver->bytes"
+    ),
+    "a stream's buffer that grows at each move": Plant(
+        RECEIVE, "\t\treceiver->end -= receiver->at;\n\t\tmemmove", "\t\tmemmove"
+    ),
+    "a frame that is too large for a stream": Plant(
+        NET, "chain->readable > NET_HEADER + most)", "chain->readable > NET_HEADER + 4 * most)"
+    ),
+    "a frame that is none": Plant(
+        NET, "readable < NET_HEADER + NET_ETHERNET", "readable < NET_HEADER"
+    ),
+    "a frame inside another": Plant(NET, "\tif (net->blocked)\n\t\treturn VIRTIO_NOT_NOW;\n", ""),
+    "the rest of a frame from its beginning": Plant(
+        NET, "net->out_at = (size_t)n;", "net->out_at = 0;"
+    ),
+}
+
+BALLOON_FAULTS = {
+    "memory that is shared with others": Plant(
+        BALLOON, "if (!is_ram(&balloon->ram, host, size))", "if (!host)"
+    ),
+    "a part of the first page": Plant(BALLOON, "-(uintptr_t)host & (PAGE - 1)", "0"),
+    "a part of the last page": Plant(BALLOON, "(size - before) & ~(PAGE - 1)", "size - before"),
+    "pages behind a list that goes down": Plant(
+        BALLOON, "\t\trun->host = host;\n\t\trun->size += PAGE;", "\t\trun->size += PAGE;"
+    ),
+    "more numbers than were read": Plant(
+        BALLOON, "sizeof(numbers)) / sizeof(numbers[0]);", "sizeof(numbers)) * 0 + there;"
+    ),
+    "a buffer for statistics that is kept": Plant(
+        BALLOON, "\tif (balloon->holds)\n\t\tvirtqueue_untake", "\tif (0)\n\t\tvirtqueue_untake"
+    ),
+}
+
 FAULTS = {
     f"{target}: {name}": (target, plant)
-    for target, faults in (("virtqueue", QUEUE_FAULTS), ("block", BLOCK_FAULTS))
+    for target, faults in (
+        ("virtqueue", QUEUE_FAULTS),
+        ("block", BLOCK_FAULTS),
+        ("console", CONSOLE_FAULTS),
+        ("net", NET_FAULTS),
+        ("balloon", BALLOON_FAULTS),
+    )
     for name, plant in faults.items()
 }
 
-LEAST = {"virtqueue": (99, 96), "block": (99, 95)}
+LEAST = {
+    "virtqueue": (99, 96),
+    "block": (99, 95),
+    "console": (95, 88),
+    "net": (93, 83),
+    "balloon": (99, 87),
+}
 """Percent of lines and branches that a corpus reaches: what is left is the host's errors."""
 
 

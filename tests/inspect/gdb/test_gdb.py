@@ -13,6 +13,7 @@ from tests.rigs.waiting import wait_for
 
 pytestmark = [
     pytest.mark.kvm,
+    pytest.mark.native,
     pytest.mark.skipif(shutil.which("gdb") is None, reason="no gdb on this machine"),
 ]
 

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pykvm.host.emulation import is_emulated
 from pykvm.inspect.gdb.packets import encode
 from pykvm.inspect.gdb.server import GdbServer, GdbServerError
 from pykvm.kvm import Kvm, UnexpectedExitError
@@ -23,7 +22,7 @@ from tests.rigs.waiting import wait_for
 pytestmark = pytest.mark.kvm
 
 COUNT = address_of("count")
-EXAMPLES = int(os.environ.get("PYKVM_GDB_EXAMPLES", "3" if is_emulated() else "50"))
+EXAMPLES = int(os.environ.get("PYKVM_GDB_EXAMPLES", "50"))
 
 
 def connect(path: Path) -> socket.socket:
@@ -190,6 +189,7 @@ PACKETS = st.tuples(NAMES, st.lists(ARGUMENTS, max_size=4)).map(
 STREAMS = st.lists(st.one_of(PACKETS, st.sampled_from([b"\x03", b"+", b"-"]), st.binary()))
 
 
+@pytest.mark.native
 @settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.too_slow])
 @given(pieces=STREAMS)
 def test_rubbish_harms_nothing(

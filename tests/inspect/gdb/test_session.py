@@ -367,3 +367,23 @@ def test_monitor_commands(client: GdbClient) -> None:
     assert "is no address" in client.monitor("walk x")
     assert client.ask("qRcmd,0") == "E16"
     assert "monitor" in client.monitor("\x00\xff" * 500)
+
+
+def test_a_step_over_output(new_machine: NewMachine, tmp_path: Path) -> None:
+    """The access is served once, and the step ends behind it."""
+    need_hardware("step that ends at an access which user space serves")
+    machine = new_machine(entry="printing")
+    wait_for(lambda: machine.output)
+    path = tmp_path / "printing"
+    with GdbServer.on_unix_socket(machine, path), GdbClient(path) as client:
+        out, behind = address_of("printing") + 2, address_of("printing") + 4
+        assert client.ask("m" + f"{out:x},2") == "e610"
+        assert client.ask(f"Z1,{out:x},1") == "OK"
+        assert client.ask("vCont;c") == "T05thread:1;hwbreak:;"
+        assert client.ask(f"z1,{out:x},1") == "OK"
+        before = len(machine.output)
+        while register(client, "rip") != behind:  # Bochs traps once more, before it
+            assert client.ask("vCont;s:1") == "T05thread:1;"
+            assert register(client, "rip") in (out, behind)
+        assert len(machine.output) == before + 1
+        assert machine.output[-1] == register(client, "rbx") & 0xFF

@@ -2,8 +2,11 @@
 
 import os
 import platform
+import pty
+import select
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -55,3 +58,39 @@ def test_a_command_runs_as_a_local_one() -> None:
     assert done.stderr == "xx_YY\n"
     assert done.returncode == 7
     assert inside.read_text() == "unchanged\n"
+
+
+@pytest.mark.kvm
+@pytest.mark.linux
+def test_a_shell_on_a_terminal() -> None:
+    """Keys reach the guest, the terminal has a size there, and the escape ends it."""
+    need_hardware("Linux guests")
+    if not platform.release().startswith("6.1."):
+        pytest.skip("one boot is enough, and this series takes longer")
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(ours, (40, 90))
+    command = [sys.executable, "-m", "pykvm", "run", "--memory", "200M"]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    said = b""
+
+    def shows(text: bytes) -> None:
+        nonlocal said
+        while text not in said:
+            assert select.select([ours], [], [], 400)[0], said
+            said += os.read(ours, 4096)
+
+    try:
+        shows(b"# ")
+        os.write(ours, b"stty size; echo $((6 * 7)) answer\n")
+        shows(b"40 90")
+        shows(b"42 answer")
+        os.write(ours, b"sleep 1000\n\x03")
+        os.write(ours, b"echo still $((1 + 1))\n")
+        shows(b"still 2")
+        os.write(ours, b"\x1d")
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)

@@ -13,6 +13,7 @@ from pykvm.machine.linux.config import (
     parse_size,
 )
 from pykvm.sizes import GIB, KIB, MIB
+from tests.rigs.documents import blocks
 
 pytestmark = pytest.mark.unit
 
@@ -49,9 +50,16 @@ def test_a_file_with_everything(tmp_path: Path) -> None:
     assert "net       user,tcp=8080:80" in config.described()
 
 
-def test_the_example_of_the_documents(tmp_path: Path) -> None:
+def test_a_number_of_bytes(tmp_path: Path) -> None:
     (tmp_path / "vm.toml").write_text('kernel = "vmlinuz"\nmemory = 536870912\n')
     assert MachineConfig.from_file(tmp_path / "vm.toml").memory == 512 * MIB
+
+
+def test_the_example_of_the_documents(tmp_path: Path) -> None:
+    (example,) = [block for block in blocks() if block.language == "toml"]
+    (tmp_path / "vm.toml").write_text(example.text)
+    config = MachineConfig.from_file(tmp_path / "vm.toml")
+    assert config.disks == (Disk(tmp_path / "image.raw"), Disk(tmp_path / "data.qcow2", True))
 
 
 @pytest.mark.parametrize(

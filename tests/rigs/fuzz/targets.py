@@ -29,6 +29,39 @@ _ALL: Final[list[Target]] = [
             *("-Dfdatasync=fake_fdatasync", "-Dvirtio_chain_read=changing_chain_read"),
         ],
     ),
+    NativeTarget(
+        "console",
+        [f"devices/virtio/console{part}.c" for part in ("", "_control", "_output")],
+        beside=[
+            *(f"devices/virtio/{name}.c" for name in ("chain", "queue", "loop")),
+            "virtio_guest/guest.c",
+        ],
+        guide=[
+            *(f"-D{one}=fake_{one}" for one in ("readv", "writev", "poll", "fcntl", "close")),
+            *("-Dvirtio_loop_watch=fake_watch", "-Dvirtio_loop_again=fake_again"),
+            "-Dvirtio_chain_read=changing_chain_read",
+        ],
+    ),
+    NativeTarget(
+        "net",
+        ["devices/virtio/net.c", "devices/virtio/net_receive.c"],
+        beside=[
+            *(f"devices/virtio/{one}.c" for one in ("chain", "queue", "loop")),
+            "virtio_guest/guest.c",
+        ],
+        guide=["-DNET_STREAM_BUFFER=70000"],  # one that fills
+        link=["-pthread"],
+    ),
+    NativeTarget(
+        "balloon",
+        ["devices/virtio/balloon.c"],
+        beside=[
+            *(f"devices/virtio/{one}.c" for one in ("chain", "queue", "loop")),
+            "virtio_guest/guest.c",
+        ],
+        guide=["-Dmadvise=fake_madvise"],
+        link=["-pthread"],
+    ),
     NativeTarget("serial", ["devices/serial.c"], include=["kvm/native"]),
     ScriptedTarget(
         "kernel-files",
