@@ -92,6 +92,7 @@ _ALL: Final[list[Target]] = [
             "devices/serial.py",
             "devices/virtio/pci.py",
             "devices/virtio/pci_state.py",
+            "machine/linux/system_ports.py",
         ],
     ),
     ScriptedTarget(

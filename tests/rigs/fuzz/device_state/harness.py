@@ -6,10 +6,16 @@ It is refused in one line, or the device is one that could have come about, and 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+from pykvm.devices.pci.bus import PciBus
 from pykvm.devices.pci.pvpanic import Pvpanic
+from pykvm.devices.ports import PortBus
 from pykvm.devices.serial import Serial
 from pykvm.errors import PykvmError
+from pykvm.kvm import Io
+from pykvm.machine.linux.config import MachineConfig
+from pykvm.machine.linux.system_ports import SystemPorts
 from tests.rigs.fuzz.virtio_pci.harness import COMMON, ECAM, PLACES, Machine
 from tests.rigs.messages import one_line
 
@@ -20,11 +26,13 @@ def try_input(data: bytes) -> None:
     except (ValueError, RecursionError):
         return  # the snapshot's reader refuses it
     try:
-        match data[0] % 3:
+        match data[0] % 4:
             case 0:
                 _restore_virtio(state)
             case 1:
                 Pvpanic(lambda: None).restore(state)
+            case 3:
+                _restore_ports(state)
             case _:
                 serial = Serial()
                 try:
@@ -34,6 +42,18 @@ def try_input(data: bytes) -> None:
                     serial.close()
     except PykvmError as error:
         one_line(error)
+
+
+def _restore_ports(state: object) -> None:
+    bus, pci = PortBus(), PciBus(ECAM, (0xC100_0000, 0x1000))
+    config = MachineConfig(Path("kernel"))
+    ports = SystemPorts(bus, config, pci, lambda status: None)
+    ports.restore(state)
+    assert bool(bus.devices) == (state is not None)
+    for port in (0x511, 0xCF8, 0xCFC):
+        for size in (1, 2, 4):
+            assert len(bus.serve(Io(port, size, 3, is_write=False, data=b""))) == 3 * size
+    json.dumps(ports.save())
 
 
 def _restore_virtio(state: object) -> None:
