@@ -7,6 +7,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -116,10 +117,13 @@ class ControlServer(Closeable):
 
     def _serve(self, client: socket.socket) -> None:
         try:
-            client.settimeout(_PATIENCE)
             buffered = b""
             while True:
+                deadline = time.monotonic() + _PATIENCE
                 while b"\n" not in buffered:
+                    if (left := deadline - time.monotonic()) <= 0:
+                        return
+                    client.settimeout(left)
                     data = client.recv(4096)
                     if not data:
                         return
@@ -127,6 +131,7 @@ class ControlServer(Closeable):
                     if len(buffered) > LONGEST_LINE:
                         _send(client, _refusal("a request of more than 64 KiB"))
                         return
+                client.settimeout(_PATIENCE)
                 line, _, buffered = buffered.partition(b"\n")
                 answer = self._answer(line)
                 if isinstance(answer, Stream):

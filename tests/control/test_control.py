@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from pykvm.control.directory import (
 )
 from pykvm.control.server import LONGEST_LINE, MOST_CLIENTS, ControlServer, Session, Stream
 from pykvm.errors import PykvmError
+from tests.rigs.waiting import wait_for
 
 pytestmark = pytest.mark.unit
 
@@ -165,6 +167,32 @@ def test_rubbish(machine: MachineDirectory, sent: bytes, problem: str) -> None:
     assert problem in raw(machine, sent)["problem"]
     with MachineClient("lab") as client:
         assert client.request("status")
+
+
+def test_a_client_that_dribbles(machine: MachineDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte now and then is no request: the time is for the whole line."""
+    monkeypatch.setattr(control_server, "_PATIENCE", 0.5)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(machine.socket))
+
+        def refused() -> bool:
+            time.sleep(0.05)
+            try:
+                client.sendall(b"x")
+            except BrokenPipeError:
+                return True
+            return False
+
+        wait_for(refused)
+
+
+def test_arguments_of_another_kind(machine: MachineDirectory) -> None:
+    with MachineClient("lab") as client:
+        values: list[Any] = [float("inf"), {}, None]
+        for value in values:
+            with pytest.raises(ControlError, match="argument is missing or wrong"):
+                client.request("number", value=value)
+        assert client.request("status") == {"state": "running"}
 
 
 def test_clients_that_say_nothing(

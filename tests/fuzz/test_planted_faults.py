@@ -18,6 +18,8 @@ SERIAL = "devices/serial.c"
 SEGMENTS = "machine/linux/segments.py"
 FUNCTION, BUS, PORTS = "devices/pci/function.py", "devices/pci/bus.py", "devices/pci/ports.py"
 VIRTIO, MSIX = "devices/virtio/pci.py", "devices/pci/msix.py"
+STATE = "devices/virtio/pci_state.py"
+CONFIG, NETWORK = "machine/linux/config.py", "network/specification.py"
 SERVER = "control/server.py"
 MESSAGES = "devices/virtio/vhost_user_messages.py"
 CONNECTION = "devices/virtio/vhost_user_connection.py"
@@ -112,8 +114,10 @@ FAULTS: Final = {
         "reserved bits of the address": Plant(PORTS, " & (_ENABLE | 0xFF_FFFC)", ""),
     },
     "virtio-pci": {
-        "features that were not offered": Plant(VIRTIO, "accepted & ~self._offered or not", "not"),
-        "a driver of the old kind": Plant(VIRTIO, " or not accepted & Feature.VERSION_1\n", "\n"),
+        "features that were not offered": Plant(
+            VIRTIO, "not features & ~self._offered and bool(", "bool("
+        ),
+        "a driver of the old kind": Plant(VIRTIO, " and bool(features & Feature.VERSION_1)", ""),
         "features changed when they are agreed on": Plant(
             VIRTIO, "if not registers.status & Status.FEATURES_OK:", "if True:"
         ),
@@ -147,6 +151,48 @@ FAULTS: Final = {
         "beyond the table of vectors": Plant(
             MSIX, "end = min(offset + len(data), len(self._table))", "end = offset + len(data)"
         ),
+    },
+    "device-state": {
+        "started before its driver is ready": Plant(
+            VIRTIO,
+            "if started and not (agreed and registers.status & Status.DRIVER_OK):",
+            "if False:",
+        ),
+        "features that are not offered": Plant(
+            VIRTIO,
+            "if agreed and not self._suits(registers.driver_features):",
+            "if False:",
+        ),
+        "a queue of any size": Plant(VIRTIO, "if not 1 <= queue.size <= queue.most:", "if False:"),
+        "a vector that is not there": Plant(
+            VIRTIO, "if vector >= self.msix.count and vector != NO_VECTOR:", "if False:"
+        ),
+        "an interrupt that is not there": Plant(
+            MSIX, "type(one) is int and 0 <= one < self.count for", "type(one) is int for"
+        ),
+        "another device's identity": Plant(
+            FUNCTION, "if any((new ^ old) & ~mask for", "if any(0 for"
+        ),
+        "registers of too many bits": Plant(STATE, " or not 0 <= value < 1 << width:", ":"),
+        "a ring's place of any size": Plant(
+            STATE, "if not 0 <= pair[0] < queues or not 0 <= pair[1] < 1 << 32:", "if False:"
+        ),
+    },
+    "configuration": {
+        "lists without end": Plant(CONFIG, "except RecursionError as", "except KeyError as"),
+        "a zero byte": Plant(CONFIG, 'if "\\0" in value:', "if False:"),
+        "a path that ends as with a mode": Plant(
+            CONFIG, "if _with_mode(path, default) == (path, mode) else", "if mode == default else"
+        ),
+        "a part of a page": Plant(CONFIG, " or self.memory % PAGE_SIZE:", ":"),
+        "a value of another kind": Plant(
+            CONFIG, "            except TypeError:\n", "            except KeyError:\n"
+        ),
+        "any number of queues": Plant(NETWORK, " or not low <= int(text) <= high:", ":"),
+        "a port that is not there": Plant(
+            NETWORK, "if not all(0 < port < 65536 for port in ports):", "if False:"
+        ),
+        "another key": Plant(CONFIG, "if key not in _KEYS:", "if False:"),
     },
     "control": {
         "brackets without end": Plant(SERVER, "(ValueError, RecursionError)", "ValueError"),

@@ -16,6 +16,8 @@ BRANCHES = {
     "kernel-files": 85,  # the rest runs programs, or starts a processor
     "pci": 80,  # the rest refuses states that are not its own
     "virtio-pci": 85,  # the rest refuses states that are not its own
+    "device-state": 65,  # the rest is reached by accesses
+    "configuration": 85,
     "control": 60,  # the rest is its listening thread
     "vhost-user": 70,  # the rest makes connections, and is the watching thread
 }

@@ -189,7 +189,9 @@ class Msix(Closeable):
         """
         table = saved_bytes(state, "table", len(self._table))
         pending = state.get("pending")
-        if not isinstance(pending, list) or not all(one in range(self.count) for one in pending):
+        if not isinstance(pending, list) or not all(
+            type(one) is int and 0 <= one < self.count for one in pending
+        ):
             raise PciStateError("pending")
         self._table[:] = table
         self.config_written()

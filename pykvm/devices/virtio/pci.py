@@ -344,14 +344,15 @@ class VirtioPci(PciFunction, Closeable):
             self.reset()
             return
         added = value & ~registers.status
-        accepted = registers.driver_features
-        if added & Status.FEATURES_OK and (
-            accepted & ~self._offered or not accepted & Feature.VERSION_1
-        ):
+        if added & Status.FEATURES_OK and not self._suits(registers.driver_features):
             value &= ~Status.FEATURES_OK
         registers.status = (registers.status | value) & ~Status.NEEDS_RESET
         if added & Status.DRIVER_OK and registers.status & Status.FEATURES_OK:
             self._start()
+
+    def _suits(self, features: int) -> bool:
+        """Return whether a driver may go on with these features."""
+        return not features & ~self._offered and bool(features & Feature.VERSION_1)
 
     # ---- the data plane ---------------------------------------------------------------------
 
@@ -439,13 +440,7 @@ class VirtioPci(PciFunction, Closeable):
             DeviceStateError: the device refuses its own part.
         """
         super().restore(state)
-        registers = _Registers()
-        for name, value in read_numbers(state.get("registers"), REGISTER_BITS).items():
-            setattr(registers, name, value)
-        registers.bases = read_bases(state.get("bases"), len(self._queues))
-        started, failed = read_flags(state, ("started", "failed"))
-        if registers.status & Status.FEATURES_OK and registers.driver_features & ~self._offered:
-            raise PciStateError("the driver uses features that this device has not")
+        registers, started, failed = self._read_registers(state)
         saved = state.get("queues")
         if not isinstance(saved, list) or len(saved) != len(self._queues):
             raise PciStateError("queues")
@@ -457,8 +452,9 @@ class VirtioPci(PciFunction, Closeable):
             if not 1 <= queue.size <= queue.most:
                 raise PciStateError("size")
             vectors += [queue.vector] if queue.enabled else []
-        if any(vector >= self.msix.count and vector != NO_VECTOR for vector in vectors):
-            raise PciStateError("vector")
+        for vector in (registers.config_vector, *(queue.vector for queue in self._queues)):
+            if vector >= self.msix.count and vector != NO_VECTOR:
+                raise PciStateError("vector")
         self._registers, self._failed, self._started = registers, failed, started
         self.device.restore(state.get("device"))
         self.msix.restore(state.get("msix"))
@@ -471,6 +467,20 @@ class VirtioPci(PciFunction, Closeable):
         for vector in vectors:
             if vector != NO_VECTOR and registers.status & Status.DRIVER_OK:
                 self.msix.raise_vector(vector)
+
+    def _read_registers(self, state: Any) -> tuple[_Registers, bool, bool]:
+        """Return saved registers, and whether the device was started and has failed."""
+        registers = _Registers()
+        for name, value in read_numbers(state.get("registers"), REGISTER_BITS).items():
+            setattr(registers, name, value)
+        registers.bases = read_bases(state.get("bases"), len(self._queues))
+        started, failed = read_flags(state, ("started", "failed"))
+        agreed = registers.status & Status.FEATURES_OK
+        if agreed and not self._suits(registers.driver_features):
+            raise PciStateError("the driver uses features that this device has not")
+        if started and not (agreed and registers.status & Status.DRIVER_OK):
+            raise PciStateError("started")
+        return registers, started, failed
 
     def close(self) -> None:
         """Stop and close the device, and give notifications and interrupts back."""

@@ -59,7 +59,7 @@ class Disk:
         return cls(Path(path), mode == "ro")
 
     def __str__(self) -> str:
-        return f"{self.path}{',ro' if self.read_only else ''}"
+        return _and_mode(str(self.path), "ro" if self.read_only else "rw", "rw")
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,19 @@ class Share:
         return cls(tag, Path(directory), mode == "ro")
 
     def __str__(self) -> str:
-        return f"{self.tag}={self.directory}{'' if self.read_only else ',rw'}"
+        mode = "ro" if self.read_only else "rw"
+        return f"{self.tag}={_and_mode(str(self.directory), mode, 'ro')}"
 
 
 def _with_mode(text: str, default: str) -> tuple[str, str]:
     """Split ``,ro`` or ``,rw`` from the end of a path, which may have other commas."""
     path, comma, mode = text.rpartition(",")
     return (path, mode) if comma and mode in ("ro", "rw") else (text, default)
+
+
+def _and_mode(path: str, mode: str, default: str) -> str:
+    """Return what `_with_mode` splits."""
+    return path if _with_mode(path, default) == (path, mode) else f"{path},{mode}"
 
 
 @dataclass(frozen=True)
@@ -190,6 +196,10 @@ class MachineConfig:
             ) from error
         except ValueError as error:
             raise MachineConfigError(f"{path}: {error}", "write it as TOML") from error
+        except RecursionError as error:
+            raise MachineConfigError(
+                f"{path}: lists within lists without end", "write it as TOML"
+            ) from error
         values: dict[str, Any] = {}
         for key, given in found.items():
             if key not in _KEYS:
@@ -242,6 +252,8 @@ def _how(read_only: bool) -> str:
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError
+    if "\0" in value:
+        raise MachineConfigError(f"{value!r} has a zero byte", "leave it out")
     return value
 
 

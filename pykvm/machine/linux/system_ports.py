@@ -59,5 +59,7 @@ class SystemPorts:
         try:
             self._firmware.rest = bytes.fromhex(state["firmware"])
             self._pci.address = int(state["pci"]) & 0xFFFF_FFFF
-        except (KeyError, TypeError, ValueError) as error:
-            raise PykvmError("a state that is none of a machine's ports", "") from error
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise PykvmError(
+                "the saved state is not of a machine's ports", "use another copy of the snapshot"
+            ) from error

@@ -84,6 +84,26 @@ _ALL: Final[list[Target]] = [
         ["devices/virtio/pci.py", "devices/virtio/pci_state.py", "devices/pci/msix.py"],
         options=_SEQUENCES,
     ),
+    ScriptedTarget(
+        "device-state",
+        [
+            "devices/pci/function.py",
+            "devices/pci/msix.py",
+            "devices/serial.py",
+            "devices/virtio/pci.py",
+            "devices/virtio/pci_state.py",
+            "machine/linux/system_ports.py",
+        ],
+    ),
+    ScriptedTarget(
+        "configuration",
+        [
+            "machine/linux/config.py",
+            "network/links.py",
+            "network/mac_address.py",
+            "network/specification.py",
+        ],
+    ),
     ScriptedTarget("control", ["control/server.py"]),
     ScriptedTarget(
         "vhost-user",
