@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Final
 
 from pykvm.control.directory import MachineDirectory
-from pykvm.inspect.watch import ProgressWatch
+from pykvm.inspection.watch import ProgressWatch
 from pykvm.kvm import UnexpectedExitError
 from pykvm.machine.linux.console import Console
 from pykvm.machine.linux.machine import End, LinuxMachine, MachineCrashedError

@@ -14,11 +14,11 @@ from pykvm.closeable import Closeable
 from pykvm.control.directory import MachineDirectory
 from pykvm.control.server import ControlServer, Session, Stream, listening_socket
 from pykvm.errors import PykvmError
-from pykvm.inspect.metrics import Metrics
+from pykvm.inspection.metrics import Metrics
 from pykvm.machine.linux.machine import LinuxMachine
 
 if TYPE_CHECKING:
-    from pykvm.inspect.gdb.server import GdbServer
+    from pykvm.inspection.gdb.server import GdbServer
 
 __all__ = ["MachineService"]
 
@@ -101,12 +101,12 @@ class MachineService(Closeable):
         return self._metrics.read()
 
     def _report(self, request: Request) -> str:
-        from pykvm.inspect.hang import report  # noqa: PLC0415  (asked for now and then)
+        from pykvm.inspection.hang import report  # noqa: PLC0415  (asked for now and then)
 
         return report(self._machine)
 
     def _walk(self, request: Request) -> str:
-        from pykvm.inspect.walk import describe_walk, parse_address  # noqa: PLC0415
+        from pykvm.inspection.walk import describe_walk, parse_address  # noqa: PLC0415
 
         number = int(request.get("cpu", 0))
         if not 0 <= number < len(self._machine.vcpus):
@@ -118,7 +118,7 @@ class MachineService(Closeable):
             return describe_walk(self._machine.vcpus[number], self._machine.memory, address)
 
     def _start_gdb(self, request: Request) -> str:
-        from pykvm.inspect.gdb.server import GdbServer  # noqa: PLC0415
+        from pykvm.inspection.gdb.server import GdbServer  # noqa: PLC0415
 
         with self._lock:
             if self._gdb is None:

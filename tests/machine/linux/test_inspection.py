@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pykvm.inspect.gdb.server import GdbServer
-from pykvm.inspect.gdb.target_description import REGISTERS
-from pykvm.inspect.hang import report
+from pykvm.inspection.gdb.server import GdbServer
+from pykvm.inspection.gdb.target_description import REGISTERS
+from pykvm.inspection.hang import report
 from pykvm.kvm import Kvm
 from pykvm.machine.linux.config import MachineConfig
 from pykvm.machine.linux.machine import End, LinuxMachine
