@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -176,7 +175,7 @@ def _usable(descriptor: int, stack: ExitStack) -> int:
 
 
 def _size() -> tuple[int, int]:
-    found = shutil.get_terminal_size()
+    found = os.get_terminal_size(1)
     return found.columns, found.lines
 
 
