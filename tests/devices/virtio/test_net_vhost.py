@@ -13,7 +13,7 @@ import pytest
 from pykvm.devices.virtio.device import DeviceType, Feature
 from pykvm.devices.virtio.net_features import NetFeature
 from pykvm.devices.virtio.net_vhost import VHOST_NET, VhostNet
-from pykvm.devices.virtio.ring_memory import RingError
+from pykvm.devices.virtio.ring_memory import RingAddressError
 from pykvm.devices.virtio.vhost_kernel import VhostMissingError
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.network.mac_address import mac_address
@@ -144,7 +144,7 @@ def test_a_ring_that_is_not_well_formed(namespace: NetworkNamespace) -> None:
             driver.memory.write(ring.driver + 2, bytes(2))
             driver.start(device)
         device.stop()
-        with pytest.raises(RingError, match="twice"):
+        with pytest.raises(RingAddressError, match="twice"):
             device.start(driver.features, [driver.queues[0].ring()] * 2)
 
 
