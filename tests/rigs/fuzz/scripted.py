@@ -69,7 +69,7 @@ class ScriptedTarget(Target):
 
 
 def _command(verb: str, *words: str) -> list[str]:
-    return [sys.executable, "-P", "-m", "tests.rigs.fuzz.script", verb, *words]
+    return [sys.executable, "-P", "-m", "tests.rigs.fuzz", verb, *words]
 
 
 def _copy_with(plant: Plant, directory: Path) -> Path:

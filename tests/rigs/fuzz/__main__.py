@@ -1,4 +1,4 @@
-"""``python -m tests.rigs.fuzz.script VERB TARGET ...``: a target in Python.
+"""``python -m tests.rigs.fuzz VERB TARGET ...``: a target in Python.
 
 ``fuzz TARGET PROGRAM ...`` takes libFuzzer's arguments behind the name of the program that runs it;
 ``cover TARGET FOLDER REPORT`` runs the inputs in a folder and writes which lines they have reached.
