@@ -45,6 +45,7 @@ _PATCH = (
     "tests/kernel/test_distribution_source.py::test_the_whole_patch_gives_the_tree_that_is_built"
 )
 _BOOT = "tests/machine/linux/test_boot.py::test_it_boots_talks_and_ends"
+_PAIR = "tests/measure/test_linux_pair.py::test_two_guests_use_each_other"
 _COMMAND = "tests/machine/linux/test_command_run.py::test_a_command_runs_as_a_local_one"
 _SERVICE = "tests/machine/linux/test_service.py::test_"
 _BENCH = "tests/cli/test_bench.py::test_measurement"
@@ -61,6 +62,7 @@ _ELSEWHERE: Final = {
     "make bench": _BENCH,
     "make clean": f"{_OWN}make_clean",
     "make demo": "tests/test_wheel.py::test_demo",
+    "make demo-linux": _PAIR,
     "make fresh": "make fresh",
     "make fresh DEBIAN=13": "make fresh",
     'make fresh DEBIAN=13 RUN="make setup && make demo"': "make fresh",
@@ -71,6 +73,7 @@ _ELSEWHERE: Final = {
     "pykvm bench interrupts": _BENCH,
     "pykvm bench protections": _BENCH,
     "pykvm bench switch": _BENCH,
+    "pykvm demo-linux": _PAIR,
     "pykvm demo --capture FILE": "tests/test_wheel.py::test_demo",
     "pykvm kernel build": "tests/test_wheel.py::test_kernel_build",
     "pykvm kernel load": "tests/kernel/test_modules.py::test_restore_and_load",
@@ -130,6 +133,8 @@ _MENTIONED: Final = {
 # Executable files, and the tests or jobs that start them.
 _SCRIPTS: Final = {
     "benchmarks/native_switch.py": "tests/benchmarks/test_native_switch.py::test_table_and_record",
+    "pykvm/measure/inside/client.py": _PAIR,
+    "pykvm/measure/inside/server.py": _PAIR,
     "pykvm/testbed/suspend_button.py": "tests/testbed/test_session.py::test_warm_start_is_quick",
     "pykvm/__main__.py": "tests/cli/test_main.py::test_the_version_is_that_of_the_project",
     "tools/attacks.py": "make attacks",

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     *("__main__", "cli", "doctor", "measure", "verify", "testbed"),
     *("machine", "snapshot", "switch", "elisa", "devices", "network"),
-    *("inspect", "control", "kernel", "toolchain", "sandbox", "host"),
+    *("inspection", "control", "kernel", "toolchain", "sandbox", "host"),
     *("memory", "paging", "kvm"),
     *("cache", "closeable", "extras", "version"),
     *("resources", "errors", "sizes"),

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from pykvm.cli.confined import add_confinement, confinement_of
 from pykvm.cli.signals import exit_on_signals
 
 __all__ = ["add_parser", "run"]
@@ -21,6 +22,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="what pykvm snapshot wrote")
     parser.add_argument("--name", default="", help="the machine's name")
+    add_confinement(parser)
     parser.set_defaults(run=run)
 
 
@@ -36,4 +38,4 @@ def run(options: argparse.Namespace) -> int:
 
     exit_on_signals()
     with Kvm() as kvm, LinuxMachine.restore(kvm, options.folder, 1) as machine:
-        return status_of(run_in_foreground(machine, options.name), machine)
+        return status_of(run_in_foreground(machine, options.name, confinement_of(options)), machine)

@@ -8,9 +8,11 @@ import shlex
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from pykvm.cli.confined import add_confinement, confinement_of
 from pykvm.cli.signals import exit_on_signals
 from pykvm.errors import PykvmError
 from pykvm.sizes import MIB
@@ -118,6 +120,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--verbose", action="store_true", help="the kernel's messages, on standard error"
     )
+    add_confinement(parser)
     parser.add_argument("--dry-run", action="store_true", help="say what would be started")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="FILE.toml | -- COMMAND")
     parser.set_defaults(run=run)
@@ -173,23 +176,31 @@ def _run_machine(config: MachineConfig, options: argparse.Namespace) -> int:
     if options.dry_run:
         print(config.described())
         return 0
-    from pykvm.kvm import Kvm  # noqa: PLC0415  (--help needs none of it)
+    from pykvm.machine.linux.boot_process import in_own_process  # noqa: PLC0415
+
+    exit_on_signals()
+    sys.stdout.flush()
+    while True:
+        status, goes_on = in_own_process(partial(_boot, config, options))
+        if not goes_on:
+            return status
+
+
+def _boot(config: MachineConfig, options: argparse.Namespace) -> tuple[int, bool]:
+    """Run a machine until it ends; return the exit status, and whether it is to boot again."""
+    from pykvm.kvm import Kvm  # noqa: PLC0415
     from pykvm.machine.linux.devices import configured_networks  # noqa: PLC0415
     from pykvm.machine.linux.foreground import run_in_foreground, status_of  # noqa: PLC0415
     from pykvm.machine.linux.machine import End, LinuxMachine  # noqa: PLC0415
 
-    exit_on_signals()
-    sys.stdout.flush()
-    with Kvm() as kvm:
-        while True:
-            with ExitStack() as stack:
-                networks = []
-                for network in configured_networks(config):
-                    networks.append(stack.enter_context(network))
-                machine = stack.enter_context(LinuxMachine(kvm, config, _STDOUT, networks=networks))
-                end = run_in_foreground(machine, config.name)
-                if end is not End.RESET or options.no_reboot:
-                    return status_of(end, machine)
+    with ExitStack() as stack:
+        kvm = stack.enter_context(Kvm())
+        networks = []
+        for network in configured_networks(config):
+            networks.append(stack.enter_context(network))
+        machine = stack.enter_context(LinuxMachine(kvm, config, _STDOUT, networks=networks))
+        end = run_in_foreground(machine, config.name, confinement_of(options))
+        return status_of(end, machine), end is End.RESET and not options.no_reboot
 
 
 def _run_command(config: MachineConfig, words: list[str], options: argparse.Namespace) -> int:
@@ -215,7 +226,14 @@ def _run_command(config: MachineConfig, words: list[str], options: argparse.Name
     sys.stdout.flush()
     with Kvm() as kvm:
         try:
-            return run_command(kvm, config, command, root, verbose=options.verbose)
+            return run_command(
+                kvm,
+                config,
+                command,
+                root,
+                verbose=options.verbose,
+                confinement=confinement_of(options),
+            )
         except (MachineCrashedError, UnexpectedExitError) as error:
             print(error.report, file=sys.stderr)
             raise

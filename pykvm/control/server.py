@@ -16,7 +16,7 @@ from typing import Any, Final
 from pykvm.closeable import Closeable
 from pykvm.errors import PykvmError
 
-__all__ = ["LONGEST_LINE", "MOST_CLIENTS", "ControlServer", "Session", "Stream"]
+__all__ = ["LONGEST_LINE", "MOST_CLIENTS", "ControlServer", "Session", "Stream", "listening_socket"]
 
 LONGEST_LINE: Final = 64 * 1024
 MOST_CLIENTS: Final = 16
@@ -48,6 +48,17 @@ class Stream:
         self.serve = serve
 
 
+def listening_socket(path: Path) -> socket.socket:
+    """Return a new socket at a path, to which only this user may connect."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    # Before bind(), so that there is no moment in which others may connect: Linux gives the file
+    # the mode of the socket (net/unix/af_unix.c, unix_bind_bsd()).
+    os.fchmod(listener.fileno(), 0o600)
+    listener.bind(str(path))
+    listener.listen(MOST_CLIENTS)
+    return listener
+
+
 class ControlServer(Closeable):
     """Serve requests on a socket until it is closed.
 
@@ -63,13 +74,7 @@ class ControlServer(Closeable):
         self._clients: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._closed = False
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        before = os.umask(0o177)
-        try:
-            self._listener.bind(str(path))
-        finally:
-            os.umask(before)
-        self._listener.listen(MOST_CLIENTS)
+        self._listener = listening_socket(path)
         self._thread = threading.Thread(target=self._accept, name="control", daemon=True)
         self._thread.start()
 

@@ -31,6 +31,8 @@ _COLOURS = {
     "vmcall_kernel": "#dd9a7f",
     "vmcall_user": "#c8553d",
 }
+_OTHER = "#3a6ea5"
+
 _LABELS = {
     "vmfunc": "VMFUNC (sub EPT context)",
     "direct": "direct (mapped, no isolation)",
@@ -95,9 +97,9 @@ def _save(figure: Any, stem: Path) -> list[Path]:
 def _bars(axes: Any, names: Sequence[str], values: Sequence[float], title: str, unit: str) -> None:
     """Draw horizontal bars with their values, and the ratio of each to the first."""
     axes.barh(
-        [_LABELS[name] for name in names],
+        [_LABELS.get(name, name) for name in names],
         values,
-        color=[_COLOURS[name] for name in names],
+        color=[_COLOURS.get(name, _OTHER) for name in names],
         height=0.6,
     )
     axes.invert_yaxis()
@@ -178,7 +180,7 @@ def draw_interrupts(record: dict[str, Any], stem: Path) -> list[Path]:
             [median for _, median in points],
             marker="o",
             markersize=3,
-            color=_COLOURS[name],
+            color=_COLOURS.get(name, _OTHER),
             label=label,
         )
     axes.set_xscale("symlog", linthresh=1000)
@@ -240,7 +242,7 @@ def draw_switch(record: dict[str, Any], stem: Path) -> list[Path]:
                     [cost for _, cost in line],
                     marker="o",
                     markersize=3,
-                    color=_COLOURS[name],
+                    color=_COLOURS.get(name, _OTHER),
                     label=_LABELS[name],
                 )
         panel.set_xscale("log", base=2)

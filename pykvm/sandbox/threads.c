@@ -28,6 +28,8 @@
 
 #define LAST_NUMBER	63	/* of capabilities: a mask has 64 bits */
 
+#define LONGEST		60	/* seconds, in a process that starts threads all the time */
+
 /*
  * The kernel's own threads in a process: of vhost (PF_USER_WORKER since Linux 6.4), of KVM (since
  * 6.14) and of io_uring (both flags). They run no code of the process, and no signal handlers.
@@ -39,6 +41,7 @@
 /* What the thread that is being interrupted reads and writes. */
 static struct {
 	int ruleset;
+	bool may_be_full;	/* of rulesets, ours among them */
 	pid_t thread;		/* atomic; 0: nobody is waited for */
 	struct sandbox_refusal refusal;
 	sem_t answered;
@@ -53,7 +56,7 @@ static bool refused(struct sandbox_refusal *refusal, int step)
 }
 
 /* Only system calls: a signal handler calls it. */
-static bool confine_this_thread(int ruleset, struct sandbox_refusal *refusal)
+static bool confine_this_thread(int ruleset, bool may_be_full, struct sandbox_refusal *refusal)
 {
 	struct __user_cap_header_struct header = { .version = _LINUX_CAPABILITY_VERSION_3 };
 	struct __user_cap_data_struct none[_LINUX_CAPABILITY_U32S_3] = { { 0 } };
@@ -65,7 +68,8 @@ static bool confine_this_thread(int ruleset, struct sandbox_refusal *refusal)
 	}
 	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
 		return refused(refusal, SANDBOX_PRIVILEGES);
-	if (ruleset >= 0 && syscall(SYS_landlock_restrict_self, ruleset, 0))
+	if (ruleset >= 0 && syscall(SYS_landlock_restrict_self, ruleset, 0) &&
+	    !(may_be_full && errno == E2BIG))
 		return refused(refusal, SANDBOX_LANDLOCK);
 	/* The ambient set never exceeds these: capabilities(7). */
 	if (syscall(SYS_capset, &header, none))
@@ -83,7 +87,7 @@ static void on_signal(int number)
 	if (__atomic_compare_exchange_n(&turn.thread, &self, 0, false, __ATOMIC_ACQ_REL,
 					__ATOMIC_ACQUIRE)) {
 		turn.refusal.step = 0;
-		confine_this_thread(turn.ruleset, &turn.refusal);
+		confine_this_thread(turn.ruleset, turn.may_be_full, &turn.refusal);
 		sem_post(&turn.answered);
 	}
 	errno = error;
@@ -176,50 +180,79 @@ static bool is_known(const pid_t *threads, size_t count, pid_t thread)
 	return false;
 }
 
+struct list {
+	pid_t *threads;
+	size_t count, room;
+};
+
+/* Appends the threads that are not in the list yet, but for the caller. */
+static bool append_new(struct list *list)
+{
+	pid_t self = (pid_t)syscall(SYS_gettid);
+	DIR *tasks = opendir("/proc/self/task");
+	struct dirent *entry;
+
+	if (!tasks)
+		return false;
+	while ((entry = readdir(tasks))) {
+		pid_t thread = (pid_t)strtol(entry->d_name, NULL, 10);
+
+		if (thread <= 0 || thread == self || is_known(list->threads, list->count, thread))
+			continue;
+		if (list->count == list->room) {
+			size_t room = list->room + 64;
+			pid_t *more = realloc(list->threads, room * sizeof(*more));
+
+			if (!more) {
+				closedir(tasks);
+				return false;
+			}
+			list->threads = more;
+			list->room = room;
+		}
+		list->threads[list->count++] = thread;
+	}
+	closedir(tasks);
+	return true;
+}
+
 /*
  * A thread that is not confined yet may start others meanwhile: the list is read until it has none
- * that are new. Returns how many there are beside this one, or -1.
+ * that are new. Those started by confined ones are confined again, and Landlock takes 16 rulesets
+ * of a thread; so for what is not in the first list, one too many is no failure.
+ *
+ * Returns how many threads there are beside the caller, or -1.
  */
 static int confine_others(int number, int patience, struct sandbox_refusal *refusal)
 {
-	pid_t *known = NULL, self = (pid_t)syscall(SYS_gettid);
-	size_t count = 0, room = 0, kernels = 0, before;
+	struct list list = { 0 };
+	size_t next = 0, kernels = 0;
+	struct timespec begun, now;
 	bool ok = true;
 
-	do {
-		DIR *tasks = opendir("/proc/self/task");
-		struct dirent *entry;
-
-		before = count;
-		if (!tasks) {
-			ok = refused(refusal, SANDBOX_LISTING);
-			break;
+	clock_gettime(CLOCK_MONOTONIC, &begun);
+	turn.may_be_full = false;
+	while (ok) {
+		ok = append_new(&list);
+		clock_gettime(CLOCK_MONOTONIC, &now);
+		if (ok && next != list.count && now.tv_sec - begun.tv_sec > LONGEST) {
+			errno = EAGAIN;
+			ok = false;
 		}
-		while (ok && (entry = readdir(tasks))) {
-			pid_t thread = (pid_t)strtol(entry->d_name, NULL, 10);
-
-			if (thread <= 0 || thread == self || is_known(known, count, thread))
-				continue;
-			if (count == room) {
-				pid_t *more = realloc(known, (room + 64) * sizeof(*known));
-
-				if (!more) {
-					ok = refused(refusal, SANDBOX_LISTING);
-					break;
-				}
-				known = more;
-				room += 64;
-			}
-			known[count++] = thread;
-			if (is_the_kernels(thread))
+		if (!ok)
+			refused(refusal, SANDBOX_LISTING);
+		if (next == list.count)
+			break;
+		for (; ok && next < list.count; next++) {
+			if (is_the_kernels(list.threads[next]))
 				kernels++;
 			else
-				ok = confine(thread, number, patience, refusal);
+				ok = confine(list.threads[next], number, patience, refusal);
 		}
-		closedir(tasks);
-	} while (ok && count != before);
-	free(known);
-	return ok ? (int)(count - kernels) : -1;
+		turn.may_be_full = true;
+	}
+	free(list.threads);
+	return ok ? (int)(list.count - kernels) : -1;
 }
 
 int sandbox_confine_threads(int ruleset, int patience, struct sandbox_refusal *refusal)
@@ -242,7 +275,7 @@ int sandbox_confine_threads(int ruleset, int patience, struct sandbox_refusal *r
 	others = confine_others(number, patience, refusal);
 	/* One that is still pending is discarded; it would end the process. */
 	sigaction(number, others < 0 ? &ignored : &before, NULL);
-	if (others < 0 || !confine_this_thread(ruleset, refusal))
+	if (others < 0 || !confine_this_thread(ruleset, false, refusal))
 		return -1;
 	return others + 1;
 }

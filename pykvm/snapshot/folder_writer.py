@@ -53,7 +53,7 @@ def write_snapshot(path: Path, contents: Contents, memory: GuestMemory) -> int:
     except OSError as error:
         raise SnapshotWriteError(
             f"cannot write the snapshot {path} ({os.strerror(error.errno or 0).lower()})",
-            "choose a folder that you may write, on a disk with enough space",
+            "choose a folder that it may write (pykvm run --snapshots DIR), with enough space",
         ) from error
     return written
 

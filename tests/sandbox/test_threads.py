@@ -12,6 +12,7 @@ import pytest
 
 from pykvm.devices.virtio.entropy import Entropy
 from pykvm.sandbox import Confinement, SandboxError, enter
+from pykvm.sandbox._sandbox import lib
 from tests.rigs.confined import in_child
 from tests.rigs.virtio_driver import RING_FEATURES, VirtioDriver
 
@@ -85,6 +86,8 @@ def test_threads_that_wait_and_work() -> None:
 
 
 def test_threads_that_start_meanwhile() -> None:
+    """Each by the one before, so that some have all the rulesets that Linux takes of a thread."""
+
     def body() -> list[bool]:
         found: list[bool] = []
         end = threading.Event()
@@ -104,6 +107,45 @@ def test_threads_that_start_meanwhile() -> None:
         return found
 
     assert in_child(body) == [True] * 4
+
+
+def submit(times: int) -> None:
+    """Let this thread submit to rules that forbid nothing much, as often as it is said."""
+    ruleset = lib.sandbox_landlock_ruleset(lib.LANDLOCK_ACCESS_FS_MAKE_SYM, 0, 0, 1)
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+    for _ in range(times):
+        assert libc.syscall(446, ruleset, 0) == 0, os.strerror(ctypes.get_errno())
+    os.close(ruleset)
+
+
+@pytest.mark.parametrize("where", ["in a thread", "in all"])
+def test_no_room_for_more_rules(where: str) -> None:
+    """Linux takes 16 rulesets of a thread: who has them already cannot be confined."""
+
+    def body() -> str:
+        ready, end = threading.Event(), threading.Event()
+
+        def full() -> None:
+            submit(16)
+            ready.set()
+            end.wait()
+
+        if where == "in all":
+            submit(16)
+            ready.set()
+        else:
+            threading.Thread(target=full).start()
+        ready.wait()
+        try:
+            enter(Confinement())
+        except SandboxError as error:
+            return error.problem
+        finally:
+            end.set()
+        return ""
+
+    assert "cannot restrict its files (argument list too long)" in in_child(body)
 
 
 def test_a_device_that_runs_already() -> None:

@@ -273,10 +273,13 @@ def test_another_frequency(one: tuple[Vm, list[Vcpu]], other: tuple[Vm, list[Vcp
     khz = state["vcpus"][0]["tsc"]["khz"]
     state["vcpus"][0]["tsc"]["khz"] = khz + khz // 10_000  # as another boot measures it
     restore_kvm(*other, state)
-    if other[0].check_extension("KVM_CAP_TSC_CONTROL"):
-        pytest.skip("this processor scales its tsc")
-    state["vcpus"][0]["tsc"]["khz"] = khz * 2
-    assert f"runs at {khz * 2} khz" in refused(other, state, TscFrequencyError)
+    if other[0].check_extension("KVM_CAP_TSC_CONTROL"):  # the processor scales it
+        state["vcpus"][0]["tsc"]["khz"] = khz * 2
+        restore_kvm(*other, state)
+        assert other[1][0].get_tsc_khz() == khz * 2
+    most = (1 << 31) - 1  # more than any processor scales it to
+    state["vcpus"][0]["tsc"]["khz"] = most
+    assert f"runs at {most} khz" in refused(other, state, TscFrequencyError)
 
 
 def test_an_msr_that_is_refused(one: tuple[Vm, list[Vcpu]], other: tuple[Vm, list[Vcpu]]) -> None:

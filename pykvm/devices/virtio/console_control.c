@@ -23,9 +23,9 @@ static size_t describe(const struct console *console, uint32_t number, int event
 	if (event == PORT_OPEN)
 		message->value = !(port->state & CONSOLE_ENDED);
 	if (event == RESIZE) {
-		/* Linux has always had the rows first, other than 5.3.6.2. */
-		message->size[0] = (uint16_t)(console->told_size >> 16);
-		message->size[1] = (uint16_t)console->told_size;
+		/* Columns first (5.3.6.2). Linux had them swapped until its stable releases of 2025. */
+		message->size[0] = (uint16_t)console->told_size;
+		message->size[1] = (uint16_t)(console->told_size >> 16);
 		size += sizeof(message->size);
 	}
 	if (event == PORT_NAME) {

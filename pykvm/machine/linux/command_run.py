@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 import signal
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -14,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
+from pykvm.control.directory import MachineDirectory
 from pykvm.devices.virtio.console import Console as VirtioConsole
 from pykvm.devices.virtio.console import Port
 from pykvm.kvm import Kvm
@@ -27,7 +26,10 @@ from pykvm.machine.linux.command import (
 from pykvm.machine.linux.config import MachineConfig, Share
 from pykvm.machine.linux.console import Console
 from pykvm.machine.linux.devices import configured_networks
+from pykvm.machine.linux.foreground import confine
 from pykvm.machine.linux.machine import End, LinuxMachine
+from pykvm.machine.linux.service import MachineService
+from pykvm.sandbox import Confinement
 
 __all__ = ["KERNEL_LINE", "ROOT_TAG", "is_terminal", "run_command"]
 
@@ -48,7 +50,13 @@ def is_terminal() -> bool:
 
 
 def run_command(
-    kvm: Kvm, config: MachineConfig, command: Command, root: Path | None, *, verbose: bool = False
+    kvm: Kvm,
+    config: MachineConfig,
+    command: Command,
+    root: Path | None,
+    *,
+    confinement: Confinement | None,
+    verbose: bool = False,
 ) -> int:
     """Run a command in a new guest; return its exit status, as a shell would.
 
@@ -58,6 +66,8 @@ def run_command(
         command: the command.
         root: directory of the host that is the root file system; None where `command.root` is a
             disk of the machine.
+        confinement: what this process may still do from the guest's start on; None leaves it
+            unconfined.
         verbose: whether the kernel's messages go to standard error.
 
     Raises:
@@ -65,7 +75,7 @@ def run_command(
         PykvmError: the machine cannot be made, see `LinuxMachine`.
     """
     with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pykvm-")))
+        directory = stack.enter_context(MachineDirectory(config.name or None))
         status_read, status_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         stack.callback(os.close, status_read)
         stack.callback(os.close, status_write)
@@ -82,13 +92,17 @@ def run_command(
         config = replace(
             config,
             command_line=f"{KERNEL_LINE} {config.command_line}".strip(),
-            initrds=command.initrds(config.kernel, directory),
+            initrds=command.initrds(config.kernel, directory.path),
             shares=shares + config.shares,
         )
         machine = stack.enter_context(
             LinuxMachine(kvm, config, 2 if verbose else None, networks=networks)
         )
-        with _streams(machine, command.terminal, status_write) as console:
+        with (
+            MachineService(machine, directory),
+            _streams(machine, command.terminal, status_write) as console,
+        ):
+            confine(directory, confinement)
             end = machine.run()
         console.flush(_PATIENCE)
         try:
@@ -161,7 +175,7 @@ def _usable(descriptor: int, stack: ExitStack) -> int:
 
 
 def _size() -> tuple[int, int]:
-    found = shutil.get_terminal_size()
+    found = os.get_terminal_size(1)
     return found.columns, found.lines
 
 

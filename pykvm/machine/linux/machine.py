@@ -20,7 +20,7 @@ from pykvm.devices.serial import COM1_IRQ, COM1_PORT, Serial
 from pykvm.devices.virtio.device import Device
 from pykvm.devices.virtio.pci import VirtioPci
 from pykvm.errors import PykvmError
-from pykvm.inspect.vcpu_gate import PauseError, VcpuGate
+from pykvm.inspection.vcpu_gate import PauseError, VcpuGate
 from pykvm.kvm import Exit, Io, Kvm, MmioRead, MmioWrite, Shutdown, Vcpu
 from pykvm.machine.linux import layout
 from pykvm.machine.linux.boot import (

@@ -8,14 +8,17 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pykvm.closeable import Closeable
 from pykvm.control.directory import MachineDirectory
-from pykvm.control.server import ControlServer, Session, Stream
+from pykvm.control.server import ControlServer, Session, Stream, listening_socket
 from pykvm.errors import PykvmError
-from pykvm.inspect.metrics import Metrics
+from pykvm.inspection.metrics import Metrics
 from pykvm.machine.linux.machine import LinuxMachine
+
+if TYPE_CHECKING:
+    from pykvm.inspection.gdb.server import GdbServer
 
 __all__ = ["MachineService"]
 
@@ -37,20 +40,19 @@ class MachineService(Closeable):
 
     Args:
         machine: the machine.
-        name: its name; empty for the first free one.
-
-    Raises:
-        MachineNameError: the name is none, or is taken.
-        RuntimeDirectoryError: there is no place for the socket.
+        directory: its directory, which stays the caller's.
     """
 
-    def __init__(self, machine: LinuxMachine, name: str = "") -> None:
+    def __init__(self, machine: LinuxMachine, directory: MachineDirectory) -> None:
         self._machine = machine
         self._started = time.time()
-        self._gdb: str = ""
+        self._gdb: GdbServer | None = None
         self._lock = threading.Lock()
+        self.directory = directory
         with ExitStack() as stack:
-            self.directory = stack.enter_context(MachineDirectory(name or None))
+            # A confined process makes no sockets: what GDB connects to is there from the start.
+            self._gdb_socket = listening_socket(directory.path / "gdb")
+            stack.callback(self._gdb_socket.close)
             labels = {"machine": self.directory.name}
             self._metrics = stack.enter_context(Metrics(machine.vm, machine.vcpus, labels))
             handlers = {
@@ -99,12 +101,12 @@ class MachineService(Closeable):
         return self._metrics.read()
 
     def _report(self, request: Request) -> str:
-        from pykvm.inspect.hang import report  # noqa: PLC0415  (asked for now and then)
+        from pykvm.inspection.hang import report  # noqa: PLC0415  (asked for now and then)
 
         return report(self._machine)
 
     def _walk(self, request: Request) -> str:
-        from pykvm.inspect.walk import describe_walk, parse_address  # noqa: PLC0415
+        from pykvm.inspection.walk import describe_walk, parse_address  # noqa: PLC0415
 
         number = int(request.get("cpu", 0))
         if not 0 <= number < len(self._machine.vcpus):
@@ -116,14 +118,14 @@ class MachineService(Closeable):
             return describe_walk(self._machine.vcpus[number], self._machine.memory, address)
 
     def _start_gdb(self, request: Request) -> str:
-        from pykvm.inspect.gdb.server import GdbServer  # noqa: PLC0415
+        from pykvm.inspection.gdb.server import GdbServer  # noqa: PLC0415
 
         with self._lock:
-            if not self._gdb:
-                server = GdbServer.on_unix_socket(self._machine, self.directory.path / "gdb")
-                self._resources.push(server)
-                self._gdb = server.address
-            return self._gdb
+            if self._gdb is None:
+                path = self.directory.path / "gdb"
+                self._gdb = GdbServer(self._machine, self._gdb_socket, path)
+                self._resources.push(self._gdb)
+            return self._gdb.address
 
     def _snapshot(self, request: Request) -> int:
         return self._machine.snapshot(Path(str(request["path"])))

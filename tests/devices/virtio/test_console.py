@@ -94,7 +94,7 @@ def test_ports_are_announced(pipes: Pipes) -> None:
     assert names == {1: b"stdin", 2: b"stdout"}
     assert [port for port, *_ in driver.wait_messages(virtio_console.CONSOLE)] == [0]
     assert driver.wait_messages(virtio_console.RESIZE) == [
-        (0, virtio_console.RESIZE, 1, struct.pack("<HH", 25, 80))
+        (0, virtio_console.RESIZE, 1, struct.pack("<HH", 80, 25))
     ]
     assert pipes.console.config() == struct.pack("<HHII", 80, 25, 3, 0)
 
@@ -238,7 +238,7 @@ def test_a_new_size(plain: Pipes) -> None:
     driver.begin()
     driver.control(0, virtio_console.OPEN, 1)
     plain.console.resize(132, 43)
-    assert driver.wait_messages(virtio_console.RESIZE, 2)[-1][3] == struct.pack("<HH", 43, 132)
+    assert driver.wait_messages(virtio_console.RESIZE, 2)[-1][3] == struct.pack("<HH", 132, 43)
     assert changed == [struct.pack("<HHII", 132, 43, 3, 0)]
 
 

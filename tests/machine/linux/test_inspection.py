@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pykvm.inspect.gdb.server import GdbServer
-from pykvm.inspect.gdb.target_description import REGISTERS
-from pykvm.inspect.hang import report
+from pykvm.inspection.gdb.server import GdbServer
+from pykvm.inspection.gdb.target_description import REGISTERS
+from pykvm.inspection.hang import report
 from pykvm.kvm import Kvm
 from pykvm.machine.linux.config import MachineConfig
 from pykvm.machine.linux.machine import End, LinuxMachine
@@ -29,6 +29,7 @@ ENTRY_AREA = (
     0xFFFF_FE00_0000_0000  # Linux Documentation/x86/x86_64/mm.rst, "cpu_entry_area mapping"
 )
 PAGE_FAULT = 14
+LSTAR = 0xC000_0082  # SDM vol. 4, table 2-2: where SYSCALL leads
 
 
 def register(client: GdbClient, name: str) -> int:
@@ -110,14 +111,16 @@ def debug(path: Path, machine: LinuxMachine) -> None:
             seen.add(register(client, "rip"))
         assert len(seen) > 5
         # Now that the kernel has patched its own code, breakpoints may be written to it. They are
-        # as soon as the debug registers are used up.
-        code = client.ask(f"m{fault:x},10")
+        # as soon as the debug registers are used up. At the entry of system calls CR3 may still be
+        # the process's.
+        entry = machine.vcpus[int(thread) - 1].get_msrs([LSTAR])[LSTAR]
+        code = client.ask(f"m{entry:x},10")
         for number in range(4):
             assert client.ask(f"Z1,{fault + 0x1000 + number:x},1") == "OK"
-        assert client.ask(f"Z0,{fault:x},1") == "OK"
+        assert client.ask(f"Z0,{entry:x},1") == "OK"
         stopped(client.ask("vCont;c"), "swbreak:;")
-        assert register(client, "rip") == fault
-        assert client.ask(f"m{fault:x},10") == code
+        assert register(client, "rip") == entry
+        assert client.ask(f"m{entry:x},10") == code
         assert client.ask("D") == "OK"
     text = report(machine)
     assert "page walk of the instruction:" in text

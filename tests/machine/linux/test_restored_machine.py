@@ -10,7 +10,7 @@ import pytest
 
 from pykvm.devices.virtio.block import DiskInUseError
 from pykvm.devices.virtio.entropy import Entropy
-from pykvm.inspect.vcpu_gate import PauseError
+from pykvm.inspection.vcpu_gate import PauseError
 from pykvm.kvm import Kvm
 from pykvm.machine.linux import layout
 from pykvm.machine.linux.config import Disk, MachineConfig, MachineConfigError

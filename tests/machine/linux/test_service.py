@@ -3,14 +3,17 @@
 import json
 import os
 import re
-import socket
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pykvm.control.client import ControlError, MachineClient
@@ -81,16 +84,8 @@ def image(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def lab(image: Path, tmp_path: Path) -> Iterator[Running]:
-    options = [
-        "--kernel",
-        str(image),
-        "--append",
-        "say echo 21",
-        "--memory",
-        "64M",
-        "--name",
-        "lab",
-    ]
+    options = ["--kernel", str(image), "--append", "say echo 21", "--memory", "64M"]
+    options += ["--name", "lab", "--snapshots", str(tmp_path)]
     running = start(tmp_path, "run", *options)
     yield running
     end(running)
@@ -100,9 +95,9 @@ def test_it_is_listed_until_it_ends(lab: Running, image: Path) -> None:
     heading, line = pykvm("ps").splitlines()
     assert heading.split() == ["NAME", "STATE", "CPUS", "MEMORY", "FOR", "PID", "KERNEL"]
     assert line.split()[:5] == ["lab", "running", "1", "64", "MiB"]
-    assert line.split()[6:] == [str(lab.process.pid), str(image)]
     (found,) = json.loads(pykvm("ps", "--json"))
-    assert (found["name"], found["pid"]) == ("lab", lab.process.pid)
+    assert line.split()[6:] == [str(found["pid"]), str(image)]
+    assert psutil.Process(found["pid"]).ppid() == lab.process.pid
     lab.type(b"xyz")
     lab.shows(b"listening\nxyz")
     lab.type(b"q")
@@ -146,11 +141,17 @@ def test_a_second_console(lab: Running) -> None:
 def test_consoles_that_do_not_read(lab: Running) -> None:
     """A machine waits for none of them, and has four at most."""
     clients = [MachineClient("lab") for _ in range(5)]
-    connections = [client.stream("console")[0] for client in clients]
+    shown = []
+    for client in clients:
+        connection, first = client.stream("console")
+        connection.settimeout(0.05)
+        shown.append((connection, bytearray(first)))
 
     def one_is_too_many() -> bool:
-        shown = [connection.recv(10000, socket.MSG_PEEK) for connection in connections]
-        return any(b"four consoles already" in text for text in shown)
+        for connection, text in shown:
+            with suppress(TimeoutError):
+                text.extend(connection.recv(10000))
+        return any(b"four consoles already" in text for _, text in shown)
 
     wait_for(one_is_too_many)
     lab.type(b"x" * 1000)
@@ -222,7 +223,26 @@ def test_a_killed_machine(lab: Running) -> None:
         assert client.request("status")
         lab.process.kill()
         lab.process.wait()
+        wait_for(lambda: names_of_running() == [])
         with pytest.raises(ControlError, match="has ended"):
             client.request("status")
     with pytest.raises(MachineNameError):
         MachineClient("lab")
+
+
+def test_a_confined_machine_writes_nowhere_else(lab: Running, tmp_path: Path) -> None:
+    """Of /proc: no new privileges, a filter of system calls, and no capabilities."""
+    (found,) = json.loads(pykvm("ps", "--json"))
+    status = Path(f"/proc/{found['pid']}/status").read_text()
+    assert "NoNewPrivs:\t1" in status
+    assert "Seccomp:\t2" in status
+    assert "CapEff:\t0000000000000000" in status
+    pykvm("snapshot", "lab", str(tmp_path / "inside"))
+    outside = Path(tempfile.mkdtemp())
+    try:
+        said = pykvm("snapshot", "lab", str(outside / "there"), status=1)
+        assert "--snapshots" in said
+    finally:
+        shutil.rmtree(outside)
+    pykvm("stop", "lab")
+    assert lab.process.wait(60) == 0

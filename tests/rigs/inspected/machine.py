@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from pykvm.closeable import Closeable
-from pykvm.inspect.vcpu_gate import VcpuGate
+from pykvm.inspection.vcpu_gate import VcpuGate
 from pykvm.kvm import Exit, Io, Kvm, Vcpu
 from pykvm.machine.x86 import long_mode
 from pykvm.memory.guest_memory import GuestMemory

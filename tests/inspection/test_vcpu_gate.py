@@ -1,4 +1,4 @@
-"""pykvm.inspect.vcpu_gate: pausing a machine whose vCPUs run."""
+"""pykvm.inspection.vcpu_gate: pausing a machine whose vCPUs run."""
 
 import fcntl
 import os
@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from pykvm.devices.serial import Serial
-from pykvm.inspect.vcpu_gate import PauseError, VcpuGate
+from pykvm.inspection.vcpu_gate import PauseError, VcpuGate
 from pykvm.kvm import Debug, Io, Kvm, Vcpu
 from tests.rigs.inspected.machine import InspectedMachine, NewMachine, address_of
 from tests.rigs.messages import one_line
@@ -164,7 +164,7 @@ class _Listener:
 
 
 def test_a_device_that_does_not_answer(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pykvm.inspect.vcpu_gate._PATIENCE", 0.1)
+    monkeypatch.setattr("pykvm.inspection.vcpu_gate._PATIENCE", 0.1)
     inside, answer = threading.Event(), threading.Event()
     gate = VcpuGate()
 
@@ -206,7 +206,7 @@ def test_a_guest_that_waits_for_a_reader(kvm: Kvm, monkeypatch: pytest.MonkeyPat
         try:
             wait_for(lambda: not select.select([], [writer], [], 0)[1])
             threading.Event().wait(0.5)  # the guest waits as soon as it writes again
-            monkeypatch.setattr("pykvm.inspect.vcpu_gate._PATIENCE", 0.3)
+            monkeypatch.setattr("pykvm.inspection.vcpu_gate._PATIENCE", 0.3)
             with pytest.raises(PauseError, match="nobody reads what it writes") as caught:
                 machine.gate.pause()
             one_line(caught.value)

@@ -1,11 +1,11 @@
-"""pykvm.inspect.hang and watch: reports on guests that make no progress."""
+"""pykvm.inspection.hang and watch: reports on guests that make no progress."""
 
 import threading
 
 import pytest
 
-from pykvm.inspect.hang import Sample, compare, report, sample, state
-from pykvm.inspect.watch import ProgressWatch
+from pykvm.inspection.hang import Sample, compare, report, sample, state
+from pykvm.inspection.watch import ProgressWatch
 from pykvm.kvm import Kvm
 from tests.rigs.inspected.machine import InspectedMachine, NewMachine, address_of
 from tests.rigs.waiting import wait_for

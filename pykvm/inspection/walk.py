@@ -17,7 +17,7 @@ import struct
 from typing import Final
 
 from pykvm.errors import PykvmError
-from pykvm.inspect.paging_mode import paging_levels
+from pykvm.inspection.paging_mode import paging_levels
 from pykvm.kvm import Vcpu
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.memory.regions import AddressError

@@ -1,4 +1,4 @@
-"""pykvm.inspect.metrics: tables, JSON, and Prometheus's text format."""
+"""pykvm.inspection.metrics: tables, JSON, and Prometheus's text format."""
 
 import json
 import math
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from pykvm.inspect.exposition import Family, render
-from pykvm.inspect.metrics import Metrics, exit_counts, exit_table
+from pykvm.inspection.exposition import Family, render
+from pykvm.inspection.metrics import Metrics, exit_counts, exit_table
 from pykvm.kvm import Kvm
 from tests.rigs.inspected.machine import InspectedMachine
 from tests.rigs.needs import need

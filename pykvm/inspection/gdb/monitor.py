@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Final
 
 from pykvm.errors import PykvmError
-from pykvm.inspect.hang import report
-from pykvm.inspect.machine import Machine
-from pykvm.inspect.metrics import exit_table
-from pykvm.inspect.walk import describe_walk, parse_address
+from pykvm.inspection.hang import report
+from pykvm.inspection.machine import Machine
+from pykvm.inspection.metrics import exit_table
+from pykvm.inspection.walk import describe_walk, parse_address
 from pykvm.kvm import Vcpu
 
 __all__ = ["run_command"]

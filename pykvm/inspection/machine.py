@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from pykvm.inspect.vcpu_gate import VcpuGate
+from pykvm.inspection.vcpu_gate import VcpuGate
 from pykvm.kvm import Vcpu
 from pykvm.memory.guest_memory import GuestMemory
 

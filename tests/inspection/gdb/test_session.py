@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pykvm.inspect.gdb.server import GdbServer
-from pykvm.inspect.gdb.target_description import REGISTERS
+from pykvm.inspection.gdb.server import GdbServer
+from pykvm.inspection.gdb.target_description import REGISTERS
 from tests.rigs.gdb_client import GdbClient
 from tests.rigs.inspected.machine import HIGH, InspectedMachine, NewMachine, address_of
 from tests.rigs.needs import need_hardware

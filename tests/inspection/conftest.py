@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pykvm.inspect.gdb.server import GdbServer
+from pykvm.inspection.gdb.server import GdbServer
 from pykvm.kvm import Kvm
 from tests.rigs.gdb_client import GdbClient
 from tests.rigs.inspected.machine import InspectedMachine, NewMachine

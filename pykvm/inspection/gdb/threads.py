@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from xml.sax.saxutils import escape
 
-from pykvm.inspect.gdb.arguments import ArgumentError
-from pykvm.inspect.hang import state
-from pykvm.inspect.machine import Machine
+from pykvm.inspection.gdb.arguments import ArgumentError
+from pykvm.inspection.hang import state
+from pykvm.inspection.machine import Machine
 from pykvm.kvm import Vcpu
 
 __all__ = ["Threads"]

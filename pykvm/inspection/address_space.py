@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Final
 
 from pykvm.errors import PykvmError
-from pykvm.inspect.paging_mode import paging_levels
+from pykvm.inspection.paging_mode import paging_levels
 from pykvm.kvm import KvmError, Struct, Vcpu
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.memory.regions import AddressError

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pykvm.inspect.gdb.server import GdbServer
+from pykvm.inspection.gdb.server import GdbServer
 from tests.rigs.inspected.machine import InspectedMachine, address_of, guest_file
 from tests.rigs.needs import need_hardware
 from tests.rigs.waiting import wait_for

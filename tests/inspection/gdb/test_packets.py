@@ -1,10 +1,10 @@
-"""pykvm.inspect.gdb.packets: framing, checksums, escapes, and rubbish."""
+"""pykvm.inspection.gdb.packets: framing, checksums, escapes, and rubbish."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pykvm.inspect.gdb.packets import (
+from pykvm.inspection.gdb.packets import (
     PACKET_SIZE,
     Packet,
     PacketReader,

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any, Final
 
 from pykvm.errors import PykvmError
-from pykvm.inspect.gdb.target_description import REGISTERS, Register, Source
+from pykvm.inspection.gdb.target_description import REGISTERS, Register, Source
 from pykvm.kvm import KvmError, Struct, Vcpu
 
 __all__ = ["RegisterError", "Registers"]

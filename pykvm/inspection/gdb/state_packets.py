@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Final
 
 from pykvm.errors import PykvmError
-from pykvm.inspect.address_space import AddressSpace
-from pykvm.inspect.gdb.arguments import ArgumentError, number, numbers, octets
-from pykvm.inspect.gdb.packets import PACKET_SIZE
-from pykvm.inspect.gdb.registers import Registers
-from pykvm.inspect.gdb.target_description import REGISTERS, Register
+from pykvm.inspection.address_space import AddressSpace
+from pykvm.inspection.gdb.arguments import ArgumentError, number, numbers, octets
+from pykvm.inspection.gdb.packets import PACKET_SIZE
+from pykvm.inspection.gdb.registers import Registers
+from pykvm.inspection.gdb.target_description import REGISTERS, Register
 from pykvm.kvm import Vcpu
 
 __all__ = [

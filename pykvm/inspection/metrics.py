@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from pykvm.closeable import Closeable
-from pykvm.inspect.exposition import Family, render
+from pykvm.inspection.exposition import Family, render
 from pykvm.kvm import Statistic, Stats, Vcpu, Vm
 
 __all__ = ["CONTENT_TYPE", "Metrics", "exit_counts", "exit_table"]

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Final
 
 from pykvm.errors import PykvmError
-from pykvm.inspect.address_space import AddressSpace
-from pykvm.inspect.gdb import state_packets
-from pykvm.inspect.gdb.arguments import (
+from pykvm.inspection.address_space import AddressSpace
+from pykvm.inspection.gdb import state_packets
+from pykvm.inspection.gdb.arguments import (
     ALL_THREADS,
     ArgumentError,
     number,
@@ -21,14 +21,14 @@ from pykvm.inspect.gdb.arguments import (
     octets,
     thread,
 )
-from pykvm.inspect.gdb.breakpoints import Kind, Point
-from pykvm.inspect.gdb.execution import Execution, Stop
-from pykvm.inspect.gdb.monitor import run_command
-from pykvm.inspect.gdb.packets import PACKET_SIZE, Packet, PacketReader, Sign, encode
-from pykvm.inspect.gdb.state_packets import OK
-from pykvm.inspect.gdb.target_description import TARGET_XML
-from pykvm.inspect.gdb.threads import Threads
-from pykvm.inspect.machine import Machine
+from pykvm.inspection.gdb.breakpoints import Kind, Point
+from pykvm.inspection.gdb.execution import Execution, Stop
+from pykvm.inspection.gdb.monitor import run_command
+from pykvm.inspection.gdb.packets import PACKET_SIZE, Packet, PacketReader, Sign, encode
+from pykvm.inspection.gdb.state_packets import OK
+from pykvm.inspection.gdb.target_description import TARGET_XML
+from pykvm.inspection.gdb.threads import Threads
+from pykvm.inspection.machine import Machine
 
 __all__ = ["Session", "SessionOverError"]
 

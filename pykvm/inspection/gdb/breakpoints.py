@@ -16,7 +16,7 @@ from enum import Enum
 from typing import Final
 
 from pykvm.errors import PykvmError
-from pykvm.inspect.address_space import AddressSpace
+from pykvm.inspection.address_space import AddressSpace
 from pykvm.kvm import Breakpoint
 from pykvm.memory.guest_memory import GuestMemory
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pykvm.errors import PykvmError
-from pykvm.inspect.address_space import AddressSpace
-from pykvm.inspect.machine import Machine
-from pykvm.inspect.walk import describe_walk
+from pykvm.inspection.address_space import AddressSpace
+from pykvm.inspection.machine import Machine
+from pykvm.inspection.walk import describe_walk
 from pykvm.kvm import CapabilityMissingError, MpState, Vcpu
 from pykvm.kvm.x86.report import describe, linear_address
 

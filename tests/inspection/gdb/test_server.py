@@ -1,4 +1,4 @@
-"""pykvm.inspect.gdb.server: who may connect, and clients that are none."""
+"""pykvm.inspection.gdb.server: who may connect, and clients that are none."""
 
 import contextlib
 import os
@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pykvm.inspect.gdb.packets import encode
-from pykvm.inspect.gdb.server import GdbServer, GdbServerError
+from pykvm.inspection.gdb.packets import encode
+from pykvm.inspection.gdb.server import GdbServer, GdbServerError
 from pykvm.kvm import Kvm, UnexpectedExitError
 from tests.rigs.gdb_client import GdbClient
 from tests.rigs.inspected.machine import InspectedMachine, address_of
@@ -127,7 +127,7 @@ def test_a_server_that_closes_lets_the_machine_run(
 def test_a_client_that_reads_nothing(
     machine: InspectedMachine, stub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pykvm.inspect.gdb.server._SEND_TIMEOUT", 0.2)
+    monkeypatch.setattr("pykvm.inspection.gdb.server._SEND_TIMEOUT", 0.2)
     with connect(stub) as client:
         client.settimeout(0.5)
         with pytest.raises(OSError, match=r"timed out|reset|Broken pipe"):

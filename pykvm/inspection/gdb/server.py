@@ -16,8 +16,8 @@ from typing import Final
 
 from pykvm.closeable import Closeable
 from pykvm.errors import PykvmError
-from pykvm.inspect.gdb.session import Session
-from pykvm.inspect.machine import Machine
+from pykvm.inspection.gdb.session import Session
+from pykvm.inspection.machine import Machine
 
 __all__ = ["GdbServer", "GdbServerError", "serve_client"]
 

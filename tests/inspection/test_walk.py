@@ -1,9 +1,9 @@
-"""pykvm.inspect.walk: page walks as text, which agree with KVM's own translation."""
+"""pykvm.inspection.walk: page walks as text, which agree with KVM's own translation."""
 
 import pytest
 
-from pykvm.inspect.address_space import AddressSpace, NoMemoryError
-from pykvm.inspect.walk import WalkAddressError, describe_walk, parse_address
+from pykvm.inspection.address_space import AddressSpace, NoMemoryError
+from pykvm.inspection.walk import WalkAddressError, describe_walk, parse_address
 from pykvm.kvm import Kvm, Vcpu, Vm
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.paging.entries import Access, X86Entry

@@ -9,8 +9,8 @@ from contextlib import suppress
 
 from pykvm.closeable import Closeable
 from pykvm.errors import PykvmError
-from pykvm.inspect.hang import Progress, Sample, compare, report, sample
-from pykvm.inspect.machine import Machine
+from pykvm.inspection.hang import Progress, Sample, compare, report, sample
+from pykvm.inspection.machine import Machine
 
 __all__ = ["ProgressWatch"]
 

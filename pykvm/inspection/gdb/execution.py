@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from pykvm.errors import PykvmError
-from pykvm.inspect.address_space import AddressSpace
-from pykvm.inspect.gdb.breakpoints import Arrangement, Breakpoints, Kind, Point
-from pykvm.inspect.machine import Machine
-from pykvm.inspect.vcpu_gate import PauseError
+from pykvm.inspection.address_space import AddressSpace
+from pykvm.inspection.gdb.breakpoints import Arrangement, Breakpoints, Kind, Point
+from pykvm.inspection.machine import Machine
+from pykvm.inspection.vcpu_gate import PauseError
 from pykvm.kvm import Debug, Vcpu, lib
 
 __all__ = ["Execution", "Stop"]

@@ -1,5 +1,0 @@
-"""Inspection of a running machine: debugger, page walks, reports and metrics.
-
-Everything here works on what `pykvm.inspect.machine.Machine` describes, so that any machine can be
-inspected that has vCPUs, memory and a `pykvm.inspect.vcpu_gate.VcpuGate`.
-"""
