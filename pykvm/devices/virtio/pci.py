@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
@@ -140,6 +141,10 @@ _QUEUE_REGISTERS: Final = frozenset(
 class VirtioPci(PciFunction, Closeable):
     """A device of a PCI bus. It owns the device and closes it.
 
+    Attributes:
+        device: the device.
+        tell: called, from any thread, with a line for the user when the device has failed.
+
     Args:
         device: the device.
         routes: the VM's routes of interrupts.
@@ -153,6 +158,7 @@ class VirtioPci(PciFunction, Closeable):
         ids = (_VENDOR, _FIRST_DEVICE + device.type, _VENDOR, _SUBSYSTEM)
         super().__init__(ids, _CLASSES.get(device.type, _OTHER_CLASS))
         self.device = device
+        self.tell: Callable[[str], object] = lambda text: None
         self._vm = ioevents
         self._failed = False
         self._started = self._paused = False
@@ -188,6 +194,7 @@ class VirtioPci(PciFunction, Closeable):
 
     def _fail(self, reason: str) -> None:
         self._failed = True
+        self.tell(f"a {self.device.type.name.lower()} device has failed: {reason}")
         self._config_changed()
 
     def _config_changed(self) -> None:

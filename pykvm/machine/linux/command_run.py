@@ -26,7 +26,7 @@ from pykvm.machine.linux.command import (
 from pykvm.machine.linux.config import MachineConfig, Share
 from pykvm.machine.linux.console import Console
 from pykvm.machine.linux.devices import configured_networks
-from pykvm.machine.linux.foreground import confine
+from pykvm.machine.linux.foreground import confine, tell
 from pykvm.machine.linux.machine import End, LinuxMachine
 from pykvm.machine.linux.service import MachineService
 from pykvm.sandbox import Confinement
@@ -98,6 +98,7 @@ def run_command(
         machine = stack.enter_context(
             LinuxMachine(kvm, config, 2 if verbose else None, networks=networks)
         )
+        machine.tell = tell
         with (
             MachineService(machine, directory),
             _streams(machine, command.terminal, status_write) as console,

@@ -49,20 +49,28 @@ class HostNetwork(Closeable):
 
     def __init__(self, text: str, index: int, machine: str) -> None:
         from pykvm.network.mac_address import mac_address
-        from pykvm.network.specification import NetworkKind, NetworkSpecification
+        from pykvm.network.specification import (
+            NetworkKind,
+            NetworkSpecification,
+            NetworkSpecificationError,
+        )
 
         wanted = NetworkSpecification.parse(text)
         machine = machine or _UNNAMED
         self.mac = wanted.mac or mac_address(machine, index)
         self.address: StaticAddress | None = None
+        if wanted.queues > 1:
+            raise NetworkSpecificationError(
+                f"{wanted.queues} queues: a guest's interface has one pair", "leave out queues"
+            )
         self._tap_or_user: Closeable | None = None
         with ExitStack() as stack:
             if wanted.kind is NetworkKind.USER:
-                from pykvm.network.frame_stream import LARGEST_MTU
                 from pykvm.network.user_network import UserNetwork
 
-                mtu = wanted.mtu or LARGEST_MTU
-                user = UserNetwork(self.mac, forwards=wanted.forwards, host=wanted.host, mtu=mtu)
+                user = UserNetwork(
+                    self.mac, forwards=wanted.forwards, host=wanted.host, mtu=wanted.mtu
+                )
                 self._tap_or_user = stack.enter_context(user)
                 self.address = user.address
             elif wanted.kind is NetworkKind.TAP:
@@ -72,7 +80,6 @@ class HostNetwork(Closeable):
                 tap = stack.enter_context(
                     Tap(
                         wanted.name,
-                        queues=wanted.queues,
                         mtu=wanted.mtu,
                         bridge=wanted.bridge,
                         address=wanted.address,

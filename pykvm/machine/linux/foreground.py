@@ -41,6 +41,7 @@ def run_in_foreground(machine: LinuxMachine, name: str, confinement: Confinement
     """
     with ExitStack() as stack:
         directory = stack.enter_context(MachineDirectory(name or None))
+        machine.tell = tell
         stack.enter_context(MachineService(machine, directory))
         stack.enter_context(Console(machine.serial.feed, machine.stop))
         stack.enter_context(ProgressWatch(machine, tell))

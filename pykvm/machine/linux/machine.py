@@ -88,6 +88,7 @@ class LinuxMachine(Closeable):
     """A machine, ready to run.
 
     Attributes:
+        tell: called, from any thread, with a line for the user when a device is in trouble.
         exit_status: the status with which the guest has ended it, if the end is `End.EXIT`.
 
     Args:
@@ -130,6 +131,7 @@ class LinuxMachine(Closeable):
         self._kvm = kvm
         self.gate = VcpuGate()
         self._paused = False
+        self.tell: Callable[[str], object] = lambda text: None
         self._events = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
             if memory is None:
@@ -250,8 +252,15 @@ class LinuxMachine(Closeable):
         """
         self._owned.append(device)
         function = VirtioPci(device, self._routes, self.vm)
+        function.tell = self._tell
+        for news in ("on_link_lost", "on_error"):
+            if hasattr(device, news):
+                setattr(device, news, self._tell)
         self._owned[-1] = function
         self.pci.add(function)
+
+    def _tell(self, text: str) -> None:
+        self.tell(text)
 
     # ---- running ----------------------------------------------------------------------------
 

@@ -210,7 +210,10 @@ def test_a_device_that_fails_or_changes(driver: Driver) -> None:
     driver.device.on_config()
     assert driver.get(COMMON + 0x15, 1) == before + 1
     assert os.eventfd_read(driver.function.msix.eventfd(2)) == 1
+    told: list[str] = []
+    driver.function.tell = told.append
     driver.device.on_failure("gone")
+    assert told == ["a net device has failed: gone"]
     assert driver.get(COMMON + 0x14, 1) & Status.NEEDS_RESET
     assert os.eventfd_read(driver.function.msix.eventfd(2)) == 1
 
