@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Final
 
@@ -235,8 +236,13 @@ FAULTS: Final = {
 """By target and by name."""
 
 
+# All of them are tried by PYKVM_ALL_FAULTS=1, two of each target here.
+_MOST: Final = None if os.environ.get("PYKVM_ALL_FAULTS") else 2
+
+
 @pytest.mark.parametrize(
-    ("name", "fault"), [(name, fault) for name, faults in FAULTS.items() for fault in faults]
+    ("name", "fault"),
+    [(name, fault) for name, faults in FAULTS.items() for fault in list(faults)[:_MOST]],
 )
 def test_a_planted_fault_is_found(name: str, fault: str, tmp_path: Path) -> None:
     target = TARGETS[name]

@@ -37,7 +37,9 @@ def try_input(data: bytes) -> None:
                 serial = Serial()
                 try:
                     serial.restore(state)
-                    assert serial.save() == state
+                    saved = serial.save()
+                    waiting = bytes.fromhex(state["input"]).hex()  # digits of either case
+                    assert saved == {name: state[name] for name in saved} | {"input": waiting}
                 finally:
                     serial.close()
     except PykvmError as error:
@@ -67,7 +69,7 @@ def _restore_virtio(state: object) -> None:
             machine.bus.read(place, 8)
         for queue in (0, 1):
             machine.bus.write(COMMON + 0x16, bytes([queue, 0]))
-            machine.bus.read(COMMON + 0x18, 8)
+            machine.function.read_bar(machine.function.bars[0], 0, 0x38)
             machine.bus.write(COMMON + 0x1C, b"\1\0")
         machine.bus.write(COMMON + 0x14, b"\x0f")  # a driver that was about to start goes on
         machine.check()
