@@ -20,6 +20,7 @@ from pykvm.network.mac_address import mac_address
 from pykvm.network.tap import Tap
 from pykvm.sizes import MIB
 from tests.rigs.device_failures import failures_of
+from tests.rigs.kernel_modules import load_inside
 from tests.rigs.net_driver import TRANSMIT, GuestInterface, NetDriver
 from tests.rigs.network_namespace import NetworkNamespace, need_tun
 from tests.rigs.waiting import wait_for
@@ -35,6 +36,7 @@ LINUX = (
 
 @pytest.fixture
 def namespace() -> Iterator[NetworkNamespace]:
+    load_inside("tun", "bridge", "vhost_net")
     need_tun()
     made = NetworkNamespace()
     with made.entered():
@@ -45,6 +47,7 @@ def namespace() -> Iterator[NetworkNamespace]:
 
 @pytest.fixture
 def vhost_net() -> None:
+    load_inside("vhost_net")
     if not VHOST_NET.exists():
         pytest.skip(f"no {VHOST_NET}")
 
