@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pykvm.errors import PykvmError
 from pykvm.machine.linux import layout
-from pykvm.machine.linux.boot import open_file
+from pykvm.machine.linux.boot import KernelError, open_file
 from pykvm.machine.linux.config import Disk, MachineConfig, MachineConfigError, Share, parse_size
 from pykvm.network.specification import NetworkSpecification
 from pykvm.sizes import PAGE_SIZE
@@ -57,4 +57,8 @@ def _check(config: MachineConfig) -> None:
     assert config.described()
     assert "\0" not in config.command_line + config.name
     for path in (config.kernel, *config.initrds):
-        os.close(open_file(path))
+        try:
+            os.close(open_file(path))
+        except KernelError as error:
+            # Names of files may have line feeds.
+            one_line(type(error)(error.problem.replace("\n", " "), error.next_step))

@@ -45,8 +45,10 @@ def _serve(session: Session) -> None:
 
 
 HANDLERS = {one.__name__: one for one in (echo, count, name, refuse, stream)}
-_FOLDER = tempfile.TemporaryDirectory(prefix="pykvm-fuzz-")
-_SERVER = ControlServer(Path(_FOLDER.name) / "control", HANDLERS)
+with tempfile.TemporaryDirectory(prefix="pykvm-fuzz-") as _folder:
+    # It serves connections that this module gives it, and listens no more.
+    _SERVER = ControlServer(Path(_folder) / "control", HANDLERS)
+    _SERVER.close()
 
 
 def try_input(data: bytes) -> None:
