@@ -114,7 +114,7 @@ def _leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
     left_out = []
     for item in items:
         uncounted = emulated and not counts_exactly() and item.get_closest_marker("counted")
-        elsewhere = emulated and item.get_closest_marker("native")
+        elsewhere = emulated and item.get_closest_marker("native") and "native" not in named
         linux = item.get_closest_marker("linux")
         other = linux and linux.args and not platform.release().startswith(f"{linux.args[0]}.")
         weakened = item.get_closest_marker("weakened") and "weakened" not in named
