@@ -11,7 +11,7 @@ packages="
 	gcc libc6-dev libelf-dev make patch clang llvm
 	git tar xz-utils lz4 zstd cpio kmod e2fsprogs util-linux acpica-tools
 	bochs bochsbios vgabios xorriso
-	qemu-utils passt dnsmasq-base gdb
+	iproute2 qemu-utils passt dnsmasq-base gdb
 "
 
 missing() {

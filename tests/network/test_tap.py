@@ -243,7 +243,7 @@ def nobody() -> Iterator[None]:
     os.seteuid(0)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="this host does not allow a change of user")
 def test_without_privileges(namespace: NetworkNamespace, nobody: None) -> None:
     """/dev/net/tun is open to all on Debian; here it may be root's alone."""
     with pytest.raises(
@@ -254,7 +254,7 @@ def test_without_privileges(namespace: NetworkNamespace, nobody: None) -> None:
         BridgePort(1, "new")
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="this host does not allow a change of user")
 def test_privileges_given_up_meanwhile(namespace: NetworkNamespace) -> None:
     """Another process removes the bridge."""
     made = Tap()

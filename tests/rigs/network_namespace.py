@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from pykvm.network.links import Link, links, netlink
+from tests.rigs.tiers import NOT_ALLOWED
 
 _CLONE_NEWNET = 0x40000000  # linux/sched.h; os.unshare is there since Python 3.12
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -23,7 +24,7 @@ class NetworkNamespace:
         before = _current()
         try:
             if _LIBC.unshare(_CLONE_NEWNET):
-                pytest.skip(f"no network namespace here: {os.strerror(ctypes.get_errno())}")
+                pytest.skip(f"{NOT_ALLOWED}network namespaces: {os.strerror(ctypes.get_errno())}")
             self.fd = _current()
             with netlink("switch on lo") as route:
                 route.link("set", index=1, state="up")
@@ -56,7 +57,7 @@ def need_tun() -> None:
     try:
         os.close(os.open("/dev/net/tun", os.O_RDWR))
     except OSError as error:
-        pytest.skip(f"no /dev/net/tun: {error.strerror}")
+        pytest.skip(f"{NOT_ALLOWED}TAPs (/dev/net/tun): {error.strerror}")
 
 
 def _current() -> int:

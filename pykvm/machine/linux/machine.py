@@ -175,7 +175,7 @@ class LinuxMachine(Closeable):
             kernel.load(self.memory)
         if isinstance(kernel, MultibootImage):
             self._system_ports.add()
-        line = config.command_line.encode()
+        line = os.fsencode(config.command_line)
         longest = min(kernel.longest_line, layout.COMMAND_LINE_SIZE - 1)
         if len(line) > longest:
             raise KernelError(

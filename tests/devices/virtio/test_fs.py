@@ -102,9 +102,11 @@ def test_an_ordinary_user(virtiofsd: Virtiofsd) -> None:
     """A user without privileges, but with groups, can share what it can read."""
     namespaces = Path("/proc/sys/user/max_user_namespaces")
     if not virtiofsd.rust and not int(namespaces.read_text()):
-        pytest.skip("no user namespaces, which QEMU's virtiofsd needs")
+        pytest.skip("this host does not allow user namespaces, which QEMU's virtiofsd needs")
     if os.geteuid():
-        pytest.skip("not root: the other tests are an ordinary user's")
+        pytest.skip(
+            "this host does not allow a change of user: the other tests are an ordinary user's"
+        )
 
     def session() -> None:
         os.setgroups([4, 24])
