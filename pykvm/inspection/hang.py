@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pykvm.errors import PykvmError
 from pykvm.inspection.address_space import AddressSpace
-from pykvm.inspection.machine import Machine
+from pykvm.inspection.machine import Inspectable
 from pykvm.inspection.walk import describe_walk
 from pykvm.kvm import CapabilityMissingError, MpState, Vcpu
 from pykvm.kvm.x86.report import describe, linear_address
@@ -43,7 +43,7 @@ def state(vcpu: Vcpu) -> str:
     return _STATES[found]
 
 
-def report(machine: Machine) -> str:
+def report(machine: Inspectable) -> str:
     """Pause the machine and return the report, several lines for each vCPU.
 
     A part that cannot be read says so instead of raising.
@@ -55,14 +55,14 @@ def report(machine: Machine) -> str:
         return "\n\n".join(_report(machine, vcpu) for vcpu in machine.vcpus)
 
 
-def _report(machine: Machine, vcpu: Vcpu) -> str:
+def _report(machine: Inspectable, vcpu: Vcpu) -> str:
     translate = AddressSpace(vcpu, machine.memory).physical
     past, read = vcpu.last_exits(), vcpu.vm.read_physical
     text = describe(vcpu, vcpu.id, state(vcpu), past, read, translate)
     return f"{text}\npage walk of the instruction:\n{_walk_of_rip(machine, vcpu)}"
 
 
-def _walk_of_rip(machine: Machine, vcpu: Vcpu) -> str:
+def _walk_of_rip(machine: Inspectable, vcpu: Vcpu) -> str:
     try:
         address = linear_address(vcpu.get_regs(), vcpu.get_sregs())
         walk = describe_walk(vcpu, machine.memory, address)
@@ -105,7 +105,7 @@ class Progress:
     dead: bool
 
 
-def sample(machine: Machine) -> dict[int, Sample]:
+def sample(machine: Inspectable) -> dict[int, Sample]:
     """Pause the machine for a moment and return what each vCPU does.
 
     Raises:

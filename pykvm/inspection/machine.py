@@ -1,4 +1,4 @@
-"""`Machine`: the part of a machine that inspection uses."""
+"""`Inspectable`: the part of a machine that inspection uses."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -7,10 +7,10 @@ from pykvm.inspection.vcpu_gate import VcpuGate
 from pykvm.kvm import Vcpu
 from pykvm.memory.guest_memory import GuestMemory
 
-__all__ = ["Machine"]
+__all__ = ["Inspectable"]
 
 
-class Machine(Protocol):
+class Inspectable(Protocol):
     """A machine that can be inspected."""
 
     @property

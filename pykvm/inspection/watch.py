@@ -10,7 +10,7 @@ from contextlib import suppress
 from pykvm.closeable import Closeable
 from pykvm.errors import PykvmError
 from pykvm.inspection.hang import Progress, Sample, compare, report, sample
-from pykvm.inspection.machine import Machine
+from pykvm.inspection.machine import Inspectable
 
 __all__ = ["ProgressWatch"]
 
@@ -31,7 +31,7 @@ class ProgressWatch(Closeable):
 
     def __init__(
         self,
-        machine: Machine,
+        machine: Inspectable,
         tell: Callable[[str], object],
         *,
         interval: float = 10.0,

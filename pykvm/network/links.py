@@ -78,7 +78,7 @@ class Link:
         mtu: bytes of payload in a frame.
         master: index of the bridge that it is a port of, or 0.
         up: whether it is switched on.
-        tun: IFLA_TUN_ attributes of a TUN or TAP by their names without prefix.
+        tun: ``IFLA_TUN_*`` attributes of a TUN or TAP by their names without prefix.
     """
 
     index: int

@@ -43,7 +43,10 @@ _IFREQ: Final = "16sH22x"  # struct ifreq: a name, and its flags in a union of 2
 
 
 class Offload(IntFlag):
-    """What may be left undone in frames that are read from a TAP (TUN_F_ in linux/if_tun.h)."""
+    """What may be left undone in frames that are read from a TAP.
+
+    Source: ``TUN_F_*`` in linux/if_tun.h.
+    """
 
     CSUM = lib.TUN_F_CSUM
     TSO4 = lib.TUN_F_TSO4

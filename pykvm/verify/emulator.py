@@ -12,7 +12,7 @@ import unicorn
 from unicorn import x86_const
 
 from pykvm.elisa.object_code import VMFUNC
-from pykvm.verify.state import GENERAL, Region
+from pykvm.verify.state import GENERAL, StateRegion
 
 __all__ = ["STATUS_BITS", "Emulator", "Run", "Stop"]
 
@@ -70,7 +70,9 @@ class Emulator:
         contents: initial contents by the name of the region.
     """
 
-    def __init__(self, base: int, regions: Iterable[Region], contents: Mapping[str, bytes]) -> None:
+    def __init__(
+        self, base: int, regions: Iterable[StateRegion], contents: Mapping[str, bytes]
+    ) -> None:
         self.base = base
         self.regions = {region.name: region for region in regions}
         self._machine = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)

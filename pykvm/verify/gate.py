@@ -21,9 +21,9 @@ from pykvm.verify.state import (
     STATUS,
     Expression,
     Memory,
-    Region,
     Solver,
     State,
+    StateRegion,
     value,
 )
 
@@ -36,9 +36,9 @@ OFFICIAL: Final = z3.BitVec("official", 64)
 """EPTP on the data page; any value except zero."""
 
 GATE_REGIONS: Final = (
-    Region("code", crossing.GATE_OFFSET, PAGE_SIZE, executable=True),
-    Region("list", crossing.GATE_LIST_OFFSET, PAGE_SIZE, writable=True),
-    Region("data", crossing.GATE_DATA_OFFSET, PAGE_SIZE),
+    StateRegion("code", crossing.GATE_OFFSET, PAGE_SIZE, executable=True),
+    StateRegion("list", crossing.GATE_LIST_OFFSET, PAGE_SIZE, writable=True),
+    StateRegion("data", crossing.GATE_DATA_OFFSET, PAGE_SIZE),
 )
 """All that a gate context maps; `pykvm.verify.roots` checks this."""
 

@@ -14,9 +14,9 @@ from pykvm.verify.state import (
     SLOT_OFFSETS,
     Expression,
     Load,
-    Region,
     Solver,
     State,
+    StateRegion,
     fresh,
     value,
 )
@@ -168,7 +168,7 @@ def _has_address_prefix(code: bytes) -> bool:
     return False
 
 
-def _touches(relative: Expression, size: int, region: Region) -> Expression:
+def _touches(relative: Expression, size: int, region: StateRegion) -> Expression:
     """Return whether a byte of an access lies in the region; addresses wrap around."""
     distance = relative - value((region.offset - size + 1) & ((1 << 64) - 1))
     return z3.ULT(distance, value(region.size + size - 1))

@@ -25,9 +25,9 @@ __all__ = [
     "Expression",
     "Load",
     "Memory",
-    "Region",
     "Solver",
     "State",
+    "StateRegion",
     "fresh",
     "fresh_flag",
     "truth",
@@ -75,7 +75,7 @@ def fresh_flag(name: str) -> Expression:
 
 
 @dataclass(frozen=True)
-class Region:
+class StateRegion:
     """Whole pages of a context.
 
     Attributes:
@@ -129,10 +129,10 @@ class Memory:
         known: the bytes that the model follows, by offset.
     """
 
-    regions: tuple[Region, ...]
+    regions: tuple[StateRegion, ...]
     known: Mapping[int, Expression] = field(default_factory=dict)
 
-    def region(self, offset: int, size: int) -> Region | None:
+    def region(self, offset: int, size: int) -> StateRegion | None:
         """Return the region of an access, or None if one of its bytes is not mapped."""
         for region in self.regions:
             if region.holds(offset, size):

@@ -21,9 +21,9 @@ from pykvm.verify.state import (
     STATUS,
     Expression,
     Memory,
-    Region,
     Solver,
     State,
+    StateRegion,
     fresh,
     fresh_flag,
     truth,
@@ -41,22 +41,22 @@ _CLEARED: Final = tuple(name for name in _CHANGED if name != "rdx")  # rdx holds
 _OBJECT: Final = "object"
 
 
-def sub_regions(image: SubImage) -> tuple[Region, ...]:
+def sub_regions(image: SubImage) -> tuple[StateRegion, ...]:
     """Return the regions that the start and the end of a call may access.
 
     The object's shared memory is not among them: neither has any reason to access it.
     """
     parts = [
-        Region(
+        StateRegion(
             f"image {part.offset:#x}", part.offset, len(part.data), part.writable, part.executable
         )
         for part in image.parts
     ]
     return (
         *parts,
-        Region("list", crossing.LIST_OFFSET, PAGE_SIZE, writable=True),
-        Region("environment", crossing.ENV_OFFSET, PAGE_SIZE),
-        Region("stack", crossing.STACK_OFFSET, crossing.STACK_SIZE, writable=True),
+        StateRegion("list", crossing.LIST_OFFSET, PAGE_SIZE, writable=True),
+        StateRegion("environment", crossing.ENV_OFFSET, PAGE_SIZE),
+        StateRegion("stack", crossing.STACK_OFFSET, crossing.STACK_SIZE, writable=True),
     )
 
 

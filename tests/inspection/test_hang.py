@@ -14,6 +14,7 @@ DEAD = "halted for ever, interrupts off"
 
 
 @pytest.mark.kvm
+@pytest.mark.native
 def test_a_report_says_where_each_vcpu_is(machine: InspectedMachine) -> None:
     wait_for(lambda: machine.word("counters", 1))
     text = report(machine)
@@ -34,6 +35,7 @@ def test_a_report_says_where_each_vcpu_is(machine: InspectedMachine) -> None:
 
 
 @pytest.mark.kvm
+@pytest.mark.native
 def test_a_report_on_an_instruction_that_is_not_mapped(kvm: Kvm) -> None:
     machine = InspectedMachine(kvm)
     machine.vcpus[0].set_regs(rip=0x1234_5678_9000)
@@ -43,6 +45,7 @@ def test_a_report_on_an_instruction_that_is_not_mapped(kvm: Kvm) -> None:
 
 
 @pytest.mark.kvm
+@pytest.mark.native
 def test_a_report_on_a_vcpu_that_is_closed(kvm: Kvm) -> None:
     machine = InspectedMachine(kvm)
     machine.vcpus[0].close()
@@ -52,6 +55,7 @@ def test_a_report_on_a_vcpu_that_is_closed(kvm: Kvm) -> None:
 
 
 @pytest.mark.kvm
+@pytest.mark.native
 def test_the_last_exits_are_told(new_machine: NewMachine) -> None:
     machine = new_machine(entry="printing")
     wait_for(lambda: len(machine.output) > 20)
@@ -59,6 +63,7 @@ def test_the_last_exits_are_told(new_machine: NewMachine) -> None:
 
 
 @pytest.mark.kvm
+@pytest.mark.native
 def test_a_guest_that_waits_for_no_interrupt_is_dead(new_machine: NewMachine) -> None:
     machine = new_machine(entry="dead", irqchip=True, cpus=2)
     wait_for(lambda: sample(machine)[0].state == DEAD)
@@ -71,6 +76,7 @@ def test_a_guest_that_waits_for_no_interrupt_is_dead(new_machine: NewMachine) ->
 
 
 @pytest.mark.kvm
+@pytest.mark.native
 def test_a_guest_that_spins(new_machine: NewMachine) -> None:
     machine = new_machine()
     before, counted = sample(machine), machine.word("counters")
@@ -81,6 +87,7 @@ def test_a_guest_that_spins(new_machine: NewMachine) -> None:
 
 
 @pytest.mark.kvm
+@pytest.mark.native
 def test_a_guest_that_uses_a_device_is_not_stuck(new_machine: NewMachine) -> None:
     machine = new_machine(entry="printing")
     before = sample(machine)
@@ -90,6 +97,7 @@ def test_a_guest_that_uses_a_device_is_not_stuck(new_machine: NewMachine) -> Non
 
 
 @pytest.mark.kvm
+@pytest.mark.native
 def test_sampling_disturbs_nothing(machine: InspectedMachine) -> None:
     stop = threading.Event()
 
@@ -119,6 +127,7 @@ def told(machine: InspectedMachine, text: str, **options: float) -> list[str]:
 
 
 @pytest.mark.kvm
+@pytest.mark.native
 def test_a_dead_guest_is_reported_once(new_machine: NewMachine) -> None:
     machine = new_machine(entry="dead", irqchip=True)
     said = told(machine, DEAD)
@@ -128,6 +137,7 @@ def test_a_dead_guest_is_reported_once(new_machine: NewMachine) -> None:
 
 
 @pytest.mark.kvm
+@pytest.mark.native
 def test_a_guest_that_spins_is_reported_once(machine: InspectedMachine) -> None:
     said = told(machine, "spins near", patience=2)
     assert len(said) == 1
@@ -135,6 +145,7 @@ def test_a_guest_that_spins_is_reported_once(machine: InspectedMachine) -> None:
 
 
 @pytest.mark.kvm
+@pytest.mark.native
 def test_nothing_is_told_of_a_guest_that_works_or_is_paused(
     machine: InspectedMachine, new_machine: NewMachine
 ) -> None:
@@ -153,6 +164,7 @@ def test_nothing_is_told_of_a_guest_that_works_or_is_paused(
 
 
 @pytest.mark.kvm
+@pytest.mark.native
 def test_a_watch_ends_with_the_machine(new_machine: NewMachine) -> None:
     machine = new_machine()
     watch = ProgressWatch(machine, lambda _: None, interval=0.01)

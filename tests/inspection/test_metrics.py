@@ -60,6 +60,7 @@ def printing(kvm: Kvm) -> Iterator[tuple[InspectedMachine, Metrics]]:
 
 
 @pytest.mark.kvm
+@pytest.mark.native
 def test_a_table(printing: tuple[InspectedMachine, Metrics]) -> None:
     machine, _ = printing
     head, first, *_ = exit_table(machine.vcpus).splitlines()
@@ -70,6 +71,7 @@ def test_a_table(printing: tuple[InspectedMachine, Metrics]) -> None:
 
 
 @pytest.mark.kvm
+@pytest.mark.native
 def test_json(printing: tuple[InspectedMachine, Metrics]) -> None:
     machine, metrics = printing
     need(machine.vm, "KVM_CAP_BINARY_STATS_FD")
@@ -85,6 +87,7 @@ def test_json(printing: tuple[InspectedMachine, Metrics]) -> None:
 
 
 @pytest.mark.kvm
+@pytest.mark.native
 def test_the_text_format(printing: tuple[InspectedMachine, Metrics]) -> None:
     machine, metrics = printing
     need(machine.vm, "KVM_CAP_BINARY_STATS_FD")
@@ -108,6 +111,7 @@ def test_the_text_format(printing: tuple[InspectedMachine, Metrics]) -> None:
 
 
 @pytest.mark.kvm
+@pytest.mark.native
 def test_metrics_are_read_while_the_guest_runs(
     printing: tuple[InspectedMachine, Metrics],
 ) -> None:

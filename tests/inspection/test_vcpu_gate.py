@@ -14,7 +14,7 @@ from tests.rigs.inspected.machine import InspectedMachine, NewMachine, address_o
 from tests.rigs.messages import one_line
 from tests.rigs.waiting import wait_for
 
-pytestmark = pytest.mark.kvm
+pytestmark = [pytest.mark.kvm, pytest.mark.native]
 
 
 def counters(machine: InspectedMachine) -> list[int]:

@@ -59,6 +59,7 @@ def walked(machine: InspectedMachine, address: int) -> list[str]:
 
 
 @pytest.mark.kvm
+@pytest.mark.native
 def test_a_walk_level_by_level(machine: InspectedMachine) -> None:
     assert walked(machine, HIGH + 0x200000 + 0x5123) == [
         "cr3 0x1000: 4 levels",
@@ -72,6 +73,7 @@ def test_a_walk_level_by_level(machine: InspectedMachine) -> None:
 
 
 @pytest.mark.kvm
+@pytest.mark.native
 def test_walks_that_end_early(machine: InspectedMachine) -> None:
     assert walked(machine, LAST)[-2:] == [
         "level 1 table 0x4000[0x1ff]: 0x0 -> absent",
@@ -88,6 +90,7 @@ def test_walks_that_end_early(machine: InspectedMachine) -> None:
 
 
 @pytest.mark.kvm
+@pytest.mark.native
 def test_flags_and_the_guests_own_memory_types(machine: InspectedMachine) -> None:
     def last(entry: int) -> str:
         machine.set_entry(LEVEL1, 5, entry)
@@ -108,6 +111,7 @@ def test_flags_and_the_guests_own_memory_types(machine: InspectedMachine) -> Non
 
 
 @pytest.mark.kvm
+@pytest.mark.native
 def test_without_paging(kvm: Kvm) -> None:
     with GuestMemory.create(1 * MIB) as memory, kvm.create_vm() as vm:
         vcpu = _vcpu(vm, memory)
@@ -115,6 +119,7 @@ def test_without_paging(kvm: Kvm) -> None:
 
 
 @pytest.mark.kvm
+@pytest.mark.native
 def test_32_bit_paging(kvm: Kvm) -> None:
     with GuestMemory.create(1 * MIB) as memory, kvm.create_vm() as vm:
         vcpu = _vcpu(vm, memory)
@@ -140,6 +145,7 @@ def _vcpu(vm: Vm, memory: GuestMemory) -> Vcpu:
 
 
 @pytest.mark.kvm
+@pytest.mark.native
 def test_memory_at_virtual_addresses(machine: InspectedMachine) -> None:
     space = AddressSpace(machine.vcpus[0], machine.memory)
     machine.set_entry(LEVEL1, 7, int(X86Entry.leaf(1, 0x20000, Access.READ)))

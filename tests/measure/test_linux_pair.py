@@ -1,22 +1,20 @@
 """Two Linux guests use each other over virtio-net, and every byte that arrives is the right one."""
 
-import platform
 import subprocess
 
 import pytest
 
 from pykvm.cli.demo_linux import table
 from pykvm.measure.linux_pair import KINDS, measure_pair
+from tests.rigs.kernel_modules import load_inside
 from tests.rigs.needs import need_hardware
 
 
 @pytest.mark.kvm
-@pytest.mark.linux
+@pytest.mark.linux("6.1")
 def test_two_guests_use_each_other() -> None:
     need_hardware("Linux guests")
-    if not platform.release().startswith("6.1."):
-        pytest.skip("two boots are enough, and this series takes longer")
-    subprocess.run(["modprobe", "-a", "tun", "bridge", "vhost_net"], check=True)
+    load_inside("tun", "bridge", "vhost_net")
     found = measure_pair(5, "128M")
     assert list(found) == list(KINDS)
     for kind, result in found.items():

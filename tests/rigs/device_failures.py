@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from pykvm.devices.virtio.device import Device
+from pykvm.devices.virtio.device import VirtioDevice
 
 __all__ = ["failures_of"]
 
 
-def failures_of(device: Device) -> Callable[[], list[str]]:
+def failures_of(device: VirtioDevice) -> Callable[[], list[str]]:
     """Return what waits for the first failure of `device`, and returns all until then."""
     seen: list[str] = []
     happened = threading.Event()

@@ -10,7 +10,7 @@ import subprocess
 import threading
 
 from pykvm.closeable import Closeable
-from pykvm.devices.virtio.device import Device
+from pykvm.devices.virtio.device import VirtioDevice
 from pykvm.devices.virtio.net_features import NetFeature
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.network.tap import Offload, Tap
@@ -92,7 +92,7 @@ class GuestInterface(Closeable):
     """
 
     def __init__(
-        self, device: Device, driver: NetDriver, mac: str, address: str, gateway: str = ""
+        self, device: VirtioDevice, driver: NetDriver, mac: str, address: str, gateway: str = ""
     ) -> None:
         self.namespace = NetworkNamespace()
         self._device, self._driver = device, driver

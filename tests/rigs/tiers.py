@@ -8,6 +8,7 @@ failure; the emulated host runs them that way.
 import fcntl
 import functools
 import os
+import platform
 import re
 import shutil
 from collections import Counter
@@ -113,9 +114,11 @@ def _leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
     left_out = []
     for item in items:
         uncounted = emulated and not counts_exactly() and item.get_closest_marker("counted")
-        elsewhere = emulated and item.get_closest_marker("native")
+        elsewhere = emulated and item.get_closest_marker("native") and "native" not in named
+        linux = item.get_closest_marker("linux")
+        other = linux and linux.args and not platform.release().startswith(f"{linux.args[0]}.")
         weakened = item.get_closest_marker("weakened") and "weakened" not in named
-        if uncounted or elsewhere or weakened:
+        if uncounted or elsewhere or weakened or (emulated and other):
             left_out.append(item)
         elif lacking := _lacking(item):
             mark, reason = lacking

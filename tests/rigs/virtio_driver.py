@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pykvm.closeable import Closeable
-from pykvm.devices.virtio.device import Device, Feature
+from pykvm.devices.virtio.device import Feature, VirtioDevice
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.sizes import MIB
 from tests.rigs.virtio_rings import Buffer, DriverQueue, PackedQueue, SplitQueue
@@ -82,12 +82,12 @@ class VirtioDriver(Closeable):
         self._free: dict[int, list[int]] = {}
         self._pending: dict[tuple[int, int], Request] = {}
 
-    def start(self, device: Device, queues: Sequence[int] | None = None) -> None:
+    def start(self, device: VirtioDevice, queues: Sequence[int] | None = None) -> None:
         """Start a device with all queues, or with those that are named, where they are now."""
         chosen = range(len(self.queues)) if queues is None else queues
         device.start(self.features, [self.queues[index].ring() for index in chosen])
 
-    def stop(self, device: Device) -> None:
+    def stop(self, device: VirtioDevice) -> None:
         """Stop a device; the next start goes on there."""
         for index, base in device.stop().items():
             self.queues[index].base = base

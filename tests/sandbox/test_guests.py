@@ -21,7 +21,7 @@ from tests.rigs.native_device import NativeDevice
 from tests.rigs.sources import GUESTS
 from tests.rigs.waiting import wait_for
 
-pytestmark = pytest.mark.kvm
+pytestmark = [pytest.mark.kvm, pytest.mark.native]
 
 
 @dataclass(frozen=True)

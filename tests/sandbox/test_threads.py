@@ -92,14 +92,15 @@ def test_threads_that_start_meanwhile() -> None:
         found: list[bool] = []
         end = threading.Event()
 
-        def chain() -> None:
-            if end.is_set():
-                found.append(refused("/etc/passwd") and status()["NoNewPrivs"] == "1")
+        def chain(left: int) -> None:
+            if left:
+                threading.Thread(target=chain, args=(left - 1,)).start()
             else:
-                threading.Thread(target=chain).start()
+                end.wait()
+                found.append(refused("/etc/passwd") and status()["NoNewPrivs"] == "1")
 
         for _ in range(4):
-            chain()
+            chain(500)
         enter(Confinement())
         end.set()
         while threading.active_count() > 1:

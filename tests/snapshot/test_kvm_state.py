@@ -22,7 +22,7 @@ from tests.rigs.messages import one_line
 from tests.rigs.needs import need
 from tests.rigs.real_mode import RealModeGuest
 
-pytestmark = pytest.mark.kvm
+pytestmark = [pytest.mark.kvm, pytest.mark.native]
 
 STAR, LSTAR, PAT, MTRR_DEF_TYPE = 0xC000_0081, 0xC000_0082, 0x277, 0x2FF
 TSC_DEADLINE = 0x6E0

@@ -28,7 +28,7 @@ from tests.snapshot.counting_guest import (
     start,
 )
 
-pytestmark = pytest.mark.kvm
+pytestmark = [pytest.mark.kvm, pytest.mark.native]
 
 _GOES_ON = """\
 import sys

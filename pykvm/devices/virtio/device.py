@@ -19,7 +19,7 @@ from typing import Any
 from pykvm.closeable import Closeable
 from pykvm.errors import PykvmError
 
-__all__ = ["NO_CALL", "Device", "DeviceStateError", "DeviceType", "Feature", "Ring"]
+__all__ = ["NO_CALL", "DeviceStateError", "DeviceType", "Feature", "Ring", "VirtioDevice"]
 
 NO_CALL = -1
 """`Ring.call` of a ring whose driver polls."""
@@ -81,7 +81,7 @@ class DeviceStateError(PykvmError):
     """A device whose state cannot be saved, or a state that is not the device's."""
 
 
-class Device(Closeable):
+class VirtioDevice(Closeable):
     """A virtio device without its transport.
 
     A transport calls the methods from one thread at a time.

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from pykvm.devices.virtio._virtio import ffi, lib
-from pykvm.devices.virtio.device import Device, Feature, Ring
+from pykvm.devices.virtio.device import Feature, Ring, VirtioDevice
 from pykvm.devices.virtio.memory_table import MemoryTable
 from pykvm.errors import PykvmError
 from pykvm.memory.guest_memory import GuestMemory
@@ -39,7 +39,7 @@ class DataPlaneError(PykvmError):
     """The host has no thread or descriptor for a data plane."""
 
 
-class NativeDevice(Device):
+class NativeDevice(VirtioDevice):
     """A device whose rings are served by a thread in C.
 
     Args:

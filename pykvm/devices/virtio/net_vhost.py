@@ -109,7 +109,7 @@ class VhostNet(VhostKernelDevice):
         """Hand the rings to the kernel, and let the TAP send what the driver takes.
 
         Raises:
-            RingError: a ring is not in guest memory.
+            RingAddressError: a ring is not in guest memory.
             VhostError, NetworkError: the kernel refuses something.
             ForkedProcessError: the device works for the parent process.
         """

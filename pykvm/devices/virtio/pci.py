@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol
 from pykvm.closeable import Closeable
 from pykvm.devices.pci.function import Bar, PciFunction, PciStateError
 from pykvm.devices.pci.msix import MsiRoutes, Msix
-from pykvm.devices.virtio.device import NO_CALL, Device, DeviceType, Feature, Ring
+from pykvm.devices.virtio.device import NO_CALL, DeviceType, Feature, Ring, VirtioDevice
 from pykvm.devices.virtio.pci_state import (
     QUEUE_BITS,
     REGISTER_BITS,
@@ -154,7 +154,7 @@ class VirtioPci(PciFunction, Closeable):
         VectorsExhaustedError: KVM routes no more interrupts.
     """
 
-    def __init__(self, device: Device, routes: MsiRoutes, ioevents: _Ioevents) -> None:
+    def __init__(self, device: VirtioDevice, routes: MsiRoutes, ioevents: _Ioevents) -> None:
         ids = (_VENDOR, _FIRST_DEVICE + device.type, _VENDOR, _SUBSYSTEM)
         super().__init__(ids, _CLASSES.get(device.type, _OTHER_CLASS))
         self.device = device

@@ -12,10 +12,10 @@ from pykvm.devices.virtio.device import Feature, Ring
 from pykvm.errors import PykvmError
 from pykvm.memory.regions import Region
 
-__all__ = ["Part", "RingError", "check_rings", "ring_parts"]
+__all__ = ["Part", "RingAddressError", "check_rings", "ring_parts"]
 
 
-class RingError(PykvmError, ValueError):
+class RingAddressError(PykvmError, ValueError):
     """A virtqueue that its driver has set up where it cannot be."""
 
 
@@ -68,26 +68,28 @@ def check_rings(
         regions: memory that the data plane can use.
 
     Raises:
-        RingError: a ring does not.
+        RingAddressError: a ring does not.
     """
     for ring in rings:
         if not 0 <= ring.index < len(queue_sizes):
-            raise RingError(f"there is no virtqueue {ring.index}")
+            raise RingAddressError(f"there is no virtqueue {ring.index}")
         if not 1 <= ring.size <= queue_sizes[ring.index]:
-            raise RingError(
+            raise RingAddressError(
                 f"virtqueue {ring.index} of {ring.size} descriptors, it takes 1 to "
                 f"{queue_sizes[ring.index]}"
             )
         if ring.size & (ring.size - 1) and not features & Feature.RING_PACKED:
-            raise RingError(f"virtqueue {ring.index} of {ring.size} descriptors, not a power of 2")
+            raise RingAddressError(
+                f"virtqueue {ring.index} of {ring.size} descriptors, not a power of 2"
+            )
         for part in ring_parts(ring, features):
             inside = any(
                 region.gpa <= part.gpa and part.gpa + part.size <= region.end for region in regions
             )
             if not inside or part.gpa % part.alignment:
-                raise RingError(
+                raise RingAddressError(
                     f"the {part.name} of virtqueue {ring.index} at {part.gpa:#x} is "
                     + ("not aligned" if inside else "outside of guest memory")
                 )
     if len({ring.index for ring in rings}) != len(rings):
-        raise RingError("a virtqueue that is there twice")
+        raise RingAddressError("a virtqueue that is there twice")

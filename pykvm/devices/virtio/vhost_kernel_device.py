@@ -6,7 +6,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 
-from pykvm.devices.virtio.device import Device, DeviceType, Ring
+from pykvm.devices.virtio.device import DeviceType, Ring, VirtioDevice
 from pykvm.devices.virtio.failure_watch import FailureWatch
 from pykvm.devices.virtio.ring_memory import check_rings
 from pykvm.devices.virtio.vhost_kernel import VhostError, VhostKernel
@@ -15,7 +15,7 @@ from pykvm.memory.guest_memory import GuestMemory
 __all__ = ["VhostKernelDevice"]
 
 
-class VhostKernelDevice(Device):
+class VhostKernelDevice(VirtioDevice):
     """A device of a vhost handle.
 
     Args:
@@ -71,7 +71,7 @@ class VhostKernelDevice(Device):
         """Hand the rings to the kernel.
 
         Raises:
-            RingError: a ring is not in guest memory.
+            RingAddressError: a ring is not in guest memory.
             VhostError: the kernel refuses something.
             ForkedProcessError: the device works for the parent process.
         """

@@ -16,7 +16,7 @@ from typing import Final
 
 from pykvm.closeable import Closeable
 from pykvm.devices.virtio import vhost_user_messages as messages
-from pykvm.devices.virtio.device import NO_CALL, Device, DeviceType, Feature, Ring
+from pykvm.devices.virtio.device import NO_CALL, DeviceType, Feature, Ring, VirtioDevice
 from pykvm.devices.virtio.ring_memory import check_rings
 from pykvm.devices.virtio.vhost_user_connection import (
     BackendFailedError,
@@ -43,7 +43,7 @@ PASSED_ON: Final = _OF_THE_TYPE | (
 """Features of a back end that can be offered to a driver: no transport has to know of them."""
 
 
-class VhostUserDevice(Device):
+class VhostUserDevice(VirtioDevice):
     """A virtio device of a vhost-user back end.
 
     Args:
@@ -171,7 +171,7 @@ class VhostUserDevice(Device):
         """Hand the rings to the back end.
 
         Raises:
-            RingError: a ring is not in memory that the back end can be given.
+            RingAddressError: a ring is not in memory that the back end can be given.
             BackendError: the back end is gone, hangs, or refuses something.
             MalformedMessageError: it answers rubbish.
             RegionError: no memory of the guest can be shared.

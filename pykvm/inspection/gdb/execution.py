@@ -16,7 +16,7 @@ from typing import Final
 from pykvm.errors import PykvmError
 from pykvm.inspection.address_space import AddressSpace
 from pykvm.inspection.gdb.breakpoints import Arrangement, Breakpoints, Kind, Point
-from pykvm.inspection.machine import Machine
+from pykvm.inspection.machine import Inspectable
 from pykvm.inspection.vcpu_gate import PauseError
 from pykvm.kvm import Debug, Vcpu, lib
 
@@ -52,7 +52,7 @@ class Execution:
         wake: called from a vCPU's thread when there is something to collect with `stopped`.
     """
 
-    def __init__(self, machine: Machine, wake: Callable[[], object]) -> None:
+    def __init__(self, machine: Inspectable, wake: Callable[[], object]) -> None:
         self._machine = machine
         self._wake = wake
         self._numbers = [vcpu.id for vcpu in machine.vcpus]

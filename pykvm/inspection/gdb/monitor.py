@@ -7,7 +7,7 @@ from typing import Final
 
 from pykvm.errors import PykvmError
 from pykvm.inspection.hang import report
-from pykvm.inspection.machine import Machine
+from pykvm.inspection.machine import Inspectable
 from pykvm.inspection.metrics import exit_table
 from pykvm.inspection.walk import describe_walk, parse_address
 from pykvm.kvm import Vcpu
@@ -15,7 +15,7 @@ from pykvm.kvm import Vcpu
 __all__ = ["run_command"]
 
 
-def run_command(line: str, machine: Machine, vcpu: Vcpu) -> str:
+def run_command(line: str, machine: Inspectable, vcpu: Vcpu) -> str:
     """Run a command and return what it prints; an error is printed too.
 
     Args:
@@ -33,7 +33,7 @@ def run_command(line: str, machine: Machine, vcpu: Vcpu) -> str:
         return str(error)
 
 
-def _walk(machine: Machine, vcpu: Vcpu, address: str) -> str:
+def _walk(machine: Inspectable, vcpu: Vcpu, address: str) -> str:
     return describe_walk(vcpu, machine.memory, parse_address(address))
 
 

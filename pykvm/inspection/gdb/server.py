@@ -17,7 +17,7 @@ from typing import Final
 from pykvm.closeable import Closeable
 from pykvm.errors import PykvmError
 from pykvm.inspection.gdb.session import Session
-from pykvm.inspection.machine import Machine
+from pykvm.inspection.machine import Inspectable
 
 __all__ = ["GdbServer", "GdbServerError", "serve_client"]
 
@@ -40,7 +40,7 @@ class GdbServerError(PykvmError):
         self.errno = errno
 
 
-def serve_client(machine: Machine, connection: socket.socket) -> None:
+def serve_client(machine: Inspectable, connection: socket.socket) -> None:
     """Serve GDB on a connection until it detaches or vanishes, or the machine ends.
 
     The machine stands until the client lets it run. A client that detaches, vanishes or sends
@@ -98,7 +98,9 @@ class GdbServer(Closeable):
         path: the socket's file, which the server removes.
     """
 
-    def __init__(self, machine: Machine, listener: socket.socket, path: Path | None = None) -> None:
+    def __init__(
+        self, machine: Inspectable, listener: socket.socket, path: Path | None = None
+    ) -> None:
         self._machine = machine
         self._listener = listener
         self._address = str(path or "{}:{}".format(*listener.getsockname()))
@@ -110,7 +112,7 @@ class GdbServer(Closeable):
         self._thread.start()
 
     @classmethod
-    def on_unix_socket(cls, machine: Machine, path: Path) -> GdbServer:
+    def on_unix_socket(cls, machine: Inspectable, path: Path) -> GdbServer:
         """Listen on a Unix socket that only this user may connect to: `target remote PATH`.
 
         A socket that nobody listens on any more is replaced.
@@ -135,7 +137,7 @@ class GdbServer(Closeable):
         return cls(machine, listener, path)
 
     @classmethod
-    def on_port(cls, machine: Machine, port: int) -> GdbServer:
+    def on_port(cls, machine: Inspectable, port: int) -> GdbServer:
         """Listen on a TCP port of 127.0.0.1: `target remote :PORT`.
 
         Every user of this machine can connect, and then rules the guest.

@@ -28,7 +28,7 @@ from pykvm.inspection.gdb.packets import PACKET_SIZE, Packet, PacketReader, Sign
 from pykvm.inspection.gdb.state_packets import OK
 from pykvm.inspection.gdb.target_description import TARGET_XML
 from pykvm.inspection.gdb.threads import Threads
-from pykvm.inspection.machine import Machine
+from pykvm.inspection.machine import Inspectable
 
 __all__ = ["Session", "SessionOverError"]
 
@@ -68,7 +68,7 @@ class Session:
     """
 
     def __init__(
-        self, machine: Machine, send: Callable[[bytes], object], wake: Callable[[], object]
+        self, machine: Inspectable, send: Callable[[bytes], object], wake: Callable[[], object]
     ) -> None:
         self._machine = machine
         self._send_bytes = send

@@ -6,7 +6,7 @@ from xml.sax.saxutils import escape
 
 from pykvm.inspection.gdb.arguments import ArgumentError
 from pykvm.inspection.hang import state
-from pykvm.inspection.machine import Machine
+from pykvm.inspection.machine import Inspectable
 from pykvm.kvm import Vcpu
 
 __all__ = ["Threads"]
@@ -20,7 +20,7 @@ class Threads:
         to_run: the thread that the packets c and s run; 0 or less for all.
     """
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Inspectable) -> None:
         # No thread has the number 0.
         self.vcpus = {vcpu.id + 1: vcpu for vcpu in machine.vcpus}
         self.selected = min(self.vcpus)

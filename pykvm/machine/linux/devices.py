@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from pykvm.closeable import Closeable
-from pykvm.devices.virtio.device import Device
+from pykvm.devices.virtio.device import VirtioDevice
 from pykvm.devices.virtio.entropy import Entropy
 from pykvm.machine.linux.config import Disk, MachineConfig
 from pykvm.memory.guest_memory import GuestMemory
@@ -93,7 +93,7 @@ class HostNetwork(Closeable):
                     stack.enter_context(DhcpServer(port))
             self._resources = stack.pop_all()
 
-    def device(self, memory: GuestMemory) -> Device | None:
+    def device(self, memory: GuestMemory) -> VirtioDevice | None:
         """Return the guest's side; None where there is none.
 
         Raises:
@@ -129,7 +129,7 @@ def configured_networks(config: MachineConfig) -> Iterator[HostNetwork]:
 
 def configured_devices(
     config: MachineConfig, memory: GuestMemory, networks: Sequence[HostNetwork]
-) -> Iterator[Device]:
+) -> Iterator[VirtioDevice]:
     """Yield the devices; each is the caller's before the next one is made.
 
     Raises:
@@ -149,7 +149,7 @@ def configured_devices(
     yield Entropy(memory)
 
 
-def _disk(disk: Disk, memory: GuestMemory) -> Device:
+def _disk(disk: Disk, memory: GuestMemory) -> VirtioDevice:
     from pykvm.devices.virtio.block import Block, DiskFile
     from pykvm.devices.virtio.storage_daemon import StorageDaemonDisk, image_format
 

@@ -17,7 +17,7 @@ from pykvm.devices.pci.msix import MsiRoutes
 from pykvm.devices.pci.pvpanic import Pvpanic
 from pykvm.devices.ports import PortBus
 from pykvm.devices.serial import COM1_IRQ, COM1_PORT, Serial
-from pykvm.devices.virtio.device import Device
+from pykvm.devices.virtio.device import VirtioDevice
 from pykvm.devices.virtio.pci import VirtioPci
 from pykvm.errors import PykvmError
 from pykvm.inspection.vcpu_gate import PauseError, VcpuGate
@@ -243,7 +243,7 @@ class LinuxMachine(Closeable):
         vcpu.set_cpuid2(cpuid)
         self.vcpus.append(vcpu)
 
-    def add_device(self, device: Device) -> None:
+    def add_device(self, device: VirtioDevice) -> None:
         """Put a virtio device on the PCI bus, before `run`. The machine closes it.
 
         Raises:

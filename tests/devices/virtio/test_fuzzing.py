@@ -240,8 +240,8 @@ FAULTS = {
         ("net", NET_FAULTS),
         ("balloon", BALLOON_FAULTS),
     )
-    # Each takes some ten seconds: all of them are tried by PYKVM_ALL_FAULTS=1, two of each here.
-    for name, plant in list(faults.items())[: None if os.environ.get("PYKVM_ALL_FAULTS") else 2]
+    # Each takes some ten seconds: all of them are tried by PYKVM_ALL_FAULTS=1, the first of each here.
+    for name, plant in list(faults.items())[: None if os.environ.get("PYKVM_ALL_FAULTS") else 1]
 }
 
 LEAST = {

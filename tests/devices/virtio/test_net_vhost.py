@@ -13,13 +13,14 @@ import pytest
 from pykvm.devices.virtio.device import DeviceType, Feature
 from pykvm.devices.virtio.net_features import NetFeature
 from pykvm.devices.virtio.net_vhost import VHOST_NET, VhostNet
-from pykvm.devices.virtio.ring_memory import RingError
+from pykvm.devices.virtio.ring_memory import RingAddressError
 from pykvm.devices.virtio.vhost_kernel import VhostMissingError
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.network.mac_address import mac_address
 from pykvm.network.tap import Tap
 from pykvm.sizes import MIB
 from tests.rigs.device_failures import failures_of
+from tests.rigs.kernel_modules import load_inside
 from tests.rigs.net_driver import TRANSMIT, GuestInterface, NetDriver
 from tests.rigs.network_namespace import NetworkNamespace, need_tun
 from tests.rigs.waiting import wait_for
@@ -35,6 +36,7 @@ LINUX = (
 
 @pytest.fixture
 def namespace() -> Iterator[NetworkNamespace]:
+    load_inside("tun", "bridge", "vhost_net")
     need_tun()
     made = NetworkNamespace()
     with made.entered():
@@ -45,6 +47,7 @@ def namespace() -> Iterator[NetworkNamespace]:
 
 @pytest.fixture
 def vhost_net() -> None:
+    load_inside("vhost_net")
     if not VHOST_NET.exists():
         pytest.skip(f"no {VHOST_NET}")
 
@@ -144,7 +147,7 @@ def test_a_ring_that_is_not_well_formed(namespace: NetworkNamespace) -> None:
             driver.memory.write(ring.driver + 2, bytes(2))
             driver.start(device)
         device.stop()
-        with pytest.raises(RingError, match="twice"):
+        with pytest.raises(RingAddressError, match="twice"):
             device.start(driver.features, [driver.queues[0].ring()] * 2)
 
 

@@ -13,7 +13,7 @@ import pytest
 from pykvm.devices.pci.bus import PciBus
 from pykvm.devices.pci.function import PciFunction, PciStateError
 from pykvm.devices.pci.msix import MsiRoutes
-from pykvm.devices.virtio.device import Device, DeviceStateError, DeviceType, Feature
+from pykvm.devices.virtio.device import DeviceStateError, DeviceType, Feature, VirtioDevice
 from pykvm.devices.virtio.entropy import Entropy
 from pykvm.devices.virtio.pci import Status, VirtioPci
 from pykvm.errors import PykvmError
@@ -33,7 +33,7 @@ SIZE = 8
 class Machine:
     """A bus with one device, and what a driver and KVM have done there."""
 
-    def __init__(self, memory: GuestMemory, device: Device | None = None) -> None:
+    def __init__(self, memory: GuestMemory, device: VirtioDevice | None = None) -> None:
         self.kvm = Kvm()
         pins = [IrqchipRoute(gsi, 2, gsi) for gsi in range(24)]
         device = device or Entropy(memory)
@@ -199,7 +199,7 @@ def test_a_failed_device_stays_so(memory: GuestMemory, machine: Machine) -> None
         other.close()
 
 
-class Stateful(Device):
+class Stateful(VirtioDevice):
     """A device of which nobody has said that it can be saved."""
 
     type = DeviceType.FS

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pykvm.devices.pci.bus import PciBus
 from pykvm.devices.pci.msix import MsiRoutes
-from pykvm.devices.virtio.device import Device, DeviceType, Feature, Ring
+from pykvm.devices.virtio.device import DeviceType, Feature, Ring, VirtioDevice
 from pykvm.devices.virtio.pci import Status, VirtioPci
 from pykvm.errors import PykvmError
 from pykvm.kvm import IrqchipRoute
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.unit
 OFFERED = 1 << 5 | Feature.EVENT_IDX
 
 
-class Recorder(Device):
+class Recorder(VirtioDevice):
     """A device that remembers how it was started, and refuses rings at GPA 0."""
 
     type = DeviceType.NET

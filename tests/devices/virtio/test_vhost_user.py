@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pykvm.devices.virtio.device import Feature, Ring
-from pykvm.devices.virtio.ring_memory import RingError
+from pykvm.devices.virtio.ring_memory import RingAddressError
 from pykvm.devices.virtio.vhost_user_connection import (
     BackendGoneError,
     BackendRefusedError,
@@ -174,7 +174,7 @@ def test_a_ring_that_cannot_be(
 ) -> None:
     with device_of(backend, memory) as device:
         before = len(backend.log)
-        with pytest.raises(RingError, match=reason):
+        with pytest.raises(RingAddressError, match=reason):
             device.start(0, [bad])
         assert len(backend.log) == before  # the back end has heard nothing of it
 
@@ -182,7 +182,7 @@ def test_a_ring_that_cannot_be(
 def test_a_ring_twice(backend: VhostUserBackend, memory: GuestMemory) -> None:
     with device_of(backend, memory) as device:
         bad = Ring(0, 64, 0x1000, 0x2000, 0x3000, 0, -1, -1)
-        with pytest.raises(RingError, match="twice"):
+        with pytest.raises(RingAddressError, match="twice"):
             device.start(0, [bad, bad])
 
 

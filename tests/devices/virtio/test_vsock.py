@@ -11,6 +11,7 @@ from pykvm.devices.virtio.vsock import VHOST_VSOCK, CidError, VhostVsock
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.sizes import MIB
 from tests.rigs.forks import in_fork
+from tests.rigs.kernel_modules import load_inside
 from tests.rigs.virtio_driver import VirtioDriver
 
 pytestmark = pytest.mark.kvm
@@ -20,6 +21,7 @@ CID = 4242
 
 @pytest.fixture(autouse=True)
 def _vhost_vsock() -> None:
+    load_inside("vhost_vsock")
     if not VHOST_VSOCK.exists():
         pytest.skip(f"no {VHOST_VSOCK}")
 

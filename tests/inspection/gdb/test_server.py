@@ -19,7 +19,7 @@ from tests.rigs.inspected.machine import InspectedMachine, address_of
 from tests.rigs.messages import one_line
 from tests.rigs.waiting import wait_for
 
-pytestmark = pytest.mark.kvm
+pytestmark = [pytest.mark.kvm, pytest.mark.native]
 
 COUNT = address_of("count")
 EXAMPLES = int(os.environ.get("PYKVM_GDB_EXAMPLES", "50"))

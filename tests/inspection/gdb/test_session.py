@@ -13,7 +13,7 @@ from tests.rigs.inspected.machine import HIGH, InspectedMachine, NewMachine, add
 from tests.rigs.needs import need_hardware
 from tests.rigs.waiting import wait_for
 
-pytestmark = pytest.mark.kvm
+pytestmark = [pytest.mark.kvm, pytest.mark.native]
 
 COUNT, STORED = address_of("count"), address_of("stored")
 NUMBERS = {register.name: number for number, register in enumerate(REGISTERS)}

@@ -71,12 +71,10 @@ def test_it_boots_talks_and_ends(tmp_path: Path) -> None:
 
 
 @pytest.mark.kvm
-@pytest.mark.linux
+@pytest.mark.linux("6.1")
 def test_the_example_tells_a_panic(tmp_path: Path) -> None:
     """The first process ends, and no driver for pvpanic is there yet."""
     need_hardware("Linux guests")
-    if not platform.release().startswith("6.1."):
-        pytest.skip("one boot is enough, and this series takes longer")
     initrd = tmp_path / "initrd"
     initrd.write_bytes(initramfs())
     example = Path(__file__).parents[3] / "examples" / "linux.py"

@@ -12,10 +12,10 @@ from pykvm.machine.linux.command import (
     exit_status,
     shared_environment,
 )
+from tests.rigs.needs import need_hardware
 
-pytestmark = pytest.mark.unit
 
-
+@pytest.mark.unit
 def test_settings() -> None:
     command = Command(
         ["printf", "%s\n", "a b"], "virtiofs:root", environment={"A": "b=c"}, directory="/srv"
@@ -27,10 +27,12 @@ def test_settings() -> None:
     assert b"overlay" not in Command(["true"], "ext4:/dev/vda", writable=True).settings()
 
 
+@pytest.mark.unit
 def test_names_that_are_no_text() -> None:
     assert b"word=\xff\xfe\0" in Command(["cat", "\udcff\udcfe"], "virtiofs:root").settings()
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -46,6 +48,7 @@ def test_commands_that_cannot_be_handed_over(words: list[str], message: str) -> 
         Command(words, "virtiofs:root").settings()
 
 
+@pytest.mark.unit
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PATH")
     monkeypatch.setenv("TERM", "xterm")
@@ -56,6 +59,7 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "SSH_AUTH_SOCK" not in shared
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize(
     ("told", "status"), [(b"exit 0\n", 0), (b"exit 255\n", 255), (b"signal 9\n", 137)]
 )
@@ -63,6 +67,7 @@ def test_how_it_ended(told: bytes, status: int) -> None:
     assert exit_status(told) == status
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize(
     "told", [b"", b"exit", b"exit 256\n", b"exit -1\n", b"signal 99\n", b"\xff"]
 )
@@ -71,17 +76,16 @@ def test_a_guest_that_says_nothing_useful(told: bytes) -> None:
         exit_status(told)
 
 
+@pytest.mark.unit
 def test_a_guest_that_failed() -> None:
     with pytest.raises(GuestFailedError, match="the guest failed: mount of /lower: No such device"):
         exit_status(b"failed mount of /lower: No such device\n")
 
 
-@pytest.mark.skipif(
-    not Path(f"/lib/modules/{platform.release()}/modules.dep").exists()
-    or not Path(f"/boot/vmlinuz-{platform.release()}").exists(),
-    reason="the running kernel's file or modules are not here",
-)
+@pytest.mark.kvm
+@pytest.mark.linux
 def test_initial_ram_disks(tmp_path: Path) -> None:
+    need_hardware("Linux guests")
     kernel = Path(f"/boot/vmlinuz-{platform.release()}")
     disks = Command(["true"], "virtiofs:root").initrds(kernel, tmp_path)
     assert [disk.name for disk in disks] == ["init.cpio", "modules.cpio", "settings.cpio"]

@@ -61,12 +61,10 @@ def test_a_command_runs_as_a_local_one() -> None:
 
 
 @pytest.mark.kvm
-@pytest.mark.linux
+@pytest.mark.linux("6.1")
 def test_a_shell_on_a_terminal() -> None:
     """Keys reach the guest, the terminal has a size there, and the escape ends it."""
     need_hardware("Linux guests")
-    if not platform.release().startswith("6.1."):
-        pytest.skip("one boot is enough, and this series takes longer")
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(ours, (40, 90))
     command = [sys.executable, "-m", "pykvm", "run", "--memory", "200M"]

@@ -19,7 +19,7 @@ from tests.rigs.gdb_client import GdbClient
 from tests.rigs.initramfs import initramfs
 from tests.rigs.needs import need_hardware
 
-pytestmark = [pytest.mark.kvm, pytest.mark.linux]
+pytestmark = [pytest.mark.kvm, pytest.mark.linux("6.1")]
 
 KERNEL = Path("/boot") / f"vmlinuz-{platform.release()}"
 LINE = "console=ttyS0 quiet cryptomgr.notests panic=-1 -- poweroff"

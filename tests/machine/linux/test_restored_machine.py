@@ -23,7 +23,7 @@ from pykvm.snapshot.folder_writer import write_snapshot
 from tests.rigs.kernel_files import elf
 from tests.rigs.messages import one_line
 
-pytestmark = pytest.mark.kvm
+pytestmark = [pytest.mark.kvm, pytest.mark.native]
 
 GENERATION = slice(layout.GENERATION_GPA, layout.GENERATION_GPA + 16)
 

@@ -21,7 +21,8 @@ from pykvm.control.directory import MachineNameError, names_of_running
 from tests.rigs.multiboot_image import image_32
 from tests.rigs.waiting import wait_for
 
-pytestmark = pytest.mark.kvm
+# Each command takes ten seconds to start on an emulated host.
+pytestmark = [pytest.mark.kvm, pytest.mark.native]
 
 PYKVM = [sys.executable, "-m", "pykvm"]
 

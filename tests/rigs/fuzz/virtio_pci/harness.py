@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from pykvm.devices.pci.bus import PciBus
 from pykvm.devices.pci.msix import MsiRoutes
-from pykvm.devices.virtio.device import NO_CALL, Device, DeviceType, Feature, Ring
+from pykvm.devices.virtio.device import NO_CALL, DeviceType, Feature, Ring, VirtioDevice
 from pykvm.devices.virtio.pci import VirtioPci
 from pykvm.errors import PykvmError
 from pykvm.kvm import IoctlError, IrqchipRoute, MsiRoute
@@ -65,7 +65,7 @@ class Kvm:
         assert self.ioevents.pop(address) == eventfd
 
 
-class Checker(Device):
+class Checker(VirtioDevice):
     """A device that checks how it is started, and refuses rings at GPA 0."""
 
     type = DeviceType.NET
