@@ -240,7 +240,7 @@ FAULTS = {
         ("net", NET_FAULTS),
         ("balloon", BALLOON_FAULTS),
     )
-    # Each takes some ten seconds: all of them are tried by PYKVM_ALL_FAULTS=1, the first of each here.
+    # Each takes some ten seconds: PYKVM_ALL_FAULTS=1 tries all, this the first of each target.
     for name, plant in list(faults.items())[: None if os.environ.get("PYKVM_ALL_FAULTS") else 1]
 }
 

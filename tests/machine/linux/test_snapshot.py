@@ -12,7 +12,7 @@ import pytest
 from tests.rigs.initramfs import KERNEL, LINE, initramfs
 from tests.rigs.needs import need_hardware
 
-pytestmark = [pytest.mark.kvm, pytest.mark.linux("6.1")]
+pytestmark = [pytest.mark.kvm, pytest.mark.linux("6.12")]
 
 _BOOTS = """\
 import os, sys, threading, time
