@@ -1,13 +1,7 @@
 """A paused machine as a whole: KVM's state, devices, memory and disks, in the order that keeps all.
 
-A machine is restored like this::
-
-    with Snapshot(path) as snapshot:
-        require_disks(snapshot)
-        memory = snapshot.map_memory()
-        ...  # a new VM with this memory, as many vCPUs, interrupt controllers and devices
-        restore_state(snapshot, vm, vcpus, devices)
-    ...  # run
+To restore a machine, check its disks, map its memory, make a new VM with this memory, as many vCPUs,
+interrupt controllers and devices, and call `restore_state` before the first vCPU runs.
 """
 
 from __future__ import annotations

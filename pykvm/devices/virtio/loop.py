@@ -1,15 +1,7 @@
 """Base class of virtio devices whose data plane is a thread in C (loop.h).
 
 A subclass makes its C device, offers features, queues and a configuration, and says what it does on
-news from C::
-
-    class Entropy(NativeDevice):
-        type = DeviceType.ENTROPY
-        features = NATIVE_FEATURES
-        queue_sizes = (8,)
-
-        def __init__(self, memory: GuestMemory) -> None:
-            super().__init__(memory, "entropy", lib.entropy_new(), lib.entropy_free)
+news from C; `pykvm.devices.virtio.entropy` is the smallest.
 """
 
 from __future__ import annotations
