@@ -1,7 +1,7 @@
 """A paused machine as a whole: KVM's state, devices, memory and disks, in the order that keeps all.
 
-To restore a machine, check its disks, map its memory, make a new VM with this memory, as many vCPUs,
-interrupt controllers and devices, and call `restore_state` before the first vCPU runs.
+To restore a machine, check its disks, map its memory, make a new VM with this memory, as many
+vCPUs, interrupt controllers and devices, and call `restore_state` before the first vCPU runs.
 """
 
 from __future__ import annotations
