@@ -58,7 +58,10 @@ def measure_pair(requests: int, memory: str) -> dict[str, Any]:
         assert server.stdout
         address = server.stdout.readline().strip()
         if not address:
-            raise PairError("the guest that serves has not started", "see what it says above")
+            raise PairError(
+                f"the guest that serves has ended with status {server.wait()}",
+                "see what it says above, or in the kernel's log if it says nothing",
+            )
         try:
             said, _ = client.communicate(f"{address}\n", timeout=_PATIENCE)
         except subprocess.TimeoutExpired as error:
