@@ -6,6 +6,8 @@ import socket
 import sys
 from typing import Any
 
+from pykvm.cli.named import add_named_parser
+
 __all__ = ["add_parser", "run"]
 
 _CHUNK = 65536
@@ -13,12 +15,12 @@ _CHUNK = 65536
 
 def add_parser(subparsers: Any) -> None:
     """Add `pykvm console` to the command line."""
-    parser = subparsers.add_parser(
+    parser = add_named_parser(
+        subparsers,
         "console",
-        help=(__doc__ or "").rstrip("."),
+        __doc__,
         description=f"{__doc__} Ctrl-] leaves it; the machine runs on.",
     )
-    parser.add_argument("name", metavar="NAME", help="the machine's name, see pykvm ps")
     parser.set_defaults(run=run)
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 from typing import Any
 
+from pykvm.cli.named import add_named_parser, ask
 from pykvm.errors import PykvmError
 
 __all__ = ["add_parser", "run"]
@@ -18,14 +19,13 @@ its own arguments, such as the file with the kernel's symbols.
 
 def add_parser(subparsers: Any) -> None:
     """Add `pykvm gdb` to the command line."""
-    parser = subparsers.add_parser(
+    parser = add_named_parser(
+        subparsers,
         "gdb",
-        help=(__doc__ or "").rstrip("."),
-        description=__doc__,
+        __doc__,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", metavar="NAME", help="the machine's name, see pykvm ps")
     parser.add_argument(
         "--print", action="store_true", help="print what to type in GDB, and start none"
     )
@@ -41,11 +41,9 @@ def run(options: argparse.Namespace) -> int:
         ControlError: the machine refuses.
         PykvmError: there is no GDB here.
     """
-    from pykvm.control.client import MachineClient  # noqa: PLC0415
     from pykvm.host.advice import install  # noqa: PLC0415
 
-    with MachineClient(options.name) as client:
-        target = f"target remote {client.request('gdb')}"
+    target = f"target remote {ask(options, 'gdb')}"
     if options.print:
         print(target)
         return 0

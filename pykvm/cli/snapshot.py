@@ -4,18 +4,22 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from pykvm.cli.named import add_named_parser, ask
+
 __all__ = ["add_parser", "run"]
+
+_PATIENCE = 3600.0  # seconds; memory may be large, and the disk slow
 
 
 def add_parser(subparsers: Any) -> None:
     """Add `pykvm snapshot` to the command line."""
-    parser = subparsers.add_parser(
+    parser = add_named_parser(
+        subparsers,
         "snapshot",
-        help=(__doc__ or "").rstrip("."),
+        __doc__,
         description=f"{__doc__} It stands still meanwhile, and runs on afterwards unless it was "
         "paused. See pykvm restore.",
     )
-    parser.add_argument("name", metavar="NAME", help="the machine's name, see pykvm ps")
     parser.add_argument(
         "folder", type=Path, metavar="FOLDER", help="a folder that is not there yet"
     )
@@ -29,9 +33,7 @@ def run(options: argparse.Namespace) -> int:
         MachineNameError: no machine has the name.
         ControlError: the machine cannot be saved.
     """
-    from pykvm.control.client import MachineClient  # noqa: PLC0415
-
-    with MachineClient(options.name, patience=3600) as client:
-        size = client.request("snapshot", path=str(options.folder.absolute()))
+    path = str(options.folder.absolute())
+    size = ask(options, "snapshot", patience=_PATIENCE, path=path)
     print(f"{size / (1 << 20):.1f} MiB of memory; to go on: pykvm restore {options.folder}")
     return 0

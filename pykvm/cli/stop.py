@@ -3,25 +3,21 @@
 import argparse
 from typing import Any
 
+from pykvm.cli.named import add_named_parser, ask
+
 __all__ = ["add_parser", "run"]
 
 
 def add_parser(subparsers: Any) -> None:
     """Add `pykvm stop` to the command line."""
-    parser = subparsers.add_parser("stop", help=(__doc__ or "").rstrip("."), description=__doc__)
-    parser.add_argument("name", metavar="NAME", help="the machine's name, see pykvm ps")
-    parser.set_defaults(run=run)
+    add_named_parser(subparsers, "stop", __doc__).set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Ask the machine; return the exit status.
 
     Raises:
-        MachineNameError: no machine has the name.
-        ControlError: the machine refuses.
+        MachineNameError, ControlError: see `pykvm.cli.named.ask`.
     """
-    from pykvm.control.client import MachineClient  # noqa: PLC0415
-
-    with MachineClient(options.name) as client:
-        client.request("stop")
+    ask(options, "stop")
     return 0

@@ -3,13 +3,14 @@
 import argparse
 from typing import Any
 
+from pykvm.cli.named import add_named_parser, ask
+
 __all__ = ["add_parser", "run"]
 
 
 def add_parser(subparsers: Any) -> None:
     """Add `pykvm walk` to the command line."""
-    parser = subparsers.add_parser("walk", help=(__doc__ or "").rstrip("."), description=__doc__)
-    parser.add_argument("name", metavar="NAME", help="the machine's name, see pykvm ps")
+    parser = add_named_parser(subparsers, "walk", __doc__)
     parser.add_argument(
         "address", metavar="ADDRESS", help="a virtual address, such as 0xffffffff81000000"
     )
@@ -21,11 +22,7 @@ def run(options: argparse.Namespace) -> int:
     """Print the walk; return the exit status.
 
     Raises:
-        MachineNameError: no machine has the name.
-        ControlError: the machine refuses, or the text is no address.
+        MachineNameError, ControlError: see `pykvm.cli.named.ask`; or the text is no address.
     """
-    from pykvm.control.client import MachineClient  # noqa: PLC0415
-
-    with MachineClient(options.name) as client:
-        print(client.request("walk", address=options.address, cpu=options.cpu))
+    print(ask(options, "walk", address=options.address, cpu=options.cpu))
     return 0

@@ -151,7 +151,7 @@ class MachineDirectory(Closeable):
 
     @property
     def socket(self) -> Path:
-        """Where the machine's control socket is."""
+        """Path of the machine's control socket."""
         return self.path / _SOCKET
 
     @staticmethod

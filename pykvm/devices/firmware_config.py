@@ -1,4 +1,4 @@
-"""What firmware asks a machine for by QEMU's configuration device: its memory and processors.
+"""QEMU's configuration device, by which firmware asks for a machine's memory and processors.
 
 Images without ACPI ask too: kvm-unit-tests wait for as many processors as it names.
 

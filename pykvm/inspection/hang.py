@@ -76,7 +76,7 @@ def _walk_of_rip(machine: Inspectable, vcpu: Vcpu) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What a vCPU was doing at one moment.
+    """State of a vCPU at one moment.
 
     Attributes:
         state: see `state`.

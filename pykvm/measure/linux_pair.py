@@ -20,7 +20,7 @@ KINDS: Final = {
     "set": "memcached: set of 100 bytes",
     "get": "memcached: get of 100 bytes",
 }
-"""What the client does, and what one of it is."""
+"""Requests of the client, and a description of each."""
 
 _INSIDE: Final = Path(__file__).with_name("inside")
 _BRIDGE: Final = "pykvm-demo"

@@ -1,4 +1,4 @@
-"""What a user writes about a guest's network: ``--net tap,bridge=br0`` and the like."""
+"""Specification of a guest's network by its user: ``--net tap,bridge=br0`` and the like."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ _IFREQ: Final = "16sH22x"  # struct ifreq: a name, and its flags in a union of 2
 
 
 class Offload(IntFlag):
-    """What may be left undone in frames that are read from a TAP.
+    """Work on a frame that its sender may leave to the reader of a TAP.
 
     Source: ``TUN_F_*`` in linux/if_tun.h.
     """

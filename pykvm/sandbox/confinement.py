@@ -1,4 +1,4 @@
-"""What a confined process may still do."""
+"""Permissions that a confined process keeps."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ class SandboxError(PykvmError):
 
 @dataclass(frozen=True)
 class Confinement:
-    """What a process may still do, beside using what it has open.
+    """Permissions of a confined process, beside the use of what it has open.
 
     Attributes:
         directory: a directory of its own. It may change everything in it, and remove it. Landlock

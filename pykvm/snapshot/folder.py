@@ -76,7 +76,7 @@ class SnapshotWriteError(PykvmError):
 
 @dataclass(frozen=True)
 class Contents:
-    """What a snapshot holds beside memory.
+    """Contents of a snapshot beside its memory.
 
     Attributes:
         machine: the configuration, as values for JSON.

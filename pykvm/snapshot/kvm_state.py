@@ -1,4 +1,4 @@
-"""What KVM holds of a paused machine: its VM and its vCPUs, as values for JSON."""
+"""KVM's state of a paused machine: its VM and its vCPUs, as values for JSON."""
 
 from __future__ import annotations
 

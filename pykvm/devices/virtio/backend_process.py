@@ -31,7 +31,7 @@ LISTENER: Final[int] = lib.BACKEND_LISTENER
 
 _TAIL: Final = 4096
 _END_SECONDS: Final = 2.0
-"""How long a process that has closed its connection may take to end."""
+"""Seconds that a process may take to end after it has closed its connection."""
 
 
 class BackendMissingError(BackendError):

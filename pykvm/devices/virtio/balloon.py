@@ -39,7 +39,7 @@ class BalloonFeature(IntFlag):
 
 
 class Statistic(IntEnum):
-    """What a guest tells (5.5.6.4); bytes, unless it is a number of events."""
+    """Statistics of a guest (5.5.6.4), in bytes or numbers of events."""
 
     SWAP_IN = 0
     SWAP_OUT = 1
@@ -59,7 +59,7 @@ class BalloonTargetError(PykvmError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class BalloonCounters:
-    """What has passed since the device was made.
+    """Totals since the device was made.
 
     Attributes:
         inflated: pages of 4 KiB that were put into the balloon.

@@ -67,7 +67,7 @@ class Geometry:
 
 @dataclass(frozen=True, slots=True)
 class BlockCounters:
-    """What a block device has done. `waited`: requests that a thread of the pool has done."""
+    """Totals of a block device. `waited`: requests that a thread of the pool has done."""
 
     reads: int
     writes: int
@@ -233,7 +233,7 @@ class Block(NativeDevice):
 
     @property
     def counters(self) -> BlockCounters:
-        """What the device has done since it was made; of a closed one, nothing."""
+        """Totals since the device was made; of a closed one, nothing."""
         raw = ffi.new("struct block_counters *")
         with self._lock:
             if self._device is not None:

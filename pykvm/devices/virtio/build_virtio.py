@@ -16,7 +16,7 @@ PARTS = ("chain", "queue", "loop", "entropy", "console", "block", "net", "balloo
 SOURCES = (*PARTS, "net_receive", "block_request", "console_control", "console_output")
 
 SYSTEM = "struct iovec { void *iov_base; size_t iov_len; };\n"
-"""What the headers take from the system's."""
+"""Declarations that the headers take from the system's."""
 
 
 def _declarations() -> str:

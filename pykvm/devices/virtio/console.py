@@ -39,7 +39,7 @@ class PortNameError(PykvmError, ValueError):
 
 
 class PortState(IntFlag):
-    """What is known of a port.
+    """State of a port.
 
     OPENED: the guest has it open. CLOSED: it had, and all that it has written is out. ENDED: the
     input has ended, and the guest has been told. NO_READER: nobody takes the output any more, which

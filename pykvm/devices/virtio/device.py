@@ -1,4 +1,4 @@
-"""What a transport and a virtio device say to each other.
+"""Interface between a transport and a virtio device.
 
 The words are vhost's, because that is what two of three data planes understand: a device is started
 with its rings, says where each of them has come to when it is stopped, and can be started there

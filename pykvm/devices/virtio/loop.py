@@ -20,7 +20,7 @@ from pykvm.memory.guest_memory import GuestMemory
 __all__ = ["NATIVE_FEATURES", "DataPlaneError", "NativeDevice", "RingError"]
 
 NATIVE_FEATURES: Final = int(Feature.INDIRECT_DESC | Feature.EVENT_IDX | Feature.RING_PACKED)
-"""What queue.c can do, for any device."""
+"""Features of queue.c, for any device."""
 
 
 class RingError(PykvmError, ValueError):

@@ -33,7 +33,7 @@ _CONFIG_SIZE: Final = 60
 """struct virtio_blk_config (5.2.4) without what it has for secure erase and zones."""
 
 _PATIENCE_SECONDS: Final = 60.0
-"""How long it may take to write what it still has, at its end."""
+"""Seconds that it may take at its end to write what it still has."""
 
 _PROGRAM: Final = "qemu-storage-daemon"
 

@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 REPLY_SECONDS: Final = 30.0
-"""How long a back end may take for a reply: it may have to finish requests, on a busy host."""
+"""Seconds that a back end may take for a reply: it may have to finish requests, on a busy host."""
 
 
 class BackendError(PykvmError):

@@ -17,7 +17,7 @@ __all__ = ["VhostUserMemory"]
 
 
 class VhostUserMemory:
-    """What a back end has mapped.
+    """Memory that a back end has mapped.
 
     Args:
         connection: the back end.

@@ -20,7 +20,7 @@ from pykvm.devices.virtio.vhost_user_messages import BackendRequest, MalformedMe
 __all__ = ["VhostUserWatch"]
 
 _REST_SECONDS: Final = 5.0
-"""How long the rest of a message may take that a back end has begun."""
+"""Seconds for the rest of a message that a back end has begun."""
 
 _NOT_SUPPORTED: Final = 1
 

@@ -28,7 +28,7 @@ class PacketTooLongError(PykvmError):
 
 
 class Sign(Enum):
-    """What a client sends besides packets, and what takes a packet's place if it is damaged."""
+    """Signals of a client between packets, and what takes a packet's place if it is damaged."""
 
     ACKNOWLEDGED = "+"
     REPEAT = "-"

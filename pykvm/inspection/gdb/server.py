@@ -166,7 +166,7 @@ class GdbServer(Closeable):
 
     @property
     def address(self) -> str:
-        """What to type after `target remote` in GDB."""
+        """Argument of GDB's `target remote`."""
         return self._address
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What every boot protocol tells a kernel, and what a kernel of any kind can do."""
+"""Kernels of any kind, and the information that every boot protocol gives them."""
 
 import os
 import stat
@@ -88,7 +88,7 @@ class MemoryRange:
 
 @dataclass(frozen=True)
 class BootInfo:
-    """What a kernel is told.
+    """Information for a kernel.
 
     Attributes:
         ranges: the guest's memory, in order.

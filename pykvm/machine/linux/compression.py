@@ -1,4 +1,4 @@
-"""What kernels are compressed with, recognised by its first bytes.
+"""Compression of kernels and modules, recognised by the first bytes.
 
 Source: Linux scripts/extract-vmlinux, lib/decompress.c.
 """

@@ -1,4 +1,4 @@
-"""What a Linux machine is made of, as its user has written it: on a command line or in TOML."""
+"""Configuration of a Linux machine, as its user has written it: on a command line or in TOML."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def _and_mode(path: str, mode: str, default: str) -> str:
 
 @dataclass(frozen=True)
 class MachineConfig:
-    """What a machine is made of.
+    """Parts of a machine.
 
     Attributes:
         kernel: a bzImage (vmlinuz), or an ELF kernel with PVH (vmlinux).

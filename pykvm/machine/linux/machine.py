@@ -42,7 +42,6 @@ from pykvm.machine.x86.vm_generation import generation_device, renew_generation
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.memory.regions import MemoryFile, Region
 from pykvm.sizes import PAGE_SIZE
-from pykvm.snapshot.pause_notice import tell_of_pause
 
 if TYPE_CHECKING:
     from pykvm.snapshot.disks import SavedDisk
@@ -367,16 +366,12 @@ class LinuxMachine(Closeable):
         """Undo `pause`. Harmless twice."""
         if self._paused:
             self._paused = False
-            self._let_go()
+            self.gate.resume()
 
     def _park(self) -> None:
         if self.gate.closed:
             raise PauseError("the machine has ended", "start it again")
         self.gate.pause()
-
-    def _let_go(self) -> None:
-        tell_of_pause(self.vcpus)
-        self.gate.resume()
 
     def snapshot(self, path: Path) -> int:
         """Write a snapshot to a new folder; return the bytes of memory that it holds beside zeros.
@@ -405,7 +400,7 @@ class LinuxMachine(Closeable):
         try:
             yield
         finally:
-            self._let_go()
+            self.gate.resume()
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:

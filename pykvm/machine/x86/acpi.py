@@ -18,7 +18,7 @@ _CREATOR: Final = b"PYKV"
 
 _SLEEP_TYPE_OFF: Final = 5
 POWER_OFF: Final = _SLEEP_TYPE_OFF << 2 | 1 << 5
-"""What a guest writes to the sleep control port to switch its machine off (4.8.3.7)."""
+"""Value by which a guest switches its machine off, at the sleep control port (4.8.3.7)."""
 
 # Flags of the FADT (5.2.9).
 _WBINVD: Final = 1 << 0
