@@ -15,6 +15,7 @@ __all__ = ["NativeTarget", "missing_tools"]
 
 SANITIZE: Final = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 _COMPILE: Final = ["-std=gnu11", "-g", "-fno-omit-frame-pointer", "-Wall", "-Wextra"]
+_INPUT: Final = "input/input.c"
 _PROFILE: Final = ["-fprofile-instr-generate", "-fcoverage-mapping"]
 
 
@@ -57,7 +58,7 @@ class NativeTarget(Target):
     ) -> None:
         super().__init__(name, ", ".join(Path(one).name for one in sources))
         self._sources = sources
-        self._beside = [_found(one) for one in beside]
+        self._beside = [_found(one) for one in (_INPUT, *beside)]
         folders = [*(PACKAGE / one for one in include), *(one.parent for one in self._beside)]
         self._include = [f"-I{folder}" for folder in folders]
         self._guide = [*guide, "-fsanitize=fuzzer-no-link"]

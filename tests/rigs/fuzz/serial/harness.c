@@ -16,18 +16,14 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "input.h"
 #include "serial.h"
-
-#define REQUIRE(condition) ((condition) ? (void)0 : broken(__LINE__, #condition))
 
 enum { DATA, IER, IIR_FCR, LCR, MCR, LSR, MSR, SCR };
 
 #define IN_SIZE		4096	/* bytes that wait for the guest, at most */
 #define OUT_SIZE	(1 << 20)
 #define TAIL_SIZE	65536
-
-static const uint8_t *input;
-static size_t input_left;
 
 static struct serial *serial;
 static int output, interrupt;
@@ -36,24 +32,6 @@ static size_t in_count, out_count, tail_from; /* of what was sent, the tail has 
 static uint8_t ier, lcr, mcr, scr;
 static uint16_t divisor;
 static bool overrun, sent;
-
-static _Noreturn void broken(int line, const char *condition)
-{
-	fprintf(stderr, "harness.c:%d: invariant broken: %s\n", line, condition);
-	abort();
-}
-
-static uint32_t take(size_t bytes)
-{
-	uint32_t value = 0;
-
-	for (size_t i = 0; i < bytes; i++) {
-		value |= (uint32_t)(input_left ? *input : 0) << 8 * i;
-		input += input_left ? 1 : 0;
-		input_left -= input_left ? 1 : 0;
-	}
-	return value;
-}
 
 static uint8_t cause(void)
 {
@@ -159,17 +137,17 @@ static void check_read(unsigned int at, uint8_t value)
 
 static void access_ports(bool write)
 {
-	unsigned int offset = take(1) % SERIAL_PORTS, size = 1U << take(1) % 3;
-	unsigned int count = take(1) % 8 == 7 ? take(2) % (4096 / size) + 1 : 1;
+	unsigned int offset = (uint32_t)take_number(1) % SERIAL_PORTS, size = 1U << (uint32_t)take_number(1) % 3;
+	unsigned int count = (uint32_t)take_number(1) % 8 == 7 ? (uint32_t)take_number(2) % (4096 / size) + 1 : 1;
 	/* As long as the access, so that the sanitizer sees each byte beyond. */
 	uint8_t *data = malloc((size_t)size * count);
 	struct pykvm_access access = {
 		.offset = offset, .size = size, .count = count, .is_write = write, .data = data,
 	};
-	uint8_t first = take(1);
+	uint8_t first = (uint32_t)take_number(1);
 
 	for (size_t i = 0; i < (size_t)size * count; i++)
-		data[i] = i < 4 ? (i ? take(1) : first) : (uint8_t)(first + i);
+		data[i] = i < 4 ? (i ? (uint32_t)take_number(1) : first) : (uint8_t)(first + i);
 	REQUIRE(serial_access(serial, &access) == 1);
 	for (size_t i = 0; i < (size_t)size * count; i++) {
 		if (write)
@@ -183,9 +161,9 @@ static void access_ports(bool write)
 
 static void feed(void)
 {
-	size_t size = take(2) % 5000, room = IN_SIZE - in_count, taken;
+	size_t size = (uint32_t)take_number(2) % 5000, room = IN_SIZE - in_count, taken;
 	char *data = malloc(size ? size : 1);
-	uint8_t first = take(1);
+	uint8_t first = (uint32_t)take_number(1);
 
 	for (size_t i = 0; i < size; i++)
 		data[i] = (char)(first + i);
@@ -199,7 +177,7 @@ static void feed(void)
 
 static void look(void)
 {
-	size_t size = take(3) % (TAIL_SIZE + 100), kept = out_count - tail_from;
+	size_t size = (uint32_t)take_number(3) % (TAIL_SIZE + 100), kept = out_count - tail_from;
 	char *data = malloc(size ? size : 1);
 	size_t found = serial_tail(serial, data, size);
 
@@ -235,7 +213,7 @@ static void move_any(void)
 	struct pykvm_access access = { .size = 1, .count = 1, .data = &value };
 
 	for (size_t i = 0; i < 24; i++)
-		((uint8_t *)&state)[i] = take(1);
+		((uint8_t *)&state)[i] = (uint32_t)take_number(1);
 	if (!serial_restore(other, &state)) {
 		for (access.offset = 0; access.offset < SERIAL_PORTS; access.offset++)
 			serial_access(other, &access);
@@ -249,8 +227,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
 	size_t said_count;
 
-	input = data;
-	input_left = size;
+	set_input(data, size);
 	in_count = out_count = tail_from = 0;
 	ier = lcr = mcr = scr = 0;
 	divisor = 1;
@@ -259,7 +236,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	interrupt = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	serial = serial_new(output, interrupt);
 	while (input_left && out_count < OUT_SIZE - 8192) {
-		switch (take(1) % 8) {
+		switch ((uint32_t)take_number(1) % 8) {
 		case 0: case 1: case 2:
 			access_ports(true);
 			break;
@@ -270,7 +247,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 			feed();
 			break;
 		case 7:
-			switch (take(1) % 4) {
+			switch ((uint32_t)take_number(1) % 4) {
 			case 0:
 				move();
 				break;

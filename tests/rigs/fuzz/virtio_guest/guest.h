@@ -1,23 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* A guest for fuzzing virtio devices: the input, memory in a few regions, and what may touch it. */
+/* A guest for fuzzing virtio devices: memory in a few regions, and what may touch it. */
 #ifndef GUEST_H
 #define GUEST_H
 
+#include "input.h"
 #include "queue.h"
 
 #define PAGE 4096
-
-#define REQUIRE(condition) ((condition) ? (void)0 : broken(__FILE__, __LINE__, #condition))
-_Noreturn void broken(const char *file, int line, const char *condition);
-
-/* ------------------------------------------------------------------ input */
-
-extern size_t input_left;
-
-void set_input(const uint8_t *data, size_t size);
-/* The next bytes of the input; zeros behind its end. */
-void take(void *to, size_t bytes);
-uint64_t take_number(size_t bytes);
 
 /* ----------------------------------------------------------------- memory */
 

@@ -10,6 +10,7 @@
 
 #include "elisa_memory.h"
 #include "elisa_object.h"
+#include "input.h"
 #include "switch.h"
 
 #include "admin.h"
@@ -21,18 +22,6 @@
 #define OPERATIONS 96 /* of one input */
 /* Accesses of a copy: two for each of the bytes that are moved one by one, or for eight. */
 #define STRING_MOVE_MOST 600
-
-#define REQUIRE(condition) ((condition) ? (void)0 : broken(__FILE__, __LINE__, #condition))
-_Noreturn void broken(const char *file, int line, const char *condition);
-
-/* ----------------------------------------------------- machine.c: the input */
-
-extern size_t input_left;
-
-void set_input(const uint8_t *data, size_t size);
-/* The next bytes of the input; zeros behind its end. */
-void take(void *to, size_t bytes);
-uint64_t take_number(size_t bytes);
 
 /* ---------------------------------------------------- machine.c: the switch */
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from pykvm.resources import GUEST_SOURCES, PACKAGE
+from tests.rigs.fuzz import target
 from tests.rigs.fuzz.libfuzzer import LibFuzzer, Outcome, fill, find_tool, run_tool
 from tests.rigs.fuzz.native import SANITIZE, missing_tools
 from tests.rigs.fuzz.target import Coverage, Plant, Target, planted
@@ -30,6 +31,8 @@ CORPUS: Final = HERE / "corpus.txt"
 FINDINGS: Final = HERE / "findings.txt"
 SWITCH: Final = GUEST_SOURCES / "switch/switch.c"
 
+_INPUT: Final = target.HERE / "input"
+
 _PARTS: Final = ("machine", "accesses", "invariants", "window_fuzzer")
 
 _COMPILE: Final = [
@@ -39,6 +42,7 @@ _COMPILE: Final = [
     "-Wno-unknown-pragmas",  # for GCC's choice of registers; the sanitizers use others anyway
     f"-I{GUEST_SOURCES / 'include'}",
     f"-I{PACKAGE / 'switch'}",
+    f"-I{_INPUT}",
 ]
 # Only the switch guides the search, and it announces each of its loads and stores.
 _GUIDE: Final = ["-fsanitize=fuzzer-no-link", "-fsanitize-coverage=trace-loads,trace-stores"]
@@ -73,7 +77,8 @@ class Fuzzer:
         return str(target)
 
     def _compile_rest(self, *options: str, to: str = "") -> list[str]:
-        sources = [PACKAGE / "switch/admin.c", *(HERE / f"{name}.c" for name in _PARTS)]
+        own = [HERE / f"{name}.c" for name in _PARTS]
+        sources = [PACKAGE / "switch/admin.c", _INPUT / "input.c", *own]
         return [self._compile(one, *options, to=f"{to}{one.stem}.o") for one in sources]
 
     def _build(self, program: Path) -> None:
