@@ -3,45 +3,34 @@
 from __future__ import annotations
 
 import os
-import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
 from pykvm.closeable import Closeable
-from pykvm.devices.pci.bus import ECAM_SIZE, PciBus
+from pykvm.devices.pci.bus import PciBus
 from pykvm.devices.pci.msix import MsiRoutes
 from pykvm.devices.pci.pvpanic import Pvpanic
 from pykvm.devices.ports import PortBus
-from pykvm.devices.serial import COM1_IRQ, COM1_PORT, Serial
+from pykvm.devices.serial import COM1_IRQ, Serial
 from pykvm.devices.virtio.device import VirtioDevice
 from pykvm.devices.virtio.pci import VirtioPci
 from pykvm.errors import PykvmError
 from pykvm.inspection.vcpu_gate import PauseError, VcpuGate
 from pykvm.kvm import Exit, Io, Kvm, MmioRead, MmioWrite, Shutdown, Vcpu
 from pykvm.machine.linux import layout
-from pykvm.machine.linux.boot import (
-    BootInfo,
-    KernelError,
-    MemoryKind,
-    MemoryRange,
-    open_file,
-    read_into,
-)
 from pykvm.machine.linux.config import MachineConfig
 from pykvm.machine.linux.devices import HostNetwork, configured_devices
-from pykvm.machine.linux.kernel_file import KernelFile
+from pykvm.machine.linux.loading import load_system
 from pykvm.machine.linux.multiboot import MultibootImage
 from pykvm.machine.linux.system_ports import SystemPorts
-from pykvm.machine.x86 import acpi, aml, interrupt_pins, long_mode
-from pykvm.machine.x86.event_device import event_device
-from pykvm.machine.x86.vm_generation import generation_device, renew_generation
+from pykvm.machine.x86 import acpi, interrupt_pins, long_mode
+from pykvm.machine.x86.vm_generation import renew_generation
 from pykvm.memory.guest_memory import GuestMemory
 from pykvm.memory.regions import MemoryFile, Region
-from pykvm.sizes import PAGE_SIZE
 
 if TYPE_CHECKING:
     from pykvm.snapshot.disks import SavedDisk
@@ -53,12 +42,6 @@ __all__ = ["End", "LinuxMachine", "MachineCrashedError"]
 _PANIC: Final = b"Kernel panic - not syncing"
 
 _ONES: Final = b"\xff" * 8
-
-# mov dx, RESET_PORT; mov al, RESET_VALUE; out dx, al; hlt. With reduced hardware Linux resets by
-# EFI, and without that by a jump to the reset vector in real mode (arch/x86/kernel/reboot.c).
-_RESET_CODE: Final = struct.pack(
-    "<BHBBBB", 0xBA, layout.RESET_PORT, 0xB0, layout.RESET_VALUE, 0xEE, 0xF4
-)
 
 
 class End(Enum):
@@ -146,11 +129,13 @@ class LinuxMachine(Closeable):
             self._routes = MsiRoutes(self.vm, interrupt_pins.default_routes())
             for made in configured_devices(config, self.memory, networks):
                 self.add_device(made)
-            start = self._load() if memory is None else None
             for number in range(config.cpus):
                 self._add_vcpu(number)
-            if start is not None:
-                start(self.vcpus[0])
+            if memory is None:
+                kernel, info = load_system(config, self.memory)
+                if isinstance(kernel, MultibootImage):
+                    self._system_ports.add()
+                kernel.start(self.vcpus[0], self.memory, info)
         except BaseException:
             self.close()
             raise
@@ -165,74 +150,6 @@ class LinuxMachine(Closeable):
             with MemoryFile("ram", part) as file:
                 # Servers of virtio devices, in processes of their own, map it too.
                 self.memory.add(Region(file, gpa, shareable=True))
-
-    def _load(self) -> Callable[[Vcpu], None]:
-        """Put the kernel and the tables into memory; return what lets a vCPU start it."""
-        config = self.config
-        with KernelFile(config.kernel, unpack=config.unpack) as file:
-            kernel = file.kernel
-            kernel.load(self.memory)
-        if isinstance(kernel, MultibootImage):
-            self._system_ports.add()
-        line = os.fsencode(config.command_line)
-        longest = min(kernel.longest_line, layout.COMMAND_LINE_SIZE - 1)
-        if len(line) > longest:
-            raise KernelError(
-                f"a command line of {len(line)} bytes, {config.kernel.name} takes {longest}",
-                "give a shorter one",
-            )
-        self.memory.write(layout.COMMAND_LINE_GPA, line + b"\0")
-        tables = acpi.build_tables(
-            layout.ACPI_GPA, range(config.cpus), _ports(), _devices(), layout.PCI_ECAM_GPA
-        )
-        self.memory.write(layout.ACPI_GPA, tables.data)
-        self.memory.write(layout.RESET_VECTOR_GPA, _RESET_CODE)
-        renew_generation(self.memory, layout.GENERATION_GPA)
-        info = BootInfo(
-            self._ranges(),
-            command_line=layout.COMMAND_LINE_GPA,
-            rsdp=tables.rsdp,
-            initrd=self._load_initrds(kernel.end),
-        )
-        return lambda vcpu: kernel.start(vcpu, self.memory, info)
-
-    def _load_initrds(self, kernel_end: int) -> tuple[int, int] | None:
-        """Put the initial RAM disks to the end of low memory, where no kernel unpacks itself."""
-        if not self.config.initrds:
-            return None
-        with ExitStack() as stack:
-            files = []
-            for path in self.config.initrds:
-                descriptor = open_file(path)
-                stack.callback(os.close, descriptor)
-                files.append((descriptor, path.name, os.fstat(descriptor).st_size))
-            # An archive begins at a multiple of 4 bytes.
-            total = sum((size + 3) & ~3 for _, _, size in files)
-            end = min(self.config.memory, layout.RAM_HOLE)
-            gpa = (end - total) // PAGE_SIZE * PAGE_SIZE
-            at = gpa
-            for descriptor, name, size in files:
-                if not size or gpa < kernel_end:
-                    raise KernelError(
-                        f"{name} has {size} bytes, which do not fit behind the kernel",
-                        "give the guest more memory" if size else "give another file",
-                    )
-                read_into(descriptor, 0, self.memory.view(at, size), name)
-                at += (size + 3) & ~3
-        return gpa, total
-
-    def _ranges(self) -> list[MemoryRange]:
-        low = min(self.config.memory, layout.RAM_HOLE)
-        ranges = [
-            MemoryRange(0, layout.LOW_RAM_END, MemoryKind.RAM),
-            MemoryRange(layout.ACPI_GPA, layout.ACPI_SIZE, MemoryKind.ACPI),
-            MemoryRange(layout.FIRST_MEGABYTE, low - layout.FIRST_MEGABYTE, MemoryKind.RAM),
-            MemoryRange(layout.PCI_ECAM_GPA, ECAM_SIZE, MemoryKind.RESERVED),
-        ]
-        if self.config.memory > low:
-            high = self.config.memory - low
-            ranges.append(MemoryRange(layout.HIGH_RAM, high, MemoryKind.RAM))
-        return ranges
 
     def _add_vcpu(self, number: int) -> None:
         vcpu = self.vm.create_vcpu(number)
@@ -495,25 +412,3 @@ class LinuxMachine(Closeable):
             os.close(events)
         self.serial.close()
         self.memory.close()
-
-
-def _ports() -> acpi.Ports:
-    return acpi.Ports(
-        sleep_control=layout.SLEEP_CONTROL_PORT,
-        sleep_status=layout.SLEEP_STATUS_PORT,
-        reset=layout.RESET_PORT,
-        reset_value=layout.RESET_VALUE,
-    )
-
-
-def _devices() -> bytes:
-    window = (layout.PCI_WINDOW_GPA, layout.PCI_WINDOW_SIZE)
-    bus = acpi.pci_root(layout.PCI_ECAM_GPA, ECAM_SIZE, window)
-    serial = aml.device(
-        "COM1",
-        aml.name("_HID", aml.eisa_id("PNP0501")),
-        aml.name("_UID", aml.integer(1)),
-        aml.name("_CRS", aml.resources(aml.ports(COM1_PORT, 8), aml.interrupt(COM1_IRQ))),
-    )
-    generation = generation_device(layout.GENERATION_GPA)
-    return bus + serial + generation + event_device({layout.EVENT_GSI: "\\_SB.VGEN"})
